@@ -1,0 +1,8 @@
+"""Callbacks; `DPOModule` brings the first three with it."""
+
+from lit_dpo.callbacks.answers import SampleAnswers
+from lit_dpo.callbacks.export import AdapterExport
+from lit_dpo.callbacks.health import TrainingHealth
+from lit_dpo.callbacks.predictions import PredictionWriter
+
+__all__ = ["AdapterExport", "PredictionWriter", "SampleAnswers", "TrainingHealth"]

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_dpo.checkpoint import AdapterCheckpointIO, save_adapter
+
+
+class AdapterExport(pl.Callback):
+    """Writes the policy as an ordinary PEFT directory with its tokenizer: at the end of `fit` and beside each checkpoint.
+
+    `AutoPeftModelForCausalLM.from_pretrained(directory)` and `pipeline("text-generation", model=directory)` load it.
+
+    Args:
+        directory: where the last one goes; `adapter/` in the run's directory by default.
+    """
+
+    def __init__(self, directory: str | None = None) -> None:
+        self.directory = directory
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Have the checkpoint plugin write the directory too."""
+        strategy = trainer.strategy
+        if stage == "fit" and not isinstance(strategy.checkpoint_io, AdapterCheckpointIO):
+            strategy.checkpoint_io = AdapterCheckpointIO(
+                strategy.checkpoint_io, lambda path: save_adapter(pl_module.model, tokenizer_of(trainer), path)
+            )
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write the last one."""
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            directory = Path(self.directory) if self.directory else _unused(run_directory(trainer) / "adapter")
+            save_adapter(pl_module.model, tokenizer_of(trainer), directory)
+            rank_zero_info(f"The trained adapter and its tokenizer are in {directory}")
+
+
+def tokenizer_of(trainer: Any) -> Any:
+    """The data module's tokenizer, or the policy's where other data loaders are used."""
+    tokenizer = getattr(trainer.datamodule, "loaded_tokenizer", None)
+    return tokenizer if tokenizer is not None else trainer.lightning_module.policy.load_tokenizer()
+
+
+def run_directory(trainer: Any) -> Path:
+    """Where this run writes: the logger's directory, or the trainer's root."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def _unused(directory: Path) -> Path:
+    """A run without a logger has no directory of its own; it still does not overwrite another's."""
+    number, found = 1, directory
+    while found.exists():
+        found = directory.with_name(f"{directory.name}-{number}")
+        number += 1
+    return found

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lit_dpo.errors import ResumeError, TrainingError
+from lit_dpo.logps.records import PairLogps
+
+_PATIENCE = 10  # steps without any gradient before the run counts as stuck
+
+
+class TrainingHealth(pl.Callback):
+    """Stops a run that would train nothing, or something else than what was asked for.
+
+    At the start: only adapters train, in float32, and the optimizer has them all. At step 0: policy and reference are
+    the same, so that every reward is 0 and the loss is its value at margin 0. After the first step that had a gradient
+    and a learning rate: every `lora_B` moved. On resuming: the optimizer's settings are those of the checkpoint.
+
+    Raises:
+        TrainingError: naming the tensors, or the policy and the reference.
+        ResumeError: naming the settings that differ.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[str, Tensor] | None = None
+        self._resumed = False
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Remember that this run goes on."""
+        self._resumed = trainer.state.fn == "fit"
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check what trains."""
+        trainable = {name: p for name, p in pl_module.model.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise TrainingError("Expected trainable adapters but no parameter of the policy requires gradients.")
+        if strange := [name for name in trainable if "lora_" not in name]:
+            raise TrainingError(f"Expected only adapters to train but these do too: {', '.join(strange[:5])}.")
+        if low := [name for name, p in trainable.items() if p.dtype != torch.float32]:
+            raise TrainingError(
+                f"Expected float32 adapters but {low[0]} is {trainable[low[0]].dtype}: small learning rates would not "
+                "move it. Use precision bf16-mixed, or leave the dtype to the policy."
+            )
+        known = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        if missing := [name for name, p in trainable.items() if id(p) not in known]:
+            raise TrainingError(f"Expected the optimizer to have every adapter but not {', '.join(missing[:5])}.")
+        if self._resumed:
+            _compare_optimizers(trainer.optimizers)
+        self._before = {name: p.detach().clone() for name, p in trainable.items() if "lora_B" in name}
+        self._steps = 0
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Compare policy and reference before the first step of a new run."""
+        if trainer.global_step or batch_idx or self._resumed or not pl_module.reference.starts_at_policy:
+            return
+        training = pl_module.model.training
+        pl_module.model.eval()
+        try:
+            pairs = pl_module.pair_logps(batch)
+        finally:
+            pl_module.model.train(training)
+        if pairs.reference_chosen is None or pairs.reference_rejected is None:
+            return
+        furthest = float(torch.cat([pairs.chosen_logratio / pairs.policy_chosen.length,
+                                    pairs.rejected_logratio / pairs.policy_rejected.length]).abs().max())  # fmt: skip
+        loss = pl_module.compute_loss(pairs).mean()
+        at_zero = pl_module.compute_loss(
+            PairLogps(pairs.policy_chosen, pairs.policy_rejected, pairs.policy_chosen, pairs.policy_rejected)
+        ).mean()
+        # 16 bits may round the two passes differently; adapters that do nothing yet still round their input
+        tolerance = 1e-4 if pl_module.model.get_base_model().dtype == torch.float32 else 5e-2
+        if furthest > tolerance or abs(float(loss - at_zero)) > 0.05 * max(1.0, abs(float(at_zero))):
+            raise TrainingError(
+                f"Expected policy and reference to be the same before the first step but their log-probs differ by up "
+                f"to {furthest:.3g} nats per token (loss {float(loss):.4f}, at margin 0 {float(at_zero):.4f}).\n"
+                f"  policy: {pl_module.policy}\n  reference: {pl_module.reference}\n"
+                "A policy that continues an adapter is compared with that adapter (AdapterReference)."
+            )
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After the first step that counts, every `lora_B` has moved."""
+        if self._before is None or trainer.global_step == 0:
+            return
+        self._steps += 1
+        now = {name: p.detach() for name, p in pl_module.model.named_parameters() if name in self._before}
+        still = [name for name, before in self._before.items() if torch.equal(before, now[name])]
+        if len(still) < len(self._before) and still:
+            raise TrainingError(
+                f"{len(still)} of {len(now)} adapters did not move in the first steps: {', '.join(still[:3])}. "
+                "Something cuts their gradient; leave them out of `target_modules` if that is how it should be."
+            )
+        if not still:
+            self._before = None
+        elif self._steps >= _PATIENCE:
+            raise TrainingError(
+                f"No adapter moved in {self._steps} batches: learning rate "
+                f"{[group['lr'] for optimizer in trainer.optimizers for group in optimizer.param_groups]}, "
+                f"loss {outputs}. Are chosen and rejected the same?"
+            )
+
+
+def _compare_optimizers(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Loading an optimizer's state overwrites what was configured; say so instead."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name, configured in optimizer.defaults.items():
+                restored = group.get("initial_lr", group["lr"]) if name == "lr" else group.get(name)
+                if isinstance(configured, int | float | tuple | list) and _plain(restored) != _plain(configured):
+                    raise ResumeError(
+                        f"The checkpoint was trained with {name}={restored} but the configuration says {configured}. "
+                        "Give the old value to continue that run, or start a new one with `policy.adapter_path`."
+                    )
+
+
+def _plain(given: Any) -> Any:
+    return tuple(given) if isinstance(given, list | tuple) else given

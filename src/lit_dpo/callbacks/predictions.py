@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_dpo.callbacks.export import run_directory
+
+
+class PredictionWriter(pl.Callback):
+    """Writes what `predict` says of each pair, one JSON object a line, ordered by row.
+
+    Fields: `row` (of the data set, from 0), `chosen_reward`, `rejected_reward`, `margin`, `chosen_logps`,
+    `rejected_logps` (sums, nats), `chosen_length`, `rejected_length` (tokens).
+
+    Args:
+        path: of the file; `predictions.jsonl` in the run's directory by default.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+        self._rows: list[dict[str, float]] = []
+
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int,
+                             dataloader_idx: int = 0) -> None:  # fmt: skip
+        """Keep the numbers, not the tensors."""
+        columns = {name: column.tolist() for name, column in outputs.items()}
+        self._rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write the file, whole or not at all."""
+        rows = self._rows
+        if trainer.world_size > 1:
+            gathered: list[list[dict[str, float]] | None] = [None] * trainer.world_size
+            dist.all_gather_object(gathered, rows)
+            rows = [row for part in gathered if part is not None for row in part]
+        self._rows = []
+        if not trainer.is_global_zero:
+            return
+        path = Path(self.path) if self.path else run_directory(trainer) / "predictions.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("w") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["row"]))
+        os.replace(temporary, path)
+        rank_zero_info(f"Rewards and margins of {len(rows)} pairs are in {path}")

@@ -1,0 +1,149 @@
+"""Checkpoints of adapters: what is in them, what they belong to, and the PEFT directory beside each."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from lit_dpo.errors import ResumeError
+
+KEY = "lit_dpo"
+"""Where a checkpoint holds what `describe` says."""
+
+
+def describe(policy: Any, loss: Any, reference: Any) -> dict[str, Any]:
+    """What a checkpoint's adapters belong to, in builtins only, so that `torch.load(weights_only=True)` reads it."""
+    return {
+        "version": 1,
+        "base": policy.identity(),
+        "policy": {k: v for k, v in to_builtins(policy).items() if k not in ("model", "revision", *_MAY_CHANGE)},
+        "loss": to_builtins(loss),
+        "reference": to_builtins(reference),
+    }
+
+
+# Fields of the policy that do not change what is computed, beyond rounding.
+_MAY_CHANGE = ("gradient_checkpointing", "attention", "trust_remote_code")
+
+
+def compare(saved: Mapping[str, Any], current: Mapping[str, Any], *, training: bool) -> None:
+    """Stop where adapters would be put onto another base, or a run be continued as another one.
+
+    Args:
+        saved: `describe` of the checkpoint.
+        current: `describe` of what it is loaded into.
+        training: a resumed `fit` must agree in loss, reference and adapters too; evaluation may differ in loss.
+
+    Raises:
+        ResumeError: listing each difference with both values.
+    """
+    parts = ("base", "policy", "loss", "reference") if training else ("base",)
+    # the same content under another path is the same base
+    ignored = {"base.model", "base.revision"}
+    there, here = (_flatten({part: side.get(part, {}) for part in parts}) for side in (saved, current))
+    different = [
+        f"  {name}: {there.get(name)!r} in the checkpoint, {here.get(name)!r} now"
+        for name in sorted(there.keys() | here.keys())
+        if name not in ignored and there.get(name) != here.get(name)
+    ]
+    if different:
+        raise ResumeError(
+            "The checkpoint belongs to another run:\n"
+            + "\n".join(different)
+            + "\nTo continue that run, give these values as they were. To start a new run from its adapter, give "
+            "`policy.adapter_path` the directory beside the checkpoint instead of --ckpt_path."
+        )
+
+
+def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, given in nested.items():
+        if isinstance(given, Mapping):
+            flat |= _flatten(given, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = given
+    return flat
+
+
+def to_builtins(given: Any) -> Any:
+    """Strategies, classes and partials as configuration: `{class_path, init_args}`; anything else as it is or by name."""
+    if is_dataclass(given) and not isinstance(given, type):
+        arguments = {field.name: to_builtins(getattr(given, field.name)) for field in fields(given) if field.init}
+        # the policy is named by its place in the signature, strategies by their class
+        if type(given).__name__ == "QLoRAPolicy":
+            return arguments
+        return {"class_path": _path(type(given)), "init_args": arguments}
+    if isinstance(given, functools.partial):
+        return {"class_path": _path(given.func), "init_args": {k: to_builtins(v) for k, v in given.keywords.items()}}
+    if isinstance(given, Mapping):
+        return {str(key): to_builtins(value) for key, value in given.items()}
+    if isinstance(given, list | tuple | set):
+        return [to_builtins(value) for value in given]
+    if given is None or isinstance(given, str | int | float | bool):
+        return given
+    return _path(given) if hasattr(given, "__qualname__") else repr(given)
+
+
+def _path(given: Any) -> str:
+    return f"{given.__module__}.{given.__qualname__}"
+
+
+class AdapterCheckpointIO(CheckpointIO):
+    """Writes each checkpoint whole or not at all, and a PEFT directory of the same name beside it.
+
+    Args:
+        inner: the strategy's own plugin.
+        export: writes the PEFT directory.
+    """
+
+    def __init__(self, inner: CheckpointIO, export: Callable[[Path], None]) -> None:
+        self.inner, self.export = inner, export
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write to a temporary name, then rename."""
+        if "://" in str(path):  # a remote store: its own writes are whole
+            self.inner.save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        self.inner.save_checkpoint(checkpoint, temporary, storage_options)
+        os.replace(temporary, path)
+        self.export(_beside(path))
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
+        """Load; nothing but tensors and builtins is ever in it."""
+        return self.inner.load_checkpoint(path, map_location, weights_only=True)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove both."""
+        self.inner.remove_checkpoint(path)
+        if "://" not in str(path):
+            shutil.rmtree(_beside(Path(path)), ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix == ".ckpt" else path.with_name(f"{path.name}-adapter")
+
+
+def save_adapter(model: Any, tokenizer: Any, directory: Path) -> None:
+    """A PEFT directory with the tokenizer, whole or not at all.
+
+    `AutoPeftModelForCausalLM.from_pretrained(directory)` and `pipeline("text-generation", model=directory)` load it.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
+        fresh = Path(scratch) / "new"
+        # the embeddings are frozen; "auto" would ask the hub whether the vocabulary grew
+        model.save_pretrained(fresh, selected_adapters=["default"], save_embedding_layers=False)
+        tokenizer.save_pretrained(fresh)
+        if directory.exists():
+            os.replace(directory, Path(scratch) / "old")
+        os.replace(fresh, directory)

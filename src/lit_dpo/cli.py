@@ -1,0 +1,54 @@
+"""The `lit-dpo` command. Its help is instant: Lightning, torch and transformers load when there is work for them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+_HELP = """usage: lit-dpo {fit,validate,test,predict} [--config FILE] [--key value ...]
+
+Direct Preference Optimization for PyTorch Lightning.
+
+commands:
+  fit         train a policy on preference pairs
+  validate    measure a policy on the validation pairs
+  test        measure a policy on the test pairs
+  predict     write the rewards and margins of each pair to a file
+
+options:
+  -h, --help  this text; `lit-dpo fit --help` lists the settings of fit
+  --version   print the version
+
+start here:
+  lit-dpo fit --config configs/quickstart.yaml       no network, no GPU, a few minutes
+  lit-dpo fit --config configs/quickstart.yaml --print_config
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run `lit-dpo`; tests call it with a list of arguments.
+
+    Exits with 1 after an error that the user can put right, printed without a traceback, and with 2 after a mistake in
+    the arguments.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    if not given or given[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return
+    if given[0] == "--version":
+        from lit_dpo import __version__
+
+        print(f"lit_dpo {__version__}")
+        return
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # so that `--model my_lab.Module` finds the project the user stands in
+    from lit_dpo.errors import LitDPOError
+
+    try:
+        from lit_dpo.lightning_cli import LitDPOCLI
+
+        LitDPOCLI(args=given)
+    except LitDPOError as error:
+        sys.stderr.write(f"lit-dpo: error: {error}\n")
+        raise SystemExit(1) from None

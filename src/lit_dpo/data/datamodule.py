@@ -1,0 +1,309 @@
+"""The Lightning data module for preference pairs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch.utils.data import DataLoader
+
+from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.encode import PairEncoder, Truncation
+from lit_dpo.data.formats import Preference, PreferenceFormat, Triples
+from lit_dpo.data.loader import PairDataset, PairLoader, loader_options
+from lit_dpo.data.sampler import PairSampler
+from lit_dpo.data.sources import load_pairs
+from lit_dpo.data.table import PairTable, encode_table
+from lit_dpo.errors import DataError, ResumeError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+
+
+class PreferenceDataModule(LightningDataModule):
+    """Preference pairs from files, the hub or `datasets`, encoded and batched.
+
+    Everything that can be wrong with the data is found in `prepare_data`, before weights are loaded or a run directory
+    is made: every row is read, checked and encoded there, once; the result is cached by content.
+
+    Args:
+        train: training pairs: a `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or `.parquet` file, a pattern, a list of them, a
+            hub data set as `organisation/name:split`, `lit-dpo/quickstart`, or a `datasets.Dataset`.
+        val: validation pairs, likewise. None: see `val_split`.
+        test: test pairs, likewise.
+        predict: pairs for `predict`, likewise. None: those of `test`, or else of `val`.
+        format: how a row becomes a preference: which columns, for instance.
+        tokenizer: a folder or hub id. None: the tokenizer of the module's policy.
+        max_length: most tokens of a prompt and one answer together. None: no limit.
+        max_prompt_length: most tokens of a prompt. None: no limit of its own.
+        truncation: what happens to longer pairs: `drop`, `truncate_prompt`, `truncate_response`, `truncate_both` or
+            `error`.
+        batch_size: pairs per device and step.
+        eval_batch_size: pairs per device and step outside of training. None: `batch_size`.
+        val_split: without `val`, this fraction of the training prompts is held out for validation, with all their
+            pairs. 0: no validation.
+        num_workers: processes that collate batches; encoding is done by then, so 0 is rarely slow.
+        seed: of the order of training pairs and of `val_split`.
+        chat_template_kwargs: more arguments for the tokenizer's chat template.
+
+    Example:
+        >>> from lit_dpo.data.datamodule import PreferenceDataModule
+        >>> from lit_dpo.data.formats import Triples
+        >>> data = PreferenceDataModule(train="pairs.jsonl", val_split=0.1, format=Triples(prompt="request"))
+    """
+
+    def __init__(
+        self,
+        train: str | list[str] | Dataset | None = None,
+        val: str | list[str] | Dataset | None = None,
+        test: str | list[str] | Dataset | None = None,
+        predict: str | list[str] | Dataset | None = None,
+        format: PreferenceFormat = Triples(),  # noqa: B008 - frozen
+        tokenizer: str | None = None,
+        max_length: int | None = 1024,
+        max_prompt_length: int | None = None,
+        truncation: Truncation = "drop",
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        val_split: float = 0.0,
+        num_workers: int = 0,
+        seed: int = 0,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= val_split < 1:
+            raise ValueError(f"Expected `val_split` in [0, 1) but got {val_split}.")
+        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if size is not None and size < 1:
+                raise ValueError(f"Expected `{name}` >= 1 but got {size}.")
+        self.sources = {"train": train, "val": val, "test": test, "predict": predict}
+        self.format = format
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length
+        self.truncation = truncation
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.val_split = val_split
+        self.num_workers = num_workers
+        self.seed = seed
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        self._tables: dict[str, PairTable | None] = {}
+        self._encoder: PairEncoder | None = None
+        self._train_loader: PairLoader | None = None
+        self._resume: Mapping[str, int] | None = None
+
+    # --- Lightning's hooks -----------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Load, check and encode what the run needs, on one process, which leaves it in the cache for the others.
+
+        Raises:
+            DataError: for whatever is wrong with the data, with file and row.
+        """
+        self.setup(str(self.trainer.state.fn.value) if self.trainer and self.trainer.state.fn else "fit")
+
+    def setup(self, stage: str) -> None:
+        """Have the tables of a stage (`fit`, `validate`, `test` or `predict`)."""
+        missing = [split for split in _SPLITS[stage] if split not in self._tables]
+        for split in missing:
+            self._build(split)
+        if missing and stage == "fit":
+            self._warn_of_leaks()
+
+    def train_dataloader(self) -> PairLoader:
+        """Shuffled batches, from the position of the checkpoint if one is resumed."""
+        table = self._table("train")
+        sampler = self._sampler(table, self.batch_size, shuffle=not getattr(self.trainer, "overfit_batches", 0))
+        self._train_loader = PairLoader(PairDataset(table), sampler=sampler, **loader_options(self.num_workers))
+        if self.trainer:
+            self._train_loader.load_position(*self._first_position(table))
+        return self._train_loader
+
+    def val_dataloader(self) -> DataLoader[PairBatch] | list[DataLoader[PairBatch]]:
+        """Batches in file order; no loader if there are no validation data."""
+        return self._eval_loader("val") if self._tables.get("val") else []
+
+    def test_dataloader(self) -> DataLoader[PairBatch]:
+        """Batches in file order."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[PairBatch]:
+        """Batches in file order."""
+        return self._eval_loader("predict")
+
+    def state_dict(self) -> dict[str, int]:
+        """Where training stands: the epoch, its consumed batches, and what these counts depend on."""
+        table, loader = self._tables.get("train"), self._train_loader
+        if self.trainer is None or table is None or loader is None:
+            return {}
+        in_hand = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        batches = loader.batches - (in_hand.ready - in_hand.processed)  # an exception saves in the middle of a step
+        finished = batches >= self.trainer.num_training_batches
+        epoch, batches = (loader.epoch + 1, 0) if finished else (loader.epoch, batches)
+        return {"epoch": epoch, "batches": batches, **self._order_facts(table)}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue training there; evaluation does not care."""
+        if self.trainer is None or self.trainer.state.fn == "fit":
+            self._resume = state_dict
+
+    # --- for reports -----------------------------------------------------------------------------------------------
+
+    def preference(self, split: str, row: int) -> Preference:
+        """The raw prompt and answers of a row number, as found in `batch.rows`, of a split (`train`, `val`, …)."""
+        return self._table(split).preference(row)
+
+    def prompts(self, split: str, limit: int) -> list[tuple[int, list[int], Preference]]:
+        """The first `limit` different prompts of a split: row number, token ids as trained on, raw preference."""
+        table = self._table(split)
+        first = np.sort(np.unique(table.prompt_keys, return_index=True)[1])[:limit]
+        ids = table.encoded.select_columns("prompt_ids")[table.rows[first].tolist()]["prompt_ids"]
+        return [
+            (row, prompt, table.preference(row)) for row, prompt in zip(table.rows[first].tolist(), ids, strict=True)
+        ]
+
+    # --- tables ----------------------------------------------------------------------------------------------------
+
+    def _table(self, split: str) -> PairTable:
+        table = self._tables.get(split)
+        if table is None:
+            raise DataError(f"Expected `{split}` data but there are none: set `--data.{split}`.")
+        return table
+
+    def _build(self, split: str) -> None:
+        if split == "train" or (split == "val" and self.sources["val"] is None and self.val_split):
+            self._tables |= self._build_train()
+        elif split == "predict":
+            self._tables["predict"] = self._build_predict()
+        else:
+            self._tables[split] = None if self.sources[split] is None else self._encode(split)
+
+    def _build_train(self) -> dict[str, PairTable | None]:
+        if self.sources["train"] is None:
+            raise DataError("Expected training data but `train` is not set: name a file with `--data.train`.")
+        table = self._encode("train")
+        if self.sources["val"] is not None or not self.val_split:
+            return {"train": table}
+        train, val = table.hold_out(self.val_split, self.seed)
+        rank_zero_info(f"train: {train.size} pairs; val: {val.size} pairs (val_split={self.val_split}, by prompt)")
+        return {"train": train, "val": val}
+
+    def _build_predict(self) -> PairTable:
+        split = next((name for name in ("predict", "test", "val") if self.sources[name] is not None), None)
+        if split is None:
+            raise DataError(
+                "Expected data to predict but none of `predict`, `test`, `val` is set: use `--data.predict`."
+            )
+        if split != "predict":
+            rank_zero_info(f"predict: no `predict` data are set, so those of `{split}` are used")
+        return self._encode(split)
+
+    def _encode(self, split: str) -> PairTable:
+        source = self.sources[split]
+        assert source is not None
+        table = encode_table(load_pairs(source, self.format.columns, stage=split), self.format, self._get_encoder())
+        _report(split, table, self.truncation)
+        return table
+
+    def _get_encoder(self) -> PairEncoder:
+        if self._encoder is None:
+            self._encoder = PairEncoder(
+                self._load_tokenizer(),
+                max_length=self.max_length,
+                max_prompt_length=self.max_prompt_length,
+                truncation=self.truncation,
+                chat_template_kwargs=self.chat_template_kwargs,
+            )
+        return self._encoder
+
+    def _load_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            policy = getattr(self.trainer and self.trainer.lightning_module, "policy", None)
+            if policy is None:
+                raise DataError("Expected `tokenizer` to be set, because there is no module whose policy has one.")
+            return policy.load_tokenizer()
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.tokenizer)
+        except (OSError, ValueError) as error:
+            raise DataError(f"Expected a tokenizer at `{self.tokenizer}` but it cannot be loaded: {error}") from error
+
+    def _warn_of_leaks(self) -> None:
+        train, val = self._table("train"), self._tables.get("val")
+        if val is None:
+            return
+        leaked = np.isin(val.prompt_keys, train.prompt_keys).sum()
+        if leaked:
+            _warn(f"val: {leaked} of {val.size} pairs have a prompt that is in train too; validation looks too good")
+
+    # --- loaders ---------------------------------------------------------------------------------------------------
+
+    def _sampler(self, table: PairTable, batch_size: int, *, shuffle: bool) -> PairSampler:
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return PairSampler(table.lengths, batch_size, seed=self.seed, shuffle=shuffle, rank=rank, num_replicas=ranks)
+
+    def _eval_loader(self, split: str) -> DataLoader[PairBatch]:
+        table = self._table(split)
+        sampler = self._sampler(table, self.eval_batch_size, shuffle=False)
+        return DataLoader(PairDataset(table), sampler=sampler, **loader_options(self.num_workers))
+
+    # --- position --------------------------------------------------------------------------------------------------
+
+    def _first_position(self, table: PairTable) -> tuple[int, int]:
+        """Epoch and batches to start from."""
+        assert self.trainer is not None
+        state, self._resume = self._resume, None
+        if state is None:
+            return self.trainer.fit_loop.epoch_progress.current.processed, 0
+        if state["batches"] and not self.trainer.fit_loop.restarting:
+            return state["epoch"] + 1, 0  # the epoch was cut short (early stopping, `max_time`): Lightning starts anew
+        self._check_resume(state, table)
+        return state["epoch"], state["batches"]
+
+    def _order_facts(self, table: PairTable) -> dict[str, int]:
+        assert self.trainer is not None
+        return {
+            "pairs": table.size,
+            "batch_size": self.batch_size,
+            "ranks": self.trainer.world_size,
+            "seed": self.seed,
+        }
+
+    def _check_resume(self, state: Mapping[str, int], table: PairTable) -> None:
+        """In the middle of an epoch "the remaining batches" means something only for the same batches."""
+        now = self._order_facts(table)
+        changed = [f"{name} {state[name]} -> {value}" for name, value in now.items() if state.get(name) != value]
+        if state["batches"] and changed:
+            raise ResumeError(
+                f"The checkpoint stopped after batch {state['batches']} of epoch {state['epoch']}, and the batches are "
+                f"others now: {', '.join(changed)}. Restore these settings, or resume from the end of an epoch."
+            )
+
+
+def _report(split: str, table: PairTable, truncation: str) -> None:
+    """One line for dropped pairs, one for pairs that cannot teach anything."""
+    if table.dropped:
+        reasons = "; ".join(
+            f"{count} {reason}" if len(table.dropped) > 1 else reason for reason, count in table.dropped.most_common()
+        )
+        line = f"{table.total - table.size} of {table.total} pairs dropped: {reasons} (truncation={truncation})"
+        if table.size == 0:
+            raise DataError(f"{split}: no pairs are left, {line}. Raise `max_length` or set another `truncation`.")
+        rank_zero_info(f"{split}: {line}")
+    if table.identical:
+        _warn(f"{split}: {table.identical} of {table.size} pairs have two equal answers; kept, but they teach nothing")
+
+
+@rank_zero_only
+def _warn(message: str) -> None:
+    log.warning(message)

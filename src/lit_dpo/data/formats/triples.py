@@ -1,0 +1,124 @@
+"""Three columns: prompt, chosen, rejected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lit_dpo.data.formats.base import Message, Preference, PreferenceFormat
+from lit_dpo.errors import DataError
+
+
+@dataclass(frozen=True)
+class Triples(PreferenceFormat):
+    """Rows with a prompt and two answers: three texts, or three lists of messages `{"role": …, "content": …}`.
+
+    Args:
+        prompt: name of the column that holds the prompt.
+        chosen: name of the column that holds the preferred answer, without the prompt.
+        rejected: name of the column that holds the other answer, without the prompt.
+
+    Example:
+        >>> from lit_dpo.data.formats import Triples
+        >>> Triples(prompt="request").read({"request": "2 + 2?", "chosen": " 4", "rejected": " 5"})
+        Preference(prompt='2 + 2?', chosen=' 4', rejected=' 5')
+    """
+
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+
+    def __post_init__(self) -> None:
+        """Check the names.
+
+        Raises:
+            ValueError: if two of the three parts would be read from the same column.
+        """
+        if len(set(self.columns)) < 3:
+            raise ValueError(f"Expected three different column names but got {self.columns}.")
+
+    @property
+    def columns(self) -> tuple[str, str, str]:
+        """The three column names."""
+        return self.prompt, self.chosen, self.rejected
+
+    def read(self, row: Mapping[str, Any]) -> Preference:
+        """The row's three cells.
+
+        Raises:
+            DataError: for a missing cell, an empty prompt or answer, text beside messages, a message without role or
+                content, an answer in which the assistant says nothing, or one that repeats the conversation.
+        """
+        kinds = {name: _kind(name, row.get(name)) for name in self.columns}
+        if len(set(kinds.values())) > 1:
+            found = ", ".join(f"`{name}` is {kind}" for name, kind in kinds.items())
+            raise DataError(f"Expected three texts or three lists of messages but {found}.{_hint(row, kinds)}")
+        if "text" in kinds.values():
+            _check_texts(row, self.columns)
+            return Preference(*(row[name] for name in self.columns))
+        prompt, chosen, rejected = (_messages(name, row[name]) for name in self.columns)
+        _check_answer(self.chosen, chosen)
+        _check_answer(self.rejected, rejected)
+        return Preference(prompt, chosen, rejected)
+
+
+def _kind(name: str, cell: Any) -> str:
+    """`"text"` or `"messages"`."""
+    if isinstance(cell, str):
+        return "text"
+    if isinstance(cell, list):
+        return "messages"
+    came = "nothing (null)" if cell is None else f"{type(cell).__name__} {_short(cell)}"
+    raise DataError(f"Expected text or a list of messages in `{name}` but got {came}.")
+
+
+def _check_texts(row: Mapping[str, Any], columns: tuple[str, str, str]) -> None:
+    prompt, *answers = columns
+    if not row[prompt]:
+        raise DataError(f"Expected text in `{prompt}` but it is empty.")
+    for name in answers:
+        if not row[name].strip():
+            raise DataError(f"Expected an answer in `{name}` but got {row[name]!r}.")
+
+
+def _messages(name: str, cell: list[Any]) -> list[Message]:
+    """The cell's messages, without the keys that Arrow fills with null because another row has them."""
+    if not cell:
+        raise DataError(f"Expected at least one message in `{name}` but the list is empty.")
+    for number, message in enumerate(cell):
+        where = f"message {number} of `{name}`"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise DataError(f"Expected a `role` and a `content` in {where} but got {_short(message)}.")
+        calls = message["content"] is None and message.get("tool_calls")
+        if not (isinstance(message["content"], str) or calls):
+            raise DataError(f"Expected text as the `content` of {where} but got {_short(message['content'])}.")
+    return [{key: value for key, value in message.items() if value is not None} for message in cell]
+
+
+def _check_answer(name: str, messages: list[Message]) -> None:
+    others = [message["role"] for message in messages if message["role"] in ("system", "user")]
+    if others:
+        raise DataError(
+            f"Expected only the answer in `{name}` but it holds a conversation with a {others[0]} message. "
+            "Put the messages before the answer in the prompt column."
+        )
+    if not any(_says_something(message) for message in messages if message["role"] == "assistant"):
+        raise DataError(f"Expected an assistant message with text in `{name}` but got {_short(messages)}.")
+
+
+def _says_something(message: Message) -> bool:
+    return bool(message.get("content", "").strip() or message.get("tool_calls"))
+
+
+def _hint(row: Mapping[str, Any], kinds: Mapping[str, str]) -> str:
+    """What to do where a text prompt stands beside whole conversations, a layout that many data sets have."""
+    for name, kind in kinds.items():
+        if kind == "messages" and any(isinstance(m, dict) and m.get("role") == "user" for m in row[name]):
+            return f" `{name}` holds a whole conversation: put all but the answer in the prompt, as messages."
+    return ""
+
+
+def _short(value: Any, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

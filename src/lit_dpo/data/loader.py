@@ -1,0 +1,77 @@
+"""Loaders of pair batches; the training one knows where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.sampler import PairSampler
+from lit_dpo.data.table import PairTable
+
+
+class PairDataset(Dataset[PairBatch]):
+    """A `PairTable` for a `DataLoader` with `batch_size=None`: an index is the list of pairs of one batch."""
+
+    def __init__(self, table: PairTable) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return self.table.size
+
+    def __getitem__(self, indices: Sequence[int]) -> PairBatch:
+        return self.table.batch(indices)
+
+
+class PairLoader(DataLoader[PairBatch]):
+    """Training batches, pass after pass, counted as they are handed over.
+
+    A pass that follows one that has begun is the next epoch. The counts are the loader's own, because the trainer's are
+    not those of the data: after a stop at `max_steps` Lightning calls the rest of an epoch the next one.
+
+    Attributes:
+        epoch: the data's epoch, which decides the order.
+        batches: batches of it that were handed over.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+    _begun: bool = False
+
+    def load_position(self, epoch: int, batches: int) -> None:
+        """Let the first pass be `epoch` without its first `batches` batches."""
+        self.epoch, self.batches, self._begun = epoch, batches, False
+
+    def __iter__(self) -> Iterator[PairBatch]:  # type: ignore[override]
+        """The batches of the next pass; nothing happens before the first is asked for."""
+        if self._begun:
+            self.load_position(self.epoch + 1, 0)
+        self._begun = True
+        assert isinstance(self.sampler, PairSampler)
+        self.sampler.load_position(self.epoch, self.batches)
+        for batch in super().__iter__():
+            self.batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: that it is there tells Lightning that the loader resumes.
+
+        The position is in the data module's state, because Lightning gives a loader its own back only within an epoch.
+        """
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: see `state_dict`."""
+
+
+def loader_options(num_workers: int) -> dict[str, Any]:
+    """What all loaders of pairs have in common."""
+    return {
+        "batch_size": None,
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+    }

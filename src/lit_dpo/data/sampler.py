@@ -1,0 +1,107 @@
+"""The order of pairs: a function of seed and epoch, cut into batches, shared by ranks, resumable at any batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DistributedSampler, SequentialSampler
+
+
+class PairSampler(DistributedSampler[Any], SequentialSampler):
+    """Yields the row indices of one batch of this rank at a time: use it as `sampler` with `batch_size=None`.
+
+    Training (`shuffle=True`): a new permutation per epoch. It is cut into runs of `bucket` global batches that are
+    sorted by length, so that batches, and the ranks' shares of one batch, hold pairs of similar length; then the
+    batches are shuffled. A shorter last batch is shared as evenly as possible. If it has fewer rows than there are
+    ranks, those rows (others in each epoch) sit the epoch out, because every rank must make the same number of steps.
+
+    Evaluation (`shuffle=False`): file order, every row exactly once over all ranks, none twice.
+
+    It is a `DistributedSampler`, and a `SequentialSampler` for `overfit_batches`, so that Lightning puts none of its own
+    in its place and calls `set_epoch`.
+
+    Args:
+        lengths: tokens per pair; only their order matters.
+        batch_size: pairs per rank and batch.
+        seed: the order is a function of this and the epoch; nothing else draws from it.
+        shuffle: training order (True) or evaluation order.
+        rank: which share to yield.
+        num_replicas: number of ranks.
+        bucket: global batches per sorted run; 0 does not sort.
+
+    Raises:
+        ValueError: for a batch size below 1, or for training with fewer rows than ranks.
+
+    Example:
+        >>> from lit_dpo.data.sampler import PairSampler
+        >>> list(PairSampler([10, 40, 20, 30, 50], batch_size=2, shuffle=False))
+        [[0, 1], [2, 3], [4]]
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | NDArray[Any],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        num_replicas: int = 1,
+        bucket: int = 50,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"Expected `batch_size` >= 1 but got {batch_size}.")
+        if shuffle and len(lengths) < num_replicas:
+            raise ValueError(f"Expected at least one pair per rank but got {len(lengths)} for {num_replicas} ranks.")
+        self.lengths = np.asarray(lengths)
+        super().__init__(self.lengths, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
+        self.batch_size = batch_size
+        self.bucket = bucket
+        self.start_batch = 0
+
+    @property
+    def global_batch_size(self) -> int:
+        """Pairs per batch over all ranks."""
+        return self.batch_size * self.num_replicas
+
+    def __len__(self) -> int:
+        """Batches of this rank in a whole epoch, wherever the next pass starts."""
+        full, tail = divmod(len(self.lengths), self.global_batch_size)
+        return full + (tail >= self.num_replicas if self.shuffle else tail > self.rank)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """The batches of this epoch, from the loaded position on."""
+        order = self._order()
+        for batch in range(self.start_batch, len(self)):
+            rows = order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size]
+            yield rows[self.rank :: self.num_replicas].tolist()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; another one than the present starts at its first batch."""
+        if epoch != self.epoch:
+            self.load_position(epoch, 0)
+
+    def load_position(self, epoch: int, batches: int) -> None:
+        """Continue in `epoch` after `batches` batches of this rank."""
+        self.epoch, self.start_batch = epoch, batches
+
+    def _order(self) -> NDArray[np.int64]:
+        """All rows in the order of the present epoch, the same on every rank."""
+        rows = len(self.lengths)
+        if not self.shuffle:
+            return np.arange(rows)
+        random = np.random.Generator(np.random.PCG64([self.seed, self.epoch]))
+        permutation = random.permutation(rows)
+        # The shorter last batch stays out of the sorting: it would always hold the longest pairs.
+        full = rows // self.global_batch_size * self.global_batch_size
+        batches = self._sort_runs(permutation[:full]).reshape(-1, self.global_batch_size)
+        return np.concatenate([batches[random.permutation(len(batches))].ravel(), permutation[full:]])
+
+    def _sort_runs(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        if not self.bucket:
+            return rows
+        runs = np.arange(len(rows)) // (self.bucket * self.global_batch_size)
+        return rows[np.lexsort((self.lengths[rows], runs))]

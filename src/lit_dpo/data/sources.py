@@ -1,0 +1,234 @@
+"""Where preferences come from: local files, the Hugging Face hub, or a `datasets.Dataset`."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import glob
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lit_dpo.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+QUICKSTART = "lit-dpo/quickstart"
+
+_LOADERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".jsonl.gz": "json",
+    ".json.gz": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+
+
+class PairSource(NamedTuple):
+    """Rows that came from one place.
+
+    Attributes:
+        name: what errors call it: a file's path, a hub id with its split.
+        rows: the rows, with the columns that were asked for.
+    """
+
+    name: str
+    rows: Dataset
+
+
+def load_pairs(
+    source: str | Sequence[str] | Dataset, columns: Sequence[str], *, stage: str = "train"
+) -> list[PairSource]:
+    """Load preference rows, one `PairSource` per file, so that whatever is wrong can be named with file and row.
+
+    Args:
+        source: one of
+            a `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or `.parquet` file, a pattern (`data/*.jsonl`), or a list of them;
+            `organisation/name:split`, a data set of the Hugging Face hub (or a folder that `datasets` can load);
+            `lit-dpo/quickstart`, the built-in data;
+            a `datasets.Dataset`.
+        columns: the columns that are needed; others are left out.
+        stage: `train`, `val`, `test` or `predict`: which part of the built-in data.
+
+    Raises:
+        DataError: for a file that does not exist, is empty or cannot be parsed (with the line), a column that is not
+            there (with those that are), a split that has to be chosen (with those there are).
+    """
+    if not isinstance(source, str) and hasattr(source, "column_names"):
+        return [_checked(PairSource("the `datasets.Dataset` given", source), columns)]
+    names = [source] if isinstance(source, str) else list(source)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise DataError(f"Expected a file, a list of files, a hub id or a `datasets.Dataset` but got {source!r}.")
+    found = [item for name in names for item in _load(name, stage)]
+    return [_checked(item, columns) for item in found]
+
+
+def _load(name: str, stage: str) -> Iterator[PairSource]:
+    if name == QUICKSTART:
+        from lit_dpo.quickstart import quickstart_directory
+
+        name = str(quickstart_directory() / ("train.jsonl" if stage == "train" else "val.jsonl"))
+    path = Path(name).expanduser()
+    if _suffix(path) is None and not path.is_file():
+        yield _load_named(name)
+        return
+    for file in _files(path):
+        yield PairSource(str(file), _load_file(file))
+
+
+# --- local files -----------------------------------------------------------------------------------------------------
+
+
+def _suffix(path: Path) -> str | None:
+    """The known suffix that a path ends in, the longest first."""
+    name = path.name.lower()
+    return next((suffix for suffix in sorted(_LOADERS, key=len, reverse=True) if name.endswith(suffix)), None)
+
+
+def _files(path: Path) -> list[Path]:
+    """The files that a path or pattern stands for, sorted."""
+    if path.is_file():
+        return [path]
+    matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+    if matches:
+        return matches
+    raise DataError(f"File not found: `{path.absolute()}`.{_similar(path.absolute())}")
+
+
+def _similar(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f" There is no folder `{folder}` either."
+    names = sorted(file.name for file in folder.iterdir() if file.is_file() and _suffix(file))
+    close = difflib.get_close_matches(path.name, names, n=5, cutoff=0.4) or names[:5]
+    return f" Similar files there: {_quoted(close)}." if close else " That folder has no data files."
+
+
+def _load_file(path: Path) -> Dataset:
+    from datasets import load_dataset
+
+    suffix = _suffix(path)
+    if suffix is None:
+        known = ", ".join(f"`{suffix}`" for suffix in _LOADERS)
+        raise DataError(f"Expected a file that ends in one of {known} but got `{path}`.")
+    if path.stat().st_size == 0:
+        raise DataError(f"`{path}` is empty.")
+    options = _csv_options(path) if suffix == ".csv" else {}
+    try:
+        rows = load_dataset(_LOADERS[suffix], data_files=glob.escape(str(path)), split="train", **options)
+    except Exception as error:  # `datasets` wraps whatever its readers raise, and leaks StopIteration for empty files
+        raise DataError(f"`{path}` cannot be read: {_diagnosis(path, suffix, error)}") from error
+    if len(rows) == 0:
+        raise DataError(f"`{path}` has no rows.")
+    return rows
+
+
+def _csv_options(path: Path) -> dict[str, Any]:
+    """Every cell is text: an answer may be `None`, `NA` or `42`, which pandas would turn into other things."""
+    from datasets import Features, Value
+
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        header = next(csv.reader(file), [])
+    return {"keep_default_na": False, "features": Features({name: Value("string") for name in header})}
+
+
+def _diagnosis(path: Path, suffix: str, error: Exception) -> str:
+    """What is wrong, with the line where it can be found."""
+    if _LOADERS[suffix] == "json":
+        found = _bad_json_document(path) if suffix.startswith(".json") and "l" not in suffix else _bad_json_line(path)
+        if found:
+            return found
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {cause}".rstrip(": ")
+
+
+def _bad_json_line(path: Path) -> str | None:
+    """The first line that is no JSON object; None if all are."""
+    empty = True
+    with _open(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            empty = False
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                return f"line {number} is no JSON: {error}"
+            if not isinstance(value, dict):
+                return f"line {number}: expected an object {{…}} but got {type(value).__name__}"
+    return "it has no rows" if empty else None
+
+
+def _bad_json_document(path: Path) -> str | None:
+    """The first error of a `.json` file: one list of objects, or one object per line."""
+    with _open(path) as file:
+        text = file.read()
+    if text.lstrip()[:1] != "[":
+        return _bad_json_line(path)
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        return f"line {error.lineno} is no JSON: {error.msg}"
+    wrong = next((number for number, row in enumerate(rows) if not isinstance(row, dict)), None)
+    if wrong is not None:
+        return f"row {wrong}: expected an object {{…}} but got {type(rows[wrong]).__name__}"
+    return None if rows else "it has no rows"
+
+
+def _open(path: Path) -> Any:
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8", errors="replace")
+
+
+# --- hub and folders -------------------------------------------------------------------------------------------------
+
+
+def _load_named(name: str) -> PairSource:
+    """A hub data set or a folder: `id:split`."""
+    from datasets import get_dataset_split_names, load_dataset
+
+    path, _, split = name.partition(":")
+    _refuse_paths(name, path)
+    try:
+        splits = [split] if split else get_dataset_split_names(path)
+        if len(splits) == 1:
+            return PairSource(f"{path}:{splits[0]}", load_dataset(path, split=splits[0]))
+    except Exception as error:  # hub, network and builder errors have no common base
+        raise DataError(
+            f"`{name}` cannot be loaded: no local file with a known suffix, and `datasets` says: {error}"
+        ) from error
+    raise DataError(f"Expected a split, such as `{path}:{splits[0]}`; `{path}` has {', '.join(splits)}.")
+
+
+def _refuse_paths(name: str, path: str) -> None:
+    """A path that does not exist is never looked up on the hub."""
+    looks_like_path = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_like_path and not Path(path).expanduser().is_dir():
+        raise DataError(f"File not found: `{Path(name).expanduser().absolute()}`.")
+
+
+# --- columns ---------------------------------------------------------------------------------------------------------
+
+
+def _checked(source: PairSource, columns: Sequence[str]) -> PairSource:
+    """The source with the needed columns alone."""
+    there = getattr(source.rows, "column_names", None)
+    if not isinstance(there, list):
+        raise DataError(f"Expected rows but {source.name} is a {type(source.rows).__name__}; choose one of its splits.")
+    missing = [name for name in columns if name not in there]
+    if missing:
+        raise DataError(
+            f"{source.name}: expected the columns {_quoted(columns)} but {_quoted(missing)} is missing; it has "
+            f"{_quoted(there)}. Name the columns with the format's options, such as `--data.format.prompt {there[0]}`."
+        )
+    if len(source.rows) == 0:
+        raise DataError(f"{source.name} has no rows.")
+    return source._replace(rows=source.rows.select_columns(list(columns)))
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

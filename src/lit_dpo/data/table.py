@@ -1,0 +1,173 @@
+"""One split of encoded pairs: an Arrow table with a row for every row of the sources, and the rows that are used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
+from lit_dpo.data.encode import Dropped, PairEncoder
+from lit_dpo.data.formats.base import Preference, PreferenceFormat
+from lit_dpo.data.sources import PairSource
+from lit_dpo.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+class PairTable(NamedTuple):
+    """Encoded pairs, fetched by lists of indices: `table[[3, 0]]` is a `PairBatch` of two.
+
+    Row numbers (`batch.rows`, the argument of `preference`) count the rows of all files of the split, one after
+    another, dropped ones too, from 0. Indices count the used rows.
+
+    Attributes:
+        sources: the raw rows.
+        format: reads a raw row.
+        encoded: token ids and facts, one row per raw row; a dropped row has no ids.
+        rows: `(N,)` row numbers of the pairs that are used, ascending.
+    """
+
+    sources: list[PairSource]
+    format: PreferenceFormat
+    encoded: Dataset
+    rows: NDArray[np.int64]
+
+    @property
+    def size(self) -> int:
+        """Pairs that are used, `N`."""
+        return len(self.rows)
+
+    @property
+    def total(self) -> int:
+        """Rows of the sources, dropped ones too."""
+        return len(self.encoded)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """`(N,)` tokens per pair: prompt, chosen, rejected."""
+        return self._facts("length")[self.rows]
+
+    @property
+    def prompt_keys(self) -> NDArray[np.int64]:
+        """`(N,)` equal for equal prompts."""
+        return self._facts("prompt_key")[self.rows]
+
+    @property
+    def identical(self) -> int:
+        """Pairs whose two answers are the same."""
+        return int(self._facts("identical")[self.rows].sum())
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """How many rows were dropped, by reason."""
+        return Counter(reason for reason in self.encoded.select_columns("dropped")[:]["dropped"] if reason)
+
+    def batch(self, indices: Sequence[int]) -> PairBatch:
+        """The pairs at these indices, in one row."""
+        rows = self.rows[list(indices)].tolist()
+        columns = self.encoded[rows]
+        return collate_pairs([EncodedPair(*ids) for ids in zip(*(columns[name] for name in _IDS), strict=True)], rows)
+
+    def preference(self, row: int) -> Preference:
+        """The raw preference of a row number."""
+        starts = np.cumsum([0, *(len(source.rows) for source in self.sources)]).tolist()
+        if not 0 <= row < starts[-1]:
+            raise IndexError(f"Expected a row in [0, {starts[-1]}) but got {row}.")
+        number = bisect_right(starts, row) - 1
+        return self.format.read(self.sources[number].rows[row - starts[number]])
+
+    def hold_out(self, fraction: float, seed: int) -> tuple[PairTable, PairTable]:
+        """Two tables with no prompt in common; the second has a fraction of the prompts, at least one.
+
+        Raises:
+            DataError: if there are fewer than two prompts.
+        """
+        keys = self.prompt_keys
+        prompts = np.unique(keys)
+        if len(prompts) < 2:
+            raise DataError(
+                f"Expected at least two different prompts for `val_split={fraction}` but got {len(prompts)}."
+            )
+        count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
+        held = np.isin(keys, np.random.Generator(np.random.PCG64(seed)).permutation(prompts)[:count])
+        return self._replace(rows=self.rows[~held]), self._replace(rows=self.rows[held])
+
+    def _facts(self, name: str) -> NDArray[np.int64]:
+        values: NDArray[np.int64] = self.encoded.select_columns(name).with_format("numpy")[:][name]
+        return values
+
+
+def encode_table(sources: Sequence[PairSource], format: PreferenceFormat, encoder: PairEncoder) -> PairTable:
+    """Read, check and encode every row; files that `datasets` has on disk are encoded once and then memory-mapped.
+
+    Raises:
+        DataError: for the first row that cannot be used, with its file and number (from 0).
+    """
+    from datasets import concatenate_datasets
+
+    encoded = concatenate_datasets([_encode_source(source, format, encoder) for source in sources])
+    table = PairTable(list(sources), format, encoded, np.arange(len(encoded)))
+    return table._replace(rows=np.flatnonzero(table._facts("length")))
+
+
+def _encode_source(source: PairSource, format: PreferenceFormat, encoder: PairEncoder) -> Dataset:
+    from datasets import Features, List, Value
+
+    ids = List(Value("int32"))
+    facts = {"length": Value("int32"), "prompt_key": Value("int64"), "identical": Value("bool")}
+    key = [source.rows._fingerprint, encoder.fingerprint, type(format).__module__, repr(format)]
+    return source.rows.map(
+        lambda columns, numbers: _encode_rows(source.name, columns, numbers, format, encoder),
+        batched=True,
+        with_indices=True,
+        remove_columns=source.rows.column_names,
+        features=Features({**dict.fromkeys(_IDS, ids), **facts, "dropped": Value("string")}),
+        new_fingerprint=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
+        desc=f"Encoding {source.name}",
+    )
+
+
+def _encode_rows(
+    name: str, columns: dict[str, list[Any]], numbers: list[int], format: PreferenceFormat, encoder: PairEncoder
+) -> dict[str, list[Any]]:
+    preferences = [_read(name, number, format, columns, place) for place, number in enumerate(numbers)]
+    try:
+        results = encoder(preferences)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+    for number, result in zip(numbers, results, strict=True):
+        if isinstance(result, Dropped) and result.fatal:
+            raise DataError(f"{name}, row {number}: {result.reason}.")
+    pairs = [EncodedPair([], [], []) if isinstance(result, Dropped) else result for result in results]
+    return {
+        "prompt_ids": [pair.prompt for pair in pairs],
+        "chosen_ids": [pair.chosen for pair in pairs],
+        "rejected_ids": [pair.rejected for pair in pairs],
+        "length": [sum(map(len, pair)) for pair in pairs],
+        "prompt_key": [_key(preference.prompt) for preference in preferences],
+        "identical": [preference.chosen == preference.rejected for preference in preferences],
+        "dropped": [result.reason if isinstance(result, Dropped) else "" for result in results],
+    }
+
+
+def _read(name: str, number: int, format: PreferenceFormat, columns: dict[str, list[Any]], place: int) -> Preference:
+    try:
+        return format.read({column: cells[place] for column, cells in columns.items()})
+    except DataError as error:
+        raise DataError(f"{name}, row {number}: {error}") from None
+
+
+def _key(prompt: Any) -> int:
+    """64 bits of a hash: among ten million prompts two different ones meet with a probability of 3e-6."""
+    digest = hashlib.blake2b(json.dumps(prompt, sort_keys=True, default=str).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

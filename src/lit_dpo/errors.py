@@ -1,0 +1,27 @@
+"""Errors that say what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+
+class LitDPOError(Exception):
+    """Something the user can put right. The command line prints it without a traceback and exits with 1."""
+
+
+class DataError(LitDPOError, ValueError):
+    """Preference data that cannot be used: names the file, the row and the field."""
+
+
+class PolicyError(LitDPOError, ValueError):
+    """A model, adapter or quantisation that cannot be loaded as asked."""
+
+
+class TrainingError(LitDPOError, RuntimeError):
+    """A run that would compute something else than what was asked for."""
+
+
+class ResumeError(LitDPOError, RuntimeError):
+    """A checkpoint that does not continue the run it is given to."""
+
+
+class UnsupportedAttentionError(LitDPOError, NotImplementedError):
+    """An attention argument that the pair attention does not implement, and will not ignore."""

@@ -1,0 +1,80 @@
+"""The LightningCLI behind `lit-dpo`. Imported only when a command runs: Lightning's CLI takes seconds to load."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lit_dpo.data.datamodule import PreferenceDataModule
+from lit_dpo.errors import LitDPOError
+from lit_dpo.module import DPOModule
+
+_LOGGER = {
+    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+    # `default_hp_metric` would log -1 before anything was measured
+    "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
+}
+
+
+class LitDPOCLI(LightningCLI):
+    """`DPOModule` and `PreferenceDataModule`, or any subclass of them by class path, under Lightning's CLI.
+
+    Args:
+        args: the command line, without the program's name.
+    """
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        logging.getLogger("lit_dpo").setLevel(logging.INFO)
+        super().__init__(
+            DPOModule,
+            PreferenceDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            args=args,
+            parser_kwargs={"prog": "lit-dpo"},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Defaults: our module and data, and run directories with versions."""
+        parser.set_defaults(
+            {
+                "model": {"class_path": "lit_dpo.module.DPOModule"},
+                "data": {"class_path": "lit_dpo.data.datamodule.PreferenceDataModule"},
+                "trainer.logger": _LOGGER,
+            }
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: upstream parses the checkpoint's hyper-parameters over what was typed.
+
+        What was typed holds; where it contradicts the checkpoint, loading it stops (`lit_dpo.checkpoint.compare`).
+        """
+
+    def instantiate_classes(self) -> None:
+        """Build everything; a value that a class refuses is a mistake in the arguments, not a crash."""
+        try:
+            super().instantiate_classes()
+        except LitDPOError:
+            raise
+        except ValueError as error:
+            sys.stderr.write(f"lit-dpo: error: {error}\n")
+            raise SystemExit(2) from None
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """A Rich progress bar unless there is another or none is wanted."""
+        config = self.config_init[self.config_init["subcommand"]]["trainer"]
+        callbacks = config.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if config.get("logger") is False:
+            self.save_config_callback = None  # there is no run directory to keep it in
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            kwargs["callbacks"] = [*callbacks, RichProgressBar()]
+        return super().instantiate_trainer(**kwargs)

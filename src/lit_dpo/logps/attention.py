@@ -1,0 +1,276 @@
+"""The pair attention: exact attention over one flat row of `prompt | chosen | rejected` per pair.
+
+Per pair it is two causal attentions, aligned bottom-right: `prompt + chosen` on itself, and `rejected` on
+`prompt + rejected`, whose prompt keys and values are gathered, not recomputed. It is registered with
+`transformers.AttentionInterface` under `PAIR_ATTENTION`, so every model that uses the interface has it. What it does not
+implement it refuses: an ignored `softcap` or attention sink is wrong numbers, and random tiny models do not show it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from lit_dpo.errors import UnsupportedAttentionError
+from lit_dpo.logps.layouts import Segment
+
+PAIR_ATTENTION = "lit_dpo_pairs"
+
+# Arguments that models pass along and that do not change what attention computes here.
+_HARMLESS = {
+    "position_ids",
+    "use_cache",
+    "cache_position",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "position_embeddings",
+}
+
+
+class PairLayout:
+    """The flat row as attention sees it; made once per forward and shared by all layers.
+
+    Args:
+        pairs: the pairs' places in the row.
+        device: where the indices live.
+    """
+
+    def __init__(self, pairs: list[Segment], device: torch.device) -> None:
+        self.pairs = pairs
+        self.device = device
+        self._masks: dict[tuple[int, int, int | None], Tensor | None] = {}
+        self._varlen: tuple[Tensor, Tensor, Tensor, int, int] | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest `prompt + completion`."""
+        return max(s.prompt + max(s.chosen, s.rejected) for s in self.pairs)
+
+    def mask(self, queries: int, keys: int, window: int | None) -> Tensor | None:
+        """`(queries, keys)` boolean mask, causal from the bottom right; None where plain causal attention is the same."""
+        if window is not None and window >= keys:
+            window = None
+        if window is None and queries == keys:
+            return None
+        if (found := self._masks.get((queries, keys, window))) is None:
+            ones = torch.ones(queries, keys, dtype=torch.bool, device=self.device)
+            found = ones.tril(keys - queries)
+            if window is not None:
+                found &= ones.triu(keys - queries - window + 1)
+            self._masks[queries, keys, window] = found
+        return found
+
+    def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """Key gather index, cumulative query and key lengths, and the longest of each, for `varlen_attn`."""
+        if self._varlen is None:
+            gather, query_lengths, key_lengths = [], [], []
+            for s in self.pairs:
+                answer = s.start + s.prompt + s.chosen
+                gather += [torch.arange(s.start, answer), torch.arange(s.start, s.start + s.prompt)]
+                gather += [torch.arange(answer, answer + s.rejected)]
+                query_lengths += [s.prompt + s.chosen, s.rejected]
+                key_lengths += [s.prompt + s.chosen, s.prompt + s.rejected]
+            cumulative = [
+                torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(self.device, non_blocking=True)
+                for lengths in (query_lengths, key_lengths)
+            ]
+            index = torch.cat(gather).to(self.device, non_blocking=True)
+            self._varlen = (index, *cumulative, max(query_lengths), max(key_lengths))  # type: ignore[assignment]
+        assert self._varlen is not None
+        return self._varlen
+
+
+def pair_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    pair_layout: PairLayout | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attend within pairs.
+
+    Args:
+        module: the attention layer.
+        query: `(1, heads, T, d)`.
+        key: `(1, key heads, T, d)`.
+        value: `(1, key heads, T, d_v)`.
+        attention_mask: expected None: the layout says who sees whom.
+        pair_layout: the row's layout.
+        scaling: of the scores; `d ** -0.5` if None.
+        dropout: expected 0: a policy and a reference with different masks do not compare.
+        sliding_window: tokens that a query sees, itself included; None for all.
+        softcap: scores become `softcap · tanh(scores / softcap)`.
+        others: refused unless known not to matter.
+
+    Returns:
+        `(1, T, heads, d_v)` and None for the attention weights.
+
+    Raises:
+        UnsupportedAttentionError: for an argument that changes the mathematics and is not implemented.
+    """
+    if pair_layout is None:
+        raise UnsupportedAttentionError(
+            f"Expected a pair layout but the model was called without one. Generate or score plain rows inside "
+            f"`with plain_attention(model):`; `{PAIR_ATTENTION}` only reads rows of pairs."
+        )
+    refused = [name for name, given in others.items() if name not in _HARMLESS and not _neutral(name, given)]
+    refused += ["attention_mask"] if attention_mask is not None else []
+    refused += ["dropout"] if dropout else []
+    if refused:
+        raise UnsupportedAttentionError(f"the pair attention does not implement {', '.join(map(repr, refused))}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if sliding_window is not None and sliding_window >= pair_layout.longest:
+        sliding_window = None
+    if softcap is None and _varlen_fits(query, value, sliding_window):
+        out = _varlen(query[0], key[0], value[0], pair_layout, scale, sliding_window)
+    else:
+        out = _by_segment(query, key, value, pair_layout, scale, sliding_window, softcap)
+    return out.unsqueeze(0), None
+
+
+def _neutral(name: str, given: Any) -> bool:
+    return given is None or (name == "is_causal" and given is True)
+
+
+def _by_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PairLayout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # SDPA's own grouping takes the unfused path on a CPU
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    outputs = []
+    for s in layout.pairs:
+        answer = s.start + s.prompt
+        first, second = slice(s.start, answer + s.chosen), slice(answer + s.chosen, answer + s.chosen + s.rejected)
+        outputs.append(
+            _attend(query[:, :, first], key[:, :, first], value[:, :, first], layout, scale, window, softcap)
+        )
+        keys = torch.cat([key[:, :, s.start : answer], key[:, :, second]], dim=2)
+        values = torch.cat([value[:, :, s.start : answer], value[:, :, second]], dim=2)
+        outputs.append(_attend(query[:, :, second], keys, values, layout, scale, window, softcap))
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PairLayout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    mask = layout.mask(query.shape[2], key.shape[2], window)
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
+    weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1, dtype=torch.float32)
+    return weights.to(value.dtype) @ value
+
+
+def _varlen_fits(query: Tensor, value: Tensor, window: int | None) -> bool:
+    """Flash attention needs a 16-bit type, equal head sizes up to 256, and an Ampere GPU or newer."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and (window is None or "window_size" in _varlen_arguments())
+    )
+
+
+@cache
+def _varlen_arguments() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: PairLayout, scale: float, window: int | None) -> Tensor:
+    """One kernel per layer. The queries are already in order; only prompt keys and values are gathered twice."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    index, cu_q, cu_k, max_q, max_k = layout.varlen()
+    arguments: dict[str, Any] = {"scale": scale}
+    known = _varlen_arguments()  # torch 2.10 said `is_causal`, later releases say it with the window
+    if "window_size" in known:
+        arguments["window_size"] = (-1, 0) if window is None else (window - 1, 0)
+    else:
+        arguments["is_causal"] = True
+    groups = query.shape[0] // key.shape[0]
+    if groups > 1 and "enable_gqa" in known:
+        arguments["enable_gqa"] = True
+    elif groups > 1:
+        key, value = key.repeat_interleave(groups, dim=0), value.repeat_interleave(groups, dim=0)
+    keys, values = key.transpose(0, 1)[index], value.transpose(0, 1)[index]
+    out = varlen_attn(query.transpose(0, 1).contiguous(), keys, values, cu_q, cu_k, max_q, max_k, **arguments)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def use_pair_attention(model: Any) -> None:
+    """Switch a transformers model to the pair attention.
+
+    Raises:
+        UnsupportedAttentionError: if the architecture does not use `transformers.AttentionInterface`.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PAIR_ATTENTION, pair_attention_forward)
+    if not model._can_set_attn_implementation():
+        raise UnsupportedAttentionError(f"{type(model).__name__} does not use transformers' AttentionInterface")
+    model.set_attn_implementation(PAIR_ATTENTION)
+
+
+def has_pair_attention(model: Any) -> bool:
+    """Whether the model reads flat rows."""
+    return bool(model.config._attn_implementation == PAIR_ATTENTION)
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """Lend the model its ordinary attention, to generate or to score plain rows.
+
+    Args:
+        model: a transformers model, or a PEFT model around one.
+
+    Example:
+        ```python
+        with plain_attention(module.model):
+            module.model.generate(**tokenizer("Explain gravity.", return_tensors="pt"))
+        ```
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not has_pair_attention(base):
+        yield
+        return
+    base.set_attn_implementation(getattr(base, "lit_dpo_plain_attention", None) or "sdpa")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(PAIR_ATTENTION)

@@ -1,0 +1,107 @@
+"""Two ways to put a batch of pairs in front of a model; both lead to the same scored positions.
+
+`flat_rows` is the batch as it comes: one row, a prompt once per pair, no padding, exact under the pair attention.
+`padded_rows` is one row per completion, for architectures that mix tokens in ways the pair attention cannot separate.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_dpo.data.batch import PairBatch
+
+
+class Segment(NamedTuple):
+    """Where one pair lies in the flat row: first token and the lengths of its three parts."""
+
+    start: int
+    prompt: int
+    chosen: int
+    rejected: int
+
+
+class Rows(NamedTuple):
+    """What a backbone reads and which of its hidden states are scored.
+
+    Attributes:
+        inputs: keyword arguments of the backbone: `input_ids`, `position_ids`, and what the layout adds.
+        predictors: `(N,)` positions, in the flattened rows, of the hidden states that predict a completion token.
+        targets: `(N,)` those tokens; all chosen completions in the order of pairs, then all rejected ones.
+        lengths: the `2B` completion lengths in that order, summing to `N`.
+    """
+
+    inputs: dict[str, Any]
+    predictors: Tensor
+    targets: Tensor
+    lengths: list[int]
+
+
+def segments(batch: PairBatch) -> list[Segment]:
+    """The pairs' places in the flat row.
+
+    Example:
+        >>> from lit_dpo.data.batch import EncodedPair, collate_pairs
+        >>> segments(collate_pairs([EncodedPair([1, 2], [3], [4]), EncodedPair([5], [6, 7], [8])]))
+        [Segment(start=0, prompt=2, chosen=1, rejected=1), Segment(start=4, prompt=1, chosen=2, rejected=1)]
+    """
+    found, start = [], 0
+    lengths = (batch.prompt_lengths.tolist(), batch.chosen_lengths.tolist(), batch.rejected_lengths.tolist())
+    for prompt, chosen, rejected in zip(*lengths, strict=True):
+        found.append(Segment(start, prompt, chosen, rejected))
+        start += prompt + chosen + rejected
+    return found
+
+
+def flat_rows(batch: PairBatch, pairs: list[Segment]) -> Rows:
+    """The batch's own row; the caller adds the pair layout for the attention."""
+    predictors, targets = [], []
+    for s in pairs:
+        answer = s.start + s.prompt
+        predictors.append(torch.arange(answer - 1, answer + s.chosen - 1))
+        targets.append(torch.arange(answer, answer + s.chosen))
+    for s in pairs:
+        answer = s.start + s.prompt + s.chosen
+        # the last prompt token predicts the first rejected token too, across the chosen completion
+        predictors.append(torch.tensor([s.start + s.prompt - 1]))
+        predictors.append(torch.arange(answer, answer + s.rejected - 1))
+        targets.append(torch.arange(answer, answer + s.rejected))
+    device = batch.input_ids.device
+    return Rows(
+        inputs={"input_ids": batch.input_ids, "position_ids": batch.position_ids},
+        predictors=torch.cat(predictors).to(device, non_blocking=True),
+        targets=batch.input_ids[0, torch.cat(targets).to(device, non_blocking=True)],
+        lengths=_lengths(pairs),
+    )
+
+
+def padded_rows(batch: PairBatch, pairs: list[Segment]) -> Rows:
+    """`2B` right-padded rows `prompt | completion`, chosen first. The padding token's id does not matter: it is masked."""
+    rows = [torch.arange(s.start, s.start + s.prompt + s.chosen) for s in pairs]
+    for s in pairs:
+        answer = s.start + s.prompt + s.chosen
+        rows.append(torch.cat([torch.arange(s.start, s.start + s.prompt), torch.arange(answer, answer + s.rejected)]))
+    source = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+    width = source.shape[1]
+    predictors, targets = [], []
+    for number, (row, s) in enumerate(zip(rows, [*pairs, *pairs], strict=True)):
+        predictors.append(torch.arange(number * width + s.prompt - 1, number * width + len(row) - 1))
+        targets.append(row[s.prompt :])
+    device = batch.input_ids.device
+    mask = source >= 0
+    return Rows(
+        inputs={
+            "input_ids": batch.input_ids[0, source.clamp(min=0).to(device)],
+            "position_ids": torch.arange(width).expand(len(rows), -1).to(device),
+            "attention_mask": mask.long().to(device),
+        },
+        predictors=torch.cat(predictors).to(device),
+        targets=batch.input_ids[0, torch.cat(targets).to(device)],
+        lengths=_lengths(pairs),
+    )
+
+
+def _lengths(pairs: list[Segment]) -> list[int]:
+    return [s.chosen for s in pairs] + [s.rejected for s in pairs]

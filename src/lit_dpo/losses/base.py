@@ -1,0 +1,62 @@
+"""The interface of preference losses."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lit_dpo.logps.records import PairLogps
+
+
+@dataclass(frozen=True)
+class PreferenceLoss(ABC):
+    """A preference loss: a frozen strategy from the log-probs of `B` pairs to `B` losses.
+
+    Subclass it anywhere; nothing has to be registered. The arguments of a loss are its dataclass fields, so that an
+    argument it does not have is an error where it is written, and the loss compares, prints and pickles by value.
+
+    Args:
+        beta: inverse temperature, the strength of the pull towards the reference. Expected > 0.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> from lit_dpo.losses import PreferenceLoss
+        >>> @dataclass(frozen=True)
+        ... class HingeLoss(PreferenceLoss):
+        ...     def __call__(self, pairs):
+        ...         return torch.relu(1 - self.beta * pairs.margin)
+        >>> HingeLoss(beta=0.5)
+        HingeLoss(beta=0.5)
+    """
+
+    beta: float = 0.1
+
+    needs_reference: ClassVar[bool] = True
+    """False for losses that never read the reference; only they work with `NoReference`."""
+
+    def __post_init__(self) -> None:
+        """Check the arguments; subclasses call `super().__post_init__()` first.
+
+        Raises:
+            ValueError: if `beta` is not a positive number.
+        """
+        if not (self.beta > 0 and math.isfinite(self.beta)):
+            raise ValueError(f"Expected `beta` > 0 but got {self.beta}.")
+
+    @abstractmethod
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Losses `(B,)`, not reduced: the module takes the mean over pairs."""
+
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """Implicit rewards of both sides, `(B,)` each: β · log π/π_ref (arXiv 2305.18290, eq. 5).
+
+        One definition for all losses, so that ablations compare. Without a reference: β · log π.
+        """
+        if self.needs_reference:
+            return self.beta * pairs.chosen_logratio, self.beta * pairs.rejected_logratio
+        return self.beta * pairs.policy_chosen.total, self.beta * pairs.policy_rejected.total

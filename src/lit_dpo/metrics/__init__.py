@@ -1,0 +1,25 @@
+"""torchmetrics of preference training."""
+
+from lit_dpo.metrics.preference import (
+    ChosenLogps,
+    ChosenReward,
+    KLEstimate,
+    Mean,
+    PreferenceLossMean,
+    RejectedLogps,
+    RejectedReward,
+    RewardAccuracy,
+    RewardMargin,
+)
+
+__all__ = [
+    "ChosenLogps",
+    "ChosenReward",
+    "KLEstimate",
+    "Mean",
+    "PreferenceLossMean",
+    "RejectedLogps",
+    "RejectedReward",
+    "RewardAccuracy",
+    "RewardMargin",
+]

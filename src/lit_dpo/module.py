@@ -1,0 +1,282 @@
+"""The LightningModule: a policy, a reference, a loss, and the hooks that bring them together."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from lit_dpo import checkpoint as checkpoints
+from lit_dpo import metrics
+from lit_dpo.callbacks.export import AdapterExport
+from lit_dpo.callbacks.health import TrainingHealth
+from lit_dpo.callbacks.predictions import PredictionWriter
+from lit_dpo.data.batch import PairBatch
+from lit_dpo.errors import PolicyError, ResumeError
+from lit_dpo.logps.records import PairLogps, SequenceLogps
+from lit_dpo.logps.score import choose_layout, pair_logps
+from lit_dpo.losses import DPOLoss, PreferenceLoss
+from lit_dpo.policy import QLoRAPolicy
+from lit_dpo.references import AdapterReference, BaseReference, NoReference, Reference
+
+log = logging.getLogger(__name__)
+
+
+class DPOModule(pl.LightningModule):
+    """Preference optimisation of a LoRA policy against a frozen reference.
+
+    Subclasses override `configure_model`, `configure_metrics`, `forward`, `pair_logps`, `compute_loss` or
+    `configure_optimizers`. Weights load in `configure_model`, never in `__init__`.
+
+    Args:
+        policy: the model that is trained.
+        loss: the preference loss; a frozen strategy.
+        reference: what the policy is compared with. By default its base with adapters off, or, for a policy that
+            continues an adapter, a frozen copy of that adapter.
+        optimizer: makes the optimizer from the adapters' parameters.
+        lr_scheduler: shape of the learning rate after the warm-up, stepped per optimizer step.
+        warmup_ratio: part of all steps over which the learning rate rises from 0. Expected in [0, 1].
+
+    Raises:
+        PolicyError: if the loss needs a reference and there is none.
+
+    Example:
+        ```python
+        module = DPOModule(QLoRAPolicy("lit-dpo/quickstart"), loss=IPOLoss(beta=0.5))
+        Trainer(max_epochs=1).fit(module, PreferenceDataModule(train="pairs.jsonl"))
+        ```
+    """
+
+    def __init__(
+        self,
+        policy: QLoRAPolicy,
+        loss: PreferenceLoss = DPOLoss(),  # noqa: B008 - frozen
+        reference: Reference | None = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
+        lr_scheduler: Literal["linear", "cosine", "constant"] = "linear",
+        warmup_ratio: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if reference is None:
+            reference = AdapterReference() if policy.adapter_path else BaseReference()
+        if loss.needs_reference and isinstance(reference, NoReference):
+            raise PolicyError(f"{loss} needs a reference but got NoReference(). Use BaseReference.")
+        if not 0 <= warmup_ratio <= 1:
+            raise PolicyError(f"Expected `warmup_ratio` in [0, 1] but got {warmup_ratio}.")
+        self.policy, self.loss, self.reference = policy, loss, reference
+        self.optimizer, self.lr_scheduler, self.warmup_ratio = optimizer, lr_scheduler, warmup_ratio
+        self.model: Any = None
+        self.train_metrics = self.configure_metrics().clone(prefix="train/")
+        self.val_metrics = self.configure_metrics().clone(prefix="val/")
+        self.test_metrics = self.configure_metrics().clone(prefix="test/")
+        self._pairs_in_window = 0
+
+    # ---- what subclasses override ----
+
+    def configure_model(self) -> None:
+        """Load policy and reference on the trainer's device and choose the layout. Does nothing the second time."""
+        if self.model is not None:
+            return
+        device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
+        precision = str(self.trainer.precision) if self._trainer is not None else ""
+        half = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "16-mixed": torch.float16}
+        self.model = self.policy.load(device, half.get(precision))
+        self.reference.attach(self.model, self.policy)
+        layout = choose_layout(self.model, self.policy.attention)
+        trained, total = self.model.get_nb_trainable_parameters()
+        log.info("%s of %s parameters train; %s layout; reference %s", trained, total, layout, self.reference)
+
+    def configure_metrics(self) -> MetricCollection:
+        """What is measured in training, validation and test; extend what `super()` returns."""
+        return MetricCollection(
+            {
+                "loss": metrics.PreferenceLossMean(),
+                "reward_accuracy": metrics.RewardAccuracy(),
+                "reward_margin": metrics.RewardMargin(),
+                "chosen_reward": metrics.ChosenReward(),
+                "rejected_reward": metrics.RejectedReward(),
+                "chosen_logps": metrics.ChosenLogps(),
+                "rejected_logps": metrics.RejectedLogps(),
+                "kl": metrics.KLEstimate(),
+            },
+            compute_groups=False,
+        )
+
+    def forward(self, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
+        """Log-probs of the chosen and of the rejected completions under the policy."""
+        return pair_logps(self.model, batch)
+
+    def pair_logps(self, batch: PairBatch) -> PairLogps:
+        """The record that losses and metrics read: policy with gradients, reference without."""
+        reference = self.reference.logps(self.model, batch)
+        return PairLogps(*self(batch), *reference)
+
+    def compute_loss(self, pairs: PairLogps) -> Tensor:
+        """Losses `(B,)`; the module takes their mean over all pairs of an optimizer step."""
+        return self.loss(pairs)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer on the adapters, and the learning rate's course per step."""
+        from transformers import get_scheduler
+
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = get_scheduler(
+            self.lr_scheduler,
+            optimizer,
+            num_warmup_steps=round(self.warmup_ratio * steps),
+            num_training_steps=steps,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ---- hooks ----
+
+    def prepare_data(self) -> None:
+        """Find what is wrong with the policy before a directory is made or a weight is read."""
+        if self.model is None:
+            self.policy.check()
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """The sum of this batch's losses; `on_before_optimizer_step` makes it the mean over the step's pairs."""
+        losses = self._step(batch, self.train_metrics)
+        self._pairs_in_window += batch.size
+        # Lightning divides by the number of batches accumulated, which is not the number of pairs
+        return losses.sum() * self.trainer.accumulate_grad_batches
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Divide by the pairs that were really seen: a short last window and uneven ranks weigh what they hold."""
+        pairs = torch.tensor(float(self._pairs_in_window), device=self.device)
+        # DDP has averaged the gradients over ranks, so the count is averaged too
+        pairs = self.trainer.strategy.reduce(pairs, reduce_op="mean")
+        self._pairs_in_window = 0
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(pairs.to(parameter.grad.dtype))
+
+    def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
+        """Log the mean over all pairs since the last log, not the last batch's."""
+        if self._pairs_in_window == 0 and self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            values = {name: float(value) for name, value in self.train_metrics.compute().items()}
+            self.train_metrics.reset()
+            accuracy = "train/reward_accuracy"
+            self.log_dict({name: value for name, value in values.items() if name != accuracy})
+            if accuracy in values:
+                self.log(accuracy, values[accuracy], prog_bar=True)
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """Measure."""
+        self._step(batch, self.val_metrics)
+        self._log_epoch(self.val_metrics, "val/reward_accuracy")
+
+    def test_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """Measure."""
+        self._step(batch, self.test_metrics)
+        self._log_epoch(self.test_metrics, "test/reward_accuracy")
+
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Rewards, margins and log-probs of each pair, `(B,)` each."""
+        pairs = self.pair_logps(batch)
+        chosen, rejected = self.loss.rewards(pairs)
+        return {
+            "row": batch.rows,
+            "chosen_reward": chosen,
+            "rejected_reward": rejected,
+            "margin": chosen - rejected,
+            "chosen_logps": pairs.policy_chosen.total,
+            "rejected_logps": pairs.policy_rejected.total,
+            "chosen_length": pairs.policy_chosen.length.long(),
+            "rejected_length": pairs.policy_rejected.length.long(),
+        }
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Health checks, export and predictions come with the module, unless the trainer has its own."""
+        brought = [callback() for callback in (TrainingHealth, AdapterExport, PredictionWriter)]
+        return [one for one in brought if not any(isinstance(own, type(one)) for own in self.trainer.callbacks)]  # type: ignore[attr-defined]
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move; never cast. The policy decides dtypes: `bf16-true` would round adapters, which then hardly train."""
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        return self if device is None else super().to(device)
+
+    # ---- checkpoints: adapters, and what they belong to ----
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The policy's adapter and whatever a subclass added; the frozen base and reference are named, not stored."""
+        model = self._modules.pop("model", None)
+        try:
+            state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        finally:
+            self._modules["model"] = model
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        if model is not None:
+            state.update({f"{prefix}model.{name}": p.detach() for name, p in _adapter(model).items()})
+        return state
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load adapters, strictly: every key must match.
+
+        Raises:
+            ResumeError: listing keys that are missing, unknown or of another shape.
+        """
+        self.configure_model()
+        known, given = self.state_dict(keep_vars=True), dict(state_dict)
+        wrong = [f"missing {name}" for name in known.keys() - given.keys()]
+        wrong += [f"unknown {name}" for name in given.keys() - known.keys()]
+        wrong += [
+            f"{name}: {tuple(given[name].shape)} instead of {tuple(known[name].shape)}"
+            for name in known.keys() & given.keys()
+            if given[name].shape != known[name].shape
+        ]
+        if wrong:
+            raise ResumeError("The checkpoint's adapter does not fit the policy:\n  " + "\n  ".join(sorted(wrong)[:10]))
+        with torch.no_grad():
+            for name, tensor in known.items():
+                tensor.copy_(given[name])
+        return torch.nn.modules.module._IncompatibleKeys([], [])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the adapters belong to, in builtins, so that `weights_only=True` loads the file."""
+        checkpoint[checkpoints.KEY] = checkpoints.describe(self.policy, self.loss, self.reference)
+        key = self.CHECKPOINT_HYPER_PARAMS_KEY
+        given = dict(checkpoint.get(key, {}))
+        if "_instantiator" not in given:  # built in Python: write what the command line would have written
+            given = {name: checkpoints.to_builtins(value) for name, value in given.items() if not _is_lambda(value)}
+            given["_class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
+            given["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
+        checkpoint[key] = given
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare what the adapters belong to with what is here."""
+        if checkpoints.KEY not in checkpoint:
+            raise ResumeError("Expected a checkpoint of lit_dpo but it does not say what its weights belong to.")
+        training = self._trainer is not None and self.trainer.state.fn == "fit"
+        current = checkpoints.describe(self.policy, self.loss, self.reference)
+        checkpoints.compare(checkpoint[checkpoints.KEY], current, training=training)
+
+    # ---- helpers ----
+
+    def _step(self, batch: PairBatch, measured: MetricCollection) -> Tensor:
+        pairs = self.pair_logps(batch)
+        losses = self.compute_loss(pairs)
+        seen = pairs.detach()
+        chosen, rejected = self.loss.rewards(seen)
+        measured.update(pairs=seen, losses=losses.detach(), chosen_rewards=chosen, rejected_rewards=rejected)
+        return losses
+
+    def _log_epoch(self, measured: MetricCollection, shown: str) -> None:
+        for name, metric in measured.items():
+            self.log(name, metric, on_step=False, on_epoch=True, prog_bar=name == shown, batch_size=1)
+
+
+def _adapter(model: Any) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if "lora_" in name and ".default." in f"{name}."}
+
+
+def _is_lambda(given: Any) -> bool:
+    return getattr(given, "__name__", "") == "<lambda>"

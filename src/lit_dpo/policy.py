@@ -1,0 +1,370 @@
+"""The policy: a base model in 4 bits, 8 bits or full precision, with LoRA adapters that are the only thing trained.
+
+The only file that knows how bitsandbytes and peft load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_dpo.errors import PolicyError
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+QUICKSTART = "lit-dpo/quickstart"
+"""The built-in model id: made on first use, see `lit_dpo.quickstart`."""
+
+_LORA_FIELDS = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
+
+
+@dataclass(frozen=True)
+class QLoRAPolicy:
+    """What is trained: a frozen base model and LoRA adapters (arXiv 2106.09685), NF4 by default (arXiv 2305.14314).
+
+    Building one costs nothing; `check` reads configuration files only; `load` loads weights.
+
+    Args:
+        model: hub id or directory of a causal language model with safetensors weights; `lit-dpo/quickstart` is built in.
+        revision: branch, tag or commit of a hub id.
+        quantization: `nf4` (4 bits), `int8`, or `none`.
+        double_quantization: quantise the NF4 scales too, 0.37 bits less per weight; no effect is possible, and so none
+            is accepted as False, with another quantisation.
+        r: LoRA rank.
+        alpha: LoRA scale; updates are multiplied by `alpha / r`.
+        dropout: on the adapters' input while training. The base's own dropouts are always off.
+        target_modules: names (or suffixes) of the layers that get an adapter, a regular expression, or `all-linear`
+            for all linear layers but the head.
+        adapter_path: a trained LoRA adapter (a PEFT directory) to continue; its own rank, scale and layers then hold.
+        dtype: of everything that is not quantised, and of computation; `auto` is float32 on a CPU (bfloat16 products
+            are tens of times slower there) and bfloat16 on a GPU. Adapters and log-probs are float32 in any case.
+        gradient_checkpointing: recompute each layer in the backward pass, for memory.
+        attention: `auto` (the flat row where a start-up probe finds it exact, else padded rows), `pairs` (the flat row
+            or an error), or a transformers implementation such as `sdpa`, `eager`, `flash_attention_2` (padded rows).
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        PolicyError: for a value outside its domain, or fields that contradict each other.
+
+    Example:
+        >>> QLoRAPolicy("facebook/opt-350m", r=16, alpha=16, dropout=0.1, target_modules=["q_proj", "v_proj"]).r
+        16
+    """
+
+    model: str
+    revision: str | None = None
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    double_quantization: bool = True
+    r: int = 16
+    alpha: float = 16
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    adapter_path: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    gradient_checkpointing: bool = False
+    attention: str = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the fields against each other."""
+        if self.quantization not in ("nf4", "int8", "none"):
+            raise PolicyError(f"Expected `quantization` to be nf4, int8 or none but got {self.quantization!r}.")
+        if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise PolicyError(
+                "Expected `r` >= 1, `alpha` > 0 and `dropout` in [0, 1) but got "
+                f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}."
+            )
+
+    def check(self) -> None:
+        """Find what would fail while loading, in seconds and without loading weights.
+
+        Raises:
+            PolicyError: naming the directory, file, field or layer, and what there is instead.
+        """
+        config = self._config()
+        self._check_weights()
+        if self.quantization != "none":
+            _require_bitsandbytes(self.quantization)
+        if self.adapter_path is not None:
+            self._check_adapter(Path(self.adapter_path))
+        elif self.target_modules != "all-linear":
+            self._check_targets(config)
+
+    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
+        """The policy with its adapters, in training mode, on `device`.
+
+        Args:
+            device: where the weights go as they are read.
+            dtype: what `auto` means here; by default float32 on a CPU and bfloat16 elsewhere.
+
+        Returns:
+            A `peft.PeftModel`; only its adapters, float32, require gradients.
+
+        Raises:
+            PolicyError: if the model or adapter cannot be loaded, or its layers are not quantised as asked.
+        """
+        import torch
+        from peft import LoraConfig, PeftModel, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        self.check()
+        dtype = self.torch_dtype(torch.device(device), dtype)
+        config = self._config()
+        _turn_off_dropout(config)
+        base = AutoModelForCausalLM.from_pretrained(
+            self.path,
+            config=config,
+            dtype=dtype,
+            device_map={"": torch.device(device)},
+            quantization_config=self._quantization_config(dtype),
+            use_safetensors=True,
+            **({} if self.attention in ("auto", "pairs") else {"attn_implementation": self.attention}),
+            **self._hub(),
+        )
+        if self.adapter_path is not None:
+            model = PeftModel.from_pretrained(base, self.adapter_path, is_trainable=True)
+        else:
+            lora = LoraConfig(
+                r=self.r,
+                lora_alpha=self.alpha,  # type: ignore[arg-type, unused-ignore]
+                lora_dropout=self.dropout,
+                target_modules=self.target_modules,
+                bias="none",  # a trained bias outlives "adapters off", and the reference would drift with it
+                task_type="CAUSAL_LM",
+            )
+            model = get_peft_model(base, lora)
+        self._assert_quantized(model)
+        if self.gradient_checkpointing:
+            _enable_checkpointing(base)
+        return model.train()
+
+    def load_tokenizer(self) -> Any:
+        """The model's tokenizer, or the adapter's where it brought its own (with its chat template)."""
+        from transformers import AutoTokenizer
+
+        adapter = self.adapter_path
+        if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
+            return AutoTokenizer.from_pretrained(adapter, trust_remote_code=self.trust_remote_code)
+        try:
+            return AutoTokenizer.from_pretrained(self.path, **self._hub())
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"No tokenizer for {self.model!r}: {_first_line(error)}") from error
+
+    @property
+    def path(self) -> str:
+        """What transformers is given: the hub id, or an absolute directory."""
+        if self.model == QUICKSTART:
+            from lit_dpo.quickstart import quickstart_directory
+
+            return str(quickstart_directory() / "model")
+        local = Path(self.model).expanduser()
+        return str(local.resolve()) if local.is_dir() else self.model
+
+    def torch_dtype(self, device: torch.device, auto: torch.dtype | None = None) -> torch.dtype:
+        """The dtype of computation on `device`."""
+        import torch
+
+        if self.dtype != "auto":
+            found = getattr(torch, self.dtype)
+            assert isinstance(found, torch.dtype)
+            return found
+        return auto or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint of adapters must be put back onto: the base's content, not its place, and its quantisation."""
+        return {
+            "model": self.model,
+            "revision": self.revision,
+            "fingerprint": self._fingerprint(),
+            "quantization": self.quantization,
+            "double_quantization": self.quantization == "nf4" and self.double_quantization,
+        }
+
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        path = self.path
+        if not Path(path).is_dir() and (self.model.count("/") != 1 or self.model.startswith((".", "/", "~"))):
+            raise PolicyError(f"Expected `policy.model` to be a directory or a hub id, but there is no {path!r}.")
+        if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+            raise PolicyError(f"Expected a model in {path} but it has no config.json; it holds {_listing(Path(path))}.")
+        try:
+            return AutoConfig.from_pretrained(path, **self._hub())
+        except (OSError, ValueError) as error:
+            hint = "" if Path(path).is_dir() else f"; there is no directory {Path(path).absolute()} either"
+            raise PolicyError(f"No model configuration for {self.model!r}{hint}: {_first_line(error)}") from error
+
+    def _check_weights(self) -> None:
+        folder = Path(self.path)
+        if not folder.is_dir() or any(folder.glob("*.safetensors")):
+            return
+        pickled = sorted(found.name for found in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+        if pickled:
+            raise PolicyError(
+                f"Expected safetensors weights in {folder} but it has only {', '.join(pickled)}, which can run code as "
+                "it loads. Convert it once: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)."
+            )
+        raise PolicyError(f"Expected *.safetensors weights in {folder} but it holds {_listing(folder)}.")
+
+    def _check_adapter(self, folder: Path) -> None:
+        from peft import LoraConfig, PeftConfig
+
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if folder.is_dir() and not (folder / name).is_file():
+                raise PolicyError(f"Expected a PEFT adapter in {folder} but it has no {name}: {_listing(folder)}.")
+        try:
+            adapter = PeftConfig.from_pretrained(str(folder))
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"No adapter at `policy.adapter_path` {str(folder)!r}: {_first_line(error)}") from error
+        if not isinstance(adapter, LoraConfig):
+            raise PolicyError(f"Expected a LoRA adapter in {folder} but it is {adapter.peft_type}.")
+        if adapter.bias != "none" or adapter.modules_to_save:
+            raise PolicyError(
+                f"The adapter in {folder} also trained biases or whole modules (bias={adapter.bias!r}, "
+                f"modules_to_save={adapter.modules_to_save}), which turning adapters off does not undo. Merge it into "
+                "its base first."
+            )
+        for field in fields(self):
+            if field.name not in _LORA_FIELDS or field.default is MISSING:
+                continue
+            mine, theirs = getattr(self, field.name), getattr(adapter, _LORA_FIELDS[field.name])
+            theirs = sorted(theirs) if isinstance(theirs, set | list) else theirs
+            mine = sorted(mine) if isinstance(mine, list) else mine
+            if mine not in (field.default, theirs):
+                raise PolicyError(
+                    f"Expected `policy.{field.name}` to be left out with `adapter_path` but got {mine!r}: "
+                    f"the adapter in {folder} has {theirs!r}, and continues with it."
+                )
+
+    def _check_targets(self, config: Any) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        names = [name for name, module in skeleton.named_modules() if _takes_adapter(module)]
+        wanted = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+        if isinstance(self.target_modules, str):
+            unknown = [] if any(re.fullmatch(self.target_modules, name) for name in names) else wanted
+        else:
+            unknown = [one for one in wanted if not any(name == one or name.endswith(f".{one}") for name in names)]
+        if unknown:
+            there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+            raise PolicyError(f"Expected `target_modules` among {there} (or all-linear) but got {', '.join(unknown)}.")
+
+    def _quantization_config(self, dtype: torch.dtype) -> Any:
+        if self.quantization == "none":
+            return None
+        from transformers import BitsAndBytesConfig
+
+        if self.quantization == "int8":
+            # it says so at every product; once is enough, and it is documented here
+            logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=self.double_quantization,
+            bnb_4bit_compute_dtype=dtype,
+        )
+
+    def _assert_quantized(self, model: Any) -> None:
+        """Asked for 4 bits, the adapted layers *are* in 4 bits: a loader that skips quietly is found here."""
+        if self.quantization == "none":
+            return
+        import bitsandbytes as bnb
+
+        kind = bnb.nn.Linear4bit if self.quantization == "nf4" else bnb.nn.Linear8bitLt
+        bases = {name: module.base_layer for name, module in model.named_modules() if hasattr(module, "base_layer")}
+        wrong = [name for name, base in bases.items() if not (isinstance(base, kind) and _packed(base, kind, bnb))]
+        if wrong or not bases:
+            raise PolicyError(
+                f"Expected {kind.__name__} layers under the adapters (quantization={self.quantization}) but "
+                f"{len(wrong)} of {len(bases)} are not, first {wrong[:3]}. Leave them out of `target_modules` or use "
+                "quantization=none."
+            )
+
+    def _hub(self) -> dict[str, Any]:
+        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+
+    def _fingerprint(self) -> str:
+        """Commit of a hub id; else a digest of configuration and weights (sizes, headers and samples of the content)."""
+        folder = Path(self.path)
+        if not folder.is_dir():
+            return f"commit {self._config()._commit_hash}"
+        digest = hashlib.sha256()
+        for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+            digest.update(file.name.encode() + str(file.stat().st_size).encode())
+            for part in _samples(file):
+                digest.update(part)
+        return f"sha256 {digest.hexdigest()[:32]}"
+
+
+def _enable_checkpointing(base: Any) -> None:
+    # reentrant checkpoints need inputs that require gradients, and embeddings are frozen
+    keywords = {"use_reentrant": False}
+    if hasattr(base, "activation_checkpointing_enable"):  # the name from transformers 5.20 on
+        base.activation_checkpointing_enable(keywords)
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keywords)
+
+
+def _samples(file: Path, parts: int = 64, width: int = 2**16) -> Iterator[bytes]:
+    """Evenly spaced pieces of a file: all of a small one, 4 MiB of a large one."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= parts * width:
+            yield stream.read()
+            return
+        for number in range(parts):
+            stream.seek(number * (size - width) // (parts - 1))
+            yield stream.read(width)
+
+
+def _packed(base: Any, kind: Any, bnb: Any) -> bool:
+    if kind is bnb.nn.Linear8bitLt:
+        return str(base.weight.dtype) == "torch.int8"
+    state = getattr(base.weight, "quant_state", None)
+    return state is not None and state.quant_type == "nf4"
+
+
+def _takes_adapter(module: Any) -> bool:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D)
+
+
+def _turn_off_dropout(config: Any) -> None:
+    """A policy and a reference under different dropout masks do not compare: rewards at step 0 would be noise."""
+    found = {}
+    for part in (config, config.get_text_config()):
+        for name, given in part.to_dict().items():
+            if re.search(r"drop(out)?($|_)", name) and isinstance(given, int | float) and given > 0:
+                found[name] = given
+                setattr(part, name, 0.0)
+    if found:
+        log.info("dropout of the base is off: %s", ", ".join(f"{name} {given}" for name, given in found.items()))
+
+
+def _require_bitsandbytes(quantization: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("bitsandbytes") is None:
+        raise PolicyError(f"quantization={quantization} needs bitsandbytes: pip install bitsandbytes (or use none).")
+
+
+def _listing(folder: Path) -> str:
+    return ", ".join(sorted(found.name for found in folder.iterdir())[:12]) or "nothing"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

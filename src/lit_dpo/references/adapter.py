@@ -1,0 +1,99 @@
+"""References that share the policy's base model: its adapters off, or another adapter on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lit_dpo.data.batch import PairBatch
+from lit_dpo.errors import PolicyError
+from lit_dpo.logps.records import SequenceLogps
+from lit_dpo.logps.score import pair_logps
+from lit_dpo.references.base import Reference
+
+if TYPE_CHECKING:
+    from lit_dpo.policy import QLoRAPolicy
+
+_NAME = "reference"
+
+
+@dataclass(frozen=True)
+class BaseReference(Reference):
+    """The base model under the policy: the same weights with the adapters off. Costs no memory.
+
+    Right for a fresh adapter. For a policy that continues a trained adapter the reference is that adapter:
+    `AdapterReference`, the default there.
+    """
+
+    @torch.no_grad()
+    def logps(self, model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
+        """Log-probs with the adapters off."""
+        with model.disable_adapter():
+            return pair_logps(model, batch)
+
+
+@dataclass(frozen=True)
+class AdapterReference(Reference):
+    """A frozen copy of a trained adapter on the policy's base. Costs one adapter of memory.
+
+    Args:
+        path: a PEFT directory; by default `policy.adapter_path`, where the policy starts.
+
+    Raises:
+        PolicyError: on attaching, if there is neither.
+    """
+
+    path: str | None = None
+
+    def attach(self, model: Any, policy: QLoRAPolicy) -> None:
+        """Load the copy."""
+        path = self.path or policy.adapter_path
+        if path is None:
+            raise PolicyError(
+                "Expected `reference.path` or `policy.adapter_path` with AdapterReference but got neither. A policy "
+                "with a fresh adapter is compared with its base: BaseReference."
+            )
+        model.load_adapter(path, adapter_name=_NAME, is_trainable=False)
+        for layer in _tuner_layers(model):
+            # the copy is always evaluated, while the layer around it trains
+            if _NAME in getattr(layer, "lora_dropout", {}):
+                layer.lora_dropout[_NAME] = torch.nn.Identity()
+
+    @torch.no_grad()
+    def logps(self, model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
+        """Log-probs with the copy in the policy's place."""
+        with active_adapter(model, _NAME):
+            return pair_logps(model, batch)
+
+
+@dataclass(frozen=True)
+class NoReference(Reference):
+    """No reference at all, for losses that declare `needs_reference = False`: one forward pass less."""
+
+    def logps(self, model: Any, batch: PairBatch) -> tuple[None, None]:
+        """Nothing."""
+        return None, None
+
+
+@contextmanager
+def active_adapter(model: Any, name: str) -> Iterator[None]:
+    """Run with another adapter. Not `set_adapter`: that flips `requires_grad` and would silently stop training."""
+    layers = _tuner_layers(model)
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        layer._active_adapter = [name]
+    try:
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter = active
+
+
+def _tuner_layers(model: Any) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
