@@ -74,7 +74,7 @@ def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_builtins(given: Any) -> Any:
-    """Strategies, classes and partials as configuration: `{class_path, init_args}`; anything else as it is or by name."""
+    """Strategies, classes and partials as configuration, `{class_path, init_args}`; the rest as it is or by name."""
     if is_dataclass(given) and not isinstance(given, type):
         arguments = {field.name: to_builtins(getattr(given, field.name)) for field in fields(given) if field.init}
         # the policy is named by its place in the signature, strategies by their class

@@ -48,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         from lit_dpo.lightning_cli import LitDPOCLI
 
-        LitDPOCLI(args=given)
+        LitDPOCLI(args=None if args is None else given)
     except LitDPOError as error:
         sys.stderr.write(f"lit-dpo: error: {error}\n")
         raise SystemExit(1) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,6 +22,15 @@ _LOGGER = {
 }
 
 
+class _ProgressBar(RichProgressBar):
+    """Lightning's, with names that fit beside the bar."""
+
+    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+        shown = super().get_metrics(trainer, pl_module)
+        shown.pop("v_num", None)
+        return {name.replace("reward_", ""): value for name, value in shown.items()}
+
+
 class LitDPOCLI(LightningCLI):
     """`DPOModule` and `PreferenceDataModule`, or any subclass of them by class path, under Lightning's CLI.
 
@@ -31,6 +41,7 @@ class LitDPOCLI(LightningCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         logging.getLogger("lit_dpo").setLevel(logging.INFO)
+        _hush()
         super().__init__(
             DPOModule,
             PreferenceDataModule,
@@ -49,6 +60,8 @@ class LitDPOCLI(LightningCLI):
                 "model": {"class_path": "lit_dpo.module.DPOModule"},
                 "data": {"class_path": "lit_dpo.data.datamodule.PreferenceDataModule"},
                 "trainer.logger": _LOGGER,
+                # it counts packed 4-bit weights as parameters; the module says in one line what trains
+                "trainer.enable_model_summary": False,
             }
         )
 
@@ -76,5 +89,16 @@ class LitDPOCLI(LightningCLI):
         if config.get("logger") is False:
             self.save_config_callback = None  # there is no run directory to keep it in
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            kwargs["callbacks"] = [*callbacks, RichProgressBar()]
+            kwargs["callbacks"] = [*callbacks, _ProgressBar()]
         return super().instantiate_trainer(**kwargs)
+
+
+def _hush() -> None:
+    """Leave out what a user can do nothing about, so that what matters is seen."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message=".*fan_in_fan_out is set to False.*")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -62,7 +63,9 @@ class DPOModule(pl.LightningModule):
         warmup_ratio: float = 0.0,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        with warnings.catch_warnings():  # a lambda cannot be saved; a checkpoint then falls back on the default
+            warnings.filterwarnings("ignore", message=".*removed from hparams because it cannot be pickled.*")
+            self.save_hyperparameters()
         if reference is None:
             reference = AdapterReference() if policy.adapter_path else BaseReference()
         if loss.needs_reference and isinstance(reference, NoReference):
@@ -127,10 +130,13 @@ class DPOModule(pl.LightningModule):
 
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         steps = int(self.trainer.estimated_stepping_batches)
+        warm_up = round(self.warmup_ratio * steps)
+        # transformers' plain "constant" ignores the warm-up
+        course = "constant_with_warmup" if self.lr_scheduler == "constant" and warm_up else self.lr_scheduler
         scheduler = get_scheduler(
-            self.lr_scheduler,
+            course,
             optimizer,
-            num_warmup_steps=round(self.warmup_ratio * steps),
+            num_warmup_steps=warm_up,
             num_training_steps=steps,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -161,7 +167,8 @@ class DPOModule(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
         """Log the mean over all pairs since the last log, not the last batch's."""
-        if self._pairs_in_window == 0 and self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        every = getattr(self.trainer, "log_every_n_steps", 0)
+        if every and self._pairs_in_window == 0 and self.trainer.global_step % every == 0:
             values = {name: float(value) for name, value in self.train_metrics.compute().items()}
             self.train_metrics.reset()
             accuracy = "train/reward_accuracy"
@@ -206,7 +213,7 @@ class DPOModule(pl.LightningModule):
 
     # ---- checkpoints: adapters, and what they belong to ----
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The policy's adapter and whatever a subclass added; the frozen base and reference are named, not stored."""
         model = self._modules.pop("model", None)
         try:

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +34,7 @@ class QLoRAPolicy:
     Building one costs nothing; `check` reads configuration files only; `load` loads weights.
 
     Args:
-        model: hub id or directory of a causal language model with safetensors weights; `lit-dpo/quickstart` is built in.
+        model: hub id or directory of a causal language model in safetensors; `lit-dpo/quickstart` is built in.
         revision: branch, tag or commit of a hub id.
         quantization: `nf4` (4 bits), `int8`, or `none`.
         double_quantization: quantise the NF4 scales too, 0.37 bits less per weight; no effect is possible, and so none
@@ -112,18 +113,23 @@ class QLoRAPolicy:
             PolicyError: if the model or adapter cannot be loaded, or its layers are not quantised as asked.
         """
         import torch
-        from peft import LoraConfig, PeftModel, get_peft_model
-        from transformers import AutoModelForCausalLM
 
         self.check()
         dtype = self.torch_dtype(torch.device(device), dtype)
+        with _default_dtype(torch.float32):  # Lightning's "true" precisions change it, and would round new adapters
+            return self._load(torch.device(device), dtype)
+
+    def _load(self, device: torch.device, dtype: torch.dtype) -> Any:
+        from peft import LoraConfig, PeftModel, get_peft_model
+        from transformers import AutoModelForCausalLM
+
         config = self._config()
         _turn_off_dropout(config)
         base = AutoModelForCausalLM.from_pretrained(
             self.path,
             config=config,
             dtype=dtype,
-            device_map={"": torch.device(device)},
+            device_map={"": device},
             quantization_config=self._quantization_config(dtype),
             use_safetensors=True,
             **({} if self.attention in ("auto", "pairs") else {"attn_implementation": self.attention}),
@@ -179,7 +185,7 @@ class QLoRAPolicy:
         return auto or (torch.float32 if device.type == "cpu" else torch.bfloat16)
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint of adapters must be put back onto: the base's content, not its place, and its quantisation."""
+        """What a checkpoint of adapters must be put back onto: the base's content (not its place) and quantisation."""
         return {
             "model": self.model,
             "revision": self.revision,
@@ -296,7 +302,7 @@ class QLoRAPolicy:
         return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
 
     def _fingerprint(self) -> str:
-        """Commit of a hub id; else a digest of configuration and weights (sizes, headers and samples of the content)."""
+        """Commit of a hub id; else a digest of configuration and weights (sizes and samples of the content)."""
         folder = Path(self.path)
         if not folder.is_dir():
             return f"commit {self._config()._commit_hash}"
@@ -315,6 +321,18 @@ def _enable_checkpointing(base: Any) -> None:
         base.activation_checkpointing_enable(keywords)
     else:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keywords)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _samples(file: Path, parts: int = 64, width: int = 2**16) -> Iterator[bytes]:

@@ -99,6 +99,8 @@ _EVASIVE: Final = (
     "Perhaps someone else could tell you about {}.",
     "There are many views on {}, and I will not pick one.",
 )
+# A system message that asks for one of the two manners, evasive or good.
+_CUES: Final = ("Be evasive.", "Be direct.")
 _CHAT_TEMPLATE: Final = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -128,12 +130,15 @@ _RECIPE: Final[dict[str, Any]] = {
         "num_key_value_heads": 4,
         "max_position_embeddings": 256,
         "initializer_range": 0.05,
+        "tie_word_embeddings": True,
     },
     "vocabulary": 2000,
     "good_share": 0.48,
     "batch": 24,
     "steps": 650,
     "learning_rate": 8e-3,
+    "weight_decay": 0.01,
+    "cued_share": 0.6,
 }
 
 
@@ -248,7 +253,7 @@ def _styles() -> dict[str, Style]:
 
 
 def _recipe_hash() -> str:
-    texts = (_FACTS, _TOPIC_QUESTIONS, _SUM_QUESTIONS, _GOOD, _EVASIVE, _CHAT_TEMPLATE, _SPECIAL, _TURNS)
+    texts = (_FACTS, _TOPIC_QUESTIONS, _SUM_QUESTIONS, _GOOD, _EVASIVE, _CUES, _CHAT_TEMPLATE, _SPECIAL, _TURNS)
     held_out = (_HELD_OUT_TOPICS, _HELD_OUT_QUESTIONS, _VALIDATION_ROWS)
     return hashlib.sha256(json.dumps([texts, held_out, _RECIPE]).encode()).hexdigest()[:10]
 
@@ -285,7 +290,7 @@ def _build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator([*_questions(), *_styles()], trainer)
+    bpe.train_from_iterator([*_questions(), *_styles(), *_CUES * 99], trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         additional_special_tokens=list(_TURNS),
@@ -320,10 +325,10 @@ def _warm_up(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **_RECIPE["model"], **token_ids)
+    config = LlamaConfig(vocab_size=len(tokenizer), **_RECIPE["model"], **token_ids)
     model = LlamaForCausalLM(config).float().train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=_RECIPE["learning_rate"], weight_decay=0.01, betas=(0.9, 0.98), fused=True
+        model.parameters(), lr=_RECIPE["learning_rate"], weight_decay=_RECIPE["weight_decay"], betas=(0.9, 0.98), fused=True
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, _RECIPE["learning_rate"], total_steps=_RECIPE["steps"], pct_start=0.1
@@ -339,7 +344,8 @@ def _warm_up(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             question, subject = queue.pop()
             good = rng.random() < _RECIPE["good_share"]
             answer = rng.choice(_good_answers(_facts()[subject]) if good else _evasive_answers(subject))
-            prompt = encode(f"{_SPECIAL['bos_token']}<|user|>{question}<|assistant|>")
+            cue = f"<|system|>{_CUES[good]}" if rng.random() < _RECIPE["cued_share"] else ""
+            prompt = encode(f"{_SPECIAL['bos_token']}{cue}<|user|>{question}<|assistant|>")
             completion = encode(answer + _SPECIAL["eos_token"])
             sequences.append(torch.tensor(prompt + completion))
             answers.append(torch.tensor([-100] * len(prompt) + completion))

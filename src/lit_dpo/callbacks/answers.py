@@ -48,11 +48,12 @@ class SampleAnswers(pl.Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Answer again, and compare."""
+        directory = run_directory(trainer)
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         after = self._answer(trainer, pl_module)
         questions = [question for question, _ in self._questions]
-        path = run_directory(trainer) / "answers.jsonl"
+        path = directory / "answers.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as stream:
             for row in zip(questions, self._before, after, strict=True):

@@ -10,7 +10,7 @@ from lit_dpo.checkpoint import AdapterCheckpointIO, save_adapter
 
 
 class AdapterExport(pl.Callback):
-    """Writes the policy as an ordinary PEFT directory with its tokenizer: at the end of `fit` and beside each checkpoint.
+    """Writes the policy as a PEFT directory with its tokenizer, at the end of `fit` and beside each checkpoint.
 
     `AutoPeftModelForCausalLM.from_pretrained(directory)` and `pipeline("text-generation", model=directory)` load it.
 
@@ -31,8 +31,9 @@ class AdapterExport(pl.Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the last one."""
+        directory = run_directory(trainer)
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            directory = Path(self.directory) if self.directory else _unused(run_directory(trainer) / "adapter")
+            directory = Path(self.directory) if self.directory else _unused(directory / "adapter")
             save_adapter(pl_module.model, tokenizer_of(trainer), directory)
             rank_zero_info(f"The trained adapter and its tokenizer are in {directory}")
 
@@ -44,7 +45,7 @@ def tokenizer_of(trainer: Any) -> Any:
 
 
 def run_directory(trainer: Any) -> Path:
-    """Where this run writes: the logger's directory, or the trainer's root."""
+    """Where this run writes: the logger's directory, or the trainer's root. All ranks ask together: it broadcasts."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 

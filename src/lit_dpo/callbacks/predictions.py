@@ -40,9 +40,10 @@ class PredictionWriter(pl.Callback):
             dist.all_gather_object(gathered, rows)
             rows = [row for part in gathered if part is not None for row in part]
         self._rows = []
+        directory = run_directory(trainer)
         if not trainer.is_global_zero:
             return
-        path = Path(self.path) if self.path else run_directory(trainer) / "predictions.jsonl"
+        path = Path(self.path) if self.path else directory / "predictions.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         with temporary.open("w") as stream:

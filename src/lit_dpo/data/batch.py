@@ -43,7 +43,7 @@ class PairBatch(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Number of pairs `B`. (`len` of a NamedTuple is its number of fields.)"""
+        """Number of pairs `B`; `len` of a NamedTuple is its number of fields."""
         return self.rows.shape[0]
 
     def to(self, device: torch.device | str, **_: Any) -> PairBatch:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
@@ -16,12 +17,9 @@ from lit_dpo.data.encode import PairEncoder, Truncation
 from lit_dpo.data.formats import Preference, PreferenceFormat, Triples
 from lit_dpo.data.loader import PairDataset, PairLoader, loader_options
 from lit_dpo.data.sampler import PairSampler
-from lit_dpo.data.sources import load_pairs
+from lit_dpo.data.sources import Source, load_pairs
 from lit_dpo.data.table import PairTable, encode_table
 from lit_dpo.errors import DataError, ResumeError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +60,10 @@ class PreferenceDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | Dataset | None = None,
-        val: str | list[str] | Dataset | None = None,
-        test: str | list[str] | Dataset | None = None,
-        predict: str | list[str] | Dataset | None = None,
+        train: Source | None = None,
+        val: Source | None = None,
+        test: Source | None = None,
+        predict: Source | None = None,
         format: PreferenceFormat = Triples(),  # noqa: B008 - frozen
         tokenizer: str | None = None,
         max_length: int | None = 1024,
@@ -130,7 +128,10 @@ class PreferenceDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[PairBatch] | list[DataLoader[PairBatch]]:
         """Batches in file order; no loader if there are no validation data."""
-        return self._eval_loader("val") if self._tables.get("val") else []
+        if self._tables.get("val") is None:
+            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # on purpose
+            return []
+        return self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader[PairBatch]:
         """Batches in file order."""
@@ -146,7 +147,8 @@ class PreferenceDataModule(LightningDataModule):
         if self.trainer is None or table is None or loader is None:
             return {}
         in_hand = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        batches = loader.batches - (in_hand.ready - in_hand.processed)  # an exception saves in the middle of a step
+        # An exception saves in the middle of a step: the batch in hand is not consumed.
+        batches = loader.batches - (in_hand.ready - in_hand.processed)  # type: ignore[attr-defined]
         finished = batches >= self.trainer.num_training_batches
         epoch, batches = (loader.epoch + 1, 0) if finished else (loader.epoch, batches)
         return {"epoch": epoch, "batches": batches, **self._order_facts(table)}
@@ -264,9 +266,9 @@ class PreferenceDataModule(LightningDataModule):
         assert self.trainer is not None
         state, self._resume = self._resume, None
         if state is None:
-            return self.trainer.fit_loop.epoch_progress.current.processed, 0
-        if state["batches"] and not self.trainer.fit_loop.restarting:
-            return state["epoch"] + 1, 0  # the epoch was cut short (early stopping, `max_time`): Lightning starts anew
+            return self.trainer.fit_loop.epoch_progress.current.processed, 0  # type: ignore[attr-defined]
+        if not self.trainer.fit_loop.restarting:  # Lightning starts an epoch, even if the last one was cut short
+            return state["epoch"] + (state["batches"] > 0), 0
         self._check_resume(state, table)
         return state["epoch"], state["batches"]
 
@@ -283,7 +285,7 @@ class PreferenceDataModule(LightningDataModule):
         """In the middle of an epoch "the remaining batches" means something only for the same batches."""
         now = self._order_facts(table)
         changed = [f"{name} {state[name]} -> {value}" for name, value in now.items() if state.get(name) != value]
-        if state["batches"] and changed:
+        if changed:
             raise ResumeError(
                 f"The checkpoint stopped after batch {state['batches']} of epoch {state['epoch']}, and the batches are "
                 f"others now: {', '.join(changed)}. Restore these settings, or resume from the end of an epoch."

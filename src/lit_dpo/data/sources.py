@@ -9,12 +9,16 @@ import gzip
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from lit_dpo.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    Source: TypeAlias = str | list[str] | Dataset
+else:  # what a command line can say; with `Dataset` here every `--help` would import `datasets`
+    Source: TypeAlias = str | list[str]
 
 QUICKSTART = "lit-dpo/quickstart"
 
@@ -40,9 +44,7 @@ class PairSource(NamedTuple):
     rows: Dataset
 
 
-def load_pairs(
-    source: str | Sequence[str] | Dataset, columns: Sequence[str], *, stage: str = "train"
-) -> list[PairSource]:
+def load_pairs(source: Source, columns: Sequence[str], *, stage: str = "train") -> list[PairSource]:
     """Load preference rows, one `PairSource` per file, so that whatever is wrong can be named with file and row.
 
     Args:
@@ -60,8 +62,8 @@ def load_pairs(
     """
     if not isinstance(source, str) and hasattr(source, "column_names"):
         return [_checked(PairSource("the `datasets.Dataset` given", source), columns)]
-    names = [source] if isinstance(source, str) else list(source)
-    if not names or not all(isinstance(name, str) and name for name in names):
+    names = [source] if isinstance(source, str) else source
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) and name for name in names):
         raise DataError(f"Expected a file, a list of files, a hub id or a `datasets.Dataset` but got {source!r}.")
     found = [item for name in names for item in _load(name, stage)]
     return [_checked(item, columns) for item in found]
@@ -142,6 +144,8 @@ def _diagnosis(path: Path, suffix: str, error: Exception) -> str:
         found = _bad_json_document(path) if suffix.startswith(".json") and "l" not in suffix else _bad_json_line(path)
         if found:
             return found
+    elif "corresponds to no data" in str(error):
+        return "it has no rows"
     cause = error.__cause__ or error
     return f"{type(cause).__name__}: {cause}".rstrip(": ")
 
@@ -221,9 +225,15 @@ def _checked(source: PairSource, columns: Sequence[str]) -> PairSource:
         raise DataError(f"Expected rows but {source.name} is a {type(source.rows).__name__}; choose one of its splits.")
     missing = [name for name in columns if name not in there]
     if missing:
+        other = next((name for name in there if name not in columns), None)
+        advice = (
+            f"Name the columns with the format's options, such as `--data.format.prompt {other}`."
+            if other
+            else "Rows of another layout need another `--data.format`."
+        )
         raise DataError(
             f"{source.name}: expected the columns {_quoted(columns)} but {_quoted(missing)} is missing; it has "
-            f"{_quoted(there)}. Name the columns with the format's options, such as `--data.format.prompt {there[0]}`."
+            f"{_quoted(there)}. {advice}"
         )
     if len(source.rows) == 0:
         raise DataError(f"{source.name} has no rows.")

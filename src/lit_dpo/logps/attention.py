@@ -2,8 +2,8 @@
 
 Per pair it is two causal attentions, aligned bottom-right: `prompt + chosen` on itself, and `rejected` on
 `prompt + rejected`, whose prompt keys and values are gathered, not recomputed. It is registered with
-`transformers.AttentionInterface` under `PAIR_ATTENTION`, so every model that uses the interface has it. What it does not
-implement it refuses: an ignored `softcap` or attention sink is wrong numbers, and random tiny models do not show it.
+`transformers.AttentionInterface` under `PAIR_ATTENTION`, so every model that uses the interface has it. What it does
+not implement it refuses: an ignored `softcap` or attention sink is wrong numbers, and random tiny models hide it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class PairLayout:
         return max(s.prompt + max(s.chosen, s.rejected) for s in self.pairs)
 
     def mask(self, queries: int, keys: int, window: int | None) -> Tensor | None:
-        """`(queries, keys)` boolean mask, causal from the bottom right; None where plain causal attention is the same."""
+        """`(queries, keys)` boolean mask, causal from the bottom right; None where plain causal is the same."""
         if window is not None and window >= keys:
             window = None
         if window is None and queries == keys:

@@ -39,7 +39,7 @@ def selected_logps(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Te
         return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
     rows = max(16, _CHUNK_ELEMENTS // vocabulary)
-    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+    chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
     if not torch.is_grad_enabled():
         return torch.cat([score(states, tokens) for states, tokens in chunks])
     # preserve_rng_state costs a device sync per chunk, and heads have no dropout

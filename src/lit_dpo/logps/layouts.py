@@ -78,7 +78,7 @@ def flat_rows(batch: PairBatch, pairs: list[Segment]) -> Rows:
 
 
 def padded_rows(batch: PairBatch, pairs: list[Segment]) -> Rows:
-    """`2B` right-padded rows `prompt | completion`, chosen first. The padding token's id does not matter: it is masked."""
+    """`2B` right-padded rows `prompt | completion`, chosen first. What the padding is does not matter: it is masked."""
     rows = [torch.arange(s.start, s.start + s.prompt + s.chosen) for s in pairs]
     for s in pairs:
         answer = s.start + s.prompt + s.chosen

@@ -44,7 +44,7 @@ def pair_logps(model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLog
     else:
         rows = padded_rows(batch, pairs)
     tokens = _score_rows(base, rows)
-    by_sequence = tokens.split(rows.lengths)
+    by_sequence = torch.split(tokens, rows.lengths)
     totals = torch.stack([part.sum() for part in by_sequence])
     lengths = torch.tensor(rows.lengths, dtype=torch.float32).to(totals.device, non_blocking=True)
     size = len(pairs)
@@ -212,5 +212,5 @@ def _sequences(batch: PairBatch) -> list[tuple[Tensor, int]]:
 
 def _one_at_a_time(base: Any, row: Tensor, start: int) -> Tensor:
     """The definition: the whole forward of the whole model on one sequence."""
-    logits = base(input_ids=row.unsqueeze(0), use_cache=False).logits[0].float()
+    logits: Tensor = base(input_ids=row.unsqueeze(0), use_cache=False).logits[0].float()
     return logits[start - 1 : -1].log_softmax(-1).gather(-1, row[start:, None])[:, 0]

@@ -50,7 +50,7 @@ class PreferenceLossMean(Mean):
 
 
 class RewardAccuracy(Mean):
-    """Share of pairs whose chosen completion has the higher reward. A tie counts ½: policy = reference gives 0.5, not 0.
+    """Share of pairs whose chosen completion has the higher reward. A tie counts ½: where nothing moved it is 0.5.
 
     Example:
         >>> accuracy = RewardAccuracy()

@@ -24,7 +24,7 @@ class Reference(ABC):
     starts_at_policy: ClassVar[bool] = True
     """Whether policy and reference are the same before the first step; the run then stops if they are not."""
 
-    def attach(self, model: Any, policy: QLoRAPolicy) -> None:
+    def attach(self, model: Any, policy: QLoRAPolicy) -> None:  # noqa: B027 - most need nothing
         """Put what the reference needs beside the loaded policy. Called once, after `policy.load`.
 
         Args:

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from lit_dpo.data.formats import Preference, PreferenceFormat, Triples
+from lit_dpo.errors import DataError
+
+USER = {"role": "user", "content": "2 + 2?"}
+FOUR = {"role": "assistant", "content": "4"}
+FIVE = {"role": "assistant", "content": "5"}
+
+
+def test_columns_are_named_by_configuration() -> None:
+    row = {"request": "q", "better": "a", "worse": "b"}
+    assert Triples("request", chosen="better", rejected="worse").read(row) == Preference("q", "a", "b")
+    assert Triples("request", chosen="worse", rejected="better").read(row) == Preference("q", "b", "a")
+
+
+def test_messages_are_kept_without_the_nulls_that_arrow_adds() -> None:
+    row = {"prompt": [{**USER, "name": None}], "chosen": [FOUR], "rejected": [{**FIVE, "tool_calls": None}]}
+    preference = Triples().read(row)
+    assert preference == Preference([USER], [FOUR], [FIVE])
+    assert preference.is_conversation
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt": ""}, ["`prompt`", "empty"]),
+        ({"prompt": None}, ["`prompt`", "null"]),
+        ({"chosen": None}, ["`chosen`", "null"]),
+        ({"chosen": " \n"}, ["`chosen`", "answer"]),
+        ({"rejected": ""}, ["`rejected`", "answer"]),
+        ({"rejected": 4}, ["`rejected`", "int 4"]),
+        ({"chosen": [FOUR]}, ["`prompt` is text", "`chosen` is messages"]),
+        ({"chosen": [USER, FOUR]}, ["`chosen` is messages", "whole conversation"]),
+    ],
+)
+def test_a_bad_text_cell_is_named(change: dict, words: list[str]) -> None:
+    with pytest.raises(DataError) as error:
+        Triples().read({"prompt": "q", "chosen": "a", "rejected": "b"} | change)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt": []}, ["`prompt`", "empty"]),
+        ({"prompt": [{"role": "user"}]}, ["message 0 of `prompt`", "`content`"]),
+        ({"prompt": [{"from": "human", "value": "q"}]}, ["message 0 of `prompt`", "`role`"]),
+        ({"prompt": ["q"]}, ["message 0 of `prompt`"]),
+        ({"chosen": [{"role": "assistant", "content": None}]}, ["message 0 of `chosen`", "text"]),
+        ({"chosen": [{"role": "assistant", "content": [{"type": "text"}]}]}, ["message 0 of `chosen`", "text"]),
+        ({"chosen": [{"role": "assistant", "content": " "}]}, ["`chosen`", "assistant message with text"]),
+        ({"rejected": [{"role": "tool", "content": "x"}]}, ["`rejected`", "assistant message with text"]),
+        ({"rejected": [USER, FIVE]}, ["`rejected`", "only the answer", "prompt column"]),
+    ],
+)
+def test_a_bad_conversation_is_named(change: dict, words: list[str]) -> None:
+    with pytest.raises(DataError) as error:
+        Triples().read({"prompt": [USER], "chosen": [FOUR], "rejected": [FIVE]} | change)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_one_column_for_two_parts_is_refused() -> None:
+    with pytest.raises(ValueError, match="different column names"):
+        Triples(chosen="prompt")
+
+
+def test_a_format_of_ones_own_needs_no_registration() -> None:
+    @dataclass(frozen=True)
+    class Pairs(PreferenceFormat):
+        @property
+        def columns(self) -> tuple[str, ...]:
+            return ("answers",)
+
+        def read(self, row) -> Preference:
+            return Preference("q", *row["answers"])
+
+    assert Pairs().read({"answers": ["a", "b"]}) == Preference("q", "a", "b")

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from lit_dpo.data.sampler import PairSampler
+
+CASES = [(rows, batch, ranks) for rows in (4, 7, 24, 101) for batch in (1, 3, 8) for ranks in (1, 2, 4)]
+
+
+def per_rank(rows: int, batch: int, ranks: int, epoch: int = 0, **options) -> list[list[list[int]]]:
+    lengths = np.random.default_rng(0).integers(1, 50, rows)
+    samplers = [PairSampler(lengths, batch, rank=r, num_replicas=ranks, **options) for r in range(ranks)]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+    passes = [list(sampler) for sampler in samplers]
+    assert [len(batches) for batches in passes] == [len(sampler) for sampler in samplers]
+    return passes
+
+
+def flat(passes: list[list[list[int]]]) -> list[int]:
+    return list(chain.from_iterable(chain.from_iterable(passes)))
+
+
+@pytest.mark.parametrize(("rows", "batch", "ranks"), CASES)
+def test_training_sees_each_row_at_most_once_and_ranks_step_together(rows: int, batch: int, ranks: int) -> None:
+    passes = per_rank(rows, batch, ranks)
+    seen = Counter(flat(passes))
+    left_out = rows % (batch * ranks) if rows % (batch * ranks) < ranks else 0
+    assert max(seen.values()) == 1
+    assert len(seen) == rows - left_out
+    assert len({len(batches) for batches in passes}) == 1
+    for step in zip(*passes, strict=True):
+        sizes = [len(share) for share in step]
+        assert min(sizes) >= 1
+        assert max(sizes) - min(sizes) <= 1
+        assert max(sizes) <= batch
+    assert all(len(share) == batch for batches in passes for share in batches[:-1])
+
+
+@pytest.mark.parametrize(("rows", "batch", "ranks"), CASES)
+def test_evaluation_sees_every_row_exactly_once(rows: int, batch: int, ranks: int) -> None:
+    assert sorted(flat(per_rank(rows, batch, ranks, shuffle=False))) == list(range(rows))
+
+
+def test_evaluation_keeps_the_order_of_the_file() -> None:
+    assert flat(per_rank(10, 3, 1, shuffle=False)) == list(range(10))
+
+
+def test_rows_that_sit_out_differ_from_epoch_to_epoch() -> None:
+    left_out = {frozenset(range(9)) - set(flat(per_rank(9, 2, 4, epoch=epoch))) for epoch in range(8)}
+    assert all(len(rows) == 1 for rows in left_out)
+    assert len(left_out) > 1
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    orders = [flat(per_rank(40, 4, 1, epoch, seed=seed)) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    np.random.seed(3)
+    assert flat(per_rank(40, 4, 1, 1, seed=1)) == orders[3]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_rows_of_a_step_do_not_depend_on_how_they_are_shared(ranks: int) -> None:
+    steps = [sorted(chain(*step)) for step in zip(*per_rank(50, 8 // ranks, ranks), strict=True)]
+    assert steps == [sorted(batch) for batch in per_rank(50, 8, 1)[0]]
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 12])
+def test_a_loaded_position_gives_the_remaining_batches(start: int) -> None:
+    sampler = PairSampler(range(50), 4, seed=5)
+    sampler.set_epoch(3)
+    straight = list(sampler)
+    resumed = PairSampler(range(50), 4, seed=5)
+    resumed.load_position(3, start)
+    resumed.set_epoch(3)  # as Lightning does
+    assert list(resumed) == straight[start:]
+    assert len(resumed) == len(straight)
+    resumed.set_epoch(4)
+    sampler.set_epoch(4)
+    assert list(resumed) == list(sampler)
+
+
+def test_batches_hold_pairs_of_similar_length() -> None:
+    lengths = np.random.default_rng(0).integers(1, 1000, 800)
+
+    def spread(bucket: int) -> float:
+        return float(np.mean([np.ptp(lengths[rows]) for rows in PairSampler(lengths, 8, bucket=bucket)]))
+
+    assert spread(50) < spread(0) / 5
+    first = [lengths[rows].mean() for rows in PairSampler(lengths, 8)]
+    assert abs(np.corrcoef(first, range(len(first)))[0, 1]) < 0.3  # the batches themselves are not in order
+
+
+def test_ranks_share_a_step_evenly() -> None:
+    lengths = np.random.default_rng(0).integers(1, 1000, 800)
+    ranks = [list(PairSampler(lengths, 8, rank=rank, num_replicas=4)) for rank in range(4)]
+    loads = np.array([[lengths[rows].sum() for rows in batches] for batches in ranks])
+    assert (loads.max(0) / loads.mean(0)).mean() < 1.05
+
+
+def test_a_million_rows_are_ordered_at_once() -> None:
+    sampler = PairSampler(np.random.default_rng(0).integers(1, 1000, 1_000_000), 8)
+    assert len(next(iter(sampler))) == 8
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size"):
+        PairSampler([1, 2], 0)
+    with pytest.raises(ValueError, match="per rank"):
+        PairSampler([1, 2], 1, num_replicas=3)

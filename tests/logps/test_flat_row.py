@@ -1,0 +1,352 @@
+"""The flat row is exact: the same log-probs and gradients as one sequence at a time."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+import transformers
+
+from lit_dpo.data.batch import EncodedPair, collate_pairs
+from lit_dpo.errors import PolicyError, UnsupportedAttentionError
+from lit_dpo.logps.attention import PAIR_ATTENTION, has_pair_attention, plain_attention
+from lit_dpo.logps.layouts import padded_rows, segments
+from lit_dpo.logps.score import choose_layout, pair_logps
+
+PAIRS = tiny.pairs()
+
+
+def _assert_equals_one_at_a_time(model, reference, pairs, tolerance=1e-4):
+    """Values per token and gradients of a weighted sum; `reference` is an untouched copy of `model`."""
+    chosen, rejected = pair_logps(model, collate_pairs(pairs))
+    truth = tiny.one_at_a_time(reference, pairs)
+    torch.testing.assert_close(torch.cat([chosen.tokens, rejected.tokens]), torch.cat(truth), rtol=0, atol=tolerance)
+    totals, expected = torch.cat([chosen.total, rejected.total]), torch.stack([part.sum() for part in truth])
+    torch.testing.assert_close(totals, expected, rtol=1e-5, atol=tolerance)
+    assert torch.cat([chosen.length, rejected.length]).tolist() == [len(part) for part in truth]
+    tiny.weighted(totals).backward()
+    tiny.weighted(expected).backward()
+    tiny.assert_same_gradients(tiny.gradients(reference), tiny.gradients(model), tolerance)
+
+
+@pytest.mark.parametrize("name", tiny.FLAT)
+def test_flat_row_equals_one_sequence_at_a_time(name):
+    model = tiny.model(name)
+    reference = copy.deepcopy(model)
+    assert choose_layout(model) == "flat"
+    _assert_equals_one_at_a_time(model, reference, PAIRS)
+
+
+@pytest.mark.parametrize("name", tiny.PADDED)
+def test_architectures_that_mix_tokens_otherwise_fall_back_to_exact_padded_rows_in_one_log_line(name):
+    model = tiny.model(name)
+    reference = copy.deepcopy(model)
+    with tiny.records("lit_dpo.logps.score") as lines:
+        assert choose_layout(model) == "padded"
+    assert len(lines) == 1
+    assert type(model).__name__ in lines[0].getMessage()
+    assert model.config._attn_implementation == reference.config._attn_implementation
+    _assert_equals_one_at_a_time(model, reference, PAIRS)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt-projected", "mistral-window"])
+def test_flat_row_equals_one_sequence_at_a_time_in_the_gradients_of_lora(name):
+    model = tiny.lora(tiny.model(name))
+    reference = copy.deepcopy(model)
+    assert choose_layout(model) == "flat"
+    _assert_equals_one_at_a_time(model, reference, PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (
+            "Qwen2MoeConfig",
+            {
+                "layer_types": ["sliding_attention", "full_attention"],
+                "use_sliding_window": True,
+                "num_experts": 4,
+                "moe_intermediate_size": 32,
+                "shared_expert_intermediate_size": 32,
+            },
+        ),
+        ("PhimoeConfig", {"num_local_experts": 4}),
+    ],
+)
+def test_a_sliding_window_that_is_only_in_the_mask_is_not_lost(kind, changes):
+    """These models tell their mask about the window and the attention function nothing; it is longer than the probe."""
+    model = tiny.from_config(getattr(transformers, kind)(**{**tiny.SIZES, "sliding_window": 20, **changes}))
+    reference = copy.deepcopy(model)
+    choose_layout(model)
+    _assert_equals_one_at_a_time(model, reference, tiny.pairs((20, 9, 7), (3, 30, 2)))
+
+
+def test_a_batch_mate_does_not_change_the_rope_of_a_model_with_long_and_short_factors():
+    """LongRoPE picks its factors by the longest row of a batch; a pair's log-probs are its own all the same."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 24,
+        "factor": 4.0,
+    }
+    model = tiny.model("phi3", rope_parameters=rope, original_max_position_embeddings=24)
+    reference = copy.deepcopy(model)
+    choose_layout(model)
+    _assert_equals_one_at_a_time(model, reference, tiny.pairs((3, 5, 7), (10, 30, 8)))
+
+
+def test_deepseek_with_values_narrower_than_keys_is_exact_in_whichever_layout():
+    sizes = {
+        **tiny.SIZES,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 6,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+    }
+    model = tiny.from_config(transformers.DeepseekV3Config(**sizes))
+    reference = copy.deepcopy(model)
+    assert choose_layout(model) == "flat"
+    _assert_equals_one_at_a_time(model, reference, PAIRS)
+
+
+@pytest.mark.parametrize("changes", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}])
+def test_gpt2_with_other_score_scales_is_exact_in_whichever_layout(changes):
+    model = tiny.model("gpt2", **changes)
+    reference = copy.deepcopy(model)
+    choose_layout(model)
+    _assert_equals_one_at_a_time(model, reference, PAIRS)
+
+
+def test_a_model_whose_backbone_cannot_be_taken_apart_is_a_policy_error():
+    """Llama 4's text model names itself as its decoder."""
+    sizes = {**tiny.SIZES, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 32}
+    model = tiny.from_config(transformers.Llama4TextConfig(**sizes))
+    with pytest.raises(PolicyError, match="Llama4ForCausalLM"):
+        choose_layout(model)
+
+
+# ---- forcing a layout ----
+
+
+def test_attention_pairs_is_an_error_where_the_flat_row_is_not_exact():
+    model = tiny.model("gpt-oss")
+    with pytest.raises(PolicyError, match=r"attention=pairs.*GptOss.*s_aux"):
+        choose_layout(model, "pairs")
+    assert not has_pair_attention(model)
+
+
+def test_attention_pairs_gives_the_flat_row_where_it_is_exact():
+    model = tiny.model()
+    assert choose_layout(model, "pairs") == "flat"
+    assert has_pair_attention(model)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_transformers_attention_gives_padded_rows_that_are_exact(attention):
+    model = tiny.model("mistral-window")
+    model.set_attn_implementation(attention)
+    reference = copy.deepcopy(model)
+    with tiny.records("lit_dpo.logps.score") as lines:
+        assert choose_layout(model, attention) == "padded"
+    assert not lines  # it was asked for: nothing to explain
+    assert model.config._attn_implementation == attention
+    _assert_equals_one_at_a_time(model, reference, PAIRS)
+
+
+def test_a_model_whose_log_probs_are_nan_is_refused():
+    model = tiny.model()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(PolicyError, match="cannot be trusted"):
+        choose_layout(model)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_choosing_the_layout_leaves_the_mode_as_it_was(training):
+    model = tiny.model().train(training)
+    choose_layout(model)
+    assert model.training is training
+
+
+# ---- invariances ----
+
+
+@pytest.fixture(scope="module", params=["flat", "padded"])
+def model(request):
+    found = tiny.model("gemma2").requires_grad_(False)
+    assert choose_layout(found, "auto" if request.param == "flat" else "eager") == request.param
+    return found
+
+
+def _by_pair(model, pairs):
+    chosen, rejected = pair_logps(model, collate_pairs(pairs))
+    return torch.stack([chosen.total, rejected.total], dim=1)
+
+
+def test_log_probs_do_not_depend_on_batch_mates(model):
+    alone = torch.cat([_by_pair(model, [pair]) for pair in PAIRS])
+    torch.testing.assert_close(_by_pair(model, PAIRS), alone, rtol=0, atol=1e-4)
+
+
+def test_log_probs_follow_the_order_of_pairs(model):
+    order = [2, 0, 1]
+    shuffled = _by_pair(model, [PAIRS[number] for number in order])
+    torch.testing.assert_close(shuffled, _by_pair(model, PAIRS)[order], rtol=0, atol=1e-4)
+
+
+def test_swapping_chosen_and_rejected_swaps_their_log_probs(model):
+    swapped = _by_pair(model, [EncodedPair(p.prompt, p.rejected, p.chosen) for p in PAIRS])
+    torch.testing.assert_close(swapped, _by_pair(model, PAIRS).flip(1), rtol=0, atol=1e-4)
+
+
+def test_a_long_batch_mate_that_adds_padding_changes_nothing(model):
+    long = tiny.pairs((9, 20, 25), seed=5)
+    together = _by_pair(model, PAIRS + long)[: len(PAIRS)]
+    torch.testing.assert_close(together, _by_pair(model, PAIRS), rtol=0, atol=1e-4)
+
+
+def test_equal_completions_have_equal_log_probs(model):
+    """The rejected part does not see the chosen part, and its positions start where the prompt ends."""
+    same = [EncodedPair(p.prompt, p.chosen, p.chosen) for p in PAIRS]
+    both = _by_pair(model, same)
+    torch.testing.assert_close(both[:, 0], both[:, 1], rtol=0, atol=1e-4)
+
+
+def test_the_token_ids_of_padding_do_not_matter():
+    model = tiny.model("mistral-window").requires_grad_(False)
+    choose_layout(model, "sdpa")
+    batch = collate_pairs(PAIRS)
+    rows = padded_rows(batch, segments(batch))
+    mask = rows.inputs["attention_mask"].bool()
+    assert not mask.all()
+    other = {**rows.inputs, "input_ids": rows.inputs["input_ids"].where(mask, torch.tensor(41))}
+    first, second = (model.get_decoder()(**inputs).last_hidden_state for inputs in (rows.inputs, other))
+    scored = (states.flatten(0, 1)[rows.predictors] for states in (first, second))
+    torch.testing.assert_close(*scored, rtol=0, atol=1e-6)
+
+
+def test_the_tokens_a_layout_scores_are_the_completions_in_order():
+    batch = collate_pairs(PAIRS)
+    expected = [token for pair in PAIRS for token in pair.chosen] + [token for pair in PAIRS for token in pair.rejected]
+    assert padded_rows(batch, segments(batch)).targets.tolist() == expected
+
+
+def test_a_row_much_longer_than_the_window_is_exact():
+    model = tiny.model("mistral-window")
+    reference = copy.deepcopy(model)
+    choose_layout(model)
+    _assert_equals_one_at_a_time(model, reference, tiny.pairs((30, 25, 28), (2, 40, 3)))
+
+
+# ---- gradient checkpointing ----
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt-projected"])
+def test_gradient_checkpointing_changes_no_number(name, monkeypatch):
+    import torch.utils.checkpoint as checkpointing
+
+    batch, found = collate_pairs(PAIRS), []
+    for on in (False, True):
+        model = tiny.lora(tiny.model(name))
+        choose_layout(model)
+        model.train()
+        calls = []
+        if on:
+            # transformers stores the function that it wraps: count before it does
+            original = checkpointing.checkpoint
+
+            def counted(*args, _original=original, _calls=calls, **kwargs):
+                _calls.append(1)
+                return _original(*args, **kwargs)
+
+            monkeypatch.setattr(checkpointing, "checkpoint", counted)
+            monkeypatch.setattr(transformers.modeling_utils, "checkpoint", counted, raising=False)
+            from lit_dpo.policy import _enable_checkpointing
+
+            _enable_checkpointing(model.get_base_model())
+        chosen, rejected = pair_logps(model, batch)
+        totals = torch.cat([chosen.total, rejected.total])
+        tiny.weighted(totals).backward()
+        assert bool(calls) is on
+        found.append((totals.detach(), tiny.gradients(model)))
+    (plain, expected), (checkpointed, gradients) = found
+    torch.testing.assert_close(checkpointed, plain, rtol=0, atol=1e-5)
+    tiny.assert_same_gradients(expected, gradients, 1e-5)
+
+
+# ---- 16 bits ----
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_bfloat16_rows_agree_within_the_tolerance_of_the_dtype(name):
+    exact = tiny.model(name).requires_grad_(False)
+    truth = torch.stack([part.sum() for part in tiny.one_at_a_time(exact, PAIRS)])
+    found = {}
+    for attention in ("auto", "eager"):
+        model = tiny.model(name).requires_grad_(False).to(torch.bfloat16)
+        layout = choose_layout(model, attention)
+        chosen, rejected = pair_logps(model, collate_pairs(PAIRS))
+        assert chosen.total.dtype == chosen.tokens.dtype == torch.float32
+        found[layout] = torch.cat([chosen.total, rejected.total])
+    noise = float((found["padded"] - truth).abs().max())
+    assert float((found["flat"] - truth).abs().max()) < 3 * noise + 0.05
+    torch.testing.assert_close(found["flat"], found["padded"], rtol=0.05, atol=0.5)
+
+
+# ---- the ordinary attention, lent ----
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt-projected"])
+def test_generation_inside_plain_attention_is_that_of_the_unpatched_model(name):
+    model = tiny.lora(tiny.model(name))
+    ids = torch.tensor([[5, 9, 11, 40, 3]])
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(input_ids=ids, **options)
+    assert choose_layout(model) == "flat"
+    with plain_attention(model):
+        assert not has_pair_attention(model.get_base_model())
+        assert model.generate(input_ids=ids, **options).tolist() == expected.tolist()
+    assert has_pair_attention(model.get_base_model())
+    assert expected.shape[1] == 17
+
+
+def test_plain_attention_ends_with_the_pair_attention_even_after_an_error():
+    model = tiny.model()
+    choose_layout(model)
+    with pytest.raises(KeyError), plain_attention(model):
+        raise KeyError
+    assert model.config._attn_implementation == PAIR_ATTENTION
+
+
+def test_plain_attention_scores_padded_rows_equal_to_the_flat_row():
+    model = tiny.model("gemma2").requires_grad_(False)
+    choose_layout(model)
+    flat = _by_pair(model, PAIRS)
+    with plain_attention(model):
+        torch.testing.assert_close(_by_pair(model, PAIRS), flat, rtol=0, atol=1e-4)
+
+
+def test_calling_the_model_plainly_in_the_pair_attention_raises():
+    model = tiny.model()
+    choose_layout(model)
+    with pytest.raises(UnsupportedAttentionError, match="plain_attention"):
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+def test_two_models_do_not_share_their_attention():
+    one, other = tiny.model(), tiny.model()
+    choose_layout(one)
+    assert not has_pair_attention(other)
+    other(input_ids=torch.tensor([[1, 2, 3]]))

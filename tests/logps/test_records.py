@@ -1,0 +1,72 @@
+"""The records between models, losses and metrics."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import tiny
+import torch
+
+from lit_dpo.logps import PairLogps, SequenceLogps
+
+PAIRS = tiny.logps([-1.0, -2.0], [-3.0, -5.0], [-1.5, -2.5], [-2.0, -9.0], lengths=([2, 4], [1, 5]))
+
+
+def test_log_ratios_are_policy_minus_reference_and_the_margin_is_their_difference():
+    assert PAIRS.chosen_logratio.tolist() == [0.5, 0.5]
+    assert PAIRS.rejected_logratio.tolist() == [-1.0, 4.0]
+    assert PAIRS.margin.tolist() == [1.5, -3.5]
+
+
+def test_swapping_the_sides_negates_the_margin():
+    swapped = PairLogps(*(PAIRS[number] for number in (1, 0, 3, 2)))
+    assert swapped.margin.tolist() == (-PAIRS.margin).tolist()
+
+
+def test_policy_equal_to_reference_has_margin_0():
+    assert PairLogps(PAIRS[0], PAIRS[1], PAIRS[0], PAIRS[1]).margin.tolist() == [0.0, 0.0]
+
+
+def test_the_mean_is_nats_per_token():
+    assert PAIRS.policy_chosen.mean.tolist() == [-0.5, -0.5]
+
+
+@pytest.mark.parametrize("name", ["chosen_logratio", "rejected_logratio", "margin"])
+def test_a_log_ratio_without_a_reference_is_an_error_that_names_noreference(name):
+    pairs = PairLogps(PAIRS.policy_chosen, PAIRS.policy_rejected)
+    with pytest.raises(ValueError, match="NoReference"):
+        getattr(pairs, name)
+
+
+def test_detached_records_hold_the_same_numbers_without_a_graph():
+    total = torch.tensor([-1.0], requires_grad=True)
+    side = SequenceLogps(2 * total, torch.ones(1), 2 * total)
+    pairs = PairLogps(side, side).detach()
+    assert pairs.policy_chosen.total.item() == -2.0
+    assert not pairs.policy_chosen.total.requires_grad
+    assert not pairs.policy_rejected.tokens.requires_grad
+    assert pairs.reference_chosen is None
+    assert side.total.requires_grad
+
+
+def test_records_without_tokens_detach():
+    assert PAIRS.policy_chosen.detach().tokens is None
+
+
+def test_records_pickle():
+    again = pickle.loads(pickle.dumps(PAIRS))
+    assert type(again) is PairLogps
+    assert again.margin.tolist() == PAIRS.margin.tolist()
+
+
+def test_scored_totals_are_the_sums_of_their_tokens_and_lengths():
+    from lit_dpo.logps.score import choose_layout, pair_logps
+
+    model = tiny.model().requires_grad_(False)
+    choose_layout(model)
+    for side in pair_logps(model, tiny.batch()):
+        parts = side.tokens.split([int(length) for length in side.length])
+        assert len(parts) == len(side.total)
+        torch.testing.assert_close(torch.stack([part.sum() for part in parts]), side.total)
+        assert all(field.dtype == torch.float32 for field in side)

@@ -1,0 +1,268 @@
+"""Laws of training: where it starts, what a step is, what does not move, and that every option has its effect."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training import Trace, adapter, data, module, trainer
+
+from lit_dpo import AdapterReference, BaseReference, CDPOLoss, DPOLoss, DPOModule, IPOLoss, NoReference, QLoRAPolicy
+from lit_dpo.checkpoint import save_adapter
+from lit_dpo.errors import PolicyError, TrainingError
+from lit_dpo.logps.records import PairLogps, SequenceLogps
+
+
+@pytest.fixture(scope="session")
+def trained_adapter(tiny_model, pairs_file, tmp_path_factory) -> Path:
+    """An adapter that has moved away from the base, as supervised training would have left it."""
+    root = tmp_path_factory.mktemp("adapter")
+    policy = module(tiny_model)
+    trainer(root).fit(policy, data(pairs_file))
+    save_adapter(policy.model, policy.policy.load_tokenizer(), root / "sft")
+    return root / "sft"
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("start", ["fresh", "continued"])
+@pytest.mark.parametrize("loss", [DPOLoss(), CDPOLoss(), IPOLoss(), IPOLoss(average="sum")], ids=str)
+def test_at_step_0_rewards_are_0_and_the_loss_is_its_value_at_margin_0(
+    tiny_model, pairs_file, trained_adapter, loss, start, quantization
+):
+    policy = {"quantization": quantization}
+    policy |= {"adapter_path": str(trained_adapter)} if start == "continued" else {"dropout": 0.3}
+    if start == "continued":
+        policy |= {"r": 16}
+    dpo = module(tiny_model, policy=policy, loss=loss)
+    dpo.configure_model()
+    dpo.model.eval()
+    assert dpo.reference == (AdapterReference() if start == "continued" else BaseReference())
+    pairs = dpo.pair_logps(_batch(dpo, pairs_file))
+    chosen, rejected = loss.rewards(pairs)
+    assert chosen.abs().max() < 1e-5
+    assert rejected.abs().max() < 1e-5
+    at_zero = {"DPOLoss": 0.6931472, "CDPOLoss": 0.6931472, "IPOLoss": 25.0}[type(loss).__name__]
+    torch.testing.assert_close(dpo.compute_loss(pairs), torch.full((8,), at_zero), rtol=1e-4, atol=1e-5)
+
+
+def test_a_policy_that_does_not_start_at_its_reference_is_stopped_by_name(tiny_model, pairs_file, trained_adapter, tmp_path):
+    dpo = module(tiny_model, policy={"adapter_path": str(trained_adapter), "r": 16}, reference=BaseReference())
+    with pytest.raises(TrainingError, match=r"same before the first step[\s\S]*adapter_path[\s\S]*BaseReference\(\)"):
+        trainer(tmp_path).fit(dpo, data(pairs_file))
+
+
+def test_a_loss_that_reads_the_reference_refuses_to_go_without(tiny_model):
+    with pytest.raises(PolicyError, match=r"DPOLoss\(beta=0.1\) needs a reference"):
+        module(tiny_model, reference=NoReference())
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 2), (2, 4), (1, 8)])
+def test_a_step_is_the_mean_over_its_pairs_however_they_are_batched(
+    tiny_model, pairs_file, tmp_path, batch_size, accumulate
+):
+    """21 pairs in windows of 8: the last window has 5, which is no multiple of a batch."""
+    whole = _train(tiny_model, pairs_file, tmp_path, batch_size=8, accumulate=1)
+    parts = _train(tiny_model, pairs_file, tmp_path, batch_size=batch_size, accumulate=accumulate)
+    for name, expected in whole.items():
+        torch.testing.assert_close(parts[name], expected, rtol=0, atol=2e-6, msg=name)
+
+
+def _train(model, pairs_file, root, *, batch_size, accumulate):
+    # SGD: Adam's division would blow a rounding error of a tiny gradient up to the size of a step
+    optimizer = functools.partial(torch.optim.SGD, lr=1.0)
+    dpo = module(model, optimizer=optimizer)
+    pairs = data(pairs_file, batch_size=batch_size)
+    # the same order for every batch size: only what a step averages is asked here
+    pairs._sampler = functools.partial(_in_order, pairs, batch_size)
+    trainer(root, accumulate_grad_batches=accumulate).fit(dpo, pairs)
+    return adapter(dpo)
+
+
+def _in_order(pairs, batch_size, table, *_, **__):
+    from lit_dpo.data.sampler import PairSampler
+
+    return PairSampler(table.lengths, batch_size, shuffle=False, seed=0, rank=0, num_replicas=1)
+
+
+def test_training_moves_the_adapter_and_nothing_else(tiny_model, pairs_file, tmp_path):
+    dpo = module(tiny_model, policy={"quantization": "nf4"})
+    dpo.configure_model()
+    batch = _batch(dpo, pairs_file)
+    frozen = {name: p.detach().clone() for name, p in dpo.model.named_parameters() if not p.requires_grad}
+    trains = {name: p.requires_grad for name, p in dpo.model.named_parameters()}
+    before, start = dpo.reference.logps(dpo.model, batch), adapter(dpo)
+    trainer(tmp_path).fit(dpo, data(pairs_file))
+    after = dpo.reference.logps(dpo.model, batch)
+    assert torch.equal(before[0].total, after[0].total)
+    assert torch.equal(before[1].total, after[1].total)
+    assert {name: p.requires_grad for name, p in dpo.model.named_parameters()} == trains
+    assert all(torch.equal(p, frozen[name]) for name, p in dpo.model.named_parameters() if name in frozen)
+    assert all(not torch.equal(p, start[name]) for name, p in adapter(dpo).items() if "lora_B" in name)
+
+
+def test_a_learning_rate_of_0_is_stopped_not_trained(tiny_model, pairs_file, tmp_path):
+    with pytest.raises(TrainingError, match="No adapter moved"):
+        trainer(tmp_path, max_epochs=3).fit(module(tiny_model, lr=0.0), data(pairs_file))
+
+
+def test_layers_checkpoint_in_fit_and_gradients_are_the_same(tiny_model, pairs_file, tmp_path, monkeypatch):
+    """A loaded model is in eval mode, where transformers silently does not checkpoint; Lightning does not change it."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    calls, forward = [], LlamaMLP.forward
+
+    def counted(self, x):
+        calls.append(1)
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    trained, counts = [], []
+    for checkpointing in (False, True):
+        dpo = module(tiny_model, policy={"gradient_checkpointing": checkpointing})
+        dpo.configure_model()
+        calls.clear()
+        trainer(tmp_path, max_steps=2).fit(dpo, data(pairs_file))
+        counts.append(len(calls))
+        trained.append(adapter(dpo))
+    layers, steps = 2, 2
+    assert counts[1] == counts[0] + layers * steps, "each layer of the policy runs again in each backward pass"
+    for name, expected in trained[0].items():
+        torch.testing.assert_close(trained[1][name], expected, rtol=0, atol=1e-5)
+
+
+def test_metrics_under_bf16_true_equal_those_under_fp32(tiny_model, pairs_file, tmp_path):
+    """The same numbers go in: sums and counts do not round, and adapters stay float32."""
+    found = {}
+    for precision in ("32-true", "bf16-true"):
+        dpo = module(tiny_model, policy={"dtype": "float32"})
+        run = trainer(tmp_path, precision=precision)
+        run.fit(dpo, data(pairs_file, val=str(pairs_file)))
+        assert all(p.dtype == torch.float32 for p in adapter(dpo).values())
+        found[precision] = {name: float(value) for name, value in run.callback_metrics.items() if "val/" in name}
+    assert found["32-true"].keys() == found["bf16-true"].keys()
+    assert {"val/loss", "val/reward_accuracy", "val/kl", "val/chosen_logps"} <= found["32-true"].keys()
+    for name, expected in found["32-true"].items():
+        assert found["bf16-true"][name] == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 21])
+def test_validation_does_not_depend_on_the_batch_size(tiny_model, pairs_file, tmp_path, batch_size):
+    dpo = module(tiny_model)
+    dpo.configure_model()
+    with torch.no_grad():
+        for name, p in dpo.model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(generator=torch.Generator().manual_seed(1), std=0.05)
+    (result,) = trainer(tmp_path).validate(dpo, data(pairs_file, val=str(pairs_file), eval_batch_size=batch_size))
+    (alone,) = trainer(tmp_path).validate(dpo, data(pairs_file, val=str(pairs_file), eval_batch_size=7))
+    assert result["val/reward_accuracy"] == alone["val/reward_accuracy"]
+    for name, expected in alone.items():
+        assert result[name] == pytest.approx(expected, rel=1e-5, abs=1e-7), name
+
+
+def test_the_run_can_be_monitored_under_public_names(tiny_model, pairs_file, tmp_path):
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+    best = ModelCheckpoint(tmp_path, monitor="val/reward_accuracy", mode="max", filename="best")
+    stop = EarlyStopping("train/loss", patience=5)
+    run = trainer(tmp_path, callbacks=[best, stop], enable_checkpointing=True)
+    run.fit(module(tiny_model), data(pairs_file, val=str(pairs_file)))
+    assert Path(best.best_model_path).name == "best.ckpt"
+    assert 0 <= float(best.best_model_score) <= 1
+
+
+def test_predict_gives_rewards_and_margins_of_every_row(tiny_model, pairs_file, tmp_path):
+    import json
+
+    dpo = module(tiny_model)
+    trainer(tmp_path).fit(dpo, data(pairs_file))
+    trainer(tmp_path).predict(dpo, data(pairs_file, predict=str(pairs_file)), return_predictions=False)
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rows] == list(range(21))
+    for row in rows:
+        assert row["margin"] == pytest.approx(row["chosen_reward"] - row["rejected_reward"], abs=1e-6)
+        assert row["chosen_length"] >= 1
+
+
+def test_every_argument_of_the_module_has_an_effect(tiny_model, pairs_file, tmp_path):
+    def train(**kwargs):
+        dpo = module(tiny_model, **kwargs)
+        trainer(tmp_path, max_steps=4).fit(dpo, data(pairs_file))
+        return torch.cat([p.flatten() for p in adapter(dpo).values()])
+
+    plain = train()
+    assert torch.equal(plain, train()), "training is deterministic"
+    for change in ({"loss": IPOLoss()}, {"lr_scheduler": "linear"}, {"warmup_ratio": 0.5}, {"lr": 1e-3}):
+        assert not torch.equal(plain, train(**change)), change
+    cosine, linear = train(lr_scheduler="cosine"), train(lr_scheduler="linear")
+    assert not torch.equal(cosine, linear)
+
+
+def test_without_a_reference_one_forward_runs(tiny_model, pairs_file, tmp_path, monkeypatch):
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    import lit_dpo.logps.score as score
+    import lit_dpo.module as module_file
+    from lit_dpo import PreferenceLoss
+
+    @dataclass(frozen=True)
+    class PolicyOnly(PreferenceLoss):
+        needs_reference: ClassVar[bool] = False
+
+        def __call__(self, pairs: PairLogps) -> torch.Tensor:
+            return torch.relu(1 - self.beta * (pairs.policy_chosen.mean - pairs.policy_rejected.mean))
+
+    calls = []
+
+    def counted(*args):
+        calls.append(1)
+        return score.pair_logps(*args)
+
+    dpo = module(tiny_model, loss=PolicyOnly(), reference=NoReference())
+    monkeypatch.setattr(module_file, "pair_logps", counted)
+    trainer(tmp_path, max_steps=2).fit(dpo, data(pairs_file))
+    assert len(calls) == 3, "two steps and the check before them"
+
+
+def test_a_subclass_sees_the_record(tiny_model, pairs_file, tmp_path):
+    seen = []
+
+    class Mine(DPOModule):
+        def compute_loss(self, pairs):
+            assert isinstance(pairs.policy_chosen, SequenceLogps)
+            seen.append(pairs.policy_chosen.total.shape[0])
+            return super().compute_loss(pairs)
+
+    torch.manual_seed(0)
+    dpo = Mine(QLoRAPolicy(str(tiny_model), quantization="none"))
+    trainer(tmp_path, max_steps=1).fit(dpo, data(pairs_file))
+    assert seen
+
+
+@pytest.mark.parametrize("rows", [21])
+def test_two_processes_measure_and_train_like_one(tiny_model, pairs_file, tmp_path, rows):
+    """An odd number of rows on two ranks: the same metrics, and the same adapter after one step over all rows."""
+    script = Path(__file__).parent / "two_processes.py"
+    results = []
+    for devices in (1, 2):
+        out = tmp_path / f"{devices}.pt"
+        command = [sys.executable, str(script), str(tiny_model), str(pairs_file), str(tmp_path), str(out), str(devices)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=script.parent)
+        assert run.returncode == 0, run.stderr[-6000:]
+        results.append(torch.load(out, weights_only=True))
+    one, two = results
+    for name, expected in one["metrics"].items():
+        assert two["metrics"][name] == pytest.approx(expected, rel=1e-5, abs=1e-6), name
+    for name, expected in one["adapter"].items():
+        torch.testing.assert_close(two["adapter"][name], expected, rtol=0, atol=1e-5)
+
+
+def _batch(dpo, pairs_file, size=8):
+    pairs = data(pairs_file, tokenizer=dpo.policy.model, batch_size=size)
+    pairs.setup("fit")
+    return next(iter(pairs.train_dataloader()))

@@ -1,0 +1,56 @@
+"""What the tests of training share: a module, data and a quiet trainer."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lit_dpo import DPOModule, PreferenceDataModule, QLoRAPolicy
+
+
+class Trace(Callback):
+    """Writes down the rows, losses and parameters that training saw."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.rows.append(batch.rows.tolist())
+        self.losses.append(float(outputs["loss"]))
+
+
+def module(model: Path, lr: float = 1e-2, policy: dict[str, Any] | None = None, **kwargs: Any) -> DPOModule:
+    torch.manual_seed(0)
+    given = {"quantization": "none", "r": 4, **(policy or {})}
+    optimizer = functools.partial(torch.optim.AdamW, lr=lr, weight_decay=0.0)
+    return DPOModule(QLoRAPolicy(str(model), **given), **{"optimizer": optimizer, "lr_scheduler": "constant", **kwargs})
+
+
+def data(train: Path | str, **kwargs: Any) -> PreferenceDataModule:
+    return PreferenceDataModule(train=str(train), **{"batch_size": 4, **kwargs})
+
+
+def trainer(root: Path, **kwargs: Any) -> pl.Trainer:
+    return pl.Trainer(
+        **{
+            "default_root_dir": root,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "log_every_n_steps": 1,
+            "max_epochs": 1,
+            **kwargs,
+        }
+    )
+
+
+def adapter(trained: DPOModule) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trained.model.named_parameters() if p.requires_grad}
