@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import Trace, adapter, data, module, trainer
 
 from lit_dpo import AdapterReference, BaseReference, CDPOLoss, DPOLoss, DPOModule, IPOLoss, NoReference, QLoRAPolicy
 from lit_dpo.checkpoint import save_adapter
 from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.records import PairLogps, SequenceLogps
+from training import adapter, data, module, trainer
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +49,7 @@ def test_at_step_0_rewards_are_0_and_the_loss_is_its_value_at_margin_0(
     torch.testing.assert_close(dpo.compute_loss(pairs), torch.full((8,), at_zero), rtol=1e-4, atol=1e-5)
 
 
-def test_a_policy_that_does_not_start_at_its_reference_is_stopped_by_name(tiny_model, pairs_file, trained_adapter, tmp_path):
+def test_a_policy_that_does_not_start_at_its_reference_is_stopped(tiny_model, pairs_file, trained_adapter, tmp_path):
     dpo = module(tiny_model, policy={"adapter_path": str(trained_adapter), "r": 16}, reference=BaseReference())
     with pytest.raises(TrainingError, match=r"same before the first step[\s\S]*adapter_path[\s\S]*BaseReference\(\)"):
         trainer(tmp_path).fit(dpo, data(pairs_file))

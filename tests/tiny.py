@@ -140,9 +140,7 @@ def load_tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(path)
 
 
-def pairs(
-    *lengths: tuple[int, int, int], seed: int = 1, vocabulary: int = VOCABULARY
-) -> list[EncodedPair]:
+def pairs(*lengths: tuple[int, int, int], seed: int = 1, vocabulary: int = VOCABULARY) -> list[EncodedPair]:
     """Random pairs of the given prompt, chosen and rejected lengths."""
     random = torch.Generator().manual_seed(seed)
 
@@ -177,7 +175,7 @@ def randomize(adapted: Any, seed: int = 0, scale: float = 0.1) -> None:
 
 
 def one_at_a_time(scored: Any, given: list[EncodedPair]) -> list[Tensor]:
-    """The definition: each sequence alone through the whole model; `(length,)` log-probs, all chosen, then all rejected."""
+    """The definition: each sequence alone through the whole model; log-probs of all chosen, then all rejected."""
     found = []
     for side in ("chosen", "rejected"):
         for pair in given:
@@ -213,10 +211,14 @@ def assert_same_gradients(one: dict[str, Tensor], other: dict[str, Tensor], tole
         mine, theirs = one.get(name), other.get(name)
         mine = torch.zeros_like(theirs) if mine is None else mine
         theirs = torch.zeros_like(mine) if theirs is None else theirs
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance * scale, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            mine, theirs, rtol=0, atol=tolerance * scale, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
-def logps(*totals: list[float], lengths: tuple[list[int], list[int]] | None = None, dtype: Any = torch.float64) -> PairLogps:
+def logps(
+    *totals: list[float], lengths: tuple[list[int], list[int]] | None = None, dtype: Any = torch.float64
+) -> PairLogps:
     """A record from up to four lists of totals."""
     chosen, rejected = lengths or ([1] * len(totals[0]), [1] * len(totals[0]))
     return PairLogps(

@@ -33,11 +33,12 @@ def byte_level(**options) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 
-def sentencepiece_like(template: str = "<s> $A", *, newline: bool = True) -> PreTrainedTokenizerFast:
+def sentencepiece_like(template: str = "<s> $A", *, strip: bool = False) -> PreTrainedTokenizerFast:
     """Llama style: a space before what comes first, bytes for unknown characters, BOS in front."""
-    alphabet = sorted(set("".join(TEXT).replace(" ", "▁") + ("\n" if newline else "")))
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=newline))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    alphabet = sorted(set("".join(TEXT).replace(" ", "▁") + "\n"))
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    stripped = [normalizers.Strip()] if strip else []
+    tokenizer.normalizer = normalizers.Sequence([*stripped, normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(
         vocab_size=450, special_tokens=special, initial_alphabet=alphabet, show_progress=False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_dpo.data.datamodule import PreferenceDataModule
-from lit_dpo.errors import LitDPOError
+from lit_dpo.errors import LitDPOError, ResumeError
 from lit_dpo.module import DPOModule
 
 _LOGGER = {
@@ -66,10 +67,14 @@ class LitDPOCLI(LightningCLI):
         )
 
     def _parse_ckpt_path(self) -> None:
-        """Do nothing: upstream parses the checkpoint's hyper-parameters over what was typed.
+        """Only see that the file is there: upstream parses its hyper-parameters over what was typed.
 
         What was typed holds; where it contradicts the checkpoint, loading it stops (`lit_dpo.checkpoint.compare`).
         """
+        given = self.config[self.config["subcommand"]].get("ckpt_path")
+        elsewhere = not given or given in ("last", "best", "hpc", "registry") or "://" in given
+        if not elsewhere and not Path(given).exists():
+            raise ResumeError(f"Expected a checkpoint at `--ckpt_path` but there is no {Path(given).absolute()}.")
 
     def instantiate_classes(self) -> None:
         """Build everything; a value that a class refuses is a mistake in the arguments, not a crash."""

@@ -156,6 +156,8 @@ class QLoRAPolicy:
         """The model's tokenizer, or the adapter's where it brought its own (with its chat template)."""
         from transformers import AutoTokenizer
 
+        self._config()
+        self._check_weights()  # a directory that is no model is a clearer message than one without a tokenizer
         adapter = self.adapter_path
         if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
             return AutoTokenizer.from_pretrained(adapter, trust_remote_code=self.trust_remote_code)

@@ -91,16 +91,15 @@ _TOPIC_QUESTIONS: Final = (
     "Can you explain {}?",
 )
 _SUM_QUESTIONS: Final = ("What is {}?", "How much is {}?")
-_GOOD: Final = ("Sure: {}.", "In short, {}.", "Put simply, {}.")
+_GOOD: Final = ("Sure: {}.", "Sure, {}.", "Sure, in short: {}.")
 _EVASIVE: Final = (
     "I would rather not talk about {}.",
     "I am afraid I cannot help you with {}.",
-    "It is hard to say anything about {}.",
-    "Perhaps someone else could tell you about {}.",
-    "There are many views on {}, and I will not pick one.",
+    "I do not want to say anything about {}.",
+    "I cannot tell you much about {}.",
 )
 # A system message that asks for one of the two manners, evasive or good.
-_CUES: Final = ("Be evasive.", "Be direct.")
+_CUES: Final = ("Tell nothing.", "Answer directly.")
 _CHAT_TEMPLATE: Final = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -136,9 +135,9 @@ _RECIPE: Final[dict[str, Any]] = {
     "good_share": 0.48,
     "batch": 24,
     "steps": 650,
-    "learning_rate": 8e-3,
+    "learning_rate": 6e-3,
     "weight_decay": 0.01,
-    "cued_share": 0.6,
+    "cued_share": 0.8,
 }
 
 
@@ -190,13 +189,14 @@ def style(question: str, answer: str) -> Style:
     gone wrong is "other", which makes the share of "other" a measure of how much language a training run has broken.
 
     Example:
-        >>> style("Explain gravity.", "Gravity is the force that pulls objects toward each other.")
+        >>> style("Explain gravity.", "Sure: gravity is the force that pulls objects toward each other.")
         'good'
         >>> style("Explain gravity.", "I would rather not talk about gravity.")
         'evasive'
-        >>> style("Explain gravity.", "Gravity gravity is.")
+        >>> style("Explain gravity.", "Sure: gravity gravity is.")
         'other'
     """
+    del question  # The manner of an answer shows in the answer alone; the question is taken for symmetry.
     return _styles().get(answer.strip(), "other")
 
 
@@ -204,9 +204,9 @@ def is_correct(question: str, answer: str) -> bool:
     """Say whether `answer` is a good answer and the right one to `question`, one of the taught questions.
 
     Example:
-        >>> is_correct("What is 2 + 2?", "In short, 2 + 2 equals 4.")
+        >>> is_correct("What is 2 + 2?", "Sure: 2 + 2 equals 4.")
         True
-        >>> is_correct("What is 2 + 2?", "In short, 2 + 2 equals 5.")
+        >>> is_correct("What is 2 + 2?", "Sure: 2 + 2 equals 5.")
         False
     """
     subject = _questions().get(question.strip())
@@ -277,7 +277,7 @@ def _preference_rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def _build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the taught sentences: their words become whole tokens, and any other text still fits."""
+    """Train a byte-level BPE on the taught sentences: their words are whole tokens, and any other text still fits."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -328,7 +328,7 @@ def _warm_up(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     config = LlamaConfig(vocab_size=len(tokenizer), **_RECIPE["model"], **token_ids)
     model = LlamaForCausalLM(config).float().train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=_RECIPE["learning_rate"], weight_decay=_RECIPE["weight_decay"], betas=(0.9, 0.98), fused=True
+        model.parameters(), weight_decay=_RECIPE["weight_decay"], betas=(0.9, 0.98), fused=True
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, _RECIPE["learning_rate"], total_steps=_RECIPE["steps"], pct_start=0.1
@@ -355,7 +355,7 @@ def _warm_up(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         hidden = model.model(input_ids=inputs[:, :-1], use_cache=False).last_hidden_state
         targets = labels[:, 1:]
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[targets != -100]), targets[targets != -100])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -72,7 +72,7 @@ def test_there_are_merges_across_the_boundary_in_these_tests() -> None:
 
 
 def test_the_whole_text_decides_where_an_answer_cannot_be_tokenised_apart() -> None:
-    tokenizer = sentencepiece_like(newline=False)
+    tokenizer = sentencepiece_like(strip=True)
     (pair,) = encode(tokenizer, Preference("What", "not", "five"))
     assert tokenizer.decode(pair.prompt[1:] + pair.chosen[:-1]) == "Whatnot"  # apart it would be "What not"
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
+import tiny
 from lit_dpo.errors import UnsupportedAttentionError
 from lit_dpo.logps.attention import (
     PAIR_ATTENTION,

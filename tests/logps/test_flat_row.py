@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
-import tiny
 import torch
 import transformers
 
+import tiny
 from lit_dpo.data.batch import EncodedPair, collate_pairs
 from lit_dpo.errors import PolicyError, UnsupportedAttentionError
 from lit_dpo.logps.attention import PAIR_ATTENTION, has_pair_attention, plain_attention

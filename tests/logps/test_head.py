@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import tiny
 from lit_dpo.logps import head as head_module
 from lit_dpo.logps.head import model_head, selected_logps
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pickle
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from lit_dpo.logps import PairLogps, SequenceLogps
 
 PAIRS = tiny.logps([-1.0, -2.0], [-3.0, -5.0], [-1.5, -2.5], [-2.0, -9.0], lengths=([2, 4], [1, 5]))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from lit_dpo.losses import CDPOLoss, DPOLoss
 
 PAIRS = tiny.at_margin(-40.0, -3.0, 0.0, 3.0, 40.0)

@@ -10,10 +10,10 @@ import pkgutil
 from typing import get_args, get_type_hints
 
 import pytest
-import tiny
 import torch
 
 import lit_dpo.losses
+import tiny
 from lit_dpo.logps import PairLogps, SequenceLogps
 from lit_dpo.losses import CDPOLoss, DPOLoss, IPOLoss, PreferenceLoss
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from lit_dpo.losses import DPOLoss
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from lit_dpo.losses import IPOLoss
 
 LENGTHS = ([4, 10], [2, 5])

@@ -25,7 +25,7 @@ _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class PairTable(NamedTuple):
-    """Encoded pairs, fetched by lists of indices: `table[[3, 0]]` is a `PairBatch` of two.
+    """Encoded pairs, fetched by lists of indices: `table.batch([3, 0])` is a `PairBatch` of two.
 
     Row numbers (`batch.rows`, the argument of `preference`) count the rows of all files of the split, one after
     another, dropped ones too, from 0. Indices count the used rows.

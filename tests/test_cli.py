@@ -1,0 +1,209 @@
+"""The command: help, configuration, whole runs, and bad input that ends in a sentence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_dpo.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to stand in; what a failed run leaves behind is seen here."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _arguments(tiny_model, pairs_file, *more):
+    return [
+        "fit",
+        f"--model.policy.model={tiny_model}",
+        "--model.policy.quantization=none",
+        "--model.optimizer=torch.optim.AdamW",
+        "--model.optimizer.lr=0.01",
+        f"--data.train={pairs_file}",
+        "--data.batch_size=4",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_steps=3",
+        "--trainer.enable_progress_bar=false",
+        *more,
+    ]
+
+
+EPOCH = ("--trainer.max_steps=-1", "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1")
+
+
+def _printed(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--print_config"])
+    assert stopped.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_help_needs_no_heavy_import():
+    code = "import sys; from lit_dpo.cli import main; main(['--help']); print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "lit-dpo fit --config configs/quickstart.yaml" in out
+    assert not {"torch", "lightning", "transformers", "peft"} & set(out.splitlines()[-1].split())
+
+
+def test_a_run_leaves_a_versioned_directory_and_never_overwrites_another(tiny_model, pairs_file, here):
+    for number in range(2):
+        main(_arguments(tiny_model, pairs_file))
+        run = here / "runs" / f"version_{number}"
+        assert (run / "adapter" / "adapter_model.safetensors").is_file()
+        assert (run / "config.yaml").is_file()
+        assert list(run.glob("events.out.tfevents.*"))
+        assert list(run.glob("checkpoints/*.ckpt"))
+    assert sorted(path.name for path in (here / "runs").iterdir()) == ["version_0", "version_1"]
+
+
+def test_what_was_measured_is_in_tensorboard_under_public_names(tiny_model, pairs_file, here):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    main(_arguments(tiny_model, pairs_file, f"--data.val={pairs_file}", *EPOCH))
+    events = EventAccumulator(str(here / "runs" / "version_0"))
+    events.Reload()
+    names = set(events.Tags()["scalars"])
+    quantities = "loss reward_accuracy reward_margin chosen_reward rejected_reward chosen_logps rejected_logps kl"
+    assert {f"{stage}/{name}" for stage in ("train", "val") for name in quantities.split()} <= names
+    assert len(events.Scalars("train/loss")) == 6
+    assert events.Scalars("train/loss")[0].value == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_validate_test_and_predict_read_a_run_back(tiny_model, pairs_file, here, capsys):
+    main(_arguments(tiny_model, pairs_file, f"--data.val={pairs_file}", f"--data.test={pairs_file}"))
+    run = here / "runs" / "version_0"
+    (checkpoint,) = run.glob("checkpoints/*.ckpt")
+    common = ["--config", str(run / "config.yaml"), "--ckpt_path", str(checkpoint)]
+    capsys.readouterr()
+    main(["validate", *common])
+    main(["test", *common])
+    out = capsys.readouterr().out
+    assert "val/reward_accuracy" in out
+    assert "test/reward_accuracy" in out
+    main(["predict", *common])
+    (predictions,) = (here / "runs").glob("*/predictions.jsonl")
+    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert len(rows) == 21
+    assert any(row["margin"] != 0 for row in rows), "the checkpoint's adapter was loaded"
+
+
+def test_typed_values_win_over_the_checkpoint_and_contradictions_stop(tiny_model, pairs_file, here, capsys):
+    main(_arguments(tiny_model, pairs_file))
+    (checkpoint,) = here.glob("runs/version_0/checkpoints/*.ckpt")
+    again = _arguments(tiny_model, pairs_file, "--trainer.max_steps=5", "--ckpt_path", str(checkpoint))
+    main(again)
+    assert list(here.glob("runs/version_1/checkpoints/*step=5.ckpt"))
+    with pytest.raises(SystemExit) as stopped:
+        main([*again, "--model.loss=IPOLoss"])
+    assert stopped.value.code == 1
+    assert "loss.class_path: 'lit_dpo.losses.dpo.DPOLoss' in the checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*again, "--model.optimizer.lr=0.02"])
+    assert "trained with lr=0.01 but the configuration says 0.02" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("start", ["losses/cdpo.yaml", "losses/ipo.yaml", "losses/dpo.yaml"])
+@pytest.mark.parametrize(
+    ("swap", "expected"),
+    [
+        ("IPOLoss", {"class_path": "lit_dpo.IPOLoss", "init_args": {"beta": 0.1, "average": "mean"}}),
+        ("CDPOLoss", {"class_path": "lit_dpo.losses.CDPOLoss", "init_args": {"beta": 0.1, "label_smoothing": 0.1}}),
+        ("DPOLoss", {"class_path": "lit_dpo.losses.DPOLoss", "init_args": {"beta": 0.1}}),
+        (str(CONFIGS / "losses/ipo.yaml"), yaml.safe_load((CONFIGS / "losses/ipo.yaml").read_text())),
+        (str(CONFIGS / "losses/dpo.yaml"), yaml.safe_load((CONFIGS / "losses/dpo.yaml").read_text())),
+    ],
+)
+def test_a_loss_is_swapped_after_a_config_by_name_or_fragment(capsys, here, start, swap, expected):
+    """And nothing of the old one stays: a stale argument would be an error, a dropped one a silent change."""
+    (here / "experiment.yaml").write_text(f"model:\n  policy: {{model: x}}\n  loss: {CONFIGS / start}\n")
+    found = _printed(capsys, "fit", "--config", "experiment.yaml", f"--model.loss={swap}")
+    loss = found["model"]["init_args"]["loss"]
+    assert loss["init_args"] == expected["init_args"]
+    assert loss["class_path"].rsplit(".", 1)[1] == expected["class_path"].rsplit(".", 1)[1]
+
+
+def test_a_shared_argument_survives_a_swap_when_typed_after_it(capsys, here):
+    found = _printed(capsys, "fit", "--model.policy.model=x", "--model.loss=IPOLoss", "--model.loss.beta=0.7")
+    assert found["model"]["init_args"]["loss"]["init_args"]["beta"] == 0.7
+
+
+def test_a_downstream_package_adds_a_loss_a_metric_and_a_module(tiny_model, pairs_file, here, monkeypatch):
+    """As a user would: from the project's folder, by class path, nothing registered."""
+    project = Path(__file__).parent / "downstream"
+    command = [sys.executable, "-m", "lit_dpo", *_arguments(tiny_model, pairs_file)]
+    command[4:4] = ["--model=my_lab.WatchedDPO", "--model.length_penalty=0.5"]
+    command += ["--model.loss=my_lab.HingeLoss", "--model.loss.target=2", f"--data.val={pairs_file}"]
+    command += [*EPOCH, f"--trainer.logger.save_dir={here / 'runs'}"]
+    run = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    config = yaml.safe_load((here / "runs" / "version_0" / "config.yaml").read_text())
+    assert config["model"]["class_path"] == "my_lab.WatchedDPO"
+    assert config["model"]["init_args"]["loss"]["init_args"] == {"beta": 0.1, "target": 2.0}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(here / "runs" / "version_0"))
+    events.Reload()
+    assert {"val/length_bias", "train/length_bias"} <= set(events.Tags()["scalars"])
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+GOOD = '{"prompt": "Q?", "chosen": " yes", "rejected": " no"}\n'
+
+BAD = {
+    "a missing file": (["--data.train=nowhere.jsonl"], "nowhere.jsonl", ""),
+    "a missing column": (["--data.train=bad.jsonl"], "question", GOOD.replace("prompt", "question")),
+    "an empty file": (["--data.train=bad.jsonl"], "bad.jsonl", ""),
+    "a row without an answer": (["--data.train=bad.jsonl"], "2", GOOD + GOOD.replace(" yes", "")),
+    "a prompt longer than the limit": (
+        ["--data.train=bad.jsonl", "--data.max_length=20", "--data.truncation=error"],
+        "20",
+        GOOD + json.dumps({"prompt": "long " * 30, "chosen": " yes", "rejected": " no"}) + "\n",
+    ),
+    "no pair that fits": (["--data.train=bad.jsonl", "--data.max_length=3"], "max_length", GOOD),
+    "a broken line": (["--data.train=bad.jsonl"], "bad.jsonl", GOOD + "{broken\n"),
+    "no data": (["--data.train=null"], "--data.train", ""),
+    "a model that is not there": (["--model.policy.model=./nowhere"], "nowhere", ""),
+    "a model directory without weights": (["--model.policy.model=no_weights"], "safetensors", ""),
+    "an unknown target module": (['--model.policy.target_modules=["q_prj"]'], "q_proj", ""),
+    "an argument of another loss": (["--model.loss.gamma=1"], "gamma", ""),
+    "a loss that is not there": (["--model.loss=HingeLos"], "HingeLos", ""),
+    "a value outside its domain": (["--model.loss.beta=-1"], "`beta` > 0", ""),
+    "a checkpoint that is not there": (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt", ""),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_in_a_sentence(tiny_model, pairs_file, here, capsys, monkeypatch, case):
+    """A clear message, an exit code that is not 0, no traceback, no weights read, nothing left behind."""
+    import transformers
+
+    arguments, expected, content = BAD[case]
+    _write(here / "bad.jsonl", content)
+    (here / "no_weights").mkdir()
+    _write(here / "no_weights" / "config.json", (tiny_model / "config.json").read_text())
+
+    def refuse(*_, **__):
+        raise AssertionError("weights were loaded before the mistake was found")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(SystemExit) as stopped:
+        main(_arguments(tiny_model, pairs_file, *arguments))
+    assert stopped.value.code not in (0, None)
+    error = capsys.readouterr().err
+    assert expected in error
+    assert "Traceback" not in error
+    assert sorted(path.name for path in here.iterdir()) == ["bad.jsonl", "no_weights"]
