@@ -318,12 +318,22 @@ def test_an_adapted_layer_that_the_loader_left_unquantised_is_refused_by_name(qu
 
 
 def test_all_adapted_layers_left_unquantised_are_refused(folder, monkeypatch):
-    original = transformers.BitsAndBytesConfig
+    """A loader that skips quietly, as transformers does with names that it takes for ones to skip."""
 
-    def skipping(**options):
-        return original(**options, llm_int8_skip_modules=[r"model\.layers"])
+    def skipping(self, dtype):
+        skipped = [r"model\.layers", "lm_head"]
+        return transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
 
-    monkeypatch.setattr(transformers, "BitsAndBytesConfig", skipping)
+    monkeypatch.setattr(QLoRAPolicy, "_quantization_config", skipping)
+    with pytest.raises(PolicyError, match="14 of 14 are not"):
+        QLoRAPolicy(str(folder), r=2).load()
+
+
+def test_another_4_bit_type_than_nf4_is_refused(folder, monkeypatch):
+    def fp4(self, dtype):
+        return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+
+    monkeypatch.setattr(QLoRAPolicy, "_quantization_config", fp4)
     with pytest.raises(PolicyError, match="14 of 14 are not"):
         QLoRAPolicy(str(folder), r=2).load()
 

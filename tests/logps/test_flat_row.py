@@ -305,6 +305,14 @@ def test_bfloat16_rows_agree_within_the_tolerance_of_the_dtype(name):
     torch.testing.assert_close(found["flat"], found["padded"], rtol=0.05, atol=0.5)
 
 
+def test_a_leak_that_hides_below_the_tolerance_of_bfloat16_is_still_seen():
+    """The convolution moves log-probs by less than 0.1 nats here, which 16 bits may lose anyway."""
+    model = tiny.model("lfm2-conv").to(torch.bfloat16)
+    with tiny.records("lit_dpo.logps.score") as lines:
+        assert choose_layout(model) == "padded"
+    assert "moves another's log-probs" in lines[0].getMessage()
+
+
 # ---- the ordinary attention, lent ----
 
 
