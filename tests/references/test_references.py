@@ -135,6 +135,17 @@ def test_a_reference_pass_leaves_requires_grad_as_it_was(case):
     assert _requires_grad(model) == before
 
 
+def test_a_reference_pass_does_not_thaw_what_a_subclass_froze(case):
+    """LoRA-FA trains B alone; PEFT's own `disable_adapter` turns gradients of the whole adapter back on."""
+    reference, model = case
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    before = _requires_grad(model)
+    reference.logps(model, BATCH)
+    assert _requires_grad(model) == before
+
+
 def test_only_the_policys_adapter_requires_gradients(case):
     _, model = case
     assert all(".default." in name and "lora_" in name for name, on in _requires_grad(model).items() if on)
