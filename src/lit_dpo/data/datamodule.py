@@ -123,7 +123,7 @@ class PreferenceDataModule(LightningDataModule):
         sampler = self._sampler(table, self.batch_size, shuffle=not getattr(self.trainer, "overfit_batches", 0))
         self._train_loader = PairLoader(PairDataset(table), sampler=sampler, **loader_options(self.num_workers))
         if self.trainer:
-            self._train_loader.load_position(*self._first_position(table))
+            self._train_loader.start = lambda: self._first_position(table)
         return self._train_loader
 
     def val_dataloader(self) -> DataLoader[PairBatch] | list[DataLoader[PairBatch]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class PairLoader(DataLoader[PairBatch]):
 
     epoch: int = 0
     batches: int = 0
+    start: Callable[[], tuple[int, int]] | None = None
+    """Where the first pass begins; asked when it does, for Lightning makes loaders before it restores its loops."""
     _begun: bool = False
 
     def load_position(self, epoch: int, batches: int) -> None:
@@ -47,6 +49,9 @@ class PairLoader(DataLoader[PairBatch]):
 
     def __iter__(self) -> Iterator[PairBatch]:  # type: ignore[override]
         """The batches of the next pass; nothing happens before the first is asked for."""
+        if self.start is not None:
+            self.load_position(*self.start())
+            self.start = None
         if self._begun:
             self.load_position(self.epoch + 1, 0)
         self._begun = True

@@ -133,6 +133,7 @@ def pair_attention_forward(
     refused = [name for name, given in others.items() if name not in _HARMLESS and not _neutral(name, given)]
     refused += ["attention_mask"] if attention_mask is not None else []
     refused += ["dropout"] if dropout else []
+    refused += ["a window that is only in the mask"] if sliding_window is None and _masks_a_window(module) else []
     if refused:
         raise UnsupportedAttentionError(f"the pair attention does not implement {', '.join(map(repr, refused))}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -143,6 +144,15 @@ def pair_attention_forward(
     else:
         out = _by_segment(query, key, value, pair_layout, scale, sliding_window, softcap)
     return out.unsqueeze(0), None
+
+
+def _masks_a_window(module: nn.Module) -> bool:
+    """Whether this layer sees a window or chunks by its configuration: some models tell the mask alone."""
+    config = getattr(module, "config", None)
+    if getattr(config, "sliding_window", None) is None and getattr(config, "attention_chunk_size", None) is None:
+        return False
+    kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    return kinds is None or index is None or kinds[index] in ("sliding_attention", "chunked_attention")
 
 
 def _neutral(name: str, given: Any) -> bool:

@@ -47,7 +47,7 @@ def selected_logps(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Te
 
 
 def _checkpointed(score: Callable[[Tensor, Tensor], Tensor], states: Tensor, tokens: Tensor) -> Tensor:
-    result = checkpoint(score, states, tokens, use_reentrant=False, preserve_rng_state=False)
+    result = checkpoint(score, states, tokens, use_reentrant=False)
     assert isinstance(result, Tensor)
     return result
 

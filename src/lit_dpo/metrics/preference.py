@@ -31,6 +31,11 @@ class Mean(Metric):
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
+    def _apply(self, fn: Any, exclude_state: Any = "") -> Any:
+        """Move, never cast: `module.to(torch.bfloat16)` around a metric would round its sum."""
+        device = fn(torch.empty(0, device=self.total.device)).device
+        return super()._apply(lambda tensor: tensor.to(device), exclude_state)
+
     def add(self, values: Tensor, count: Tensor | int | None = None) -> None:
         """Add values, counted one each unless told otherwise."""
         self.total += values.detach().double().sum()

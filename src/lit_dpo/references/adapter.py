@@ -32,7 +32,7 @@ class BaseReference(Reference):
     @torch.no_grad()
     def logps(self, model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
         """Log-probs with the adapters off."""
-        with model.disable_adapter():
+        with adapters_off(model):
             return pair_logps(model, batch)
 
 
@@ -57,7 +57,12 @@ class AdapterReference(Reference):
                 "Expected `reference.path` or `policy.adapter_path` with AdapterReference but got neither. A policy "
                 "with a fresh adapter is compared with its base: BaseReference."
             )
-        model.load_adapter(path, adapter_name=_NAME, is_trainable=False)
+        training = model.training
+        try:
+            model.load_adapter(path, adapter_name=_NAME, is_trainable=False)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise PolicyError(f"No adapter for the reference at {path!r}: {error}") from error
+        model.train(training)  # PEFT leaves the whole model in eval mode
         for layer in _tuner_layers(model):
             # the copy is always evaluated, while the layer around it trains
             if _NAME in getattr(layer, "lora_dropout", {}):
@@ -77,6 +82,20 @@ class NoReference(Reference):
     def logps(self, model: Any, batch: PairBatch) -> tuple[None, None]:
         """Nothing."""
         return None, None
+
+
+@contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """Run the base alone. Not `disable_adapter`: that turns `requires_grad` of all adapter weights off and on again."""
+    layers = _tuner_layers(model)
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, off in zip(layers, before, strict=True):
+            layer._disable_adapters = off
 
 
 @contextmanager
