@@ -244,7 +244,7 @@ def test_an_encoder_decoder_is_refused(tmp_path, no_weights):
     """T5 has a configuration and weights, and is no causal language model."""
     transformers.T5Config(vocab_size=97, d_model=32).save_pretrained(tmp_path)
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    _expect("T5", str(tmp_path))
+    _expect("t5", str(tmp_path))
 
 
 @pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])

@@ -76,8 +76,14 @@ class QLoRAPolicy:
 
     def __post_init__(self) -> None:
         """Check the fields against each other."""
-        if self.quantization not in ("nf4", "int8", "none"):
-            raise PolicyError(f"Expected `quantization` to be nf4, int8 or none but got {self.quantization!r}.")
+        for name, allowed in (
+            ("quantization", ("nf4", "int8", "none")),
+            ("dtype", ("auto", "float32", "bfloat16", "float16")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise PolicyError(f"Expected `{name}` among {', '.join(allowed)} but got {getattr(self, name)!r}.")
+        if not self.target_modules:
+            raise PolicyError("Expected `target_modules` to name layers but it is empty; `all-linear` takes all.")
         if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
             raise PolicyError(
                 "Expected `r` >= 1, `alpha` > 0 and `dropout` in [0, 1) but got "
@@ -92,12 +98,14 @@ class QLoRAPolicy:
         """
         config = self._config()
         self._check_weights()
+        _check_causal(config, self.model)
+        self._check_attention()
         if self.quantization != "none":
             _require_bitsandbytes(self.quantization)
         if self.adapter_path is not None:
-            self._check_adapter(Path(self.adapter_path))
+            self._check_targets(config, self._check_adapter(Path(self.adapter_path)))
         elif self.target_modules != "all-linear":
-            self._check_targets(config)
+            self._check_targets(config, self.target_modules)
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
         """The policy with its adapters, in training mode, on `device`.
@@ -125,18 +133,27 @@ class QLoRAPolicy:
 
         config = self._config()
         _turn_off_dropout(config)
-        base = AutoModelForCausalLM.from_pretrained(
-            self.path,
-            config=config,
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=self._quantization_config(dtype),
-            use_safetensors=True,
-            **({} if self.attention in ("auto", "pairs") else {"attn_implementation": self.attention}),
-            **self._hub(),
-        )
+        with _as_policy_error(f"the model {self.model!r}"):
+            base, info = AutoModelForCausalLM.from_pretrained(
+                self.path,
+                config=config,
+                dtype=dtype,
+                device_map={"": device},
+                quantization_config=self._quantization_config(dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                **({} if self.attention in ("auto", "pairs") else {"attn_implementation": self.attention}),
+                **self._hub(),
+            )
+        if lacking := sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]):
+            raise PolicyError(
+                f"The weights of {self.model!r} lack {len(lacking)} tensors of its architecture, which would be made up "
+                f"at random: {', '.join(lacking[:3])}."
+            )
         if self.adapter_path is not None:
-            model = PeftModel.from_pretrained(base, self.adapter_path, is_trainable=True)
+            with _as_policy_error(f"the adapter {self.adapter_path!r}"):
+                model = PeftModel.from_pretrained(base, self.adapter_path, is_trainable=True)
+            _check_adapter_keys(model, Path(self.adapter_path))
         else:
             lora = LoraConfig(
                 r=self.r,
@@ -222,7 +239,15 @@ class QLoRAPolicy:
             )
         raise PolicyError(f"Expected *.safetensors weights in {folder} but it holds {_listing(folder)}.")
 
-    def _check_adapter(self, folder: Path) -> None:
+    def _check_attention(self) -> None:
+        from transformers import AttentionInterface
+
+        known = ["auto", "pairs", "eager", *AttentionInterface().valid_keys()]
+        if self.attention not in known and "/" not in self.attention:  # a kernel of the hub has a slash
+            raise PolicyError(f"Expected `attention` among {', '.join(known)} but got {self.attention!r}.")
+
+    def _check_adapter(self, folder: Path) -> Any:
+        """The layers that the adapter is for."""
         from peft import LoraConfig, PeftConfig
 
         for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -251,19 +276,23 @@ class QLoRAPolicy:
                     f"Expected `policy.{field.name}` to be left out with `adapter_path` but got {mine!r}: "
                     f"the adapter in {folder} has {theirs!r}, and continues with it."
                 )
+        return adapter.target_modules
 
-    def _check_targets(self, config: Any) -> None:
+    def _check_targets(self, config: Any, targets: Any) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
         names = [name for name, module in skeleton.named_modules() if _takes_adapter(module)]
-        wanted = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
-        if isinstance(self.target_modules, str):
-            unknown = [] if any(re.fullmatch(self.target_modules, name) for name in names) else wanted
+        if targets is None:  # an adapter on parameters instead of layers
+            return
+        if isinstance(targets, str):
+            unknown = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
         else:
-            unknown = [one for one in wanted if not any(name == one or name.endswith(f".{one}") for name in names)]
+            unknown = [
+                one for one in sorted(targets) if not any(name == one or name.endswith(f".{one}") for name in names)
+            ]
         if unknown:
             there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
             raise PolicyError(f"Expected `target_modules` among {there} (or all-linear) but got {', '.join(unknown)}.")
@@ -337,6 +366,39 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@contextmanager
+def _as_policy_error(what: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise PolicyError(f"Cannot load {what}: {_first_line(error)}") from error
+
+
+def _check_causal(config: Any, model: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if config.is_encoder_decoder or not (remote or type(config) in AutoModelForCausalLM._model_mapping):
+        raise PolicyError(f"Expected a causal language model but {model!r} is {config.model_type}.")
+
+
+def _check_adapter_keys(model: Any, folder: Path) -> None:
+    """What a file lacks, peft fills with fresh weights and a warning."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    if not folder.is_dir():
+        return
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        given = set(file.keys())
+    if different := sorted(given ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))):
+        raise PolicyError(
+            f"The adapter in {folder} does not fit the model: {', '.join(different[:3])} on one side only."
+        )
+
+
 def _samples(file: Path, parts: int = 64, width: int = 2**16) -> Iterator[bytes]:
     """Evenly spaced pieces of a file: all of a small one, 4 MiB of a large one."""
     size = file.stat().st_size
@@ -368,7 +430,7 @@ def _turn_off_dropout(config: Any) -> None:
     found = {}
     for part in (config, config.get_text_config()):
         for name, given in part.to_dict().items():
-            if re.search(r"drop(out)?($|_)", name) and isinstance(given, int | float) and given > 0:
+            if re.search(r"drop(out)?($|_)|jitter", name) and isinstance(given, int | float) and given > 0:
                 found[name] = given
                 setattr(part, name, 0.0)
     if found:

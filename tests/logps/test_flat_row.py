@@ -83,8 +83,8 @@ def test_a_sliding_window_that_is_only_in_the_mask_is_not_lost(kind, changes):
     _assert_equals_one_at_a_time(model, reference, tiny.pairs((20, 9, 7), (3, 30, 2)))
 
 
-def test_a_batch_mate_does_not_change_the_rope_of_a_model_with_long_and_short_factors():
-    """LongRoPE picks its factors by the longest row of a batch; a pair's log-probs are its own all the same."""
+def test_a_batch_mate_that_would_change_the_rope_is_refused():
+    """LongRoPE picks its factors by the longest row of a batch: exact below the limit, an error above it."""
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
@@ -96,7 +96,9 @@ def test_a_batch_mate_does_not_change_the_rope_of_a_model_with_long_and_short_fa
     model = tiny.model("phi3", rope_parameters=rope, original_max_position_embeddings=24)
     reference = copy.deepcopy(model)
     choose_layout(model)
-    _assert_equals_one_at_a_time(model, reference, tiny.pairs((3, 5, 7), (10, 30, 8)))
+    _assert_equals_one_at_a_time(model, reference, tiny.pairs((3, 5, 7), (10, 14, 8)))
+    with pytest.raises(PolicyError, match=r"up to 24 tokens but one has 40[\s\S]*max_length"):
+        pair_logps(model, tiny.pairs((3, 5, 7), (10, 30, 8)))
 
 
 def test_deepseek_with_values_narrower_than_keys_is_exact_in_whichever_layout():

@@ -15,7 +15,7 @@ from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
 from lit_dpo.errors import PolicyError, UnsupportedAttentionError
 from lit_dpo.logps.attention import PairLayout, has_pair_attention, use_pair_attention
 from lit_dpo.logps.head import model_head, selected_logps
-from lit_dpo.logps.layouts import Rows, flat_rows, padded_rows, segments
+from lit_dpo.logps.layouts import Rows, Segment, flat_rows, padded_rows, segments
 from lit_dpo.logps.records import SequenceLogps
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ def pair_logps(model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLog
     """
     base = base_model(model)
     pairs = segments(batch)
+    _check_rope(base.config.get_text_config(), pairs)
     if has_pair_attention(base):
         rows = flat_rows(batch, pairs)
         rows.inputs["pair_layout"] = PairLayout(pairs, batch.input_ids.device)
@@ -91,6 +92,10 @@ def choose_layout(model: Any, attention: str = "auto") -> Layout:
         PolicyError: if `"pairs"` was asked for and is not exact, or if padded rows are wrong too.
     """
     base = base_model(model)
+    if base.get_decoder() is base:
+        raise PolicyError(f"{type(base).__name__} does not tell its backbone from its head, so it cannot be scored.")
+    if has_pair_attention(base):
+        base.set_attn_implementation(base.lit_dpo_plain_attention)
     base.lit_dpo_plain_attention = base.config._attn_implementation
     training = model.training
     model.eval()
@@ -121,6 +126,20 @@ def _choose_layout(base: Any, attention: str) -> Layout:
             f"token, tolerance {tolerance:.2g}); its log-probs cannot be trusted in batches."
         )
     return "padded"
+
+
+def _check_rope(config: Any, pairs: list[Segment]) -> None:
+    """These choose their frequencies by the longest row of a batch: a long pair would move its batch mates."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("longrope", "dynamic"):
+        return
+    limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    longest = max(s.prompt + max(s.chosen, s.rejected) for s in pairs)
+    if longest > limit:
+        raise PolicyError(
+            f"Expected pairs of up to {limit} tokens but one has {longest}: beyond that this model's positions "
+            f"(rope_type={rope['rope_type']}) depend on its batch mates. Set `data.max_length` to {limit}."
+        )
 
 
 def _why_not_flat(base: Any, batch: PairBatch, truth: Tensor, tolerance: float) -> str | None:

@@ -49,6 +49,11 @@ class AdapterReference(Reference):
 
     path: str | None = None
 
+    @property
+    def starts_at_policy(self) -> bool:
+        """A path of its own may name any adapter."""
+        return self.path is None
+
     def attach(self, model: Any, policy: QLoRAPolicy) -> None:
         """Load the copy."""
         path = self.path or policy.adapter_path

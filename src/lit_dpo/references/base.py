@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.logps.records import SequenceLogps
@@ -21,8 +21,10 @@ class Reference(ABC):
     `requires_grad` of the policy's adapter.
     """
 
-    starts_at_policy: ClassVar[bool] = True
-    """Whether policy and reference are the same before the first step; the run then stops if they are not."""
+    @property
+    def starts_at_policy(self) -> bool:
+        """Whether policy and reference are the same before the first step; the run then stops if they are not."""
+        return True
 
     def attach(self, model: Any, policy: QLoRAPolicy) -> None:  # noqa: B027 - most need nothing
         """Put what the reference needs beside the loaded policy. Called once, after `policy.load`.
