@@ -147,7 +147,7 @@ class QLoRAPolicy:
             )
         if lacking := sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]):
             raise PolicyError(
-                f"The weights of {self.model!r} lack {len(lacking)} tensors of its architecture, which would be made up "
+                f"The weights of {self.model!r} lack {len(lacking)} tensors of its architecture, to be made up "
                 f"at random: {', '.join(lacking[:3])}."
             )
         if self.adapter_path is not None:

@@ -98,7 +98,7 @@ def test_a_batch_mate_that_would_change_the_rope_is_refused():
     choose_layout(model)
     _assert_equals_one_at_a_time(model, reference, tiny.pairs((3, 5, 7), (10, 14, 8)))
     with pytest.raises(PolicyError, match=r"up to 24 tokens but one has 40[\s\S]*max_length"):
-        pair_logps(model, tiny.pairs((3, 5, 7), (10, 30, 8)))
+        pair_logps(model, collate_pairs(tiny.pairs((3, 5, 7), (10, 30, 8))))
 
 
 def test_deepseek_with_values_narrower_than_keys_is_exact_in_whichever_layout():
