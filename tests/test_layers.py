@@ -18,9 +18,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "lit_dpo.errors": 0,
     "lit_dpo.quickstart": 0,  # needs nothing of the package; imported inside functions only
+    "lit_dpo.quickstart_text": 0,
     "lit_dpo.logps": 1,
     "lit_dpo.data.batch": 1,
     "lit_dpo.policy": 2,
+    "lit_dpo.policy_checks": 2,
     "lit_dpo.references": 2,
     "lit_dpo.losses": 2,
     "lit_dpo.metrics": 2,
@@ -98,7 +100,7 @@ def test_the_quickstart_is_imported_inside_functions_only():
 
 def test_only_the_policy_knows_bitsandbytes():
     users = {_name(file) for file in FILES if any(one.split(".")[0] == "bitsandbytes" for one in _imports(file))}
-    assert users == {"lit_dpo.policy"}
+    assert users == {"lit_dpo.policy_checks"}
 
 
 def test_pytorch_lightning_is_imported_nowhere():

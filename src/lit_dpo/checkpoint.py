@@ -24,14 +24,14 @@ def describe(policy: Any, loss: Any, reference: Any) -> dict[str, Any]:
     return {
         "version": 1,
         "base": policy.identity(),
-        "policy": {k: v for k, v in to_builtins(policy).items() if k not in ("model", "revision", *_MAY_CHANGE)},
+        "policy": {k: v for k, v in to_builtins(policy).items() if k not in _MAY_CHANGE} | {"adapter": policy.start()},
         "loss": to_builtins(loss),
         "reference": to_builtins(reference),
     }
 
 
-# Fields of the policy that do not change what is computed, beyond rounding.
-_MAY_CHANGE = ("gradient_checkpointing", "attention", "trust_remote_code")
+# Fields of the policy that do not change what is computed, beyond rounding, or that its identity says better.
+_MAY_CHANGE = ("gradient_checkpointing", "attention", "trust_remote_code", "model", "revision", "adapter_path")
 
 
 def compare(saved: Mapping[str, Any], current: Mapping[str, Any], *, training: bool) -> None:

@@ -10,10 +10,11 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lit_dpo import policy_checks as checks
 from lit_dpo.errors import PolicyError
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ log = logging.getLogger(__name__)
 
 QUICKSTART = "lit-dpo/quickstart"
 """The built-in model id: made on first use, see `lit_dpo.quickstart`."""
-
-_LORA_FIELDS = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
 
 
 @dataclass(frozen=True)
@@ -97,15 +96,16 @@ class QLoRAPolicy:
             PolicyError: naming the directory, file, field or layer, and what there is instead.
         """
         config = self._config()
-        self._check_weights()
-        _check_causal(config, self.model)
-        self._check_attention()
+        checks.check_weights(Path(self.path))
+        checks.check_causal(config, self.model)
+        checks.check_attention(self.attention)
         if self.quantization != "none":
-            _require_bitsandbytes(self.quantization)
+            checks.check_bitsandbytes(self.quantization)
+        targets: Any = self.target_modules
         if self.adapter_path is not None:
-            self._check_targets(config, self._check_adapter(Path(self.adapter_path)))
-        elif self.target_modules != "all-linear":
-            self._check_targets(config, self.target_modules)
+            targets = checks.check_adapter(self, Path(self.adapter_path))
+        if targets != "all-linear":
+            checks.check_targets(config, targets, self.trust_remote_code)
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
         """The policy with its adapters, in training mode, on `device`.
@@ -133,7 +133,7 @@ class QLoRAPolicy:
 
         config = self._config()
         _turn_off_dropout(config)
-        with _as_policy_error(f"the model {self.model!r}"):
+        with checks.as_policy_error(f"the model {self.model!r}"):
             base, info = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 config=config,
@@ -151,9 +151,9 @@ class QLoRAPolicy:
                 f"at random: {', '.join(lacking[:3])}."
             )
         if self.adapter_path is not None:
-            with _as_policy_error(f"the adapter {self.adapter_path!r}"):
+            with checks.as_policy_error(f"the adapter {self.adapter_path!r}"):
                 model = PeftModel.from_pretrained(base, self.adapter_path, is_trainable=True)
-            _check_adapter_keys(model, Path(self.adapter_path))
+            checks.check_adapter_keys(model, Path(self.adapter_path))
         else:
             lora = LoraConfig(
                 r=self.r,
@@ -164,7 +164,7 @@ class QLoRAPolicy:
                 task_type="CAUSAL_LM",
             )
             model = get_peft_model(base, lora)
-        self._assert_quantized(model)
+        checks.check_quantized(model, self.quantization)
         if self.gradient_checkpointing:
             _enable_checkpointing(base)
         return model.train()
@@ -174,14 +174,16 @@ class QLoRAPolicy:
         from transformers import AutoTokenizer
 
         self._config()
-        self._check_weights()  # a directory that is no model is a clearer message than one without a tokenizer
+        checks.check_weights(
+            Path(self.path)
+        )  # a directory that is no model is a clearer message than one without a tokenizer
         adapter = self.adapter_path
         if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
             return AutoTokenizer.from_pretrained(adapter, trust_remote_code=self.trust_remote_code)
         try:
             return AutoTokenizer.from_pretrained(self.path, **self._hub())
         except (OSError, ValueError) as error:
-            raise PolicyError(f"No tokenizer for {self.model!r}: {_first_line(error)}") from error
+            raise PolicyError(f"No tokenizer for {self.model!r}: {checks.first_line(error)}") from error
 
     @property
     def path(self) -> str:
@@ -213,6 +215,10 @@ class QLoRAPolicy:
             "double_quantization": self.quantization == "nf4" and self.double_quantization,
         }
 
+    def start(self) -> str | None:
+        """A digest of the adapter that is continued; None for a fresh one."""
+        return None if self.adapter_path is None else _digest(Path(self.adapter_path))
+
     def _config(self) -> Any:
         from transformers import AutoConfig
 
@@ -220,82 +226,14 @@ class QLoRAPolicy:
         if not Path(path).is_dir() and (self.model.count("/") != 1 or self.model.startswith((".", "/", "~"))):
             raise PolicyError(f"Expected `policy.model` to be a directory or a hub id, but there is no {path!r}.")
         if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-            raise PolicyError(f"Expected a model in {path} but it has no config.json; it holds {_listing(Path(path))}.")
+            raise PolicyError(
+                f"Expected a model in {path} but it has no config.json; it holds {checks.listing(Path(path))}."
+            )
         try:
             return AutoConfig.from_pretrained(path, **self._hub())
         except (OSError, ValueError) as error:
             hint = "" if Path(path).is_dir() else f"; there is no directory {Path(path).absolute()} either"
-            raise PolicyError(f"No model configuration for {self.model!r}{hint}: {_first_line(error)}") from error
-
-    def _check_weights(self) -> None:
-        folder = Path(self.path)
-        if not folder.is_dir() or any(folder.glob("*.safetensors")):
-            return
-        pickled = sorted(found.name for found in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-        if pickled:
-            raise PolicyError(
-                f"Expected safetensors weights in {folder} but it has only {', '.join(pickled)}, which can run code as "
-                "it loads. Convert it once: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)."
-            )
-        raise PolicyError(f"Expected *.safetensors weights in {folder} but it holds {_listing(folder)}.")
-
-    def _check_attention(self) -> None:
-        from transformers import AttentionInterface
-
-        known = ["auto", "pairs", "eager", *AttentionInterface().valid_keys()]
-        if self.attention not in known and "/" not in self.attention:  # a kernel of the hub has a slash
-            raise PolicyError(f"Expected `attention` among {', '.join(known)} but got {self.attention!r}.")
-
-    def _check_adapter(self, folder: Path) -> Any:
-        """The layers that the adapter is for."""
-        from peft import LoraConfig, PeftConfig
-
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            if folder.is_dir() and not (folder / name).is_file():
-                raise PolicyError(f"Expected a PEFT adapter in {folder} but it has no {name}: {_listing(folder)}.")
-        try:
-            adapter = PeftConfig.from_pretrained(str(folder))
-        except (OSError, ValueError) as error:
-            raise PolicyError(f"No adapter at `policy.adapter_path` {str(folder)!r}: {_first_line(error)}") from error
-        if not isinstance(adapter, LoraConfig):
-            raise PolicyError(f"Expected a LoRA adapter in {folder} but it is {adapter.peft_type}.")
-        if adapter.bias != "none" or adapter.modules_to_save:
-            raise PolicyError(
-                f"The adapter in {folder} also trained biases or whole modules (bias={adapter.bias!r}, "
-                f"modules_to_save={adapter.modules_to_save}), which turning adapters off does not undo. Merge it into "
-                "its base first."
-            )
-        for field in fields(self):
-            if field.name not in _LORA_FIELDS or field.default is MISSING:
-                continue
-            mine, theirs = getattr(self, field.name), getattr(adapter, _LORA_FIELDS[field.name])
-            theirs = sorted(theirs) if isinstance(theirs, set | list) else theirs
-            mine = sorted(mine) if isinstance(mine, list) else mine
-            if mine not in (field.default, theirs):
-                raise PolicyError(
-                    f"Expected `policy.{field.name}` to be left out with `adapter_path` but got {mine!r}: "
-                    f"the adapter in {folder} has {theirs!r}, and continues with it."
-                )
-        return adapter.target_modules
-
-    def _check_targets(self, config: Any, targets: Any) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
-        names = [name for name, module in skeleton.named_modules() if _takes_adapter(module)]
-        if targets is None:  # an adapter on parameters instead of layers
-            return
-        if isinstance(targets, str):
-            unknown = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-        else:
-            unknown = [
-                one for one in sorted(targets) if not any(name == one or name.endswith(f".{one}") for name in names)
-            ]
-        if unknown:
-            there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
-            raise PolicyError(f"Expected `target_modules` among {there} (or all-linear) but got {', '.join(unknown)}.")
+            raise PolicyError(f"No model configuration for {self.model!r}{hint}: {checks.first_line(error)}") from error
 
     def _quantization_config(self, dtype: torch.dtype) -> Any:
         if self.quantization == "none":
@@ -313,22 +251,6 @@ class QLoRAPolicy:
             bnb_4bit_compute_dtype=dtype,
         )
 
-    def _assert_quantized(self, model: Any) -> None:
-        """Asked for 4 bits, the adapted layers *are* in 4 bits: a loader that skips quietly is found here."""
-        if self.quantization == "none":
-            return
-        import bitsandbytes as bnb
-
-        kind = bnb.nn.Linear4bit if self.quantization == "nf4" else bnb.nn.Linear8bitLt
-        bases = {name: module.base_layer for name, module in model.named_modules() if hasattr(module, "base_layer")}
-        wrong = [name for name, base in bases.items() if not (isinstance(base, kind) and _packed(base, kind, bnb))]
-        if wrong or not bases:
-            raise PolicyError(
-                f"Expected {kind.__name__} layers under the adapters (quantization={self.quantization}) but "
-                f"{len(wrong)} of {len(bases)} are not, first {wrong[:3]}. Leave them out of `target_modules` or use "
-                "quantization=none."
-            )
-
     def _hub(self) -> dict[str, Any]:
         return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
 
@@ -337,12 +259,19 @@ class QLoRAPolicy:
         folder = Path(self.path)
         if not folder.is_dir():
             return f"commit {self._config()._commit_hash}"
-        digest = hashlib.sha256()
-        for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-            digest.update(file.name.encode() + str(file.stat().st_size).encode())
-            for part in _samples(file):
-                digest.update(part)
-        return f"sha256 {digest.hexdigest()[:32]}"
+        return _digest(folder)
+
+
+def _digest(folder: Path) -> str:
+    """Of a model's or an adapter's configuration and weights."""
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", folder / "adapter_config.json", *sorted(folder.glob("*.safetensors"))]:
+        if not file.is_file():
+            continue
+        digest.update(file.name.encode() + str(file.stat().st_size).encode())
+        for part in _samples(file):
+            digest.update(part)
+    return f"sha256 {digest.hexdigest()[:32]}"
 
 
 def _enable_checkpointing(base: Any) -> None:
@@ -366,39 +295,6 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-@contextmanager
-def _as_policy_error(what: str) -> Iterator[None]:
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise PolicyError(f"Cannot load {what}: {_first_line(error)}") from error
-
-
-def _check_causal(config: Any, model: str) -> None:
-    from transformers import AutoModelForCausalLM
-
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if config.is_encoder_decoder or not (remote or type(config) in AutoModelForCausalLM._model_mapping):
-        raise PolicyError(f"Expected a causal language model but {model!r} is {config.model_type}.")
-
-
-def _check_adapter_keys(model: Any, folder: Path) -> None:
-    """What a file lacks, peft fills with fresh weights and a warning."""
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    if not folder.is_dir():
-        return
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        given = set(file.keys())
-    if different := sorted(given ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))):
-        raise PolicyError(
-            f"The adapter in {folder} does not fit the model: {', '.join(different[:3])} on one side only."
-        )
-
-
 def _samples(file: Path, parts: int = 64, width: int = 2**16) -> Iterator[bytes]:
     """Evenly spaced pieces of a file: all of a small one, 4 MiB of a large one."""
     size = file.stat().st_size
@@ -411,20 +307,6 @@ def _samples(file: Path, parts: int = 64, width: int = 2**16) -> Iterator[bytes]
             yield stream.read(width)
 
 
-def _packed(base: Any, kind: Any, bnb: Any) -> bool:
-    if kind is bnb.nn.Linear8bitLt:
-        return str(base.weight.dtype) == "torch.int8"
-    state = getattr(base.weight, "quant_state", None)
-    return state is not None and state.quant_type == "nf4"
-
-
-def _takes_adapter(module: Any) -> bool:
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D)
-
-
 def _turn_off_dropout(config: Any) -> None:
     """A policy and a reference under different dropout masks do not compare: rewards at step 0 would be noise."""
     found = {}
@@ -435,18 +317,3 @@ def _turn_off_dropout(config: Any) -> None:
                 setattr(part, name, 0.0)
     if found:
         log.info("dropout of the base is off: %s", ", ".join(f"{name} {given}" for name, given in found.items()))
-
-
-def _require_bitsandbytes(quantization: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec("bitsandbytes") is None:
-        raise PolicyError(f"quantization={quantization} needs bitsandbytes: pip install bitsandbytes (or use none).")
-
-
-def _listing(folder: Path) -> str:
-    return ", ".join(sorted(found.name for found in folder.iterdir())[:12]) or "nothing"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -1,0 +1,172 @@
+"""What can be wrong with a policy, found before or while it loads; each a sentence that says what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from lit_dpo.errors import PolicyError
+
+_LORA_FIELDS = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
+
+
+def check_weights(folder: Path) -> None:
+    """A directory has safetensors weights; a hub id is not looked at."""
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(found.name for found in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    if pickled:
+        raise PolicyError(
+            f"Expected safetensors weights in {folder} but it has only {', '.join(pickled)}, which can run code as "
+            "it loads. Convert it once: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)."
+        )
+    raise PolicyError(f"Expected *.safetensors weights in {folder} but it holds {listing(folder)}.")
+
+
+def check_causal(config: Any, model: str) -> None:
+    """It is a causal language model."""
+    from transformers import AutoModelForCausalLM
+
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if config.is_encoder_decoder or not (remote or type(config) in AutoModelForCausalLM._model_mapping):
+        raise PolicyError(f"Expected a causal language model but {model!r} is {config.model_type}.")
+
+
+def check_attention(attention: str) -> None:
+    """The implementation exists."""
+    from transformers import AttentionInterface
+
+    known = ["auto", "pairs", "eager", *AttentionInterface().valid_keys()]
+    if attention not in known and "/" not in attention:  # a kernel of the hub has a slash
+        raise PolicyError(f"Expected `attention` among {', '.join(known)} but got {attention!r}.")
+
+
+def check_bitsandbytes(quantization: str) -> None:
+    """It is installed."""
+    from importlib.util import find_spec
+
+    if find_spec("bitsandbytes") is None:
+        raise PolicyError(f"quantization={quantization} needs bitsandbytes: pip install bitsandbytes (or use none).")
+
+
+def check_adapter(policy: Any, folder: Path) -> Any:
+    """The adapter is one that can be continued and compared with; returns the layers that it is for."""
+    from peft import LoraConfig, PeftConfig
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if folder.is_dir() and not (folder / name).is_file():
+            raise PolicyError(f"Expected a PEFT adapter in {folder} but it has no {name}: {listing(folder)}.")
+    try:
+        adapter = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"No adapter at `policy.adapter_path` {str(folder)!r}: {first_line(error)}") from error
+    if not isinstance(adapter, LoraConfig):
+        raise PolicyError(f"Expected a LoRA adapter in {folder} but it is {adapter.peft_type}.")
+    if adapter.bias != "none" or adapter.modules_to_save:
+        raise PolicyError(
+            f"The adapter in {folder} also trained biases or whole modules (bias={adapter.bias!r}, "
+            f"modules_to_save={adapter.modules_to_save}), which turning adapters off does not undo. Merge it into "
+            "its base first."
+        )
+    for field in fields(policy):
+        if field.name not in _LORA_FIELDS or field.default is MISSING:
+            continue
+        mine, theirs = getattr(policy, field.name), getattr(adapter, _LORA_FIELDS[field.name])
+        theirs = sorted(theirs) if isinstance(theirs, set | list) else theirs
+        mine = sorted(mine) if isinstance(mine, list) else mine
+        if mine not in (field.default, theirs):
+            raise PolicyError(
+                f"Expected `policy.{field.name}` to be left out with `adapter_path` but got {mine!r}: "
+                f"the adapter in {folder} has {theirs!r}, and continues with it."
+            )
+    return adapter.target_modules
+
+
+def check_targets(config: Any, targets: Any, trust_remote_code: bool) -> None:
+    """The layers exist, seen on a skeleton without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    names = [name for name, module in skeleton.named_modules() if _takes_adapter(module)]
+    if targets is None:  # an adapter on parameters instead of layers
+        return
+    if isinstance(targets, str):
+        unknown = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+    else:
+        unknown = [one for one in sorted(targets) if not any(name == one or name.endswith(f".{one}") for name in names)]
+    if unknown:
+        there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+        raise PolicyError(f"Expected `target_modules` among {there} (or all-linear) but got {', '.join(unknown)}.")
+
+
+def check_adapter_keys(model: Any, folder: Path) -> None:
+    """What a file lacks, peft fills with fresh weights and a warning."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    if not folder.is_dir():
+        return
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        given = set(file.keys())
+    if different := sorted(given ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))):
+        raise PolicyError(
+            f"The adapter in {folder} does not fit the model: {', '.join(different[:3])} on one side only."
+        )
+
+
+def check_quantized(model: Any, quantization: str) -> None:
+    """Asked for 4 bits, the adapted layers *are* in 4 bits: a loader that skips quietly is found here."""
+    if quantization == "none":
+        return
+    import bitsandbytes as bnb
+
+    kind = bnb.nn.Linear4bit if quantization == "nf4" else bnb.nn.Linear8bitLt
+    bases = {name: module.base_layer for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    wrong = [name for name, base in bases.items() if not (isinstance(base, kind) and _packed(base, kind, bnb))]
+    if wrong or not bases:
+        raise PolicyError(
+            f"Expected {kind.__name__} layers under the adapters (quantization={quantization}) but "
+            f"{len(wrong)} of {len(bases)} are not, first {wrong[:3]}. Leave them out of `target_modules` or use "
+            "quantization=none."
+        )
+
+
+@contextmanager
+def as_policy_error(what: str) -> Iterator[None]:
+    """Say what could not be loaded, instead of where in a library."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise PolicyError(f"Cannot load {what}: {first_line(error)}") from error
+
+
+def _packed(base: Any, kind: Any, bnb: Any) -> bool:
+    if kind is bnb.nn.Linear8bitLt:
+        return str(base.weight.dtype) == "torch.int8"
+    state = getattr(base.weight, "quant_state", None)
+    return state is not None and state.quant_type == "nf4"
+
+
+def _takes_adapter(module: Any) -> bool:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D)
+
+
+def listing(folder: Path) -> str:
+    """What a folder holds, for a message."""
+    return ", ".join(sorted(found.name for found in folder.iterdir())[:12]) or "nothing"
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error begins with."""
+    return str(error).strip().split("\n")[0]

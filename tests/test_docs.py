@@ -1,0 +1,64 @@
+"""Examples run: those in docstrings and those in the README."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lit_dpo
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+MODULES = sorted(
+    found.name for found in pkgutil.walk_packages(lit_dpo.__path__, "lit_dpo.") if not found.name.endswith("__main__")
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name, request):
+    if name == "lit_dpo.quickstart":
+        request.getfixturevalue("quickstart")
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_example_trains(quickstart, tmp_path):
+    (example,) = [block for block in _blocks("python") if "Trainer(max_epochs=1)" in block]
+    example = example.replace("Trainer(max_epochs=1)", "Trainer(max_steps=2, logger=False, enable_checkpointing=False)")
+    run = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_the_subclassing_example_trains_through_the_command(quickstart, tmp_path):
+    (example,) = [block for block in _blocks("python") if "class HingeLoss" in block]
+    (tmp_path / "my_lab.py").write_text(example)
+    (command,) = [block for block in _blocks("bash") if "my_lab.Calm" in block]
+    arguments = command.split()[1:]
+    arguments[arguments.index("configs/quickstart.yaml")] = str(ROOT / "configs" / "quickstart.yaml")
+    short = ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.limit_val_batches=0"]
+    run = subprocess.run(
+        [sys.executable, "-m", "lit_dpo", *arguments, *short], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert (tmp_path / "runs" / "version_0" / "adapter").is_dir()
+
+
+def test_every_file_that_the_readme_names_is_there():
+    for name in re.findall(r"configs/[\w./-]+", README):
+        assert (ROOT / name.rstrip(".")).exists(), name
+
+
+def test_ci_runs_the_readme_s_test_command():
+    assert len(re.findall(r'^pip install -e "\.\[test\]"', README, re.MULTILINE)) == 1
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
