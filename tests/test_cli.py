@@ -77,6 +77,7 @@ def test_what_was_measured_is_in_tensorboard_under_public_names(tiny_model, pair
     assert {f"{stage}/{name}" for stage in ("train", "val") for name in quantities.split()} <= names
     assert len(events.Scalars("train/loss")) == 6
     assert events.Scalars("train/loss")[0].value == pytest.approx(0.6931, abs=1e-3)
+    assert events.Scalars("hp_metric")[-1].value == events.Scalars("val/reward_accuracy")[-1].value
 
 
 def test_validate_test_and_predict_read_a_run_back(tiny_model, pairs_file, here, capsys):
@@ -167,7 +168,11 @@ BAD = {
     "a missing file": (["--data.train=nowhere.jsonl"], "nowhere.jsonl", ""),
     "a missing column": (["--data.train=bad.jsonl"], "question", GOOD.replace("prompt", "question")),
     "an empty file": (["--data.train=bad.jsonl"], "bad.jsonl", ""),
-    "a row without an answer": (["--data.train=bad.jsonl"], "2", GOOD + GOOD.replace(" yes", "")),
+    "a row without an answer": (
+        ["--data.train=bad.jsonl"],
+        "bad.jsonl, row 1 (from 0)",
+        GOOD + GOOD.replace(" yes", ""),
+    ),
     "a prompt longer than the limit": (
         ["--data.train=bad.jsonl", "--data.max_length=20", "--data.truncation=error"],
         "20",

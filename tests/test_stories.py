@@ -27,7 +27,7 @@ def _continuations(rows: list[dict]) -> list[dict]:
     """For a model that only continues stories: the common beginning is the prompt."""
     found = []
     for row in rows:
-        start = os.path.commonprefix([row["chosen"], row["rejected"]])
+        start = os.path.commonprefix([row["chosen"], row["rejected"]])  # noqa: RUF071 - characters, not paths
         start = start[: start.rfind(" ")]
         if len(start) > 10:
             found.append({"prompt": start, **{side: row[side][len(start) :] for side in ("chosen", "rejected")}})

@@ -48,7 +48,7 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], *, training: b
     parts = ("base", "policy", "loss", "reference") if training else ("base",)
     # the same content under another path is the same base
     ignored = {"base.model", "base.revision"}
-    there, here = (_flatten({part: side.get(part, {}) for part in parts}) for side in (saved, current))
+    there, here = (flatten({part: side.get(part, {}) for part in parts}) for side in (saved, current))
     different = [
         f"  {name}: {there.get(name)!r} in the checkpoint, {here.get(name)!r} now"
         for name in sorted(there.keys() | here.keys())
@@ -63,14 +63,32 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], *, training: b
         )
 
 
-def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested names joined by dots."""
     flat: dict[str, Any] = {}
     for name, given in nested.items():
         if isinstance(given, Mapping):
-            flat |= _flatten(given, f"{prefix}{name}.")
+            flat |= flatten(given, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = given
     return flat
+
+
+def configuration(module: Any) -> dict[str, Any]:
+    """A module's hyper-parameters as the command line would have written them, wherever it was built.
+
+    A lambda has no name to write; where one was given, a reload takes the default.
+    """
+    given = dict(module.hparams)
+    if "_instantiator" in given:
+        return given
+    named = {name: to_builtins(value) for name, value in given.items() if not _is_lambda(value)}
+    named["_class_path"] = f"{type(module).__module__}.{type(module).__qualname__}"
+    return named | {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
+
+
+def _is_lambda(given: Any) -> bool:
+    return getattr(given, "__name__", "") == "<lambda>"
 
 
 def to_builtins(given: Any) -> Any:

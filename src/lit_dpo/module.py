@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchmetrics import MetricCollection
 
@@ -148,6 +150,19 @@ class DPOModule(pl.LightningModule):
         if self.model is None:
             self.policy.check()
 
+    def setup(self, stage: str) -> None:
+        """Hyper-parameters in builtins, so that loggers and checkpoints take them as they are."""
+        self._set_hparams(checkpoints.configuration(self))
+        self._hparams_initial = copy.deepcopy(self._hparams)
+
+    def on_train_end(self) -> None:
+        """Let TensorBoard compare runs: flat hyper-parameters beside the last validation's reward accuracy."""
+        accuracy = self.trainer.callback_metrics.get("val/reward_accuracy")
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger) and accuracy is not None:
+                flat = checkpoints.flatten(checkpoints.configuration(self))
+                logger.log_hyperparams(flat, {"hp_metric": float(accuracy)})
+
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """The sum of this batch's losses; `on_before_optimizer_step` makes it the mean over the step's pairs."""
         losses = self._step(batch, self.train_metrics)
@@ -250,13 +265,7 @@ class DPOModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the adapters belong to, in builtins, so that `weights_only=True` loads the file."""
         checkpoint[checkpoints.KEY] = checkpoints.describe(self.policy, self.loss, self.reference)
-        key = self.CHECKPOINT_HYPER_PARAMS_KEY
-        given = dict(checkpoint.get(key, {}))
-        if "_instantiator" not in given:  # built in Python: write what the command line would have written
-            given = {name: checkpoints.to_builtins(value) for name, value in given.items() if not _is_lambda(value)}
-            given["_class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
-            given["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
-        checkpoint[key] = given
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = checkpoints.configuration(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare what the adapters belong to with what is here."""
@@ -283,7 +292,3 @@ class DPOModule(pl.LightningModule):
 
 def _adapter(model: Any) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if "lora_" in name and ".default." in f"{name}."}
-
-
-def _is_lambda(given: Any) -> bool:
-    return getattr(given, "__name__", "") == "<lambda>"

@@ -95,7 +95,7 @@ def test_a_batch_is_what_the_files_say(data, jsonl, chat_tokenizer) -> None:
 def test_a_bad_row_stops_before_training_with_file_and_row(data, jsonl) -> None:
     path = jsonl("bad.jsonl", [*rows(3), {"prompt": "q", "chosen": "", "rejected": "b"}])
     message = stop(data(train=[jsonl("good.jsonl", rows(3)), path]))
-    assert f"{path}, row 3: " in message
+    assert f"{path}, row 3 (from 0): " in message
     assert "`chosen`" in message
     module = Recorder()
     with pytest.raises(DataError, match="row 3"):

@@ -40,8 +40,10 @@ class AdapterExport(pl.Callback):
 
 def tokenizer_of(trainer: Any) -> Any:
     """The data module's tokenizer, or the policy's where other data loaders are used."""
-    tokenizer = getattr(trainer.datamodule, "loaded_tokenizer", None)
-    return tokenizer if tokenizer is not None else trainer.lightning_module.policy.load_tokenizer()
+    data = trainer.datamodule
+    return (
+        data.loaded_tokenizer if hasattr(data, "loaded_tokenizer") else trainer.lightning_module.policy.load_tokenizer()
+    )
 
 
 def run_directory(trainer: Any) -> Path:

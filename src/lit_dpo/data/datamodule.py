@@ -158,6 +158,11 @@ class PreferenceDataModule(LightningDataModule):
         if self.trainer is None or self.trainer.state.fn == "fit":
             self._resume = state_dict
 
+    @property
+    def loaded_tokenizer(self) -> Any:
+        """The tokenizer that encodes the pairs; what is exported with an adapter."""
+        return self._get_encoder().tokenizer
+
     # --- for reports -----------------------------------------------------------------------------------------------
 
     def preference(self, split: str, row: int) -> Preference:

@@ -147,7 +147,7 @@ def _encode_rows(
         raise DataError(f"{name}: {error}") from None
     for number, result in zip(numbers, results, strict=True):
         if isinstance(result, Dropped) and result.fatal:
-            raise DataError(f"{name}, row {number}: {result.reason}.")
+            raise DataError(f"{name}, row {number} (from 0): {result.reason}.")
     pairs = [EncodedPair([], [], []) if isinstance(result, Dropped) else result for result in results]
     return {
         "prompt_ids": [pair.prompt for pair in pairs],
@@ -164,7 +164,7 @@ def _read(name: str, number: int, format: PreferenceFormat, columns: dict[str, l
     try:
         return format.read({column: cells[place] for column, cells in columns.items()})
     except DataError as error:
-        raise DataError(f"{name}, row {number}: {error}") from None
+        raise DataError(f"{name}, row {number} (from 0): {error}") from None
 
 
 def _key(prompt: Any) -> int:
