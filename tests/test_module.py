@@ -56,6 +56,14 @@ def test_a_policy_that_does_not_start_at_its_reference_is_stopped(tiny_model, pa
         trainer(tmp_path).fit(dpo, data(pairs_file))
 
 
+def test_a_module_that_has_trained_goes_on_in_another_fit(tiny_model, pairs_file, tmp_path):
+    dpo = module(tiny_model)
+    trainer(tmp_path, max_steps=2).fit(dpo, data(pairs_file))
+    before = adapter(dpo)
+    trainer(tmp_path, max_steps=2).fit(dpo, data(pairs_file))
+    assert not all(torch.equal(p, before[name]) for name, p in adapter(dpo).items())
+
+
 def test_a_loss_that_reads_the_reference_refuses_to_go_without(tiny_model):
     with pytest.raises(PolicyError, match=r"DPOLoss\(beta=0.1\) needs a reference"):
         module(tiny_model, reference=NoReference())

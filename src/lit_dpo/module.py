@@ -77,6 +77,7 @@ class DPOModule(pl.LightningModule):
         self.policy, self.loss, self.reference = policy, loss, reference
         self.optimizer, self.lr_scheduler, self.warmup_ratio = optimizer, lr_scheduler, warmup_ratio
         self.model: Any = None
+        self.fresh = True  # until it has trained, or was loaded with a checkpoint's adapter
         self.train_metrics = self.configure_metrics().clone(prefix="train/")
         self.val_metrics = self.configure_metrics().clone(prefix="val/")
         self.test_metrics = self.configure_metrics().clone(prefix="test/")
@@ -98,7 +99,7 @@ class DPOModule(pl.LightningModule):
         log.info("%s of %s parameters train; %s layout; reference %s", trained, total, layout, self.reference)
 
     def configure_metrics(self) -> MetricCollection:
-        """What is measured in training, validation and test; extend what `super()` returns."""
+        """What is measured in training, validation and test; extend what `super()` returns. `__init__` calls it."""
         return MetricCollection(
             {
                 "loss": metrics.PreferenceLossMean(),
@@ -182,6 +183,7 @@ class DPOModule(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
         """Log the mean over all pairs since the last log, not the last batch's."""
+        self.fresh = False
         every = getattr(self.trainer, "log_every_n_steps", 0)
         if every and self._pairs_in_window == 0 and self.trainer.global_step % every == 0:
             values = {name: float(value) for name, value in self.train_metrics.compute().items()}
@@ -257,6 +259,7 @@ class DPOModule(pl.LightningModule):
         ]
         if wrong:
             raise ResumeError("The checkpoint's adapter does not fit the policy:\n  " + "\n  ".join(sorted(wrong)[:10]))
+        self.fresh = False
         with torch.no_grad():
             for name, tensor in known.items():
                 tensor.copy_(given[name])

@@ -54,8 +54,8 @@ class TrainingHealth(pl.Callback):
 
     @torch.no_grad()
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Compare policy and reference before the first step of a new run."""
-        if trainer.global_step or batch_idx or self._resumed or not pl_module.reference.starts_at_policy:
+        """Compare policy and reference before a fresh policy's first step."""
+        if not pl_module.fresh or not pl_module.reference.starts_at_policy:
             return
         training = pl_module.model.training
         pl_module.model.eval()
