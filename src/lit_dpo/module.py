@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MetricCollection
 
@@ -26,8 +26,6 @@ from lit_dpo.logps.score import choose_layout, pair_logps
 from lit_dpo.losses import DPOLoss, PreferenceLoss
 from lit_dpo.policy import QLoRAPolicy
 from lit_dpo.references import AdapterReference, BaseReference, NoReference, Reference
-
-log = logging.getLogger(__name__)
 
 
 class DPOModule(pl.LightningModule):
@@ -96,7 +94,7 @@ class DPOModule(pl.LightningModule):
         self.reference.attach(self.model, self.policy)
         layout = choose_layout(self.model, self.policy.attention)
         trained, total = self.model.get_nb_trainable_parameters()
-        log.info("%s of %s parameters train; %s layout; reference %s", trained, total, layout, self.reference)
+        rank_zero_info(f"{trained} of {total} parameters train; {layout} layout; reference {self.reference}")
 
     def configure_metrics(self) -> MetricCollection:
         """What is measured in training, validation and test; extend what `super()` returns. `__init__` calls it."""
