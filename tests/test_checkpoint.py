@@ -10,8 +10,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_dpo import CDPOLoss, DPOLoss, DPOModule, IPOLoss
+from lit_dpo.callbacks import AdapterExport
 from lit_dpo.data.batch import EncodedPair, collate_pairs
-from lit_dpo.errors import ResumeError
+from lit_dpo.errors import ResumeError, TrainingError
 from lit_dpo.logps.score import pair_logps
 from training import Trace, adapter, data, module, trainer
 
@@ -53,9 +54,16 @@ def test_resuming_at_any_step_equals_not_having_stopped(straight, tiny_model, pa
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("step", [1, 3, 5])
 def test_resuming_gives_the_same_losses_and_weights(tiny_model, pairs_file, tmp_path, step, accumulate):
-    whole, weights, _ = _fit(tiny_model, pairs_file, tmp_path / "a", accumulate=accumulate)
+    policy = {"dropout": 0.1}  # its masks continue as well
+    whole, weights, _ = _fit(tiny_model, pairs_file, tmp_path / "a", accumulate=accumulate, policy=policy)
+    torch.manual_seed(123)
     resumed, found, _ = _fit(
-        tiny_model, pairs_file, tmp_path / "b", ckpt_path=tmp_path / "a" / f"step={step}.ckpt", accumulate=accumulate
+        tiny_model,
+        pairs_file,
+        tmp_path / "b",
+        ckpt_path=tmp_path / "a" / f"step={step}.ckpt",
+        accumulate=accumulate,
+        policy=policy,
     )
     assert resumed.rows == whole.rows[-len(resumed.rows) :]
     assert resumed.losses == whole.losses[-len(resumed.losses) :]
@@ -90,6 +98,7 @@ def test_continuing_with_another_loss_stops_and_names_it(straight, tiny_model, p
         ({"loss": CDPOLoss()}, r"loss.class_path: 'lit_dpo.losses.dpo.DPOLoss' in the checkpoint"),
         ({"loss": DPOLoss(beta=0.5)}, r"loss.init_args.beta: 0.1 in the checkpoint, 0.5 now"),
         ({"lr": 1e-3}, r"trained with lr=0.01 but the configuration says 0.001"),
+        ({"warmup_ratio": 0.5}, r"training.warmup_ratio: 0.0 in the checkpoint, 0.5 now"),
         ({"policy": policy | {"r": 8}}, r"policy.r: 4 in the checkpoint, 8 now"),
         ({"policy": policy | {"quantization": "none"}}, r"base.quantization: 'nf4' in the checkpoint, 'none' now"),
     ]:
@@ -156,6 +165,43 @@ def test_a_checkpoint_that_goes_takes_its_directory_along(tiny_model, pairs_file
     run = trainer(tmp_path, callbacks=[keep], enable_checkpointing=True)
     run.fit(module(tiny_model), data(pairs_file))
     assert sorted(found.name for found in tmp_path.iterdir()) == ["adapter", "step=6", "step=6.ckpt"]
+
+
+def test_an_adapter_replaces_an_adapter_and_nothing_else(tiny_model, pairs_file, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "precious.txt").write_text("x")
+    keep = ModelCheckpoint(tmp_path, filename="data")
+    run = trainer(tmp_path, callbacks=[keep], enable_checkpointing=True)
+    with pytest.raises(TrainingError, match="something else is there"):
+        run.fit(module(tiny_model), data(pairs_file))
+    run = trainer(tmp_path, callbacks=[AdapterExport(str(tmp_path / "data"))])
+    with pytest.raises(TrainingError, match="something else is there"):
+        run.fit(module(tiny_model), data(pairs_file))
+    assert (tmp_path / "data" / "precious.txt").read_text() == "x"
+
+
+def test_a_reloaded_module_saves_what_reloads_again(tiny_model, pairs_file, tmp_path):
+    _fit(tiny_model, pairs_file, tmp_path / "a", stop=1)
+    again = DPOModule.load_from_checkpoint(tmp_path / "a" / "step=1.ckpt")
+    keep = ModelCheckpoint(tmp_path / "b", filename="{step}")
+    trainer(tmp_path, callbacks=[keep], enable_checkpointing=True, max_steps=1).fit(again, data(pairs_file))
+    third = DPOModule.load_from_checkpoint(tmp_path / "b" / "step=1.ckpt")
+    assert all(torch.equal(p, adapter(again)[name]) for name, p in adapter(third).items())
+
+
+def test_a_trainer_exports_the_module_it_trains(tiny_model, pairs_file, tmp_path):
+    from safetensors.torch import load_file
+
+    keep = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=6)
+    run = trainer(tmp_path, callbacks=[keep], enable_checkpointing=True)
+    run.fit(module(tiny_model), data(pairs_file))
+    second = module(tiny_model, lr=1e-3)
+    run.fit_loop.max_epochs = 2
+    run.fit(second, data(pairs_file))
+    (last,) = tmp_path.glob("step=12")
+    saved = load_file(last / "adapter_model.safetensors")
+    for name, p in adapter(second).items():
+        assert torch.equal(saved[name.replace(".default", "")], p)
 
 
 def test_starting_again_from_the_adapter_is_a_new_run(straight, tiny_model, pairs_file, tmp_path):

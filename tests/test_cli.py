@@ -157,6 +157,23 @@ def test_a_downstream_package_adds_a_loss_a_metric_and_a_module(tiny_model, pair
     assert {"val/length_bias", "train/length_bias"} <= set(events.Tags()["scalars"])
 
 
+def test_validating_without_validation_data_is_an_error(tiny_model, pairs_file, here, capsys):
+    arguments = _arguments(tiny_model, pairs_file)
+    with pytest.raises(SystemExit) as stopped:
+        main(["validate", *(one for one in arguments[1:] if "max_steps" not in one)])
+    assert stopped.value.code == 1
+    assert "--data.val" in capsys.readouterr().err
+    assert not list(here.iterdir())
+
+
+def test_a_refused_value_is_said_in_few_lines(tiny_model, pairs_file, here, capsys):
+    with pytest.raises(SystemExit):
+        main(_arguments(tiny_model, pairs_file, "--model.loss.beta=-1"))
+    error = capsys.readouterr().err
+    assert "Expected `beta` > 0 but got -1" in error
+    assert len(error) < 800
+
+
 def _write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
@@ -187,6 +204,14 @@ BAD = {
     "an argument of another loss": (["--model.loss.gamma=1"], "gamma", ""),
     "a loss that is not there": (["--model.loss=HingeLos"], "HingeLos", ""),
     "a value outside its domain": (["--model.loss.beta=-1"], "`beta` > 0", ""),
+    "no length": (["--trainer.max_steps=-1"], "how long shall it train", ""),
+    "a limit that leaves no room": (["--data.max_length=1"], "`max_length` >= 2", ""),
+    "limits that do not go together": (["--data.truncation=truncate_both"], "max_prompt_length", ""),
+    "a broken expression": (["--model.policy.target_modules=(["], "regular expression", ""),
+    "an attention that is not installed": (["--model.policy.attention=flash_attention_2"], "flash_attn", ""),
+    "the directory beside a checkpoint": (["--ckpt_path=no_weights"], "no_weights.ckpt", ""),
+    "a file that is no checkpoint": (["--ckpt_path=bad.jsonl"], "is not one", GOOD),
+    "a checkpoint by a name": (["--ckpt_path=last"], "name one of", ""),
     "a checkpoint that is not there": (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt", ""),
 }
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -114,8 +115,44 @@ def test_training_moves_the_adapter_and_nothing_else(tiny_model, pairs_file, tmp
 
 
 def test_a_learning_rate_of_0_is_stopped_not_trained(tiny_model, pairs_file, tmp_path):
-    with pytest.raises(TrainingError, match="No adapter moved"):
+    with pytest.raises(TrainingError, match="learning rate > 0"):
         trainer(tmp_path, max_epochs=3).fit(module(tiny_model, lr=0.0), data(pairs_file))
+
+
+def test_a_long_accumulation_with_a_warm_up_is_not_stuck(tiny_model, pairs_file, tmp_path):
+    """The first step of a warm-up has a learning rate of 0, and here it is 12 batches away from the second."""
+    run = trainer(tmp_path, accumulate_grad_batches=12, max_epochs=5)
+    run.fit(module(tiny_model, warmup_ratio=0.4), data(pairs_file, batch_size=1))
+    assert run.global_step == 10
+
+
+def test_validating_first_changes_nothing(tiny_model, pairs_file, tmp_path):
+    def train(first):
+        dpo, pairs = module(tiny_model), data(pairs_file, val=str(pairs_file))
+        if first:
+            trainer(tmp_path).validate(dpo, pairs)
+        trainer(tmp_path, max_steps=3).fit(dpo, pairs)
+        return adapter(dpo)
+
+    plain = train(first=False)
+    for name, p in train(first=True).items():
+        torch.testing.assert_close(p, plain[name], rtol=0, atol=0)
+
+
+def test_an_interrupted_window_does_not_count_in_the_next_run(tiny_model, pairs_file, tmp_path):
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            raise RuntimeError("stop")
+
+    dpo = module(tiny_model)
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer(tmp_path, accumulate_grad_batches=4, callbacks=[Stop()]).fit(dpo, data(pairs_file))
+    dpo.fresh = True
+    trainer(tmp_path, max_steps=1).fit(dpo, data(pairs_file))
+    plain = module(tiny_model)
+    trainer(tmp_path, max_steps=1).fit(plain, data(pairs_file))
+    for name, p in adapter(dpo).items():
+        torch.testing.assert_close(p, adapter(plain)[name], rtol=0, atol=1e-6)
 
 
 def test_layers_checkpoint_in_fit_and_gradients_are_the_same(tiny_model, pairs_file, tmp_path, monkeypatch):

@@ -11,17 +11,23 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.plugins.io import CheckpointIO
+import torch
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
-from lit_dpo.errors import ResumeError
+from lit_dpo.errors import ResumeError, TrainingError
 
 KEY = "lit_dpo"
 """Where a checkpoint holds what `describe` says."""
 
 
-def describe(policy: Any, loss: Any, reference: Any) -> dict[str, Any]:
+def describe(module: Any) -> dict[str, Any]:
     """What a checkpoint's adapters belong to, in builtins only, so that `torch.load(weights_only=True)` reads it."""
+    policy, loss, reference, trainer = module.policy, module.loss, module.reference, module._trainer
+    course = {"lr_scheduler": module.lr_scheduler, "warmup_ratio": module.warmup_ratio}
+    if trainer is not None:
+        course |= {"gradient_clip_val": trainer.gradient_clip_val, "precision": str(trainer.precision)}
     return {
+        "training": course,
         "version": 1,
         "base": policy.identity(),
         "policy": {k: v for k, v in to_builtins(policy).items() if k not in _MAY_CHANGE} | {"adapter": policy.start()},
@@ -45,7 +51,7 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], *, training: b
     Raises:
         ResumeError: listing each difference with both values.
     """
-    parts = ("base", "policy", "loss", "reference") if training else ("base",)
+    parts = ("base", "policy", "loss", "reference", "training") if training else ("base",)
     # the same content under another path is the same base
     ignored = {"base.model", "base.revision"}
     there, here = (flatten({part: side.get(part, {}) for part in parts}) for side in (saved, current))
@@ -61,6 +67,25 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], *, training: b
             + "\nTo continue that run, give these values as they were. To start a new run from its adapter, give "
             "`policy.adapter_path` the directory beside the checkpoint instead of --ckpt_path."
         )
+
+
+def random_states(world_size: int) -> list[dict[str, Any]]:
+    """The random state of every rank, so that dropout masks continue too. All ranks ask together."""
+    mine = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    if world_size == 1:
+        return [mine]
+    gathered: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(gathered, mine)
+    return gathered
+
+
+def restore_random_state(states: list[dict[str, Any]], rank: int) -> None:
+    """Continue this rank's random state; with another number of ranks or devices there is none to continue."""
+    if rank >= len(states):
+        return
+    torch.set_rng_state(states[rank]["cpu"].cpu())
+    if states[rank]["cuda"] and len(states[rank]["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states[rank]["cuda"]])
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -100,7 +125,9 @@ def to_builtins(given: Any) -> Any:
             return arguments
         return {"class_path": _path(type(given)), "init_args": arguments}
     if isinstance(given, functools.partial):
-        return {"class_path": _path(given.func), "init_args": {k: to_builtins(v) for k, v in given.keywords.items()}}
+        # jsonargparse wraps a class that it parsed: partial(call, instantiator, Class, **arguments)
+        made = next((part for part in reversed(given.args) if isinstance(part, type)), given.func)
+        return {"class_path": _path(made), "init_args": {k: to_builtins(v) for k, v in given.keywords.items()}}
     if isinstance(given, Mapping):
         return {str(key): to_builtins(value) for key, value in given.items()}
     if isinstance(given, list | tuple | set):
@@ -131,19 +158,26 @@ class AdapterCheckpointIO(CheckpointIO):
             self.inner.save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        self.inner.save_checkpoint(checkpoint, temporary, storage_options)
-        os.replace(temporary, path)
+        if isinstance(self.inner, AsyncCheckpointIO):  # it writes later, and whole
+            self.inner.save_checkpoint(checkpoint, path, storage_options)
+        else:
+            temporary = path.with_name(f".{path.name}.tmp")
+            self.inner.save_checkpoint(checkpoint, temporary, storage_options)
+            os.replace(temporary, path)
         self.export(_beside(path))
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
         """Load; nothing but tensors and builtins is ever in it."""
         return self.inner.load_checkpoint(path, map_location, weights_only=True)
 
+    def teardown(self) -> None:
+        """Let the inner plugin finish."""
+        self.inner.teardown()
+
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove both."""
         self.inner.remove_checkpoint(path)
-        if "://" not in str(path):
+        if "://" not in str(path) and _is_adapter(_beside(Path(path))):
             shutil.rmtree(_beside(Path(path)), ignore_errors=True)
 
 
@@ -151,11 +185,26 @@ def _beside(path: Path) -> Path:
     return path.with_suffix("") if path.suffix == ".ckpt" else path.with_name(f"{path.name}-adapter")
 
 
+def check_writable(directory: Path) -> None:
+    """An adapter may replace an adapter, and nothing else.
+
+    Raises:
+        TrainingError: if the directory holds something else.
+    """
+    if directory.exists() and not _is_adapter(directory) and not (directory.is_dir() and not any(directory.iterdir())):
+        raise TrainingError(f"Expected to write the adapter to {directory}, but something else is there. Name another.")
+
+
+def _is_adapter(directory: Path) -> bool:
+    return (directory / "adapter_config.json").is_file()
+
+
 def save_adapter(model: Any, tokenizer: Any, directory: Path) -> None:
     """A PEFT directory with the tokenizer, whole or not at all.
 
     `AutoPeftModelForCausalLM.from_pretrained(directory)` and `pipeline("text-generation", model=directory)` load it.
     """
+    check_writable(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
         fresh = Path(scratch) / "new"

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_dpo.data.datamodule import PreferenceDataModule
-from lit_dpo.errors import LitDPOError, ResumeError
+from lit_dpo.errors import LitDPOError, ResumeError, TrainingError
 from lit_dpo.module import DPOModule
 
 _LOGGER = {
@@ -21,6 +23,22 @@ _LOGGER = {
     # `default_hp_metric` would log -1 before anything was measured
     "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
 }
+
+
+class _Parser(LightningArgumentParser):
+    """Ends with the sentence that matters, not with a page of usage above and the whole configuration below it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        _refuse(message + (": `--print_config` shows what is." if message.endswith("is not accepted") else ""))
+
+
+_NOISE = ("Given value", "Expected a <class 'NoneType'>", "Union subtypes", "Subtypes:", "Errors:")
+
+
+def _refuse(message: str) -> NoReturn:
+    wanted = [line.strip().removeprefix("- ") for line in message.splitlines() if not any(n in line for n in _NOISE)]
+    sys.stderr.write("lit-dpo: error: " + "\n".join(line for line in wanted if line) + "\n")
+    raise SystemExit(2)
 
 
 class _ProgressBar(RichProgressBar):
@@ -52,6 +70,7 @@ class LitDPOCLI(LightningCLI):
             auto_configure_optimizers=False,
             args=args,
             parser_kwargs={"prog": "lit-dpo"},
+            parser_class=_Parser,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -72,19 +91,32 @@ class LitDPOCLI(LightningCLI):
         What was typed holds; where it contradicts the checkpoint, loading it stops (`lit_dpo.checkpoint.compare`).
         """
         given = self.config[self.config["subcommand"]].get("ckpt_path")
-        elsewhere = not given or given in ("last", "best", "hpc", "registry") or "://" in given
-        if not elsewhere and not Path(given).exists():
-            raise ResumeError(f"Expected a checkpoint at `--ckpt_path` but there is no {Path(given).absolute()}.")
+        if not given or "://" in given:
+            return
+        path = Path(given)
+        if given in ("last", "best"):  # every run has a directory of its own, where there is nothing yet
+            raise ResumeError(f"Expected a file at `--ckpt_path` but got {given!r}: name one of runs/*/checkpoints/.")
+        if path.is_dir():
+            raise ResumeError(
+                f"Expected a file at `--ckpt_path` but {path} is a directory. To resume, give {path}.ckpt; to start a "
+                "new run from that adapter, give it to `policy.adapter_path`."
+            )
+        if not path.is_file():
+            raise ResumeError(f"Expected a checkpoint at `--ckpt_path` but there is no {path.absolute()}.")
+        if not zipfile.is_zipfile(path):
+            raise ResumeError(f"Expected a checkpoint at `--ckpt_path` but {path} is not one.")
 
     def instantiate_classes(self) -> None:
         """Build everything; a value that a class refuses is a mistake in the arguments, not a crash."""
+        trainer = self.config[self.subcommand]["trainer"]
+        if self.subcommand == "fit" and trainer.max_epochs is None and trainer.max_steps == -1 and not trainer.max_time:
+            raise TrainingError("Expected `--trainer.max_epochs` or `--trainer.max_steps`: how long shall it train?")
         try:
             super().instantiate_classes()
         except LitDPOError:
             raise
-        except ValueError as error:
-            sys.stderr.write(f"lit-dpo: error: {error}\n")
-            raise SystemExit(2) from None
+        except (ValueError, MisconfigurationException, ModuleNotFoundError) as error:
+            _refuse(str(error))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Rich progress bar unless there is another or none is wanted."""
@@ -104,6 +136,7 @@ def _hush() -> None:
         logging.getLogger(name).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")
+    warnings.filterwarnings("ignore", message=".*The dirpath has changed from.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message=".*fan_in_fan_out is set to False.*")

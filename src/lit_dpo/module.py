@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from lit_dpo.callbacks.export import AdapterExport
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.data.batch import PairBatch
-from lit_dpo.errors import PolicyError, ResumeError
+from lit_dpo.errors import PolicyError, ResumeError, TrainingError
 from lit_dpo.logps.records import PairLogps, SequenceLogps
 from lit_dpo.logps.score import choose_layout, pair_logps
 from lit_dpo.losses import DPOLoss, PreferenceLoss
@@ -80,6 +81,7 @@ class DPOModule(pl.LightningModule):
         self.val_metrics = self.configure_metrics().clone(prefix="val/")
         self.test_metrics = self.configure_metrics().clone(prefix="test/")
         self._pairs_in_window = 0
+        self._random_states: list[dict[str, Any]] | None = None
 
     # ---- what subclasses override ----
 
@@ -129,8 +131,15 @@ class DPOModule(pl.LightningModule):
         """The optimizer on the adapters, and the learning rate's course per step."""
         from transformers import get_scheduler
 
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        steps = int(self.trainer.estimated_stepping_batches)
+        try:
+            optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        except (TypeError, ValueError) as error:
+            raise TrainingError(f"The optimizer refuses its arguments: {error}") from error
+        if self.lr_scheduler == "constant" and not self.warmup_ratio:
+            return optimizer
+        if math.isinf(total := self.trainer.estimated_stepping_batches):
+            raise TrainingError("Expected `max_epochs` or `max_steps`: a falling rate needs an end. Or use `constant`.")
+        steps = int(total)
         warm_up = round(self.warmup_ratio * steps)
         # transformers' plain "constant" ignores the warm-up
         course = "constant_with_warmup" if self.lr_scheduler == "constant" and warm_up else self.lr_scheduler
@@ -153,6 +162,18 @@ class DPOModule(pl.LightningModule):
         """Hyper-parameters in builtins, so that loggers and checkpoints take them as they are."""
         self._set_hparams(checkpoints.configuration(self))
         self._hparams_initial = copy.deepcopy(self._hparams)
+
+    def on_fit_start(self) -> None:
+        """Forget what an interrupted run, or a validation before this one, left half-counted."""
+        self._pairs_in_window = 0
+        for measured in (self.train_metrics, self.val_metrics, self.test_metrics):
+            measured.reset()
+
+    def on_train_start(self) -> None:
+        """Continue a checkpoint's random state, so that dropout masks are those of a run that did not stop."""
+        if self._random_states is not None:
+            checkpoints.restore_random_state(self._random_states, self.trainer.global_rank)
+            self._random_states = None
 
     def on_train_end(self) -> None:
         """Let TensorBoard compare runs: flat hyper-parameters beside the last validation's reward accuracy."""
@@ -265,7 +286,9 @@ class DPOModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the adapters belong to, in builtins, so that `weights_only=True` loads the file."""
-        checkpoint[checkpoints.KEY] = checkpoints.describe(self.policy, self.loss, self.reference)
+        checkpoint[checkpoints.KEY] = checkpoints.describe(self)
+        if self._trainer is not None:
+            checkpoint[f"{checkpoints.KEY}_random"] = checkpoints.random_states(self.trainer.world_size)
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = checkpoints.configuration(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -273,8 +296,9 @@ class DPOModule(pl.LightningModule):
         if checkpoints.KEY not in checkpoint:
             raise ResumeError("Expected a checkpoint of lit_dpo but it does not say what its weights belong to.")
         training = self._trainer is not None and self.trainer.state.fn == "fit"
-        current = checkpoints.describe(self.policy, self.loss, self.reference)
-        checkpoints.compare(checkpoint[checkpoints.KEY], current, training=training)
+        checkpoints.compare(checkpoint[checkpoints.KEY], checkpoints.describe(self), training=training)
+        if training:
+            self._random_states = checkpoint.get(f"{checkpoints.KEY}_random")
 
     # ---- helpers ----
 

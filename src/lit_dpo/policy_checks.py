@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def check_attention(attention: str) -> None:
     """The implementation exists."""
     from transformers import AttentionInterface
 
+    if attention.startswith("flash_attention") and find_spec("flash_attn") is None and find_spec("kernels") is None:
+        raise PolicyError(f"attention={attention} needs the flash_attn or the kernels package. `auto` needs neither.")
     known = ["auto", "pairs", "eager", *AttentionInterface().valid_keys()]
     if attention not in known and "/" not in attention:  # a kernel of the hub has a slash
         raise PolicyError(f"Expected `attention` among {', '.join(known)} but got {attention!r}.")
@@ -47,8 +50,6 @@ def check_attention(attention: str) -> None:
 
 def check_bitsandbytes(quantization: str) -> None:
     """It is installed."""
-    from importlib.util import find_spec
-
     if find_spec("bitsandbytes") is None:
         raise PolicyError(f"quantization={quantization} needs bitsandbytes: pip install bitsandbytes (or use none).")
 
@@ -97,6 +98,12 @@ def check_targets(config: Any, targets: Any, trust_remote_code: bool) -> None:
     if targets is None:  # an adapter on parameters instead of layers
         return
     if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise PolicyError(
+                f"Expected `target_modules` to be a regular expression but {targets!r}: {error}."
+            ) from None
         unknown = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
     else:
         unknown = [one for one in sorted(targets) if not any(name == one or name.endswith(f".{one}") for name in names)]
@@ -144,7 +151,7 @@ def as_policy_error(what: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise PolicyError(f"Cannot load {what}: {first_line(error)}") from error
 
 

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from lit_dpo.callbacks.export import run_directory, tokenizer_of
+from lit_dpo.errors import TrainingError
 from lit_dpo.logps.attention import plain_attention
 
 
@@ -36,6 +37,11 @@ class SampleAnswers(pl.Callback):
         self.prompts, self.shown, self.seed = prompts, shown, seed
         self.max_new_tokens, self.temperature, self.classify = max_new_tokens, temperature, classify
         self._before: list[str] = []
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """See that there are prompts to take."""
+        if not hasattr(trainer.datamodule, "prompts"):
+            raise TrainingError("SampleAnswers takes its prompts from a PreferenceDataModule; fit with `datamodule=`.")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Answer with the policy as it comes."""

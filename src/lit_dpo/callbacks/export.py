@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_dpo.checkpoint import AdapterCheckpointIO, save_adapter
+from lit_dpo.checkpoint import AdapterCheckpointIO, check_writable, save_adapter
 
 
 class AdapterExport(pl.Callback):
@@ -23,10 +23,13 @@ class AdapterExport(pl.Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Have the checkpoint plugin write the directory too."""
+        if self.directory:
+            check_writable(Path(self.directory))
         strategy = trainer.strategy
         if stage == "fit" and not isinstance(strategy.checkpoint_io, AdapterCheckpointIO):
             strategy.checkpoint_io = AdapterCheckpointIO(
-                strategy.checkpoint_io, lambda path: save_adapter(pl_module.model, tokenizer_of(trainer), path)
+                strategy.checkpoint_io,
+                lambda path: save_adapter(trainer.lightning_module.model, tokenizer_of(trainer), path),
             )
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:

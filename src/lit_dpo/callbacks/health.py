@@ -47,10 +47,12 @@ class TrainingHealth(pl.Callback):
         known = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
         if missing := [name for name, p in trainable.items() if id(p) not in known]:
             raise TrainingError(f"Expected the optimizer to have every adapter but not {', '.join(missing[:5])}.")
+        if all(optimizer.defaults.get("lr") == 0 for optimizer in trainer.optimizers):
+            raise TrainingError("Expected a learning rate > 0 but got 0, with which nothing trains.")
         if self._resumed:
             _compare_optimizers(trainer.optimizers)
         self._before = {name: p.detach().clone() for name, p in trainable.items() if "lora_B" in name}
-        self._steps = 0
+        self._steps = self._seen = 0
 
     @torch.no_grad()
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -81,11 +83,16 @@ class TrainingHealth(pl.Callback):
                 "A policy that continues an adapter is compared with that adapter (AdapterReference)."
             )
 
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Count the steps that can move something: a warm-up begins at 0."""
+        if self._before is not None and any(group["lr"] > 0 for group in optimizer.param_groups):
+            self._steps += 1
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After the first step that counts, every `lora_B` has moved."""
-        if self._before is None or trainer.global_step == 0:
+        if self._before is None or self._steps == self._seen:
             return
-        self._steps += 1
+        self._seen = self._steps
         now = {name: p.detach() for name, p in pl_module.model.named_parameters() if name in self._before}
         still = [name for name, before in self._before.items() if torch.equal(before, now[name])]
         if len(still) < len(self._before) and still:
@@ -97,7 +104,7 @@ class TrainingHealth(pl.Callback):
             self._before = None
         elif self._steps >= _PATIENCE:
             raise TrainingError(
-                f"No adapter moved in {self._steps} batches: learning rate "
+                f"No adapter moved in {self._steps} steps: learning rate "
                 f"{[group['lr'] for optimizer in trainer.optimizers for group in optimizer.param_groups]}, "
                 f"loss {outputs}. Are chosen and rejected the same?"
             )

@@ -26,6 +26,10 @@ class PredictionWriter(pl.Callback):
         self.path = path
         self._rows: list[dict[str, float]] = []
 
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Forget what an interrupted run left."""
+        self._rows = []
+
     def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int,
                              dataloader_idx: int = 0) -> None:  # fmt: skip
         """Keep the numbers, not the tensors."""

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader
 
 from lit_dpo.data.batch import PairBatch
-from lit_dpo.data.encode import PairEncoder, Truncation
+from lit_dpo.data.encode import PairEncoder, Truncation, check_limits
 from lit_dpo.data.formats import Preference, PreferenceFormat, Triples
 from lit_dpo.data.loader import PairDataset, PairLoader, loader_options
 from lit_dpo.data.sampler import PairSampler
@@ -82,6 +82,9 @@ class PreferenceDataModule(LightningDataModule):
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if size is not None and size < 1:
                 raise ValueError(f"Expected `{name}` >= 1 but got {size}.")
+        if num_workers < 0 or seed < 0:
+            raise ValueError(f"Expected `num_workers` and `seed` >= 0 but got {num_workers} and {seed}.")
+        check_limits(max_length, max_prompt_length, truncation)
         self.sources = {"train": train, "val": val, "test": test, "predict": predict}
         self.format = format
         self.tokenizer = tokenizer
@@ -111,11 +114,15 @@ class PreferenceDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Have the tables of a stage (`fit`, `validate`, `test` or `predict`)."""
-        missing = [split for split in _SPLITS[stage] if split not in self._tables]
-        for split in missing:
-            self._build(split)
-        if missing and stage == "fit":
+        built = False
+        for split in _SPLITS[stage]:
+            if split not in self._tables:  # building `train` may make `val`
+                self._build(split)
+                built = True
+        if built and stage == "fit":
             self._warn_of_leaks()
+        if stage in ("validate", "test"):
+            self._table(_SPLITS[stage][0])
 
     def train_dataloader(self) -> PairLoader:
         """Shuffled batches, from the position of the checkpoint if one is resumed."""
@@ -206,6 +213,11 @@ class PreferenceDataModule(LightningDataModule):
 
     def _build_predict(self) -> PairTable:
         split = next((name for name in ("predict", "test", "val") if self.sources[name] is not None), None)
+        if split is None and self.val_split and self.sources["train"] is not None:
+            rank_zero_info("predict: no `predict` data are set, so those of `val_split` are used")
+            held_out = self._build_train()["val"]
+            assert held_out is not None
+            return held_out
         if split is None:
             raise DataError(
                 "Expected data to predict but none of `predict`, `test`, `val` is set: use `--data.predict`."

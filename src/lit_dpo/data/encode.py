@@ -90,15 +90,7 @@ class PairEncoder:
 
     def __post_init__(self) -> None:
         """Check the limits."""
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"Expected `max_length` >= 2 (a prompt and an answer) but got {self.max_length}.")
-        if self.max_prompt_length is None:
-            if self.truncation == "truncate_both":
-                raise ValueError('Expected `max_prompt_length` with `truncation="truncate_both"` but got None.')
-        elif not 1 <= self.max_prompt_length < (self.max_length or float("inf")):
-            raise ValueError(
-                f"Expected `max_prompt_length` in [1, max_length={self.max_length}) but got {self.max_prompt_length}."
-            )
+        check_limits(self.max_length, self.max_prompt_length, self.truncation)
 
     def __call__(self, preferences: Sequence[Preference]) -> list[EncodedPair | Dropped]:
         """Encode preferences, one result for each, in order.
@@ -268,6 +260,21 @@ class PairEncoder:
         if length > 1 and prompt[0] == self.tokenizer.bos_token_id:
             return [prompt[0], *prompt[len(prompt) - length + 1 :]]
         return prompt[len(prompt) - length :]
+
+
+def check_limits(max_length: int | None, max_prompt_length: int | None, truncation: str) -> None:
+    """See that the limits leave room and go together.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"Expected `max_length` >= 2 (a prompt and an answer) but got {max_length}.")
+    if max_prompt_length is None:
+        if truncation == "truncate_both":
+            raise ValueError('Expected `max_prompt_length` with `truncation="truncate_both"` but got None.')
+    elif not 1 <= max_prompt_length < (max_length or float("inf")):
+        raise ValueError(f"Expected `max_prompt_length` in [1, max_length={max_length}) but got {max_prompt_length}.")
 
 
 def _longest(pair: EncodedPair) -> int:

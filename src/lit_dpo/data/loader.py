@@ -76,6 +76,8 @@ def loader_options(num_workers: int) -> dict[str, Any]:
     """What all loaders of pairs have in common."""
     return {
         "batch_size": None,
+        # its own, or each new pass would draw from the global state, and a resumed run would draw at other times
+        "generator": torch.Generator(),
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
         "pin_memory": torch.cuda.is_available(),

@@ -139,7 +139,7 @@ def pair_attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if sliding_window is not None and sliding_window >= pair_layout.longest:
         sliding_window = None
-    if softcap is None and _varlen_fits(query, value, sliding_window):
+    if softcap is None and _varlen_fits(query, key, value, sliding_window):
         out = _varlen(query[0], key[0], value[0], pair_layout, scale, sliding_window)
     else:
         out = _by_segment(query, key, value, pair_layout, scale, sliding_window, softcap)
@@ -203,12 +203,14 @@ def _attend(
     return weights.to(value.dtype) @ value
 
 
-def _varlen_fits(query: Tensor, value: Tensor, window: int | None) -> bool:
-    """Flash attention needs a 16-bit type, equal head sizes up to 256, and an Ampere GPU or newer."""
+def _varlen_fits(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> bool:
+    """Flash attention needs one 16-bit type, one head size (a multiple of 8 up to 256), and an Ampere GPU or newer."""
     return (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
+        and query.dtype == key.dtype == value.dtype
         and query.shape[-1] == value.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
         and (window is None or "window_size" in _varlen_arguments())
     )

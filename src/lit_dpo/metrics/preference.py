@@ -34,12 +34,16 @@ class Mean(Metric):
     def _apply(self, fn: Any, exclude_state: Any = "") -> Any:
         """Move, never cast: `module.to(torch.bfloat16)` around a metric would round its sum."""
         device = fn(torch.empty(0, device=self.total.device)).device
-        return super()._apply(lambda tensor: tensor.to(device), exclude_state)
+        double = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        return super()._apply(
+            lambda tensor: tensor.to(device, double if tensor.is_floating_point() else None), exclude_state
+        )
 
     def add(self, values: Tensor, count: Tensor | int | None = None) -> None:
         """Add values, counted one each unless told otherwise."""
-        self.total += values.detach().double().sum()
-        self.count += values.numel() if count is None else count
+        # not in place: a state that was reset under inference mode, in `validate`, could not train afterwards
+        self.total = self.total + values.detach().double().sum()
+        self.count = self.count + (values.numel() if count is None else count)
 
     def compute(self) -> Tensor:
         """The mean, float64; NaN before the first update."""
