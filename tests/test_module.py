@@ -66,7 +66,7 @@ def test_a_module_that_has_trained_goes_on_in_another_fit(tiny_model, pairs_file
 
 
 def test_a_loss_that_reads_the_reference_refuses_to_go_without(tiny_model):
-    with pytest.raises(PolicyError, match=r"DPOLoss\(beta=0.1\) needs a reference"):
+    with pytest.raises(PolicyError, match=r"DPOLoss\(beta=0.1\) needs a reference but got NoReference"):
         module(tiny_model, reference=NoReference())
 
 
@@ -269,7 +269,11 @@ def test_without_a_reference_one_forward_runs(tiny_model, pairs_file, tmp_path, 
         calls.append(1)
         return score.pair_logps(*args)
 
-    dpo = module(tiny_model, loss=PolicyOnly(), reference=NoReference())
+    with pytest.raises(PolicyError, match="reads no reference but got BaseReference"):
+        module(tiny_model, loss=PolicyOnly(), reference=BaseReference())
+    dpo = module(tiny_model, loss=PolicyOnly())
+    assert dpo.reference == NoReference()
+    assert "train/kl" not in dpo.train_metrics
     monkeypatch.setattr(module_file, "pair_logps", counted)
     trainer(tmp_path, max_steps=2).fit(dpo, data(pairs_file))
     assert len(calls) == 3, "two steps and the check before them"

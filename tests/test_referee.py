@@ -11,7 +11,26 @@ from transformers import AutoModelForCausalLM
 from lit_dpo.data.batch import EncodedPair, collate_pairs
 from lit_dpo.logps import PairLogps, SequenceLogps
 from lit_dpo.logps.score import choose_layout, pair_logps
-from lit_dpo.losses import CDPOLoss, DPOLoss, IPOLoss, PreferenceLoss
+from lit_dpo.losses import (
+    AOTLoss,
+    AOTUnpairedLoss,
+    APODownLoss,
+    APOZeroLoss,
+    CDPOLoss,
+    CPOLoss,
+    DiscoPOPLoss,
+    DPOLoss,
+    EXOLoss,
+    FDPOLoss,
+    HingeLoss,
+    IPOLoss,
+    NCALoss,
+    NormalizedDPOLoss,
+    PreferenceLoss,
+    RobustDPOLoss,
+    SimPOLoss,
+    SPPOLoss,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,45 +50,122 @@ def pairs(referee) -> PairLogps:
     )
 
 
+# What the package does not have: the case's name and the argument that makes it another loss.
+LEFT_OUT = {("bcopair", None), ("bco_pair", None), ("sft", None), ("simpo", "hinge")}
+BETA_ONLY = {
+    "apozero": APOZeroLoss,
+    "apo_zero": APOZeroLoss,
+    "apodown": APODownLoss,
+    "apo_down": APODownLoss,
+    "spppohard": SPPOLoss,
+    "sppo_hard": SPPOLoss,
+    "ncapair": NCALoss,
+    "nca_pair": NCALoss,
+    "discopop": DiscoPOPLoss,
+    "sigmoid_norm": NormalizedDPOLoss,
+}
+TRL_AND_LIGER = [
+    "HingeLoss",
+    "RobustDPOLoss",
+    "EXOLoss",
+    "NCALoss",
+    "SPPOLoss",
+    "APOZeroLoss",
+    "APODownLoss",
+    "DiscoPOPLoss",
+]
+DIVERGENCES = {"forward_kl": "forward_kl", "js_divergence": "js", "alpha_divergence": "alpha"}
+
+
 def _ours(case: dict) -> PreferenceLoss | None:
     """The same loss as a peer's settings, or None where the package has none."""
-    settings, summed = case["params"], not case["peer"].startswith("TRL")
-    if settings.get("reference_free") or settings.get("f_divergence_type"):
-        return None
+    settings, name = case["params"], case["loss"]
     beta, smoothing = settings.get("beta"), settings.get("label_smoothing")
-    if case["loss"] == "ipo":
-        return IPOLoss(beta, "sum" if summed else "mean")
-    if case["loss"] in ("dpo", "sigmoid"):
-        return DPOLoss(beta) if smoothing is None else CDPOLoss(beta, smoothing)
-    return None
+    if (name, settings.get("loss_type") if name == "simpo" else None) in LEFT_OUT:
+        return None
+    if name in BETA_ONLY:
+        return BETA_ONLY[name](beta)
+    if kind := settings.get("f_divergence_type"):
+        flipped = settings.get("f_alpha_divergence_coef")  # TRL ≥ 1.0 gives 1 − α
+        return FDPOLoss(beta, DIVERGENCES[kind], None if flipped is None else 1 - flipped)
+    if settings.get("reference_free"):
+        return CPOLoss(beta, nll_weight=0.0)
+    match name:
+        case "dpo" | "sigmoid":
+            return DPOLoss(beta) if smoothing is None else CDPOLoss(beta, smoothing)
+        case "ipo":
+            return IPOLoss(beta, "mean" if case["peer"].startswith("TRL") else "sum")
+        case "hinge":
+            return HingeLoss(settings.get("gamma", beta))
+        case "robust":
+            return RobustDPOLoss(beta, smoothing)
+        case "exo_pair" | "exopair":
+            return EXOLoss(beta, 1e-3 if smoothing is None else smoothing)
+        case "aot":
+            return AOTLoss(beta, smoothing)
+        case "aot_unpaired":
+            return AOTUnpairedLoss(beta, smoothing)
+        case "simpo":
+            return SimPOLoss(beta, beta * settings["gamma_beta_ratio"], smoothing)
+    raise AssertionError(f"{name}, {settings} is neither ours nor left out")
 
 
 def test_losses_and_rewards_are_the_peers(referee, pairs):
-    seen = []
+    seen, left_out = [], 0
     for case in referee["cases"]:
         if (loss := _ours(case)) is None:
+            left_out += 1
             continue
         label = f"{case['peer']}, {case['params']}"
-        expected = torch.tensor(case["losses"], dtype=torch.float64)
-        found = loss(pairs)
-        if len(expected) == 1:  # OpenRLHF's batch mean
+        expected, found = torch.tensor(case["losses"], dtype=torch.float64), loss(pairs)
+        assert found.isfinite().all()
+        if len(expected) == 1:  # OpenRLHF's batch mean, and AOT's
             found = found.mean(dim=0, keepdim=True)
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-9, msg=lambda text, at=label: f"{at}: {text}")
-        for mine, theirs in zip(loss.rewards(pairs), ("chosen_rewards", "rejected_rewards"), strict=True):
-            if case[theirs] is not None and len(case[theirs]) == len(mine):
-                torch.testing.assert_close(mine, torch.tensor(case[theirs], dtype=torch.float64), rtol=1e-12, atol=1e-9)
-        seen.append((type(loss).__name__, getattr(loss, "average", None), case["peer"].split()[0]))
+        if isinstance(loss, FDPOLoss):  # TRL overflows, and computes the α-divergence in float32 with a cap at e^80
+            fits = (expected < 1e30) if loss.divergence == "alpha" else expected.isfinite()
+            assert (~fits).sum() == {"js": 0, "forward_kl": 1, "alpha": 2}[loss.divergence]
+            expected, found = expected[fits], found[fits]
+        relative, absolute = (1e-4, 1e-6) if case["params"].get("f_alpha_divergence_coef") else (1e-12, 1e-9)
+        torch.testing.assert_close(
+            found, expected, rtol=relative, atol=absolute, msg=lambda text, at=label: f"{at}: {text}"
+        )
+        for mine, side, length in zip(
+            loss.rewards(pairs),
+            ("chosen", "rejected"),
+            (pairs.policy_chosen.length, pairs.policy_rejected.length),
+            strict=True,
+        ):
+            theirs = case[f"{side}_rewards"]
+            if theirs is None or len(theirs) != len(mine) or case["params"].get("reference_free"):
+                continue  # Mitchell's rewards subtract the reference even where the loss does not
+            mine = mine / length if isinstance(loss, SimPOLoss) else mine  # per token there
+            theirs = torch.tensor(theirs, dtype=torch.float64)
+            torch.testing.assert_close(mine, theirs, rtol=1e-12 if relative < 1e-6 else 1e-5, atol=absolute)
+        variant = getattr(loss, "average", None) or getattr(loss, "divergence", None)
+        seen.append((type(loss).__name__, variant, case["peer"].split()[0]))
+    mitchell, liger = "eric-mitchell/direct-preference-optimization", "Liger-Kernel"
     assert {
         ("DPOLoss", None, "TRL"),
         ("DPOLoss", None, "torchtune"),
         ("DPOLoss", None, "OpenRLHF"),
-        ("DPOLoss", None, "eric-mitchell/direct-preference-optimization"),
-        ("CDPOLoss", None, "eric-mitchell/direct-preference-optimization"),
+        ("DPOLoss", None, mitchell),
+        ("DPOLoss", None, liger),
+        ("CDPOLoss", None, mitchell),
+        ("CDPOLoss", None, "torchtune"),
         ("CDPOLoss", None, "OpenRLHF"),
         ("IPOLoss", "mean", "TRL"),
-        ("IPOLoss", "sum", "eric-mitchell/direct-preference-optimization"),
+        ("IPOLoss", "sum", mitchell),
         ("IPOLoss", "sum", "OpenRLHF"),
-    } <= set(seen)
+        ("HingeLoss", None, "torchtune"),
+        *((name, None, peer) for name in TRL_AND_LIGER for peer in ("TRL", liger)),
+        ("AOTLoss", None, "TRL"),
+        ("AOTUnpairedLoss", None, "TRL"),
+        ("NormalizedDPOLoss", None, "TRL"),
+        *(("FDPOLoss", divergence, "TRL") for divergence in DIVERGENCES.values()),
+        ("SimPOLoss", None, "princeton-nlp/SimPO"),
+        ("CPOLoss", None, mitchell),
+    } == set(seen)
+    assert (len(seen), left_out) == (40, 4)
 
 
 # ---- TRL's trainer end to end, from its token ids ----
@@ -124,11 +220,22 @@ def test_log_probs_of_each_pair_are_trls(side, name, scored, trl):
         ("sigmoid|beta=0.1|label_smoothing=0.0", DPOLoss(0.1)),
         ("sigmoid|beta=0.3|label_smoothing=0.0", DPOLoss(0.3)),
         ("ipo|beta=0.1|label_smoothing=0.0", IPOLoss(0.1, "mean")),
+        ("hinge|beta=0.1|label_smoothing=0.0", HingeLoss(0.1)),
+        ("robust|beta=0.1|label_smoothing=0.2", RobustDPOLoss(0.1, 0.2)),
+        ("exo_pair|beta=0.1|label_smoothing=0.001", EXOLoss(0.1, 1e-3)),
+        ("nca_pair|beta=0.1|label_smoothing=0.0", NCALoss(0.1)),
+        ("sppo_hard|beta=0.1|label_smoothing=0.0", SPPOLoss(0.1)),
+        ("aot|beta=0.1|label_smoothing=0.0", AOTLoss(0.1)),
+        ("aot_unpaired|beta=0.1|label_smoothing=0.0", AOTUnpairedLoss(0.1)),
+        ("apo_zero|beta=0.1|label_smoothing=0.0", APOZeroLoss(0.1)),
+        ("apo_down|beta=0.1|label_smoothing=0.0", APODownLoss(0.1)),
+        ("discopop|beta=0.1|label_smoothing=0.0", DiscoPOPLoss(0.1)),
+        ("sigmoid_norm|beta=2.0|label_smoothing=0.0", NormalizedDPOLoss(2.0)),
     ],
 )
 def test_batch_losses_and_rewards_are_trls(key, loss, scored, trl):
     expected = trl["results"][key]
-    assert float(loss(scored).mean()) == pytest.approx(expected["loss"], abs=1e-4)
+    assert float(loss(scored).mean()) == pytest.approx(expected["loss"], rel=1e-4)
     chosen, rejected = loss.rewards(scored)
     assert float(chosen.mean()) == pytest.approx(expected["rewards/chosen"], abs=1e-4)
     assert float(rejected.mean()) == pytest.approx(expected["rewards/rejected"], abs=1e-4)

@@ -29,6 +29,8 @@ class _Parser(LightningArgumentParser):
     """Ends with the sentence that matters, not with a page of usage above and the whole configuration below it."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # jsonargparse is only trying something
+            super().error(message, ex)
         _refuse(message + (": `--print_config` shows what is." if message.endswith("is not accepted") else ""))
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from lit_dpo import checkpoint as checkpoints
 from lit_dpo import metrics
@@ -39,13 +39,13 @@ class DPOModule(pl.LightningModule):
         policy: the model that is trained.
         loss: the preference loss; a frozen strategy.
         reference: what the policy is compared with. By default its base with adapters off, or, for a policy that
-            continues an adapter, a frozen copy of that adapter.
+            continues an adapter, a frozen copy of that adapter, or, for a loss that reads none, none.
         optimizer: makes the optimizer from the adapters' parameters.
         lr_scheduler: shape of the learning rate after the warm-up, stepped per optimizer step.
         warmup_ratio: part of all steps over which the learning rate rises from 0. Expected in [0, 1].
 
     Raises:
-        PolicyError: if the loss needs a reference and there is none.
+        PolicyError: if the loss needs a reference and there is none, or the other way round.
 
     Example:
         ```python
@@ -67,10 +67,13 @@ class DPOModule(pl.LightningModule):
         with warnings.catch_warnings():  # a lambda cannot be saved; a checkpoint then falls back on the default
             warnings.filterwarnings("ignore", message=".*removed from hparams because it cannot be pickled.*")
             self.save_hyperparameters()
+        if reference is None and not loss.needs_reference:
+            reference = NoReference()
         if reference is None:
             reference = AdapterReference() if policy.adapter_path else BaseReference()
-        if loss.needs_reference and isinstance(reference, NoReference):
-            raise PolicyError(f"{loss} needs a reference but got NoReference(). Use BaseReference.")
+        if loss.needs_reference == isinstance(reference, NoReference):
+            wanted = "needs a reference" if loss.needs_reference else "reads no reference"
+            raise PolicyError(f"{loss} {wanted} but got {reference}. Leave `reference` out.")
         if not 0 <= warmup_ratio <= 1:
             raise PolicyError(f"Expected `warmup_ratio` in [0, 1] but got {warmup_ratio}.")
         self.policy, self.loss, self.reference = policy, loss, reference
@@ -100,19 +103,18 @@ class DPOModule(pl.LightningModule):
 
     def configure_metrics(self) -> MetricCollection:
         """What is measured in training, validation and test; extend what `super()` returns. `__init__` calls it."""
-        return MetricCollection(
-            {
-                "loss": metrics.PreferenceLossMean(),
-                "reward_accuracy": metrics.RewardAccuracy(),
-                "reward_margin": metrics.RewardMargin(),
-                "chosen_reward": metrics.ChosenReward(),
-                "rejected_reward": metrics.RejectedReward(),
-                "chosen_logps": metrics.ChosenLogps(),
-                "rejected_logps": metrics.RejectedLogps(),
-                "kl": metrics.KLEstimate(),
-            },
-            compute_groups=False,
-        )
+        measured: dict[str, Metric] = {
+            "loss": metrics.PreferenceLossMean(),
+            "reward_accuracy": metrics.RewardAccuracy(),
+            "reward_margin": metrics.RewardMargin(),
+            "chosen_reward": metrics.ChosenReward(),
+            "rejected_reward": metrics.RejectedReward(),
+            "chosen_logps": metrics.ChosenLogps(),
+            "rejected_logps": metrics.RejectedLogps(),
+        }
+        if not isinstance(self.reference, NoReference):
+            measured["kl"] = metrics.KLEstimate()
+        return MetricCollection(measured, compute_groups=False)  # type: ignore[arg-type]
 
     def forward(self, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
         """Log-probs of the chosen and of the rejected completions under the policy."""

@@ -39,6 +39,9 @@ class PreferenceLoss(ABC):
     needs_reference: ClassVar[bool] = True
     """False for losses that never read the reference; only they work with `NoReference`."""
 
+    couples_pairs: ClassVar[bool] = False
+    """True for losses in which a pair's loss depends on the other pairs of its batch."""
+
     def __post_init__(self) -> None:
         """Check the arguments; subclasses call `super().__post_init__()` first.
 

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from lit_dpo.logps.records import PairLogps
+from lit_dpo.losses.base import PreferenceLoss
+
+
+@dataclass(frozen=True)
+class AOTLoss(PreferenceLoss):
+    """Alignment via optimal transport on pairs (AOT, arXiv 2406.05882, section 3): cDPO between sorted batches.
+
+    Prefers the policy's *distribution* of log π(chosen) − log π(rejected) to the reference's, quantile by quantile:
+    with both sorted over the batch, δ = their difference, −(1−ε)·log σ(β·δ) − ε·log σ(−β·δ). One pair's own margin does
+    not matter, only that the distribution moves up.
+
+    The pair that holds a quantile gets its loss, so losses follow the order of pairs; but they depend on the batch
+    mates (`couples_pairs`), and on one pair alone the loss is cDPO, or DPO without smoothing. The batch is that of
+    one forward on one device. At δ = 0 it is log 2 and its slope in δ is −β(1−2ε)/2.
+
+    Args:
+        beta: inverse temperature.
+        label_smoothing: ε, as in cDPO. Expected in [0, 0.5).
+
+    Raises:
+        ValueError: if `label_smoothing` is outside [0, 0.5).
+
+    Example:
+        >>> import torch
+        >>> from lit_dpo.logps import PairLogps, SequenceLogps
+        >>> side = lambda *x: SequenceLogps(torch.tensor(x), torch.ones(2))
+        >>> AOTLoss(beta=0.1)(PairLogps(side(-1.0, -3.0), side(-21.0, -3.0), side(-0.1, -30.0), side(-0.1, -10.0)))
+        tensor([0.1269, 0.1269])
+    """
+
+    couples_pairs: ClassVar[bool] = True
+
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"Expected `label_smoothing` in [0, 0.5) but got {self.label_smoothing}.")
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Losses `(B,)`."""
+        reference_chosen, reference_rejected = map(PairLogps._reference, pairs[2:])
+        policy = pairs.policy_chosen.total - pairs.policy_rejected.total
+        reference = reference_chosen.total - reference_rejected.total
+        rank = policy.detach().argsort().argsort()
+        z = self.beta * (policy - reference.sort().values[rank])
+        return -(1 - self.label_smoothing) * logsigmoid(z) - self.label_smoothing * logsigmoid(-z)

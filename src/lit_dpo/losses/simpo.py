@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from lit_dpo.logps.records import PairLogps
+from lit_dpo.losses.base import PreferenceLoss
+
+
+@dataclass(frozen=True)
+class SimPOLoss(PreferenceLoss):
+    """Simple Preference Optimization (SimPO, arXiv 2405.14734, eq. 6): −log σ(β·(ℓ_w/n_w − ℓ_l/n_l) − γ).
+
+    ℓ = log π of the chosen (w) and rejected (l) answer and n its number of tokens; no reference. γ is the paper's
+    target reward margin, in units of the reward; the authors' code takes γ/β instead (`gamma_beta_ratio`, a margin in
+    nats per token): gamma = beta · gamma_beta_ratio. With z the argument of σ and a smoothing ε, the loss is
+    −(1−ε)·log σ(z) − ε·log σ(−z). At equal means it is log(1 + e^γ) and its slope in ℓ_w is −β·σ(γ)/n_w (ε = 0).
+
+    Args:
+        beta: scale of the reward; 2.0 to 2.5 in the paper.
+        gamma: γ, the target margin of the reward; 0.5 to 1.5 in the paper. Expected ≥ 0.
+        label_smoothing: ε, as in cDPO. Expected in [0, 0.5).
+
+    Raises:
+        ValueError: if `gamma` is negative or not finite, or `label_smoothing` outside [0, 0.5).
+
+    Example:
+        >>> import torch
+        >>> from lit_dpo.logps import PairLogps, SequenceLogps
+        >>> n = torch.tensor([2.0])
+        >>> side = lambda x: SequenceLogps(torch.tensor([x]), n)
+        >>> SimPOLoss(beta=0.2, gamma=0.5)(PairLogps(side(-1.0), side(-21.0)))
+        tensor([0.2014])
+    """
+
+    needs_reference: ClassVar[bool] = False
+
+    beta: float = 2.0
+    gamma: float = 1.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        if not (self.gamma >= 0 and math.isfinite(self.gamma)):
+            raise ValueError(f"Expected `gamma` >= 0 but got {self.gamma}.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"Expected `label_smoothing` in [0, 0.5) but got {self.label_smoothing}.")
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Losses `(B,)`."""
+        z = self.beta * (pairs.policy_chosen.mean - pairs.policy_rejected.mean) - self.gamma
+        return -(1 - self.label_smoothing) * logsigmoid(z) - self.label_smoothing * logsigmoid(-z)
