@@ -413,9 +413,9 @@ def test_another_quantisation_is_another_base(folder):
     assert all(one != other for number, one in enumerate(found) for other in found[:number])
 
 
-def test_double_quantisation_means_nothing_without_nf4(folder):
-    one, other = (QLoRAPolicy(str(folder), quantization="none", double_quantization=on) for on in (True, False))
-    assert _content(one) == _content(other)
+def test_double_quantisation_without_nf4_is_refused(folder):
+    with pytest.raises(PolicyError, match="no effect with quantization=int8"):
+        QLoRAPolicy(str(folder), quantization="int8", double_quantization=False)
 
 
 def test_adapters_are_no_part_of_the_identity_of_the_base(folder, adapter):

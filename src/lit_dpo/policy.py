@@ -36,8 +36,8 @@ class QLoRAPolicy:
         model: hub id or directory of a causal language model in safetensors; `lit-dpo/quickstart` is built in.
         revision: branch, tag or commit of a hub id.
         quantization: `nf4` (4 bits), `int8`, or `none`.
-        double_quantization: quantise the NF4 scales too, 0.37 bits less per weight; no effect is possible, and so none
-            is accepted as False, with another quantisation.
+        double_quantization: quantise the NF4 scales too, 0.37 bits less per weight. False is refused where there are
+            no such scales.
         r: LoRA rank.
         alpha: LoRA scale; updates are multiplied by `alpha / r`.
         dropout: on the adapters' input while training. The base's own dropouts are always off.
@@ -81,6 +81,10 @@ class QLoRAPolicy:
         ):
             if getattr(self, name) not in allowed:
                 raise PolicyError(f"Expected `{name}` among {', '.join(allowed)} but got {getattr(self, name)!r}.")
+        if self.quantization != "nf4" and not self.double_quantization:
+            raise PolicyError(
+                f"`double_quantization` has no effect with quantization={self.quantization}: leave it out."
+            )
         if not self.target_modules:
             raise PolicyError("Expected `target_modules` to name layers but it is empty; `all-linear` takes all.")
         if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lit_dpo import metrics
 from lit_dpo.logps import PairLogps, SequenceLogps
 from lit_dpo.losses import DPOLoss
 from lit_dpo.metrics import KLEstimate, Mean, RewardAccuracy, RewardMargin
+from lit_dpo.references import BaseReference
 
 ALL = [getattr(metrics, name) for name in metrics.__all__ if name != "Mean"]
 LOSS = DPOLoss(0.1)
@@ -192,7 +194,7 @@ def test_kl_without_a_reference_or_without_tokens_is_nan_and_not_0():
 def _collection():
     from lit_dpo.module import DPOModule
 
-    return DPOModule.configure_metrics(None)
+    return DPOModule.configure_metrics(SimpleNamespace(reference=BaseReference()))
 
 
 def test_the_modules_collection_gives_each_metric_the_arguments_that_it_names():
