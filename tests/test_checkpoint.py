@@ -43,12 +43,14 @@ def straight(tiny_model, pairs_file, tmp_path_factory):
 
 @pytest.mark.parametrize("step", [1, 3, 6, 8, 11])
 def test_resuming_at_any_step_equals_not_having_stopped(straight, tiny_model, pairs_file, tmp_path, step):
-    """The remaining rows in their order, for NF4 and dropout too, where masks make losses differ."""
-    root, whole, _, _ = straight
+    """The same rows, losses and weights to the last bit, for NF4 with dropout."""
+    root, whole, weights, _ = straight
     torch.manual_seed(123)
     policy = {"quantization": "nf4", "dropout": 0.1}
-    resumed, _, _ = _fit(tiny_model, pairs_file, tmp_path, ckpt_path=root / f"step={step}.ckpt", policy=policy)
+    resumed, found, _ = _fit(tiny_model, pairs_file, tmp_path, ckpt_path=root / f"step={step}.ckpt", policy=policy)
     assert resumed.rows == whole.rows[step:]
+    assert resumed.losses == whole.losses[step:]
+    assert all(torch.equal(found[name], expected) for name, expected in weights.items())
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
