@@ -265,9 +265,9 @@ def test_without_a_reference_one_forward_runs(tiny_model, pairs_file, tmp_path, 
 
     calls = []
 
-    def counted(*args):
+    def counted(*args, **options):
         calls.append(1)
-        return score.pair_logps(*args)
+        return score.pair_logps(*args, **options)
 
     with pytest.raises(PolicyError, match="reads no reference but got BaseReference"):
         module(tiny_model, loss=PolicyOnly(), reference=BaseReference())

@@ -32,7 +32,7 @@ def describe(module: Any) -> dict[str, Any]:
         "base": policy.identity(),
         "policy": {k: v for k, v in to_builtins(policy).items() if k not in _MAY_CHANGE} | {"adapter": policy.start()},
         "loss": to_builtins(loss),
-        "reference": to_builtins(reference),
+        "reference": to_builtins(reference.bare),
     }
 
 
