@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import instantiate_module
 
 import tiny
-from lit_dpo import CachedReference, DPOLoss, ModelReference
+from lit_dpo import BaseReference, CachedReference, DPOLoss, DPOModule, EMAReference, IPOLoss, ModelReference
+from lit_dpo.checkpoint import configuration
 from lit_dpo.errors import DataError, PolicyError
-from lit_dpo.losses import BCOLoss, MixtureLoss, ODPOLoss, SFTLoss, SoftDPOLoss, TDPOLoss, WPOLoss
+from lit_dpo.losses import BCOLoss, LDDPOLoss, MixtureLoss, ODPOLoss, SFTLoss, SoftDPOLoss, TDPOLoss, WPOLoss
 from training import Trace, adapter, data, module, trainer
 
 
@@ -180,6 +182,32 @@ def test_a_divergence_from_another_model_can_be_trained_too(tiny_model, pairs_fi
 def test_a_loss_that_reads_distributions_refuses_a_cache_and_one_that_reads_tokens_sums(tiny_model, tmp_path):
     with pytest.raises(PolicyError, match=r"reads kl of the reference, which CachedReference\("):
         module(tiny_model, loss=TDPOLoss(), reference=CachedReference(directory=str(tmp_path)))
+
+
+# ---- configuration ----
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"loss": MixtureLoss([LDDPOLoss(loss=IPOLoss(beta=0.3), alpha=0.2), SFTLoss(), BCOLoss()], [1, 2, 3])},
+        {"loss": WPOLoss(loss=DPOLoss(beta=0.7), clamp=False)},
+        {"loss": SFTLoss(average="token")},
+        {"reference": CachedReference(BaseReference(), "somewhere", tokens=False)},
+        {"reference": CachedReference(ModelReference("x", quantization="none"))},
+        {"reference": EMAReference(0.3, 7)},
+    ],
+    ids=lambda given: str(*given.values()),
+)  # fmt: skip
+def test_losses_of_losses_and_references_reload_as_what_they_were(given, tiny_model, tmp_path):
+    dpo = module(tiny_model, **given)
+    torch.save({"hyper_parameters": configuration(dpo)}, tmp_path / "saved.ckpt")
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)["hyper_parameters"]
+    assert saved.pop("_instantiator") == "lightning.pytorch.cli.instantiate_module"
+    again = instantiate_module(DPOModule, saved)
+    assert again.loss == dpo.loss
+    assert again.reference == dpo.reference
+    assert again.policy == dpo.policy
 
 
 # ---- parts ----
