@@ -79,6 +79,17 @@ assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6]]
     assert run.returncode == 0, run.stderr[-3000:]
 
 
+def test_every_loss_is_in_the_docs_with_the_source_of_its_docstring():
+    import lit_dpo.losses as losses
+
+    page = (ROOT / "docs" / "losses.md").read_text()
+    for name in set(losses.__all__) - {"PreferenceLoss", "MixtureLoss"}:
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}`")]
+        source = re.search(r"\d{4}\.\d{5}", row)
+        assert source is None or source[0] in getattr(losses, name).__doc__, name
+    assert "`MixtureLoss`" in page
+
+
 def test_every_file_that_the_readme_names_is_there():
     for name in re.findall(r"configs/[\w./-]+", README):
         assert (ROOT / name.rstrip(".")).exists(), name
