@@ -69,4 +69,29 @@ def test_scored_totals_are_the_sums_of_their_tokens_and_lengths():
         parts = side.tokens.split([int(length) for length in side.length])
         assert len(parts) == len(side.total)
         torch.testing.assert_close(torch.stack([part.sum() for part in parts]), side.total)
-        assert all(field.dtype == torch.float32 for field in side)
+        assert all(field.dtype == torch.float32 for field in side[:3])
+        assert side.collision is None
+        assert side.kl is None
+
+
+def test_sums_are_taken_per_sequence_and_have_gradients():
+    side = SequenceLogps(torch.zeros(3), torch.tensor([2.0, 1.0, 3.0]))
+    values = torch.arange(6, dtype=torch.float64, requires_grad=True)
+    sums = side.sums(values)
+    assert sums.tolist() == [1.0, 2.0, 12.0]
+    (gradient,) = torch.autograd.grad(sums @ torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64), values)
+    assert gradient.tolist() == [1.0, 1.0, 10.0, 100.0, 100.0, 100.0]
+
+
+@pytest.mark.parametrize("name", ["score_margin", "probability", "weight", "state", "policy_chosen.tokens",
+                                  "policy_rejected.kl", "reference_chosen"])  # fmt: skip
+def test_what_is_not_there_is_an_error_by_name(name):
+    pairs = PairLogps(PAIRS.policy_chosen, PAIRS.policy_rejected)
+    with pytest.raises(ValueError, match=f"Expected `{name}` in the pairs but there is none. [A-Z]"):
+        pairs.require(name)
+
+
+def test_what_is_there_is_given():
+    given = torch.tensor([0.5, 1.0])
+    assert PAIRS._replace(score_margin=given).require("score_margin") is given
+    assert PAIRS.require("policy_chosen.total") is PAIRS.policy_chosen.total

@@ -38,16 +38,57 @@ def selected_logps(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Te
         logits = head(states).float()
         return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
+    return _in_chunks(score, vocabulary, hidden, targets)
+
+
+@torch.no_grad()
+def collision_logps(head: Callable[[Tensor], Tensor], hidden: Tensor, vocabulary: int) -> Tensor:
+    """`(N,)` log Σ_v p(v)² over the vocabulary: the log-prob that two samples agree, nats. Without gradient."""
+
+    def score(states: Tensor) -> Tensor:
+        logits = head(states).float()
+        return (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)
+
+    return _in_chunks(score, vocabulary, hidden)
+
+
+def reference_kl(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    reference_head: Callable[[Tensor], Tensor],
+    reference_hidden: Tensor,
+    vocabulary: int,
+) -> Tensor:
+    """`(N,)` KL(π_ref ‖ π) over the vocabulary, nats; gradients flow into the policy alone.
+
+    Args:
+        head: of the policy.
+        hidden: `(N, H)` states of the policy.
+        reference_head: of the reference; runs without gradients.
+        reference_hidden: `(N, H)` states of the reference at the same positions.
+        vocabulary: `V`.
+    """
+
+    def score(states: Tensor, frozen: Tensor) -> Tensor:
+        target = reference_head(frozen).float().log_softmax(-1)
+        policy = head(states).float().log_softmax(-1)
+        return (target.exp() * (target - policy)).sum(-1)
+
+    return _in_chunks(score, vocabulary, hidden, reference_hidden)
+
+
+def _in_chunks(score: Callable[..., Tensor], vocabulary: int, *inputs: Tensor) -> Tensor:
+    """`score` of `(N, …)` inputs, some rows at a time; with gradients each chunk is computed again in the backward."""
     rows = max(16, _CHUNK_ELEMENTS // vocabulary)
-    chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+    chunks = zip(*(torch.split(given, rows) for given in inputs), strict=True)
     if not torch.is_grad_enabled():
-        return torch.cat([score(states, tokens) for states, tokens in chunks])
+        return torch.cat([score(*chunk) for chunk in chunks])
     # preserve_rng_state costs a device sync per chunk, and heads have no dropout
-    return torch.cat([_checkpointed(score, states, tokens) for states, tokens in chunks])
+    return torch.cat([_checkpointed(score, *chunk) for chunk in chunks])
 
 
-def _checkpointed(score: Callable[[Tensor, Tensor], Tensor], states: Tensor, tokens: Tensor) -> Tensor:
-    result = checkpoint(score, states, tokens, use_reentrant=False)
+def _checkpointed(score: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    result = checkpoint(score, *inputs, use_reentrant=False)
     assert isinstance(result, Tensor)
     return result
 

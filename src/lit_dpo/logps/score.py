@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
 from lit_dpo.errors import PolicyError, UnsupportedAttentionError
 from lit_dpo.logps.attention import PairLayout, has_pair_attention, use_pair_attention
-from lit_dpo.logps.head import model_head, selected_logps
+from lit_dpo.logps.head import collision_logps, model_head, reference_kl, selected_logps
 from lit_dpo.logps.layouts import Rows, Segment, flat_rows, padded_rows, segments
 from lit_dpo.logps.records import SequenceLogps
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 Layout = Literal["flat", "padded"]
 
 
-def pair_logps(model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
+def pair_logps(model: Any, batch: PairBatch, *, collision: bool = False) -> tuple[SequenceLogps, SequenceLogps]:
     """Log-probs of the chosen and of the rejected completions under `model`, float32.
 
     The layout follows the model's attention: the flat row under the pair attention, else padded rows. Both score the
@@ -32,27 +32,83 @@ def pair_logps(model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLog
     Args:
         model: a transformers causal LM, or a PEFT model around one.
         batch: `B` pairs on the model's device.
+        collision: fill `SequenceLogps.collision` too, at the cost of a second projection.
 
     Returns:
         Two records of `(B,)` totals and lengths and `(N,)` tokens.
     """
+    scored = _run(model, batch)
+    return _sides(scored, collision_logps(scored.head, scored.hidden, scored.vocabulary) if collision else None)
+
+
+def pair_logps_with_kl(
+    model: Any, batch: PairBatch, reference: Callable[[Any], AbstractContextManager[Any]]
+) -> tuple[SequenceLogps, SequenceLogps, SequenceLogps, SequenceLogps]:
+    """Policy and reference in one go, with KL(π_ref ‖ π) over the vocabulary wherever a completion token is predicted.
+
+    The reference's backbone runs once; its log-probs and the divergence are taken from the same hidden states.
+
+    Args:
+        model: the policy.
+        batch: `B` pairs on the model's device.
+        reference: `Reference.active`: given the policy, a context in which it yields the model to compare with.
+
+    Returns:
+        Chosen and rejected of the policy, with `kl`, then of the reference, without gradients.
+    """
+    with torch.no_grad(), reference(model) as other:
+        frozen = _run(other, batch)
+        sides = _sides(frozen)
+    scored = _run(model, batch)
+
+    def reference_head(states: Tensor) -> Tensor:
+        with torch.no_grad(), reference(model) as other:  # an adapter on the head is off here too
+            return model_head(base_model(other))(states)
+
+    kl = reference_kl(scored.head, scored.hidden, reference_head, frozen.hidden, scored.vocabulary)
+    return (*_sides(scored, kl=kl), *sides)
+
+
+class _Scored(NamedTuple):
+    """The hidden states that predict completion tokens, `(N, H)`, and what makes log-probs of them."""
+
+    hidden: Tensor
+    head: Callable[[Tensor], Tensor]
+    rows: Rows
+    vocabulary: int
+
+
+def _run(model: Any, batch: PairBatch) -> _Scored:
     base = base_model(model)
     pairs = segments(batch)
-    _check_rope(base.config.get_text_config(), pairs)
+    config = base.config.get_text_config()
+    _check_rope(config, pairs)
     if has_pair_attention(base):
         rows = flat_rows(batch, pairs)
         rows.inputs["pair_layout"] = PairLayout(pairs, batch.input_ids.device)
     else:
         rows = padded_rows(batch, pairs)
-    tokens = _score_rows(base, rows)
-    by_sequence = torch.split(tokens, rows.lengths)
-    totals = torch.stack([part.sum() for part in by_sequence])
-    lengths = torch.tensor(rows.lengths, dtype=torch.float32).to(totals.device, non_blocking=True)
-    size = len(pairs)
-    border = sum(rows.lengths[:size])
+    return _Scored(_hidden_states(base, rows), model_head(base), rows, config.vocab_size)
+
+
+def _sides(
+    scored: _Scored, collision: Tensor | None = None, kl: Tensor | None = None
+) -> tuple[SequenceLogps, SequenceLogps]:
+    """Chosen and rejected, from per-token values of both."""
+    lengths = scored.rows.lengths
+    tokens = selected_logps(scored.head, scored.hidden, scored.rows.targets, scored.vocabulary)
+    totals = torch.stack([part.sum() for part in torch.split(tokens, lengths)])
+    counts = torch.tensor(lengths, dtype=torch.float32).to(totals.device, non_blocking=True)
+    size = len(lengths) // 2
+    border = sum(lengths[:size])
+
+    def cut(values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if values is None else (values[:border], values[border:])
+
+    chosen, rejected = zip(cut(tokens), cut(collision), cut(kl), strict=True)
     return (
-        SequenceLogps(totals[:size], lengths[:size], tokens[:border]),
-        SequenceLogps(totals[size:], lengths[size:], tokens[border:]),
+        SequenceLogps(totals[:size], counts[:size], *chosen),
+        SequenceLogps(totals[size:], counts[size:], *rejected),
     )
 
 
@@ -61,7 +117,8 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _score_rows(model: Any, rows: Rows) -> Tensor:
+def _hidden_states(model: Any, rows: Rows) -> Tensor:
+    """`(N, H)`: those that predict a completion token."""
     backbone = model.get_decoder()
     accepted = inspect.signature(backbone.forward).parameters
     inputs = {
@@ -71,8 +128,7 @@ def _score_rows(model: Any, rows: Rows) -> Tensor:
         if name != "position_ids" or "position_ids" in accepted
     }
     hidden: Tensor = backbone(**inputs, use_cache=False).last_hidden_state
-    scored = hidden.flatten(0, 1)[rows.predictors]
-    return selected_logps(model_head(model), scored, rows.targets, model.config.get_text_config().vocab_size)
+    return hidden.flatten(0, 1)[rows.predictors]
 
 
 @torch.no_grad()

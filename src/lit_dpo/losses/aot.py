@@ -49,9 +49,8 @@ class AOTLoss(PreferenceLoss):
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""
-        reference_chosen, reference_rejected = map(PairLogps._reference, pairs[2:])
         policy = pairs.policy_chosen.total - pairs.policy_rejected.total
-        reference = reference_chosen.total - reference_rejected.total
+        reference = pairs.require("reference_chosen").total - pairs.require("reference_rejected").total
         rank = policy.detach().argsort().argsort()
         z = self.beta * (policy - reference.sort().values[rank])
         return -(1 - self.label_smoothing) * logsigmoid(z) - self.label_smoothing * logsigmoid(-z)

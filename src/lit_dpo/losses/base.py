@@ -42,6 +42,11 @@ class PreferenceLoss(ABC):
     couples_pairs: ClassVar[bool] = False
     """True for losses in which a pair's loss depends on the other pairs of its batch."""
 
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What the loss reads that is not always there: `tokens`, `collision`, `kl` of `SequenceLogps`; `score_margin`,
+    `probability` of `PairLogps`. The module computes the former; if the data lack the latter it says so before it loads
+    weights."""
+
     def __post_init__(self) -> None:
         """Check the arguments; subclasses call `super().__post_init__()` first.
 
@@ -63,3 +68,34 @@ class PreferenceLoss(ABC):
         if self.needs_reference:
             return self.beta * pairs.chosen_logratio, self.beta * pairs.rejected_logratio
         return self.beta * pairs.policy_chosen.total, self.beta * pairs.policy_rejected.total
+
+    # ---- losses made of losses ----
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of the parts that are logged beside their sum; see `MixtureLoss`."""
+        return ()
+
+    def parts(self, pairs: PairLogps) -> dict[str, Tensor]:
+        """Those parts, `(B,)` each, unweighted."""
+        return {}
+
+    # ---- losses with a memory ----
+
+    def initial_state(self) -> Tensor | None:
+        """What the loss remembers from step to step, such as a running mean: `(S,)`, float64. None: nothing.
+
+        The module keeps it, checkpoints it, and hands it over as `pairs.state`.
+        """
+        return None
+
+    def next_state(self, state: Tensor, pairs: PairLogps) -> Tensor:
+        """The state after a training batch, which that batch's losses then read; evaluation only reads.
+
+        Ranks average what they get, so the result must be linear in sums or means over the batch.
+
+        Args:
+            state: `(S,)` before the batch.
+            pairs: the batch, without gradients.
+        """
+        return state

@@ -1,0 +1,87 @@
+"""What some losses read of the whole distribution, not of the chosen token alone: equal to the dense definition."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import tiny
+from lit_dpo.data.batch import collate_pairs
+from lit_dpo.logps import head as heads
+from lit_dpo.logps.score import choose_layout, pair_logps, pair_logps_with_kl
+
+PAIRS = tiny.pairs()
+BATCH = collate_pairs(PAIRS)
+
+
+@contextmanager
+def _another(model):
+    """A reference that is a model of its own."""
+    other = tiny.model(seed=7)
+    choose_layout(other)
+    yield other
+
+
+def _dense(model) -> list[torch.Tensor]:
+    """Log-probs over the vocabulary at each scored position, chosen first, one sequence at a time."""
+    found = []
+    for side in ("chosen", "rejected"):
+        for pair in PAIRS:
+            ids = torch.tensor([[*pair.prompt, *getattr(pair, side)]])
+            logits = model(input_ids=ids, use_cache=False).logits[0].double()
+            found.append(logits[len(pair.prompt) - 1 : -1].log_softmax(-1))
+    return found
+
+
+@pytest.fixture(params=["auto", "sdpa"])
+def model(request):
+    found = tiny.model()
+    choose_layout(found, request.param)
+    return found
+
+
+@pytest.fixture(params=[2**24, 97 * 16], ids=["one chunk", "chunks"], autouse=True)
+def chunks(request, monkeypatch):
+    monkeypatch.setattr(heads, "_CHUNK_ELEMENTS", request.param)
+
+
+def test_collision_is_the_log_of_the_sum_of_squared_probabilities(model):
+    truth = torch.cat([(2 * rows).logsumexp(-1) for rows in _dense(tiny.model())])
+    chosen, rejected = pair_logps(model, BATCH, collision=True)
+    found = torch.cat([chosen.collision, rejected.collision])
+    torch.testing.assert_close(found, truth.float(), rtol=0, atol=1e-5)
+    assert not found.requires_grad
+
+
+def test_kl_is_that_of_the_whole_distributions_and_so_is_its_gradient(model):
+    dense = tiny.model()
+    policy, reference = _dense(dense), _dense(tiny.model(seed=7))
+    truth = torch.cat([(r.exp() * (r - p)).sum(-1) for p, r in zip(policy, reference, strict=True)])
+    weights = torch.linspace(0.5, 1.5, len(truth), dtype=torch.float64)
+    (truth * weights).sum().backward()
+    chosen, rejected, *_ = pair_logps_with_kl(model, BATCH, _another)
+    found = torch.cat([chosen.kl, rejected.kl])
+    torch.testing.assert_close(found, truth.detach().float(), rtol=1e-5, atol=1e-5)
+    (found * weights.float()).sum().backward()
+    tiny.assert_same_gradients(tiny.gradients(model), tiny.gradients(dense))
+
+
+def test_with_the_divergence_come_the_same_log_probs(model):
+    with _another(model) as other:
+        expected = [*pair_logps(model, BATCH), *pair_logps(other, BATCH)]
+    found = pair_logps_with_kl(model, BATCH, _another)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine.total, theirs.total)
+        assert torch.equal(mine.tokens, theirs.tokens)
+    assert not any(side.total.requires_grad for side in found[2:])
+
+
+def test_a_model_does_not_diverge_from_itself(model):
+    @contextmanager
+    def itself(given):
+        yield given
+
+    chosen, rejected, *_ = pair_logps_with_kl(model, BATCH, itself)
+    assert torch.cat([chosen.kl, rejected.kl]).abs().max() < 1e-6
