@@ -31,9 +31,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="pairs: .json, .jsonl or .jsonl.gz")
     parser.add_argument("--made", help="instead of --data: mean tokens of prompt and answer, such as 600,300")
-    parser.add_argument("--tokenizer", type=Path, help="a folder; by default a BPE of 8192 tokens of the data's own text")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="a folder; by default a BPE of 8192 tokens of the data's own text"
+    )
     parser.add_argument("--shape", choices=SHAPES, default="5M")
-    parser.add_argument("--vocabulary", type=int, help="rows of the head; by default the tokenizer's, 128256 for 1B, 8B")
+    parser.add_argument(
+        "--vocabulary", type=int, help="rows of the head; by default the tokenizer's, 128256 for 1B, 8B"
+    )
     parser.add_argument("--sides", nargs="+", default=["lit_dpo", "trl", "trl-best"])
     parser.add_argument("--order", choices=["shuffled", "bucketed"], default="shuffled", help="lit_dpo's own: bucketed")
     parser.add_argument("--steps", type=int, default=12, help="measured steps")
@@ -74,7 +78,9 @@ def prepare(given: argparse.Namespace, folder: Path) -> Spec:
         train_tokenizer(pairs, model)
     from transformers import AutoTokenizer
 
-    vocabulary = given.vocabulary or max(len(AutoTokenizer.from_pretrained(model)), 128256 * (given.shape in ("1B", "8B")))
+    vocabulary = given.vocabulary or max(
+        len(AutoTokenizer.from_pretrained(model)), 128256 * (given.shape in ("1B", "8B"))
+    )
     dtype = "float32" if given.device == "cpu" else "bfloat16"
     parameters = save_model(model, given.shape, vocabulary, dtype, max(2048, given.max_length))
     spec = Spec(

@@ -49,17 +49,31 @@ def read_pairs(file: Path) -> list[dict[str, Any]]:
     opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
     with opened as stream:
         rows = json.load(stream) if file.suffix == ".json" else [json.loads(line) for line in stream]
-    return [pair for pair in map(_pair, rows) if pair["chosen"][0]["content"].strip() and pair["rejected"][0]["content"].strip()]
+    return [
+        pair
+        for pair in map(_pair, rows)
+        if pair["chosen"][0]["content"].strip() and pair["rejected"][0]["content"].strip()
+    ]
 
 
 def _pair(row: dict[str, Any]) -> dict[str, Any]:
     if "conversations" in row:  # ShareGPT
-        turns = [_message("user" if turn["from"] == "human" else turn["from"], turn["value"]) for turn in row["conversations"]]
-        return {"prompt": turns, **{side: [_message("assistant", row[side]["value"])] for side in ("chosen", "rejected")}}
+        turns = [
+            _message("user" if turn["from"] == "human" else turn["from"], turn["value"])
+            for turn in row["conversations"]
+        ]
+        return {
+            "prompt": turns,
+            **{side: [_message("assistant", row[side]["value"])] for side in ("chosen", "rejected")},
+        }
     prompt, chosen, rejected = row.get("prompt", row.get("request")), row["chosen"], row["rejected"]
     if prompt is None:  # transcripts that share their beginning
         cut = len("\n\nAssistant:") + chosen.rfind("\n\nAssistant:")
-        prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[rejected.rfind("\n\nAssistant:") + len("\n\nAssistant:") :]
+        prompt, chosen, rejected = (
+            chosen[:cut],
+            chosen[cut:],
+            rejected[rejected.rfind("\n\nAssistant:") + len("\n\nAssistant:") :],
+        )
     return {
         "prompt": [_message("user", prompt)],
         "chosen": [_message("assistant", chosen)],
@@ -94,7 +108,9 @@ def train_tokenizer(pairs: list[dict[str, Any]], at: Path, size: int = 8192) -> 
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(_texts(pairs), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=special[0], bos_token=special[1], eos_token=special[2]

@@ -18,13 +18,12 @@ TOKENS, WIDTH, VOCABULARY = 200, 8, 97
 
 @pytest.fixture(params=[16, 50, 199, 200, 10_000], ids=lambda rows: f"chunks-of-{rows}")
 def chunked(request, monkeypatch):
-    monkeypatch.setattr(head_module, "_CHUNK_ELEMENTS", request.param * VOCABULARY)
+    monkeypatch.setattr(head_module, "_chunk_rows", lambda *_: request.param)
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """The smallest chunks there are: 16 rows."""
-    monkeypatch.setattr(head_module, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(head_module, "_chunk_rows", lambda *_: 16)
 
 
 def _inputs(dtype=torch.float32, width=WIDTH):

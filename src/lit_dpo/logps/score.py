@@ -63,7 +63,8 @@ def pair_logps_with_kl(
 
     def reference_head(states: Tensor) -> Tensor:
         with torch.no_grad(), reference(model) as other:  # an adapter on the head is off here too
-            return model_head(base_model(other))(states)
+            logits: Tensor = model_head(base_model(other))(states)
+            return logits
 
     kl = reference_kl(scored.head, scored.hidden, reference_head, frozen.hidden, scored.vocabulary)
     return (*_sides(scored, kl=kl), *sides)
