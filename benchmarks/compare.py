@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from material import SHAPES, Spec, made_pairs, read_pairs, save_model, train_tokenizer
-from sides import start
+from sides import flat_pairs, ready, start
 
 GIB = 2.0**30
 
@@ -96,15 +96,20 @@ def prepare(given: argparse.Namespace, folder: Path) -> Spec:
         threads=given.threads,
     )
     spec.batches = batches(spec, given.warmup + given.steps)
+    describe(spec, given, parameters, vocabulary)
+    return spec
+
+
+def describe(spec: Spec, given: argparse.Namespace, parameters: int, vocabulary: int) -> None:
     used = [pair for batch in spec.batches for pair in batch]
     prompt, total = sum(len(p) for p, _, _ in used), sum(len(p) + len(c) + len(r) for p, c, r in used)
     print(
-        f"{given.shape} Llama, {parameters / 1e6:.1f}M parameters, vocabulary {vocabulary}, {spec.dtype}, "
-        f"{spec.quantization}, LoRA r={spec.r} on {', '.join(spec.targets)}; batch {spec.batch_size}, max_length "
-        f"{spec.max_length}, {spec.order}; {given.data.name if given.data else given.made}: {total / len(used):.0f} tokens a pair, "
-        f"prompt {prompt / total:.0%}; {spec.device}, {spec.threads} threads; {given.steps} steps after {given.warmup}"
+        f"{given.data.name if given.data else given.made}: {total / len(used):.0f} tokens a pair, prompt "
+        f"{prompt / total:.0%}, {spec.order}; {given.shape} Llama, {parameters / 1e6:.1f}M parameters, vocabulary "
+        f"{vocabulary}, {spec.dtype}, quantization {spec.quantization}, LoRA r={spec.r} on {', '.join(spec.targets)}; "
+        f"batch {spec.batch_size}, max_length {spec.max_length}; {spec.device}, threads {spec.threads}; {given.steps} "
+        f"steps after {given.warmup}"
     )
-    return spec
 
 
 def _as_text(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -125,16 +130,15 @@ def batches(spec: Spec, steps: int) -> list[list[list[list[int]]]]:
     """The first batches of lit_dpo's sampler, as token ids; only whole batches."""
     from lit_dpo import PreferenceDataModule
     from lit_dpo.data.sampler import PairSampler
-    from sides import _flat_pairs, _ready
 
-    data = _ready(PreferenceDataModule, spec)
+    data = ready(PreferenceDataModule, spec)
     data.setup("fit")
     table = data._table("train")
     bucket = 50 if spec.order == "bucketed" else 0
     sampler, found, epoch = PairSampler(table.lengths, spec.batch_size, bucket=bucket), [], 0
     while len(found) < steps:
         sampler.set_epoch(epoch)
-        found += [_flat_pairs(table.batch(rows)) for rows in sampler]
+        found += [flat_pairs(table.batch(rows)) for rows in sampler]
         epoch += 1
     return found[:steps]
 
@@ -176,16 +180,14 @@ def show(results: dict[str, list[Any]], memory: dict[str, Any], given: argparse.
     """A line per side: medians, and ratios to the first side, step by step."""
     clock = "cpu" if given.device == "cpu" else "wall"
     size, first = given.batch_size, given.sides[0]
-    print(f"\n{'':10} pairs/{clock}-s   cpu s/step  wall s/step  tokens/pair  peak GiB  of it training")
+    print(f"{'':20} pairs/{clock}-s   cpu s/step  wall s/step  tokens/pair  peak GiB  of it training")
     for side, reports in results.items():
         middle = {name: statistics.median(report[name] for report in reports) for name in ("cpu", "wall")}
         total = sum(report[clock] for report in reports)
         tokens = sum(report["tokens"] for report in reports) / len(reports) / size
         peak, begun = memory[side]["peak"] / GIB, memory[side]["start"] / GIB
-        print(
-            f"{side:10} {len(reports) * size / total:11.2f} {middle['cpu']:12.3f} {middle['wall']:12.3f} {tokens:12.0f} "
-            f"{peak:9.2f} {peak - begun:15.2f}"
-        )
+        speed = f"{side:20} {len(reports) * size / total:11.2f} {middle['cpu']:12.3f} {middle['wall']:12.3f}"
+        print(f"{speed} {tokens:12.0f} {peak:9.2f} {peak - begun:15.2f}")
     for side, reports in list(results.items())[1:]:
         ratios = sorted(b[clock] / a[clock] for a, b in zip(results[first], reports, strict=True))
         total = sum(b[clock] for b in reports) / sum(a[clock] for a in results[first])

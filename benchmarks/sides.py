@@ -58,7 +58,8 @@ def start(side: str, spec: Spec, steps: int, connection: Any) -> None:
 
     torch.set_num_threads(spec.threads)
     gate = Gate(connection, spec.device)
-    {"lit_dpo": _lit_dpo, "trl": _trl, "trl-best": _trl}[side](spec, steps, gate, side)
+    spec.checkpointing |= side in ("trl", "lit_dpo-checkpoints")  # TRL's default
+    (_trl if side.startswith("trl") else _lit_dpo)(spec, steps, gate)
 
 
 def same_start(model: Any) -> None:
@@ -72,7 +73,7 @@ def same_start(model: Any) -> None:
             parameter.data.copy_(values / parameter.shape[1] ** 0.5)
 
 
-def _lit_dpo(spec: Spec, steps: int, gate: Gate, side: str) -> None:
+def _lit_dpo(spec: Spec, steps: int, gate: Gate) -> None:
     import functools
 
     import lightning.pytorch as pl
@@ -95,7 +96,7 @@ def _lit_dpo(spec: Spec, steps: int, gate: Gate, side: str) -> None:
     class Steps(pl.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             gate.wait()
-            gate.pairs, gate.tokens = _flat_pairs(batch), batch.input_ids.numel()
+            gate.pairs, gate.tokens = flat_pairs(batch), batch.input_ids.numel()
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             gate.loss = outputs["loss"] / batch.size
@@ -124,10 +125,10 @@ def _lit_dpo(spec: Spec, steps: int, gate: Gate, side: str) -> None:
         enable_model_summary=False,
         log_every_n_steps=10,
     )
-    trainer.fit(module, _ready(Data, spec))
+    trainer.fit(module, ready(Data, spec))
 
 
-def _ready(kind: Any, spec: Spec) -> Any:
+def ready(kind: Any, spec: Spec) -> Any:
     return kind(
         train=spec.train,
         tokenizer=spec.model,
@@ -137,7 +138,7 @@ def _ready(kind: Any, spec: Spec) -> Any:
     )
 
 
-def _flat_pairs(batch: Any) -> list[list[list[int]]]:
+def flat_pairs(batch: Any) -> list[list[list[int]]]:
     ids, found, start = batch.input_ids[0].tolist(), [], 0
     lengths = (batch.prompt_lengths.tolist(), batch.chosen_lengths.tolist(), batch.rejected_lengths.tolist())
     for prompt, chosen, rejected in zip(*lengths, strict=True):
@@ -147,7 +148,7 @@ def _flat_pairs(batch: Any) -> list[list[list[int]]]:
     return found
 
 
-def _trl(spec: Spec, steps: int, gate: Gate, side: str) -> None:
+def _trl(spec: Spec, steps: int, gate: Gate) -> None:
     import tempfile
 
     import torch
@@ -174,8 +175,6 @@ def _trl(spec: Spec, steps: int, gate: Gate, side: str) -> None:
 
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows = [dict(zip(names, pair, strict=True)) for batch in spec.batches for pair in batch]
-    # TRL's default trades compute for memory; without it TRL is fastest
-    checkpointing = side == "trl" or spec.checkpointing
     quantization = None
     if spec.quantization == "nf4":
         quantization = BitsAndBytesConfig(
@@ -196,7 +195,7 @@ def _trl(spec: Spec, steps: int, gate: Gate, side: str) -> None:
             max_length=spec.max_length,
             bf16=spec.device == "cuda",
             use_cpu=spec.device == "cpu",
-            gradient_checkpointing=checkpointing,
+            gradient_checkpointing=spec.checkpointing,
             train_sampling_strategy="sequential",
             model_init_kwargs={"dtype": spec.dtype, **({"device_map": {"": 0}} if spec.device == "cuda" else {})},
             report_to="none",
