@@ -78,9 +78,8 @@ def prepare(given: argparse.Namespace, folder: Path) -> Spec:
         train_tokenizer(pairs, model)
     from transformers import AutoTokenizer
 
-    vocabulary = given.vocabulary or max(
-        len(AutoTokenizer.from_pretrained(model)), 128256 * (given.shape in ("1B", "8B"))
-    )
+    least = 128256 if given.shape in ("1B", "8B") else 8192
+    vocabulary = given.vocabulary or max(len(AutoTokenizer.from_pretrained(model)), least)
     dtype = "float32" if given.device == "cpu" else "bfloat16"
     parameters = save_model(model, given.shape, vocabulary, dtype, max(2048, given.max_length))
     spec = Spec(

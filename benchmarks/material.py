@@ -46,34 +46,23 @@ class Spec:
 
 def read_pairs(file: Path) -> list[dict[str, Any]]:
     """Pairs as conversations, from the layouts that preference files come in."""
-    opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
-    with opened as stream:
-        rows = json.load(stream) if file.suffix == ".json" else [json.loads(line) for line in stream]
-    return [
-        pair
-        for pair in map(_pair, rows)
-        if pair["chosen"][0]["content"].strip() and pair["rejected"][0]["content"].strip()
-    ]
+    text = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode()
+    rows = json.loads(text) if file.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line]
+    pairs = map(_pair, rows)
+    return [pair for pair in pairs if all(pair[side][0]["content"].strip() for side in ("chosen", "rejected"))]
 
 
 def _pair(row: dict[str, Any]) -> dict[str, Any]:
     if "conversations" in row:  # ShareGPT
-        turns = [
-            _message("user" if turn["from"] == "human" else turn["from"], turn["value"])
-            for turn in row["conversations"]
-        ]
-        return {
-            "prompt": turns,
-            **{side: [_message("assistant", row[side]["value"])] for side in ("chosen", "rejected")},
+        roles = {"human": "user", "gpt": "assistant"}
+        prompt = [_message(roles.get(turn["from"], turn["from"]), turn["value"]) for turn in row["conversations"]]
+        return {"prompt": prompt} | {
+            side: [_message("assistant", row[side]["value"])] for side in ("chosen", "rejected")
         }
     prompt, chosen, rejected = row.get("prompt", row.get("request")), row["chosen"], row["rejected"]
     if prompt is None:  # transcripts that share their beginning
-        cut = len("\n\nAssistant:") + chosen.rfind("\n\nAssistant:")
-        prompt, chosen, rejected = (
-            chosen[:cut],
-            chosen[cut:],
-            rejected[rejected.rfind("\n\nAssistant:") + len("\n\nAssistant:") :],
-        )
+        prompt, header, chosen = chosen.rpartition("\n\nAssistant:")
+        prompt, rejected = prompt + header, rejected.rpartition(header)[2]
     return {
         "prompt": [_message("user", prompt)],
         "chosen": [_message("assistant", chosen)],
