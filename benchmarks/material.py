@@ -114,7 +114,7 @@ def _texts(pairs: list[dict[str, Any]]) -> Iterator[str]:
             yield from (message["content"] for message in pair[side])
 
 
-def save_model(at: Path, shape: str, vocabulary: int, dtype: str, positions: int) -> int:
+def save_model(at: Path | str, shape: str, vocabulary: int, dtype: str, positions: int) -> int:
     """A Llama of that shape with random weights; its number of parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
