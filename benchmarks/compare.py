@@ -112,13 +112,13 @@ def describe(spec: Spec, given: argparse.Namespace, parameters: int, vocabulary:
 
 
 def _as_text(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Made pairs as words, each of which becomes about one token of a tokenizer trained on them."""
+    """Made pairs as words of letters, each of which becomes a token of a tokenizer trained on them."""
     prompt, answer = (int(length) for length in given.made.split(","))
     made = made_pairs(given.batch_size * (given.warmup + given.steps + 1), prompt, answer, 5000)
-    names = ("user", "assistant", "assistant")
+    names, letters = ("user", "assistant", "assistant"), str.maketrans("0123456789", "abcdefghij")
     return [
         {
-            side: [{"role": name, "content": " ".join(f"w{token}" for token in part)}]
+            side: [{"role": name, "content": " ".join(f"{token:05}".translate(letters) for token in part)}]
             for side, name, part in zip(("prompt", "chosen", "rejected"), names, pair, strict=True)
         }
         for pair in made

@@ -63,14 +63,14 @@ def start(side: str, spec: Spec, steps: int, connection: Any) -> None:
 
 
 def same_start(model: Any) -> None:
-    """LoRA weights that depend on nothing but their name's place."""
+    """LoRA weights that depend on nothing but their name's place; bfloat16 holds them exactly."""
     import torch
 
     random = torch.Generator().manual_seed(0)
     for name, parameter in sorted(model.named_parameters()):
         if "lora_A" in name:
             values = torch.rand(parameter.shape, generator=random) * 2 - 1
-            parameter.data.copy_(values / parameter.shape[1] ** 0.5)
+            parameter.data.copy_((values / parameter.shape[1] ** 0.5).bfloat16())
 
 
 def _lit_dpo(spec: Spec, steps: int, gate: Gate) -> None:

@@ -31,14 +31,15 @@ class Rows(NamedTuple):
         predictors: `(N,)` positions, in the flattened rows, of the hidden states that predict a completion token.
         targets: `(N,)` those tokens; all chosen completions in the order of pairs, then all rejected ones.
         lengths: the `2B` completion lengths in that order, summing to `N`.
-        needed: positions that cover `predictors`, each once; no other row of the last layer's output is read.
+        needed: positions in the flat row that cover `predictors`, each once; what the last layer makes of others is not
+            read. None for padded rows.
     """
 
     inputs: dict[str, Any]
     predictors: Tensor
     targets: Tensor
     lengths: list[int]
-    needed: Tensor
+    needed: Tensor | None = None
 
 
 def segments(batch: PairBatch) -> list[Segment]:
@@ -95,17 +96,15 @@ def padded_rows(batch: PairBatch, pairs: list[Segment]) -> Rows:
         targets.append(row[s.prompt :])
     device = batch.input_ids.device
     mask = source >= 0
-    scored = torch.cat(predictors).to(device)
     return Rows(
         inputs={
             "input_ids": batch.input_ids[0, source.clamp(min=0).to(device)],
             "position_ids": torch.arange(width).expand(len(rows), -1).to(device),
             "attention_mask": mask.long().to(device),
         },
-        predictors=scored,
+        predictors=torch.cat(predictors).to(device),
         targets=batch.input_ids[0, torch.cat(targets).to(device)],
         lengths=_lengths(pairs),
-        needed=scored,
     )
 
 

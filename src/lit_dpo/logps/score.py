@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -129,7 +129,7 @@ def _hidden_states(model: Any, rows: Rows) -> Tensor:
         # ALiBi and recurrent backbones have no positions to be told; padded rows count from 0 anyway
         if name != "position_ids" or "position_ids" in accepted
     }
-    with last_mlp_on(backbone, rows.needed):
+    with nullcontext() if rows.needed is None else last_mlp_on(backbone, rows.needed):
         hidden: Tensor = backbone(**inputs, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1)[rows.predictors]
 
