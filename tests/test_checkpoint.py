@@ -14,6 +14,7 @@ from lit_dpo.callbacks import AdapterExport
 from lit_dpo.data.batch import EncodedPair, collate_pairs
 from lit_dpo.errors import ResumeError, TrainingError
 from lit_dpo.logps.score import pair_logps
+from lit_dpo.policy_checks import keep_trainable
 from training import Trace, adapter, data, module, trainer
 
 
@@ -151,6 +152,7 @@ def test_the_directory_beside_a_checkpoint_is_an_ordinary_peft_model(straight, t
         bnb_4bit_compute_dtype=torch.float32,
     )
     loaded = AutoPeftModelForCausalLM.from_pretrained(directory, quantization_config=quantized, dtype=torch.float32)
+    keep_trainable(loaded)  # some CPUs would repack it and compute in bfloat16
     batch = collate_pairs([EncodedPair([0, 50, 60], [70, 80], [90, 91, 92])])
     dpo.model.eval()
     with torch.no_grad():

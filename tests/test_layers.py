@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up; the longest name that fits decides. Files of one layer may import each other.
 LAYERS = {
     "lit_dpo.errors": 0,
+    "lit_dpo.fingerprints": 0,
     "lit_dpo.quickstart": 0,  # needs nothing of the package; imported inside functions only
     "lit_dpo.quickstart_text": 0,
     "lit_dpo.logps": 1,

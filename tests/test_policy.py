@@ -16,6 +16,7 @@ import tiny
 from lit_dpo.errors import PolicyError
 from lit_dpo.logps.score import choose_layout, pair_logps
 from lit_dpo.policy import QLoRAPolicy
+from lit_dpo.policy_checks import keep_trainable
 from lit_dpo.references import BaseReference
 
 BATCH = tiny.batch()
@@ -108,6 +109,7 @@ def test_a_fresh_adapter_on_an_nf4_base_is_that_base_loaded_alone(folder):
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     alone = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    keep_trainable(alone)  # some CPUs would repack it and compute in bfloat16
     model = QLoRAPolicy(str(folder), r=2).load()
     for given in (alone, model):
         choose_layout(given)
@@ -162,7 +164,7 @@ def test_an_adapter_saved_in_16_bits_continues_in_float32(folder, adapter, tmp_p
 )
 def test_the_dropouts_of_the_base_are_off_and_said_to_be(name, changes, tmp_path):
     tiny.directory(tmp_path / "base", name, **changes)
-    with tiny.records("lit_dpo.policy") as lines:
+    with tiny.records("lit_dpo.policy_checks") as lines:
         model = QLoRAPolicy(str(tmp_path / "base"), quantization="none", r=2).load()
     assert len(lines) == 1
     assert all(field in lines[0].getMessage() for field in changes)
@@ -448,3 +450,23 @@ def test_a_model_without_a_tokenizer_is_a_policy_error(tmp_path):
     tiny.model().save_pretrained(tmp_path)
     with pytest.raises(PolicyError, match="No tokenizer"):
         QLoRAPolicy(str(tmp_path)).load_tokenizer()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_evaluation_in_between_changes_neither_log_probs_nor_gradients(tmp_path, quantization):
+    """bitsandbytes repacks 4-bit weights at the first evaluation on some CPUs; gradients then end there, silently."""
+    folder = tiny.directory(tmp_path / "model", hidden_size=64, intermediate_size=128)
+    model = QLoRAPolicy(str(folder), quantization=quantization, r=2).load()
+    choose_layout(model)
+    tiny.randomize(model)
+    found = []
+    for _ in range(2):
+        totals = torch.cat([side.total for side in pair_logps(model.train(), BATCH)])
+        tiny.weighted(totals).backward()
+        found.append((totals.detach(), tiny.gradients(model)))
+        with torch.no_grad():
+            pair_logps(model.eval(), BATCH)
+    assert torch.equal(found[0][0], found[1][0])
+    tiny.assert_same_gradients(found[0][1], found[1][1], tolerance=0)
+    assert len(found[0][1]) == 2 * 2 * 7, "A and B of seven layers in two blocks"
+    assert not any(getattr(module, "support_avx512bf16_for_cpu", False) for module in model.modules())

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from lit_dpo.policy import QLoRAPolicy as QLoRAPolicy
     from lit_dpo.references import AdapterReference as AdapterReference
     from lit_dpo.references import BaseReference as BaseReference
+    from lit_dpo.references import CachedReference as CachedReference
+    from lit_dpo.references import EMAReference as EMAReference
+    from lit_dpo.references import ModelReference as ModelReference
     from lit_dpo.references import NoReference as NoReference
     from lit_dpo.references import Reference as Reference
 
@@ -31,6 +34,9 @@ _HOMES = {
     "Reference": "lit_dpo.references",
     "BaseReference": "lit_dpo.references",
     "AdapterReference": "lit_dpo.references",
+    "CachedReference": "lit_dpo.references",
+    "EMAReference": "lit_dpo.references",
+    "ModelReference": "lit_dpo.references",
     "NoReference": "lit_dpo.references",
     "PreferenceLoss": "lit_dpo.losses",
     "DPOLoss": "lit_dpo.losses",

@@ -32,7 +32,7 @@ def describe(module: Any) -> dict[str, Any]:
         "base": policy.identity(),
         "policy": {k: v for k, v in to_builtins(policy).items() if k not in _MAY_CHANGE} | {"adapter": policy.start()},
         "loss": to_builtins(loss),
-        "reference": to_builtins(reference),
+        "reference": to_builtins(reference.bare),
     }
 
 
@@ -67,6 +67,26 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], *, training: b
             + "\nTo continue that run, give these values as they were. To start a new run from its adapter, give "
             "`policy.adapter_path` the directory beside the checkpoint instead of --ckpt_path."
         )
+
+
+def load_strictly(known: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
+    """Copy into the tensors of a module what a checkpoint has for them.
+
+    Raises:
+        ResumeError: listing keys that are missing, unknown or of another shape; nothing is copied then.
+    """
+    wrong = [f"missing {name}" for name in known.keys() - given.keys()]
+    wrong += [f"unknown {name}" for name in given.keys() - known.keys()]
+    wrong += [
+        f"{name}: {tuple(given[name].shape)} instead of {tuple(known[name].shape)}"
+        for name in known.keys() & given.keys()
+        if given[name].shape != known[name].shape
+    ]
+    if wrong:
+        raise ResumeError("The checkpoint's adapter does not fit the policy:\n  " + "\n  ".join(sorted(wrong)[:10]))
+    with torch.no_grad():
+        for name, tensor in known.items():
+            tensor.copy_(given[name])
 
 
 def random_states(world_size: int) -> list[dict[str, Any]]:

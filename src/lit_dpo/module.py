@@ -20,13 +20,14 @@ from lit_dpo import metrics
 from lit_dpo.callbacks.export import AdapterExport
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.predictions import PredictionWriter
-from lit_dpo.data.batch import PairBatch
-from lit_dpo.errors import PolicyError, ResumeError, TrainingError
+from lit_dpo.data.batch import ROW_FIELDS, PairBatch
+from lit_dpo.errors import DataError, PolicyError, ResumeError, TrainingError
 from lit_dpo.logps.records import PairLogps, SequenceLogps
-from lit_dpo.logps.score import choose_layout, pair_logps
+from lit_dpo.logps.score import choose_layout, pair_logps, pair_logps_with_kl
 from lit_dpo.losses import DPOLoss, PreferenceLoss
-from lit_dpo.policy import QLoRAPolicy
-from lit_dpo.references import AdapterReference, BaseReference, NoReference, Reference
+from lit_dpo.policy import QLoRAPolicy, adapter_parameters
+from lit_dpo.references import Reference
+from lit_dpo.references.resolve import resolve_reference
 
 
 class DPOModule(pl.LightningModule):
@@ -54,6 +55,8 @@ class DPOModule(pl.LightningModule):
         ```
     """
 
+    loss_state: Tensor | None
+
     def __init__(
         self,
         policy: QLoRAPolicy,
@@ -67,18 +70,13 @@ class DPOModule(pl.LightningModule):
         with warnings.catch_warnings():  # a lambda cannot be saved; a checkpoint then falls back on the default
             warnings.filterwarnings("ignore", message=".*removed from hparams because it cannot be pickled.*")
             self.save_hyperparameters()
-        if reference is None and not loss.needs_reference:
-            reference = NoReference()
-        if reference is None:
-            reference = AdapterReference() if policy.adapter_path else BaseReference()
-        if loss.needs_reference == isinstance(reference, NoReference):
-            wanted = "needs a reference" if loss.needs_reference else "reads no reference"
-            raise PolicyError(f"{loss} {wanted} but got {reference}. Leave `reference` out.")
+        reference = resolve_reference(reference, loss, policy)
         if not 0 <= warmup_ratio <= 1:
             raise PolicyError(f"Expected `warmup_ratio` in [0, 1] but got {warmup_ratio}.")
         self.policy, self.loss, self.reference = policy, loss, reference
         self.optimizer, self.lr_scheduler, self.warmup_ratio = optimizer, lr_scheduler, warmup_ratio
         self.model: Any = None
+        self.register_buffer("loss_state", loss.initial_state())
         self.fresh = True  # until it has trained, or was loaded with a checkpoint's adapter
         self.train_metrics = self.configure_metrics().clone(prefix="train/")
         self.val_metrics = self.configure_metrics().clone(prefix="val/")
@@ -111,23 +109,38 @@ class DPOModule(pl.LightningModule):
             "rejected_reward": metrics.RejectedReward(),
             "chosen_logps": metrics.ChosenLogps(),
             "rejected_logps": metrics.RejectedLogps(),
+            **{f"loss_{name}": metrics.LossPart(name) for name in self.loss.part_names},
         }
-        if not isinstance(self.reference, NoReference):
+        if "tokens" in self.reference.gives:
             measured["kl"] = metrics.KLEstimate()
         return MetricCollection(measured, compute_groups=False)  # type: ignore[arg-type]
 
     def forward(self, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
         """Log-probs of the chosen and of the rejected completions under the policy."""
-        return pair_logps(self.model, batch)
+        return pair_logps(self.model, batch, collision="collision" in self.loss.needs)
 
     def pair_logps(self, batch: PairBatch) -> PairLogps:
-        """The record that losses and metrics read: policy with gradients, reference without."""
-        reference = self.reference.logps(self.model, batch)
-        return PairLogps(*self(batch), *reference)
+        """The record that losses and metrics read: policy with gradients, reference without, what the rows say.
+
+        For a loss that reads the divergence of whole distributions (`kl`) both models are scored together, without
+        `forward`.
+        """
+        if "kl" in self.loss.needs:
+            sides: Any = pair_logps_with_kl(self.model, batch, self.reference.active)
+        else:
+            reference = self.reference.logps(self.model, batch)
+            sides = (*self(batch), *reference)
+        return PairLogps(*sides)._replace(
+            weight=batch.weight,
+            score_margin=batch.score_margin,
+            probability=batch.probability,
+            state=self.loss_state,
+        )
 
     def compute_loss(self, pairs: PairLogps) -> Tensor:
-        """Losses `(B,)`; the module takes their mean over all pairs of an optimizer step."""
-        return self.loss(pairs)
+        """Losses `(B,)`, times the rows' weights; the module takes their mean over all pairs of an optimizer step."""
+        losses = self.loss(pairs)
+        return losses if pairs.weight is None else losses * pairs.weight
 
     def configure_optimizers(self) -> Any:
         """The optimizer on the adapters, and the learning rate's course per step."""
@@ -156,9 +169,11 @@ class DPOModule(pl.LightningModule):
     # ---- hooks ----
 
     def prepare_data(self) -> None:
-        """Find what is wrong with the policy before a directory is made or a weight is read."""
+        """Find what is wrong with policy, reference and data before a directory is made or a weight is read."""
+        self._check_rows()
         if self.model is None:
             self.policy.check()
+            self.reference.check(self.policy)
 
     def setup(self, stage: str) -> None:
         """Hyper-parameters in builtins, so that loggers and checkpoints take them as they are."""
@@ -187,7 +202,7 @@ class DPOModule(pl.LightningModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """The sum of this batch's losses; `on_before_optimizer_step` makes it the mean over the step's pairs."""
-        losses = self._step(batch, self.train_metrics)
+        losses = self._step(batch, self.train_metrics, training=True)
         self._pairs_in_window += batch.size
         # Lightning divides by the number of batches accumulated, which is not the number of pairs
         return losses.sum() * self.trainer.accumulate_grad_batches
@@ -201,6 +216,12 @@ class DPOModule(pl.LightningModule):
         for parameter in self.parameters():
             if parameter.grad is not None:
                 parameter.grad.div_(pairs.to(parameter.grad.dtype))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Let a reference that moves follow, before anything is saved."""
+        super().optimizer_step(*args, **kwargs)
+        if self.reference.moves:
+            self.reference.update(self.model, self.trainer.global_step + 1)
 
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
         """Log the mean over all pairs since the last log, not the last batch's."""
@@ -260,7 +281,9 @@ class DPOModule(pl.LightningModule):
             self._modules["model"] = model
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         if model is not None:
-            state.update({f"{prefix}model.{name}": p.detach() for name, p in _adapter(model).items()})
+            names = ("default", "reference") if self.reference.moves else ("default",)
+            adapters = (adapter_parameters(model, name) for name in names)
+            state.update({f"{prefix}model.{name}": p.detach() for one in adapters for name, p in one.items()})
         return state
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
@@ -270,20 +293,8 @@ class DPOModule(pl.LightningModule):
             ResumeError: listing keys that are missing, unknown or of another shape.
         """
         self.configure_model()
-        known, given = self.state_dict(keep_vars=True), dict(state_dict)
-        wrong = [f"missing {name}" for name in known.keys() - given.keys()]
-        wrong += [f"unknown {name}" for name in given.keys() - known.keys()]
-        wrong += [
-            f"{name}: {tuple(given[name].shape)} instead of {tuple(known[name].shape)}"
-            for name in known.keys() & given.keys()
-            if given[name].shape != known[name].shape
-        ]
-        if wrong:
-            raise ResumeError("The checkpoint's adapter does not fit the policy:\n  " + "\n  ".join(sorted(wrong)[:10]))
+        checkpoints.load_strictly(self.state_dict(keep_vars=True), dict(state_dict))
         self.fresh = False
-        with torch.no_grad():
-            for name, tensor in known.items():
-                tensor.copy_(given[name])
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -304,18 +315,37 @@ class DPOModule(pl.LightningModule):
 
     # ---- helpers ----
 
-    def _step(self, batch: PairBatch, measured: MetricCollection) -> Tensor:
+    def _step(self, batch: PairBatch, measured: MetricCollection, *, training: bool = False) -> Tensor:
         pairs = self.pair_logps(batch)
-        losses = self.compute_loss(pairs)
         seen = pairs.detach()
+        if training and self.loss_state is not None:
+            state = self.loss.next_state(self.loss_state, seen)
+            self.loss_state = self.trainer.strategy.reduce(state, reduce_op="mean")
+            pairs, seen = (one._replace(state=self.loss_state) for one in (pairs, seen))
+        losses = self.compute_loss(pairs)
         chosen, rejected = self.loss.rewards(seen)
-        measured.update(pairs=seen, losses=losses.detach(), chosen_rewards=chosen, rejected_rewards=rejected)
+        measured.update(
+            pairs=seen,
+            losses=losses.detach(),
+            parts=self.loss.parts(seen),
+            chosen_rewards=chosen,
+            rejected_rewards=rejected,
+        )
         return losses
+
+    def _check_rows(self) -> None:
+        """What the loss reads of the rows is there; what nothing reads is said."""
+        data = getattr(self.trainer, "datamodule", None)
+        wanted = self.loss.needs & frozenset(ROW_FIELDS)
+        for split, there in getattr(data, "row_fields", {}).items():
+            if lacking := sorted(wanted - there):
+                raise DataError(
+                    f"{split}: {type(self.loss).__name__} reads the rows' {', '.join(lacking)} but they have none. "
+                    + " ".join(f"Name the column: --data.format.{name} COLUMN." for name in lacking)
+                )
+            if unread := sorted(there - wanted - {"weight"}):
+                rank_zero_info(f"{split}: {type(self.loss).__name__} does not read the rows' {', '.join(unread)}")
 
     def _log_epoch(self, measured: MetricCollection, shown: str) -> None:
         for name, metric in measured.items():
             self.log(name, metric, on_step=False, on_epoch=True, prog_bar=name == shown, batch_size=1)
-
-
-def _adapter(model: Any) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if "lora_" in name and ".default." in f"{name}."}

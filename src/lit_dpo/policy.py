@@ -5,9 +5,7 @@ The only file that knows how bitsandbytes and peft load.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lit_dpo import policy_checks as checks
 from lit_dpo.errors import PolicyError
+from lit_dpo.fingerprints import sampled_digest, whole_digest
 
 if TYPE_CHECKING:
     import torch
-
-log = logging.getLogger(__name__)
 
 QUICKSTART = "lit-dpo/quickstart"
 """The built-in model id: made on first use, see `lit_dpo.quickstart`."""
@@ -131,33 +128,28 @@ class QLoRAPolicy:
         with _default_dtype(torch.float32):  # Lightning's "true" precisions change it, and would round new adapters
             return self._load(torch.device(device), dtype)
 
-    def _load(self, device: torch.device, dtype: torch.dtype) -> Any:
-        from peft import LoraConfig, PeftModel, get_peft_model
-        from transformers import AutoModelForCausalLM
+    def load_frozen(self, device: torch.device | str = "cpu") -> Any:
+        """The base, with the adapter of `adapter_path` if there is one, frozen and in evaluation mode.
 
-        config = self._config()
-        _turn_off_dropout(config)
-        with checks.as_policy_error(f"the model {self.model!r}"):
-            base, info = AutoModelForCausalLM.from_pretrained(
-                self.path,
-                config=config,
-                dtype=dtype,
-                device_map={"": device},
-                quantization_config=self._quantization_config(dtype),
-                use_safetensors=True,
-                output_loading_info=True,
-                **({} if self.attention in ("auto", "pairs") else {"attn_implementation": self.attention}),
-                **self._hub(),
-            )
-        if lacking := sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]):
-            raise PolicyError(
-                f"The weights of {self.model!r} lack {len(lacking)} tensors of its architecture, to be made up "
-                f"at random: {', '.join(lacking[:3])}."
-            )
+        Raises:
+            PolicyError: as `load`.
+        """
+        import torch
+
+        self.check()
+        with _default_dtype(torch.float32):
+            model = self._load_base(torch.device(device), self.torch_dtype(torch.device(device)))
+            if self.adapter_path is not None:
+                model = self._load_adapter(model, trainable=False)
+        checks.check_quantized(model, self.quantization)
+        return model.requires_grad_(False).eval()
+
+    def _load(self, device: torch.device, dtype: torch.dtype) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        base = self._load_base(device, dtype)
         if self.adapter_path is not None:
-            with checks.as_policy_error(f"the adapter {self.adapter_path!r}"):
-                model = PeftModel.from_pretrained(base, self.adapter_path, is_trainable=True)
-            checks.check_adapter_keys(model, Path(self.adapter_path))
+            model = self._load_adapter(base, trainable=True)
         else:
             lora = LoraConfig(
                 r=self.r,
@@ -173,14 +165,43 @@ class QLoRAPolicy:
             _enable_checkpointing(base)
         return model.train()
 
+    def _load_base(self, device: torch.device, dtype: torch.dtype) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        config = self._config()
+        checks.turn_off_dropout(config)
+        with checks.as_policy_error(f"the model {self.model!r}"):
+            base, info = AutoModelForCausalLM.from_pretrained(
+                self.path,
+                config=config,
+                dtype=dtype,
+                device_map={"": device},
+                quantization_config=self._quantization_config(dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                **({} if self.attention in ("auto", "pairs") else {"attn_implementation": self.attention}),
+                **self._hub(),
+            )
+        checks.check_complete(info, self.model)
+        checks.keep_trainable(base)
+        return base
+
+    def _load_adapter(self, base: Any, *, trainable: bool) -> Any:
+        from peft import PeftModel
+
+        assert self.adapter_path is not None
+        with checks.as_policy_error(f"the adapter {self.adapter_path!r}"):
+            model = PeftModel.from_pretrained(base, self.adapter_path, is_trainable=trainable)
+        checks.check_adapter_keys(model, Path(self.adapter_path))
+        return model
+
     def load_tokenizer(self) -> Any:
         """The model's tokenizer, or the adapter's where it brought its own (with its chat template)."""
         from transformers import AutoTokenizer
 
         self._config()
-        checks.check_weights(
-            Path(self.path)
-        )  # a directory that is no model is a clearer message than one without a tokenizer
+        # a directory that is no model is a clearer message than one without a tokenizer
+        checks.check_weights(Path(self.path))
         adapter = self.adapter_path
         if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
             return AutoTokenizer.from_pretrained(adapter, trust_remote_code=self.trust_remote_code)
@@ -219,9 +240,37 @@ class QLoRAPolicy:
             "double_quantization": self.quantization == "nf4" and self.double_quantization,
         }
 
+    def content(self) -> dict[str, Any]:
+        """What decides the base's log-probs beside dtypes: every byte of it (or its commit), and quantisation.
+
+        Raises:
+            PolicyError: if a hub id has no known commit.
+        """
+        folder = Path(self.path)
+        digest = whole_digest(folder) if folder.is_dir() else self._fingerprint()
+        if digest == "commit None":
+            raise PolicyError(f"The commit of {self.model!r} is not known, so nothing can be cached for it.")
+        return {
+            "weights": digest,
+            "quantization": self.quantization,
+            "double_quantization": self.quantization == "nf4" and self.double_quantization,
+        }
+
+    def adapter_content(self, path: str) -> str:
+        """A digest of every byte of an adapter.
+
+        Raises:
+            PolicyError: if it is not a directory: a hub id may change.
+        """
+        if not Path(path).is_dir():
+            raise PolicyError(
+                f"Expected a directory but the adapter {path!r} is none, so nothing can be cached for it."
+            )
+        return whole_digest(Path(path))
+
     def start(self) -> str | None:
         """A digest of the adapter that is continued; None for a fresh one."""
-        return None if self.adapter_path is None else _digest(Path(self.adapter_path))
+        return None if self.adapter_path is None else sampled_digest(Path(self.adapter_path))
 
     def _config(self) -> Any:
         from transformers import AutoConfig
@@ -263,19 +312,12 @@ class QLoRAPolicy:
         folder = Path(self.path)
         if not folder.is_dir():
             return f"commit {self._config()._commit_hash}"
-        return _digest(folder)
+        return sampled_digest(folder)
 
 
-def _digest(folder: Path) -> str:
-    """Of a model's or an adapter's configuration and weights."""
-    digest = hashlib.sha256()
-    for file in [folder / "config.json", folder / "adapter_config.json", *sorted(folder.glob("*.safetensors"))]:
-        if not file.is_file():
-            continue
-        digest.update(file.name.encode() + str(file.stat().st_size).encode())
-        for part in _samples(file):
-            digest.update(part)
-    return f"sha256 {digest.hexdigest()[:32]}"
+def adapter_parameters(model: Any, adapter: str = "default") -> dict[str, torch.nn.Parameter]:
+    """The parameters of one of a policy's adapters by name, in the model's order; `default` is what is trained."""
+    return {name: p for name, p in model.named_parameters() if "lora_" in name and f".{adapter}." in f"{name}."}
 
 
 def _enable_checkpointing(base: Any) -> None:
@@ -297,27 +339,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _samples(file: Path, parts: int = 64, width: int = 2**16) -> Iterator[bytes]:
-    """Evenly spaced pieces of a file: all of a small one, 4 MiB of a large one."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        if size <= parts * width:
-            yield stream.read()
-            return
-        for number in range(parts):
-            stream.seek(number * (size - width) // (parts - 1))
-            yield stream.read(width)
-
-
-def _turn_off_dropout(config: Any) -> None:
-    """A policy and a reference under different dropout masks do not compare: rewards at step 0 would be noise."""
-    found = {}
-    for part in (config, config.get_text_config()):
-        for name, given in part.to_dict().items():
-            if re.search(r"drop(out)?($|_)|jitter", name) and isinstance(given, int | float) and given > 0:
-                found[name] = given
-                setattr(part, name, 0.0)
-    if found:
-        log.info("dropout of the base is off: %s", ", ".join(f"{name} {given}" for name, given in found.items()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_dpo.errors import PolicyError
+
+log = logging.getLogger(__name__)
 
 _LORA_FIELDS = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
 
@@ -112,6 +115,15 @@ def check_targets(config: Any, targets: Any, trust_remote_code: bool) -> None:
         raise PolicyError(f"Expected `target_modules` among {there} (or all-linear) but got {', '.join(unknown)}.")
 
 
+def check_complete(info: Any, model: str) -> None:
+    """What the weights lack, transformers makes up at random and says in a warning."""
+    if lacking := sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]):
+        raise PolicyError(
+            f"The weights of {model!r} lack {len(lacking)} tensors of its architecture, to be made up "
+            f"at random: {', '.join(lacking[:3])}."
+        )
+
+
 def check_adapter_keys(model: Any, folder: Path) -> None:
     """What a file lacks, peft fills with fresh weights and a warning."""
     from peft import get_peft_model_state_dict
@@ -135,6 +147,8 @@ def check_quantized(model: Any, quantization: str) -> None:
 
     kind = bnb.nn.Linear4bit if quantization == "nf4" else bnb.nn.Linear8bitLt
     bases = {name: module.base_layer for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    if not hasattr(model, "peft_config"):  # a model without adapters: some layers are
+        bases = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
     wrong = [name for name, base in bases.items() if not (isinstance(base, kind) and _packed(base, kind, bnb))]
     if wrong or not bases:
         raise PolicyError(
@@ -142,6 +156,17 @@ def check_quantized(model: Any, quantization: str) -> None:
             f"{len(wrong)} of {len(bases)} are not, first {wrong[:3]}. Leave them out of `target_modules` or use "
             "quantization=none."
         )
+
+
+def keep_trainable(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
+
+    Its Linear4bit repacks, for good, at the first evaluation without gradients; from then on it multiplies in bfloat16
+    and cuts every gradient behind it without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 @contextmanager
@@ -177,3 +202,15 @@ def listing(folder: Path) -> str:
 def first_line(error: Exception) -> str:
     """What a library's error begins with."""
     return str(error).strip().split("\n")[0]
+
+
+def turn_off_dropout(config: Any) -> None:
+    """A policy and a reference under different dropout masks do not compare: rewards at step 0 would be noise."""
+    found = {}
+    for part in (config, config.get_text_config()):
+        for name, given in part.to_dict().items():
+            if re.search(r"drop(out)?($|_)|jitter", name) and isinstance(given, int | float) and given > 0:
+                found[name] = given
+                setattr(part, name, 0.0)
+    if found:
+        log.info("dropout of the base is off: %s", ", ".join(f"{name} {given}" for name, given in found.items()))

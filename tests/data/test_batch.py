@@ -27,3 +27,20 @@ def test_both_answers_continue_at_the_length_of_the_prompt() -> None:
 def test_an_empty_part_is_refused(part: str) -> None:
     with pytest.raises(ValueError, match="at least one token"):
         collate_pairs([PAIRS[0]._replace(**{part: []})])
+
+
+def test_a_selection_is_the_batch_of_those_pairs_alone() -> None:
+    whole = collate_pairs([*PAIRS, PAIRS[0]], rows=[7, 3, 5], fields={"weight": [0.5, 1.0, 2.0]})
+    some = whole.select([2, 1])
+    alone = collate_pairs([PAIRS[0], PAIRS[1]], rows=[5, 3], fields={"weight": [2.0, 1.0]})
+    for name, mine, expected in zip(alone._fields, some, alone, strict=True):
+        assert mine is expected is None or mine.equal(expected), name
+
+
+def test_equal_pairs_have_equal_keys_and_other_pairs_others() -> None:
+    first, second = collate_pairs(PAIRS, rows=[1, 2]), collate_pairs([PAIRS[1], PAIRS[0]])
+    assert first.keys.tolist() == second.keys.flip(0).tolist()
+    moved = EncodedPair([1, 2], [3, 4, 5], [6])  # the same tokens, cut elsewhere
+    other = EncodedPair([1, 2, 3], [4, 6], [5])
+    keys = {tuple(key) for key in collate_pairs([*PAIRS, moved, other]).keys.tolist()}
+    assert len(keys) == 4

@@ -65,7 +65,7 @@ def test_there_are_merges_across_the_boundary_in_these_tests() -> None:
     tokenizer = byte_level()
     merged = [
         body(tokenizer, prompt + chosen)[: len(body(tokenizer, prompt))] != body(tokenizer, prompt)
-        for prompt, chosen, _ in PREFERENCES
+        for prompt, chosen, *_ in PREFERENCES
     ]
     assert any(merged)
     assert not all(merged)

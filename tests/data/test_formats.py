@@ -80,3 +80,29 @@ def test_a_format_of_ones_own_needs_no_registration() -> None:
             return Preference("q", *row["answers"])
 
     assert Pairs().read({"answers": ["a", "b"]}) == Preference("q", "a", "b")
+
+
+@pytest.mark.parametrize("cell", [0.25, "0.25", 1, "1"])
+def test_numbers_are_read_from_the_columns_that_are_named(cell) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "share": cell}
+    assert Triples(probability="share").read(row).probability == float(cell)
+    assert Triples(probability="share").columns == ("prompt", "chosen", "rejected", "share")
+    assert Triples(weight="share").read(row) == Preference("q", "a", "b", weight=float(cell))
+    assert Triples(score_margin="share").read(row) == Preference("q", "a", "b", score_margin=float(cell))
+    assert Triples().read(row) == Preference("q", "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "words"),
+    [
+        ("weight", -1, "a number >= 0 in `x` but got -1"),
+        ("weight", None, "a number >= 0 in `x` but got nothing"),
+        ("probability", 1.5, r"a number in \[0, 1\] in `x` but got 1.5"),
+        ("probability", True, r"a number in \[0, 1\] in `x` but got True"),
+        ("score_margin", "high", "a number in `x` but got 'high'"),
+        ("score_margin", float("nan"), "a number in `x` but got nan"),
+    ],
+)
+def test_a_bad_number_is_named(column: str, cell, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        Triples(**{column: "x"}).read({"prompt": "q", "chosen": "a", "rejected": "b", "x": cell})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import pickle
@@ -37,12 +38,13 @@ def _part(pairs: PairLogps, start: int, stop: int) -> PairLogps:
         parts = given.tokens.split([int(length) for length in given.length])
         return SequenceLogps(given.total[start:stop], given.length[start:stop], torch.cat(parts[start:stop]))
 
-    return PairLogps(*(side(given) for given in pairs))
+    return PairLogps(*(side(given) for given in pairs[:4]))
 
 
 def _given(pairs: PairLogps) -> dict:
     chosen, rejected = LOSS.rewards(pairs)
-    return {"pairs": pairs, "losses": LOSS(pairs), "chosen_rewards": chosen, "rejected_rewards": rejected}
+    rewards = {"chosen_rewards": chosen, "rejected_rewards": rejected}
+    return {"pairs": pairs, "losses": LOSS(pairs), "parts": {"dpo": 2 * LOSS(pairs)}, **rewards}
 
 
 def _update(metric, pairs: PairLogps):
@@ -53,7 +55,7 @@ def _update(metric, pairs: PairLogps):
 
 @pytest.fixture(params=ALL, ids=lambda kind: kind.__name__)
 def kind(request):
-    return request.param
+    return functools.partial(request.param, "dpo") if request.param is metrics.LossPart else request.param
 
 
 @pytest.mark.parametrize("sizes", [[12], [1] * 12, [5, 7], [11, 1]])
@@ -183,7 +185,7 @@ def test_kl_is_zero_only_where_policy_and_reference_agree_on_every_token():
 def test_kl_without_a_reference_or_without_tokens_is_nan_and_not_0():
     pairs = _pairs()
     alone = PairLogps(pairs.policy_chosen, pairs.policy_rejected)
-    sums = PairLogps(*(side._replace(tokens=None) for side in pairs))
+    sums = PairLogps(*(side._replace(tokens=None) for side in pairs[:4]))
     assert math.isnan(_update_pairs(KLEstimate(), alone))
     assert math.isnan(_update_pairs(KLEstimate(), sums))
 
@@ -194,7 +196,7 @@ def test_kl_without_a_reference_or_without_tokens_is_nan_and_not_0():
 def _collection():
     from lit_dpo.module import DPOModule
 
-    return DPOModule.configure_metrics(SimpleNamespace(reference=BaseReference()))
+    return DPOModule.configure_metrics(SimpleNamespace(loss=LOSS, reference=BaseReference()))
 
 
 def test_the_modules_collection_gives_each_metric_the_arguments_that_it_names():
@@ -202,7 +204,7 @@ def test_the_modules_collection_gives_each_metric_the_arguments_that_it_names():
     collection = _collection()
     collection.update(**_given(pairs))
     found = collection.compute()
-    assert {type(metric) for metric in collection.values()} == set(ALL)
+    assert {type(metric) for metric in collection.values()} == set(ALL) - {metrics.LossPart}  # DPO has no parts
     for name, metric in collection.items():
         torch.testing.assert_close(found[name], _update(type(metric)(), pairs).compute())
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lit_dpo.errors import ResumeError, TrainingError
-from lit_dpo.logps.records import PairLogps
 
 _PATIENCE = 10  # steps without any gradient before the run counts as stuck
 
@@ -71,7 +70,7 @@ class TrainingHealth(pl.Callback):
                                     pairs.rejected_logratio / pairs.policy_rejected.length]).abs().max())  # fmt: skip
         loss = pl_module.compute_loss(pairs).mean()
         at_zero = pl_module.compute_loss(
-            PairLogps(pairs.policy_chosen, pairs.policy_rejected, pairs.policy_chosen, pairs.policy_rejected)
+            pairs._replace(reference_chosen=pairs.policy_chosen, reference_rejected=pairs.policy_rejected)
         ).mean()
         # 16 bits may round the two passes differently; adapters that do nothing yet still round their input
         tolerance = 1e-4 if pl_module.model.get_base_model().dtype == torch.float32 else 5e-2

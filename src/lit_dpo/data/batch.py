@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+ROW_FIELDS = ("weight", "score_margin", "probability")
+"""What a row may say beside its three parts; the names are those of `PairLogps`."""
 
 
 class EncodedPair(NamedTuple):
@@ -32,6 +37,10 @@ class PairBatch(NamedTuple):
         chosen_lengths: `(B,)` tokens.
         rejected_lengths: `(B,)` tokens.
         rows: `(B,)` row numbers in the data set, for reports and for metrics that must not count a pair twice.
+        keys: `(B, 16)` bytes, a hash of the pair's token ids: the same pair has the same key in any data set.
+        weight: `(B,)` float32, by which the row's loss is multiplied; None where the data do not say.
+        score_margin: `(B,)` float32, how much better the chosen completion was scored; or None.
+        probability: `(B,)` float32, that the chosen completion is the better one; or None.
     """
 
     input_ids: Tensor
@@ -40,6 +49,10 @@ class PairBatch(NamedTuple):
     chosen_lengths: Tensor
     rejected_lengths: Tensor
     rows: Tensor
+    keys: Tensor
+    weight: Tensor | None = None
+    score_margin: Tensor | None = None
+    probability: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -51,18 +64,39 @@ class PairBatch(NamedTuple):
 
         Lightning moves a batch by this method.
         """
+        moved = {name: getattr(self, name) for name in ("input_ids", "position_ids", *ROW_FIELDS)}
         return self._replace(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
+            **{name: field.to(device, non_blocking=True) for name, field in moved.items() if field is not None}
         )
 
+    def select(self, pairs: Sequence[int]) -> PairBatch:
+        """Some of the pairs, in this order, as a batch of their own.
 
-def collate_pairs(pairs: Sequence[EncodedPair], rows: Sequence[int] | None = None) -> PairBatch:
+        Example:
+            >>> batch = collate_pairs([EncodedPair([1, 2], [3], [4]), EncodedPair([5], [6], [7, 8])])
+            >>> batch.select([1]).input_ids.tolist()
+            [[5, 6, 7, 8]]
+        """
+        lengths = self.prompt_lengths + self.chosen_lengths + self.rejected_lengths
+        ends = lengths.cumsum(0).tolist()
+        places = torch.cat([torch.arange(ends[pair] - int(lengths[pair]), ends[pair]) for pair in pairs])
+        places = places.to(self.input_ids.device)
+        rest = {name: field for name, field in self._asdict().items() if field is not None}
+        row = {name: rest.pop(name)[:, places] for name in ("input_ids", "position_ids")}
+        return self._replace(**row, **{name: field[list(pairs)] for name, field in rest.items()})
+
+
+def collate_pairs(
+    pairs: Sequence[EncodedPair],
+    rows: Sequence[int] | None = None,
+    fields: Mapping[str, Sequence[float]] | None = None,
+) -> PairBatch:
     """Lay pairs out in one row.
 
     Args:
         pairs: the encoded pairs, in order.
         rows: their row numbers; `0 … B-1` if not given.
+        fields: what the rows say beside: a number per pair for each of some `ROW_FIELDS`.
 
     Raises:
         ValueError: if a part of a pair is empty.
@@ -89,4 +123,11 @@ def collate_pairs(pairs: Sequence[EncodedPair], rows: Sequence[int] | None = Non
         chosen_lengths=torch.tensor([len(pair.chosen) for pair in pairs]),
         rejected_lengths=torch.tensor([len(pair.rejected) for pair in pairs]),
         rows=torch.tensor(list(rows) if rows is not None else list(range(len(pairs)))),
+        keys=torch.from_numpy(np.stack([_key(pair) for pair in pairs])),
+        **{name: torch.tensor(values, dtype=torch.float32) for name, values in (fields or {}).items()},
     )
+
+
+def _key(pair: EncodedPair) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    content = np.array([*map(len, pair), *pair.prompt, *pair.chosen, *pair.rejected], dtype=np.int32).tobytes()
+    return np.frombuffer(bytearray(hashlib.blake2b(content, digest_size=16).digest()), dtype=np.uint8)

@@ -170,6 +170,11 @@ class PreferenceDataModule(LightningDataModule):
         """The tokenizer that encodes the pairs; what is exported with an adapter."""
         return self._get_encoder().tokenizer
 
+    @property
+    def row_fields(self) -> dict[str, frozenset[str]]:
+        """By split of this run, what its rows say beside their three parts: some of `ROW_FIELDS`."""
+        return {split: frozenset(table.fields) for split, table in self._tables.items() if table is not None}
+
     # --- for reports -----------------------------------------------------------------------------------------------
 
     def preference(self, split: str, row: int) -> Preference:

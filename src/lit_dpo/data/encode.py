@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Truncation: TypeAlias = Literal["drop", "truncate_prompt", "truncate_response", "truncate_both", "error"]
 
 # Goes into the name of the cached encodings: a change of what this file computes must count it up.
-VERSION = 1
+VERSION = 2
 
 _ANCHOR = "\n"
 
@@ -120,7 +120,7 @@ class PairEncoder:
     # --- text ------------------------------------------------------------------------------------------------------
 
     def _render(self, preference: Preference) -> _Rendered | Dropped:
-        prompt, chosen, rejected = preference
+        prompt, chosen, rejected = preference[:3]
         if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
             return _Rendered(prompt, chosen, rejected, is_conversation=False)
         return self._render_conversation(prompt, chosen, rejected)  # type: ignore[arg-type]

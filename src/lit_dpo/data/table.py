@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
+from lit_dpo.data.batch import ROW_FIELDS, EncodedPair, PairBatch, collate_pairs
 from lit_dpo.data.encode import Dropped, PairEncoder
 from lit_dpo.data.formats.base import Preference, PreferenceFormat
 from lit_dpo.data.sources import PairSource
@@ -35,12 +35,14 @@ class PairTable(NamedTuple):
         format: reads a raw row.
         encoded: token ids and facts, one row per raw row; a dropped row has no ids.
         rows: `(N,)` row numbers of the pairs that are used, ascending.
+        fields: those of `ROW_FIELDS` that the rows have.
     """
 
     sources: list[PairSource]
     format: PreferenceFormat
     encoded: Dataset
     rows: NDArray[np.int64]
+    fields: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -76,7 +78,8 @@ class PairTable(NamedTuple):
         """The pairs at these indices, in one row."""
         rows = self.rows[list(indices)].tolist()
         columns = self.encoded[rows]
-        return collate_pairs([EncodedPair(*ids) for ids in zip(*(columns[name] for name in _IDS), strict=True)], rows)
+        pairs = [EncodedPair(*ids) for ids in zip(*(columns[name] for name in _IDS), strict=True)]
+        return collate_pairs(pairs, rows, {name: columns[name] for name in self.fields})
 
     def preference(self, row: int) -> Preference:
         """The raw preference of a row number."""
@@ -117,7 +120,20 @@ def encode_table(sources: Sequence[PairSource], format: PreferenceFormat, encode
 
     encoded = concatenate_datasets([_encode_source(source, format, encoder) for source in sources])
     table = PairTable(list(sources), format, encoded, np.arange(len(encoded)))
-    return table._replace(rows=np.flatnonzero(table._facts("length")))
+    return table._replace(rows=np.flatnonzero(table._facts("length")), fields=_row_fields(encoded))
+
+
+def _row_fields(encoded: Dataset) -> tuple[str, ...]:
+    """Those that every row has.
+
+    Raises:
+        DataError: if some rows have one and others do not.
+    """
+    missing = {name: encoded.data.column(name).null_count for name in ROW_FIELDS}
+    for name, count in missing.items():
+        if 0 < count < len(encoded):
+            raise DataError(f"Expected a `{name}` in every row or in none but {count} of {len(encoded)} have none.")
+    return tuple(name for name, count in missing.items() if count == 0)
 
 
 def _encode_source(source: PairSource, format: PreferenceFormat, encoder: PairEncoder) -> Dataset:
@@ -125,6 +141,7 @@ def _encode_source(source: PairSource, format: PreferenceFormat, encoder: PairEn
 
     ids = List(Value("int32"))
     facts = {"length": Value("int32"), "prompt_key": Value("int64"), "identical": Value("bool")}
+    facts |= dict.fromkeys(ROW_FIELDS, Value("float64"))
     key = [source.rows._fingerprint, encoder.fingerprint, type(format).__module__, repr(format)]
     return source.rows.map(
         lambda columns, numbers: _encode_rows(source.name, columns, numbers, format, encoder),
@@ -157,6 +174,7 @@ def _encode_rows(
         "prompt_key": [_key(preference.prompt) for preference in preferences],
         "identical": [preference.chosen == preference.rejected for preference in preferences],
         "dropped": [result.reason if isinstance(result, Dropped) else "" for result in results],
+        **{name: [getattr(preference, name) for preference in preferences] for name in ROW_FIELDS},
     }
 
 

@@ -6,19 +6,34 @@ from lit_dpo.losses.aotunpaired import AOTUnpairedLoss
 from lit_dpo.losses.apodown import APODownLoss
 from lit_dpo.losses.apozero import APOZeroLoss
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.bco import BCOLoss
+from lit_dpo.losses.betadpo import BetaDPOLoss
+from lit_dpo.losses.caldpo import CalDPOLoss
 from lit_dpo.losses.cdpo import CDPOLoss
+from lit_dpo.losses.chipo import ChiPOLoss
 from lit_dpo.losses.cpo import CPOLoss
 from lit_dpo.losses.discopop import DiscoPOPLoss
 from lit_dpo.losses.dpo import DPOLoss
+from lit_dpo.losses.dpop import DPOPLoss
 from lit_dpo.losses.exo import EXOLoss
 from lit_dpo.losses.fdpo import FDPOLoss
 from lit_dpo.losses.hinge import HingeLoss
 from lit_dpo.losses.ipo import IPOLoss
+from lit_dpo.losses.lddpo import LDDPOLoss
+from lit_dpo.losses.mixture import MixtureLoss
 from lit_dpo.losses.nca import NCALoss
 from lit_dpo.losses.normalizeddpo import NormalizedDPOLoss
+from lit_dpo.losses.odpo import ODPOLoss
+from lit_dpo.losses.orpo import ORPOLoss
+from lit_dpo.losses.rdpo import RDPOLoss
 from lit_dpo.losses.robustdpo import RobustDPOLoss
+from lit_dpo.losses.sft import SFTLoss
 from lit_dpo.losses.simpo import SimPOLoss
+from lit_dpo.losses.slic import SLiCLoss
+from lit_dpo.losses.softdpo import SoftDPOLoss
 from lit_dpo.losses.sppo import SPPOLoss
+from lit_dpo.losses.tdpo import TDPOLoss
+from lit_dpo.losses.wpo import WPOLoss
 
 __all__ = [
     "AOTLoss",
@@ -26,18 +41,33 @@ __all__ = [
     "APODownLoss",
     "APOZeroLoss",
     "AlphaPOLoss",
+    "BCOLoss",
+    "BetaDPOLoss",
     "CDPOLoss",
     "CPOLoss",
+    "CalDPOLoss",
+    "ChiPOLoss",
     "DPOLoss",
+    "DPOPLoss",
     "DiscoPOPLoss",
     "EXOLoss",
     "FDPOLoss",
     "HingeLoss",
     "IPOLoss",
+    "LDDPOLoss",
+    "MixtureLoss",
     "NCALoss",
     "NormalizedDPOLoss",
+    "ODPOLoss",
+    "ORPOLoss",
     "PreferenceLoss",
+    "RDPOLoss",
     "RobustDPOLoss",
+    "SFTLoss",
+    "SLiCLoss",
     "SPPOLoss",
     "SimPOLoss",
+    "SoftDPOLoss",
+    "TDPOLoss",
+    "WPOLoss",
 ]

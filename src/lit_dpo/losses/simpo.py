@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -19,14 +20,18 @@ class SimPOLoss(PreferenceLoss):
     target reward margin, in units of the reward; the authors' code takes γ/β instead (`gamma_beta_ratio`, a margin in
     nats per token): gamma = beta · gamma_beta_ratio. With z the argument of σ and a smoothing ε, the loss is
     −(1−ε)·log σ(z) − ε·log σ(−z). At equal means it is log(1 + e^γ) and its slope in ℓ_w is −β·σ(γ)/n_w (ε = 0).
+    With `link="hinge"`, which the authors' code has too, it is max(0, 1 − z); at equal means 1 + γ, with slope −β/n_w.
 
     Args:
-        beta: scale of the reward; 2.0 to 2.5 in the paper.
-        gamma: γ, the target margin of the reward; 0.5 to 1.5 in the paper. Expected ≥ 0.
-        label_smoothing: ε, as in cDPO. Expected in [0, 0.5).
+        beta: scale of the reward; 2.0 to 2.5 in the paper, up to 10 by the authors' later advice, with a learning rate
+            of 3e-7 to 1e-6.
+        gamma: γ, the target margin of the reward; 0.25 to 1.6 in the authors' runs. Expected ≥ 0.
+        label_smoothing: ε, as in cDPO. Expected in [0, 0.5), and 0 with `link="hinge"`.
+        link: what the margin goes through.
 
     Raises:
-        ValueError: if `gamma` is negative or not finite, or `label_smoothing` outside [0, 0.5).
+        ValueError: if `gamma` is negative or not finite, `label_smoothing` outside [0, 0.5) or given with a hinge, or
+            `link` neither.
 
     Example:
         >>> import torch
@@ -42,6 +47,7 @@ class SimPOLoss(PreferenceLoss):
     beta: float = 2.0
     gamma: float = 1.0
     label_smoothing: float = 0.0
+    link: Literal["sigmoid", "hinge"] = "sigmoid"
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -50,8 +56,14 @@ class SimPOLoss(PreferenceLoss):
             raise ValueError(f"Expected `gamma` >= 0 but got {self.gamma}.")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"Expected `label_smoothing` in [0, 0.5) but got {self.label_smoothing}.")
+        if self.link not in ("sigmoid", "hinge"):
+            raise ValueError(f'Expected `link` to be "sigmoid" or "hinge" but got {self.link!r}.')
+        if self.link == "hinge" and self.label_smoothing:
+            raise ValueError(f'Expected `label_smoothing` 0 with `link` "hinge" but got {self.label_smoothing}.')
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""
         z = self.beta * (pairs.policy_chosen.mean - pairs.policy_rejected.mean) - self.gamma
+        if self.link == "hinge":
+            return torch.relu(1 - z)
         return -(1 - self.label_smoothing) * logsigmoid(z) - self.label_smoothing * logsigmoid(-z)

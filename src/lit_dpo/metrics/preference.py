@@ -58,6 +58,22 @@ class PreferenceLossMean(Mean):
         self.add(losses)
 
 
+class LossPart(Mean):
+    """Mean over pairs of one part of a composed loss, unweighted.
+
+    Args:
+        name: of the part, one of the loss's `part_names`.
+    """
+
+    def __init__(self, name: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.name = name
+
+    def update(self, parts: dict[str, Tensor]) -> None:
+        """Add a batch's parts, `(B,)` each."""
+        self.add(parts[self.name])
+
+
 class RewardAccuracy(Mean):
     """Share of pairs whose chosen completion has the higher reward. A tie counts ½: where nothing moved it is 0.5.
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError
-from lit_dpo.logps.records import SequenceLogps
-from lit_dpo.logps.score import pair_logps
 from lit_dpo.references.base import Reference
 
 if TYPE_CHECKING:
     from lit_dpo.policy import QLoRAPolicy
 
-_NAME = "reference"
+NAME = "reference"
+"""Of the second adapter."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,15 @@ class BaseReference(Reference):
     `AdapterReference`, the default there.
     """
 
-    @torch.no_grad()
-    def logps(self, model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
-        """Log-probs with the adapters off."""
+    @contextmanager
+    def active(self, model: Any) -> Iterator[Any]:
+        """The policy with the adapters off."""
         with adapters_off(model):
-            return pair_logps(model, batch)
+            yield model
+
+    def identity(self, policy: QLoRAPolicy) -> dict[str, Any]:
+        """The base's content and quantisation."""
+        return {"base": policy.content()}
 
 
 @dataclass(frozen=True)
@@ -54,39 +58,63 @@ class AdapterReference(Reference):
         """A path of its own may name any adapter."""
         return self.path is None
 
+    def check(self, policy: QLoRAPolicy) -> None:
+        """There is an adapter."""
+        path = self._path(policy)
+        if not Path(path).is_dir() and path.count("/") != 1:
+            raise PolicyError(f"No adapter for the reference at {path!r}: there is no such directory.")
+
     def attach(self, model: Any, policy: QLoRAPolicy) -> None:
         """Load the copy."""
+        path = self._path(policy)
+        training = model.training
+        try:
+            model.load_adapter(path, adapter_name=NAME, is_trainable=False)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise PolicyError(f"No adapter for the reference at {path!r}: {error}") from error
+        freeze_second_adapter(model, training)
+
+    @contextmanager
+    def active(self, model: Any) -> Iterator[Any]:
+        """The policy with the copy in its adapter's place."""
+        with active_adapter(model, NAME):
+            yield model
+
+    def identity(self, policy: QLoRAPolicy) -> dict[str, Any]:
+        """The base's content and quantisation, and the adapter's content."""
+        return {"base": policy.content(), "adapter": policy.adapter_content(self._path(policy))}
+
+    def _path(self, policy: QLoRAPolicy) -> str:
         path = self.path or policy.adapter_path
         if path is None:
             raise PolicyError(
                 "Expected `reference.path` or `policy.adapter_path` with AdapterReference but got neither. A policy "
                 "with a fresh adapter is compared with its base: BaseReference."
             )
-        training = model.training
-        try:
-            model.load_adapter(path, adapter_name=_NAME, is_trainable=False)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise PolicyError(f"No adapter for the reference at {path!r}: {error}") from error
-        model.train(training)  # PEFT leaves the whole model in eval mode
-        for layer in _tuner_layers(model):
-            # the copy is always evaluated, while the layer around it trains
-            if _NAME in getattr(layer, "lora_dropout", {}):
-                layer.lora_dropout[_NAME] = torch.nn.Identity()
-
-    @torch.no_grad()
-    def logps(self, model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
-        """Log-probs with the copy in the policy's place."""
-        with active_adapter(model, _NAME):
-            return pair_logps(model, batch)
+        return path
 
 
 @dataclass(frozen=True)
 class NoReference(Reference):
     """No reference at all, for losses that declare `needs_reference = False`: one forward pass less."""
 
+    @property
+    def gives(self) -> frozenset[str]:
+        """Nothing."""
+        return frozenset()
+
+    def active(self, model: Any) -> NoReturn:
+        """There is no model."""
+        raise PolicyError("NoReference has no model to run.")
+
     def logps(self, model: Any, batch: PairBatch) -> tuple[None, None]:
         """Nothing."""
         return None, None
+
+
+def default_reference(policy: QLoRAPolicy) -> Reference:
+    """Where the policy starts: its base, or, if it continues an adapter, a frozen copy of that."""
+    return AdapterReference() if policy.adapter_path else BaseReference()
 
 
 @contextmanager
@@ -115,6 +143,19 @@ def active_adapter(model: Any, name: str) -> Iterator[None]:
     finally:
         for layer, active in zip(layers, before, strict=True):
             layer._active_adapter = active
+
+
+def freeze_second_adapter(model: Any, training: bool) -> None:
+    """A second adapter that was just added is evaluated, never trained, while the layers around it train.
+
+    Args:
+        model: the policy.
+        training: the mode that it was in; PEFT leaves all of it in eval mode.
+    """
+    model.train(training)
+    for layer in _tuner_layers(model):
+        if NAME in getattr(layer, "lora_dropout", {}):
+            layer.lora_dropout[NAME] = torch.nn.Identity()
 
 
 def _tuner_layers(model: Any) -> list[Any]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
 
 from lit_dpo.data.batch import PairBatch
+from lit_dpo.errors import PolicyError
 from lit_dpo.logps.records import SequenceLogps
+from lit_dpo.logps.score import pair_logps
 
 if TYPE_CHECKING:
     from lit_dpo.policy import QLoRAPolicy
@@ -15,16 +20,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reference(ABC):
-    """A frozen strategy that scores a batch under the reference model, without gradients.
+    """A strategy that scores a batch under the reference model, without gradients.
 
-    Subclass it anywhere; nothing has to be registered. A reference never calls `set_adapter`, which would flip
-    `requires_grad` of the policy's adapter.
+    Subclass it anywhere; nothing has to be registered. Most say in `active` which model to run; one that has its
+    numbers from elsewhere overrides `logps` and says in `gives` what it does not have. A reference never calls
+    `set_adapter`, which would flip `requires_grad` of the policy's adapter. What it loads it keeps beside the policy.
     """
+
+    moves: ClassVar[bool] = False
+    """Whether training changes it (`update`). Its adapter is then named `reference` and part of every checkpoint."""
 
     @property
     def starts_at_policy(self) -> bool:
         """Whether policy and reference are the same before the first step; the run then stops if they are not."""
         return True
+
+    @property
+    def gives(self) -> frozenset[str]:
+        """What it has beside sums: `tokens`, log-probs per token, and `kl`, its whole distribution to diverge from."""
+        return frozenset({"tokens", "kl"})
+
+    @property
+    def bare(self) -> Reference:
+        """The reference without what only makes it faster: runs with equal ones compute the same."""
+        return self
+
+    def check(self, policy: QLoRAPolicy) -> None:  # noqa: B027 - most need nothing
+        """Find what would fail in `attach`, without loading weights.
+
+        Raises:
+            PolicyError: naming the file or field, and what there is instead.
+        """
 
     def attach(self, model: Any, policy: QLoRAPolicy) -> None:  # noqa: B027 - most need nothing
         """Put what the reference needs beside the loaded policy. Called once, after `policy.load`.
@@ -35,5 +61,40 @@ class Reference(ABC):
         """
 
     @abstractmethod
+    def active(self, model: Any) -> AbstractContextManager[Any]:
+        """A context that yields the reference as a model to run, made of the policy's or kept beside it.
+
+        Args:
+            model: the policy.
+        """
+
     def logps(self, model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps] | tuple[None, None]:
         """Log-probs of the chosen and rejected completions under the reference; (None, None) if there is none."""
+        with torch.no_grad(), self.active(model) as reference:
+            return pair_logps(reference, batch)
+
+    def update(self, model: Any, step: int) -> None:  # noqa: B027 - most stay as they are
+        """Follow the policy. Called after every optimizer step, on all ranks alike, if `moves`.
+
+        Args:
+            model: the policy.
+            step: how many steps have been made, from 1.
+        """
+
+    def identity(self, policy: QLoRAPolicy) -> dict[str, Any]:
+        """Everything that decides its log-probs of given token ids, in builtins: what a cache of them belongs to.
+
+        Raises:
+            PolicyError: if it cannot say.
+        """
+        raise PolicyError(f"{self} does not say what its log-probs depend on (`identity`), so they cannot be cached.")
+
+
+def keep(model: Any, name: str, kept: Any) -> None:
+    """Have something beside the policy that is none of its submodules: not trained, cast, counted or saved with it."""
+    model.__dict__[f"lit_dpo_{name}"] = kept
+
+
+def kept(model: Any, name: str) -> Any:
+    """What `keep` put there."""
+    return model.__dict__[f"lit_dpo_{name}"]

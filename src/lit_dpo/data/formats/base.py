@@ -18,11 +18,18 @@ class Preference(NamedTuple):
         prompt: what was asked.
         chosen: the answer that was preferred, without the prompt.
         rejected: the other answer, without the prompt.
+        weight: by which the pair's loss is multiplied. Expected ≥ 0. This and what follows are given for all rows of a
+            split or for none.
+        score_margin: how much better the chosen answer was scored than the other.
+        probability: that the chosen answer is the better one: the share of annotators who said so. Expected in [0, 1].
     """
 
     prompt: str | list[Message]
     chosen: str | list[Message]
     rejected: str | list[Message]
+    weight: float | None = None
+    score_margin: float | None = None
+    probability: float | None = None
 
     @property
     def is_conversation(self) -> bool:

@@ -1,7 +1,8 @@
-"""Three columns: prompt, chosen, rejected."""
+"""Three columns: prompt, chosen, rejected; and up to three of numbers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,49 +19,80 @@ class Triples(PreferenceFormat):
         prompt: name of the column that holds the prompt.
         chosen: name of the column that holds the preferred answer, without the prompt.
         rejected: name of the column that holds the other answer, without the prompt.
+        weight: name of a column of numbers ≥ 0 by which each pair's loss is multiplied. None: all pairs count the same.
+        score_margin: name of a column of numbers: the chosen answer's score minus the other's; `ODPOLoss` reads it.
+        probability: name of a column of numbers in [0, 1]: the probability that the chosen answer is the better one;
+            `SoftDPOLoss` reads it.
 
     Example:
         >>> from lit_dpo.data.formats import Triples
-        >>> Triples(prompt="request").read({"request": "2 + 2?", "chosen": " 4", "rejected": " 5"})
-        Preference(prompt='2 + 2?', chosen=' 4', rejected=' 5')
+        >>> row = {"request": "2 + 2?", "chosen": " 4", "rejected": " 5", "agreement": 0.9}
+        >>> Triples(prompt="request", probability="agreement").read(row)[:3]
+        ('2 + 2?', ' 4', ' 5')
     """
 
     prompt: str = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
+    weight: str | None = None
+    score_margin: str | None = None
+    probability: str | None = None
 
     def __post_init__(self) -> None:
         """Check the names.
 
         Raises:
-            ValueError: if two of the three parts would be read from the same column.
+            ValueError: if two things would be read from the same column.
         """
-        if len(set(self.columns)) < 3:
-            raise ValueError(f"Expected three different column names but got {self.columns}.")
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"Expected different column names but got {self.columns}.")
 
     @property
-    def columns(self) -> tuple[str, str, str]:
-        """The three column names."""
-        return self.prompt, self.chosen, self.rejected
+    def columns(self) -> tuple[str, ...]:
+        """The three column names, and those of the numbers that are asked for."""
+        numbers = (self.weight, self.score_margin, self.probability)
+        return self.prompt, self.chosen, self.rejected, *(name for name in numbers if name is not None)
 
     def read(self, row: Mapping[str, Any]) -> Preference:
-        """The row's three cells.
+        """The row's cells.
 
         Raises:
             DataError: for a missing cell, an empty prompt or answer, text beside messages, a message without role or
-                content, an answer in which the assistant says nothing, or one that repeats the conversation.
+                content, an answer in which the assistant says nothing, one that repeats the conversation, or a number
+                that is none or out of its range.
         """
-        kinds = {name: _kind(name, row.get(name)) for name in self.columns}
+        numbers = (
+            _number(self.weight, row, 0, math.inf),
+            _number(self.score_margin, row, -math.inf, math.inf),
+            _number(self.probability, row, 0, 1),
+        )
+        columns = (self.prompt, self.chosen, self.rejected)
+        kinds = {name: _kind(name, row.get(name)) for name in columns}
         if len(set(kinds.values())) > 1:
             found = ", ".join(f"`{name}` is {kind}" for name, kind in kinds.items())
             raise DataError(f"Expected three texts or three lists of messages but {found}.{_hint(row, kinds)}")
         if "text" in kinds.values():
-            _check_texts(row, self.columns)
-            return Preference(*(row[name] for name in self.columns))
-        prompt, chosen, rejected = (_messages(name, row[name]) for name in self.columns)
+            _check_texts(row, columns)
+            return Preference(row[self.prompt], row[self.chosen], row[self.rejected], *numbers)
+        prompt, chosen, rejected = (_messages(name, row[name]) for name in columns)
         _check_answer(self.chosen, chosen)
         _check_answer(self.rejected, rejected)
-        return Preference(prompt, chosen, rejected)
+        return Preference(prompt, chosen, rejected, *numbers)
+
+
+def _number(name: str | None, row: Mapping[str, Any], low: float, high: float) -> float | None:
+    """The number in a column; cells of `.csv` are text."""
+    if name is None:
+        return None
+    cell = row.get(name)
+    try:
+        number = math.nan if isinstance(cell, bool) or cell is None else float(cell)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and low <= number <= high):
+        wanted = "a number" + (f" >= {low:g}" if high == math.inf else f" in [{low:g}, {high:g}]") * (low > -math.inf)
+        raise DataError(f"Expected {wanted} in `{name}` but got {_short(cell) if cell is not None else 'nothing'}.")
+    return number
 
 
 def _kind(name: str, cell: Any) -> str:

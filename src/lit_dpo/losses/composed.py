@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lit_dpo.logps.records import PairLogps
+from lit_dpo.losses.base import PreferenceLoss
+
+
+@dataclass(frozen=True)
+class ComposedLoss(PreferenceLoss):
+    """A loss made of other losses: what it needs and remembers is what they need and remember.
+
+    `beta` is not an argument: it is the first inner loss's, and so are the rewards.
+    """
+
+    beta: float = field(init=False, repr=False, compare=False)
+
+    @property
+    @abstractmethod
+    def inner(self) -> tuple[PreferenceLoss, ...]:
+        """The losses that it is made of."""
+
+    def __post_init__(self) -> None:
+        """Take over β."""
+        object.__setattr__(self, "beta", self.inner[0].beta)
+        super().__post_init__()
+
+    @property
+    def needs_reference(self) -> bool:  # type: ignore[override]
+        """Whether any inner loss reads the reference."""
+        return any(one.needs_reference for one in self.inner)
+
+    @property
+    def couples_pairs(self) -> bool:  # type: ignore[override]
+        """Whether any inner loss does."""
+        return any(one.couples_pairs for one in self.inner)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """What any inner loss needs."""
+        return frozenset().union(*(one.needs for one in self.inner))
+
+    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """The first inner loss's, `(B,)` each."""
+        return self.inner[0].rewards(pairs)
+
+    def views(self, pairs: PairLogps) -> list[PairLogps]:
+        """What each inner loss sees: the pairs, and its own part of the state."""
+        if pairs.state is None:
+            return [pairs] * len(self.inner)
+        sizes = [0 if (state := one.initial_state()) is None else state.numel() for one in self.inner]
+        states = torch.split(pairs.state, sizes)
+        return [pairs._replace(state=own if size else None) for own, size in zip(states, sizes, strict=True)]
+
+    def initial_state(self) -> Tensor | None:
+        """The inner losses' states, one after the other."""
+        states = [state for one in self.inner if (state := one.initial_state()) is not None]
+        return torch.cat(states) if states else None
+
+    def next_state(self, state: Tensor, pairs: PairLogps) -> Tensor:
+        """Each inner loss's next state."""
+        views = self.views(pairs._replace(state=state))
+        return torch.cat(
+            [
+                one.next_state(view.state, view)
+                for one, view in zip(self.inner, views, strict=True)
+                if view.state is not None
+            ]
+        )

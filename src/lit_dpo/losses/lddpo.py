@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_dpo.logps.records import PairLogps, SequenceLogps
+from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.composed import ComposedLoss
+from lit_dpo.losses.dpo import DPOLoss
+
+
+@dataclass(frozen=True)
+class LDDPOLoss(ComposedLoss):
+    """Length-desensitised DPO (LD-DPO, arXiv 2409.06411): any loss on log-probs whose surplus tokens weigh α.
+
+    With the shared length n = min(n_w, n_l), an answer's log-prob becomes Σ_{t ≤ n} log p_t + α·Σ_{t > n} log p_t:
+    what only the longer answer has counts less, so that its length alone moves the loss less and answers do not grow
+    as under DPO. A loss that divides by lengths still divides by the real ones.
+
+    The references disagree on π_ref, so it is an argument. `"decoupled"` treats it as the policy, so that the policy
+    starts at margin 0, as TRL from its 1.0 on does; `"plain"` leaves its sums alone, as TRL 0.24, LLaMA-Factory and
+    ms-swift do. For answers of one length it is the inner loss, with its value and slope.
+
+    Args:
+        loss: the loss, with its β; DPO in the paper.
+        alpha: α. Expected in [0, 1); 1 would be the inner loss. 0.5 is where to start.
+        reference: how the reference's log-probs are taken. Of effect only where the loss reads them.
+
+    Raises:
+        ValueError: if `alpha` is outside [0, 1), or `reference` neither.
+
+    Example:
+        >>> import torch
+        >>> from lit_dpo.logps import PairLogps, SequenceLogps
+        >>> side = lambda *x: SequenceLogps(torch.tensor([sum(x)]), torch.tensor([1.0 * len(x)]), torch.tensor(x))
+        >>> pairs = PairLogps(side(-1.0, -4.0), side(-3.0), side(-1.0, -2.0), side(-3.0))
+        >>> LDDPOLoss(DPOLoss(beta=0.1), alpha=0.5)(pairs), DPOLoss(beta=0.1)(pairs)
+        (tensor([0.7444]), tensor([0.7981]))
+    """
+
+    loss: PreferenceLoss = DPOLoss()  # noqa: RUF009 - frozen
+    alpha: float = 0.5
+    reference: Literal["decoupled", "plain"] = "decoupled"
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        if not 0 <= self.alpha < 1:
+            raise ValueError(f"Expected `alpha` in [0, 1) but got {self.alpha}.")
+        if self.reference not in ("decoupled", "plain"):
+            raise ValueError(f'Expected `reference` to be "decoupled" or "plain" but got {self.reference!r}.')
+
+    @property
+    def inner(self) -> tuple[PreferenceLoss, ...]:
+        """The one loss."""
+        return (self.loss,)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """Log-probs per token, and what the loss needs."""
+        return super().needs | {"tokens"}
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Losses `(B,)`."""
+        (view,) = self.views(pairs)
+        return self.loss(view)
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The inner loss's."""
+        return self.loss.part_names
+
+    def parts(self, pairs: PairLogps) -> dict[str, Tensor]:
+        """The inner loss's."""
+        (view,) = self.views(pairs)
+        return self.loss.parts(view)
+
+    def views(self, pairs: PairLogps) -> list[PairLogps]:
+        """The pairs with surplus tokens weighed down."""
+        shared = torch.minimum(pairs.policy_chosen.length, pairs.policy_rejected.length).long()
+        names = ["policy_chosen", "policy_rejected"]
+        if self.reference == "decoupled" and self.loss.needs_reference:
+            names += ["reference_chosen", "reference_rejected"]
+        changed: dict[str, Any] = {
+            name: self._weigh(pairs.require(name), pairs.require(f"{name}.tokens"), shared) for name in names
+        }
+        return super().views(pairs._replace(**changed))
+
+    def _weigh(self, side: SequenceLogps, tokens: Tensor, shared: Tensor) -> SequenceLogps:
+        lengths, size = side.length.long(), tokens.numel()
+        starts = lengths.cumsum(0) - lengths
+        # the first position of the surplus, for each token
+        border = (starts + shared).repeat_interleave(lengths, output_size=size)
+        surplus = torch.arange(size, device=tokens.device) >= border
+        return side._replace(total=side.sums(torch.where(surplus, self.alpha * tokens, tokens)))

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from lit_dpo.logps.records import PairLogps
+from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.composed import ComposedLoss
+from lit_dpo.losses.dpo import DPOLoss
+
+
+@dataclass(frozen=True)
+class WPOLoss(ComposedLoss):
+    """Weighted preference optimization (WPO, arXiv 2406.11827): any loss times w_w·w_l, without gradient.
+
+    w = exp(mean_t[log p_t − log Σ_v π_t(v)²]) tells how likely the policy itself is to write an answer: p_t is the
+    probability of its token t, π_t the distribution over the vocabulary there, and Σ_v π_t(v)² the probability that a
+    sampled token would have (the paper's sampled alignment). Pairs that the policy would hardly produce count less, so
+    that off-policy data act more like on-policy data.
+
+    The authors' code holds the product w_w·w_l at 1 at most, as TRL 0.24 and open-instruct do; TRL from its 1.0 on does
+    not. Value and slope are the inner loss's times w_w·w_l.
+
+    Args:
+        loss: the loss, with its β; DPO in the paper. Expected to score each pair by itself.
+        alignment: `"sampled"`, or `"none"` for w = exp(mean_t log p_t).
+        clamp: hold w_w·w_l at 1. Expected to be true with `alignment="none"`, whose weights are below 1 anyway.
+
+    Raises:
+        ValueError: if `alignment` is neither, `clamp` does not fit it, or `loss` couples the pairs of a batch.
+
+    Example:
+        >>> import torch
+        >>> from lit_dpo.logps import PairLogps, SequenceLogps
+        >>> side = lambda x: SequenceLogps(torch.tensor([x]), torch.ones(1), torch.tensor([x]), torch.tensor([-1.0]))
+        >>> pairs = PairLogps(side(-2.0), side(-3.0), side(-1.0), side(-2.0))
+        >>> WPOLoss(DPOLoss(beta=0.1))(pairs), DPOLoss(beta=0.1)(pairs)
+        (tensor([0.0345]), tensor([0.6931]))
+    """
+
+    loss: PreferenceLoss = DPOLoss()  # noqa: RUF009 - frozen
+    alignment: Literal["sampled", "none"] = "sampled"
+    clamp: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        if self.alignment not in ("sampled", "none"):
+            raise ValueError(f'Expected `alignment` to be "sampled" or "none" but got {self.alignment!r}.')
+        if self.alignment == "none" and not self.clamp:
+            raise ValueError('Expected `clamp` to be true with `alignment` "none", whose weights are at most 1 anyway.')
+        if self.loss.couples_pairs:
+            raise ValueError(f"Expected `loss` to score each pair by itself, to have a weight, but got {self.loss}.")
+
+    @property
+    def inner(self) -> tuple[PreferenceLoss, ...]:
+        """The one loss."""
+        return (self.loss,)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """Log-probs per token, log Σ_v π(v)² for the alignment, and what the loss needs."""
+        return super().needs | ({"tokens", "collision"} if self.alignment == "sampled" else {"tokens"})
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Losses `(B,)`."""
+        return self.weights(pairs) * self.loss(pairs)
+
+    def weights(self, pairs: PairLogps) -> Tensor:
+        """w_w·w_l, `(B,)`, without gradient."""
+        nats = self._nats(pairs, "policy_chosen") + self._nats(pairs, "policy_rejected")
+        return (nats.clamp(max=0) if self.clamp else nats).exp()
+
+    def _nats(self, pairs: PairLogps, name: str) -> Tensor:
+        """Log w of one side. Not from its total, which `LDDPOLoss` may have changed."""
+        side, values = pairs.require(name), pairs.require(f"{name}.tokens").detach()
+        if self.alignment == "sampled":
+            values = values - pairs.require(f"{name}.collision").detach()
+        mean: Tensor = side.sums(values) / side.length
+        return mean
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The inner loss's."""
+        return self.loss.part_names
+
+    def parts(self, pairs: PairLogps) -> dict[str, Tensor]:
+        """The inner loss's, unweighted."""
+        return self.loss.parts(pairs)

@@ -1,0 +1,184 @@
+"""A reference that is computed once: its log-probs on disk, whatever the loss."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_dpo.data.batch import PairBatch
+from lit_dpo.errors import PolicyError, TrainingError
+from lit_dpo.logps.records import SequenceLogps
+from lit_dpo.logps.score import base_model
+from lit_dpo.references.adapter import NoReference, default_reference
+from lit_dpo.references.base import Reference, keep, kept
+from lit_dpo.references.store import LogpStore, Stored
+
+if TYPE_CHECKING:
+    from lit_dpo.policy import QLoRAPolicy
+
+_VERSION = 1  # of what is stored and of how log-probs are computed
+
+
+@dataclass(frozen=True)
+class CachedReference(Reference):
+    """Another reference, whose log-probs are remembered on disk: one pass per pair, then none, in any later run.
+
+    Filled as pairs come by, so the first epoch costs nothing extra. What is stored depends on the reference alone (its
+    weights, quantisation, adapter and dtype) and on the pair's token ids, not on the loss, β, learning rate, data file,
+    batch or run: an ablation over losses runs the reference once. Whatever changes the numbers (another base,
+    tokenizer, template, truncation) finds nothing and computes. Several ranks and runs may share a directory. Damaged
+    files are noticed, and what they held is computed again. Weights in a directory are read once at the start, about a
+    second per gigabyte, to know them by their content; a hub id is known by its commit.
+
+    Args:
+        reference: what is remembered. None: the module's default, the base or the adapter that is continued.
+        directory: where; a folder for each reference is made in it.
+        tokens: store log-probs per token, 4 bytes each: the size of the encoded answers. False stores sums, 8 bytes per
+            pair, and refuses losses that read tokens; `kl` is not measured then.
+
+    Raises:
+        PolicyError: for a reference that moves, or none. On attaching, for one that cannot say what it depends on.
+    """
+
+    reference: Reference | None = None
+    directory: str = "runs/reference-cache"
+    tokens: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if isinstance(self.reference, CachedReference | NoReference) or (self.reference and self.reference.moves):
+            raise PolicyError(f"Expected a reference whose log-probs stay as they are but got {self.reference}.")
+
+    @property
+    def starts_at_policy(self) -> bool:
+        """As what is remembered."""
+        return self.reference is None or self.reference.starts_at_policy
+
+    @property
+    def gives(self) -> frozenset[str]:
+        """Tokens, if they are stored; never a whole distribution."""
+        return frozenset({"tokens"}) if self.tokens else frozenset()
+
+    @property
+    def bare(self) -> Reference:
+        """What is remembered."""
+        return self.reference or self
+
+    def check(self, policy: QLoRAPolicy) -> None:
+        """As what is remembered."""
+        self._of(policy).check(policy)
+
+    def attach(self, model: Any, policy: QLoRAPolicy) -> None:
+        """Attach what is remembered, and find its folder."""
+        reference = self._of(policy)
+        reference.attach(model, policy)
+        keep(model, "cache", _Cache(reference, self, reference.identity(policy)))
+
+    def active(self, model: Any) -> NoReturn:
+        """Log-probs are all there is."""
+        raise PolicyError(f"{self} has no model to run: use {self.reference} itself.")
+
+    def logps(self, model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
+        """From disk; what is not there is computed and put there."""
+        cache: _Cache = kept(model, "cache")
+        return cache.logps(model, batch)
+
+    def identity(self, policy: QLoRAPolicy) -> dict[str, Any]:
+        """As what is remembered."""
+        return self._of(policy).identity(policy)
+
+    def _of(self, policy: QLoRAPolicy) -> Reference:
+        return self.reference or default_reference(policy)
+
+
+class _Cache:
+    """What a `CachedReference` has open."""
+
+    def __init__(self, reference: Reference, settings: CachedReference, identity: dict[str, Any]) -> None:
+        self.reference, self.settings, self.identity = reference, settings, identity
+        self._stores: dict[str, LogpStore] = {}
+
+    def logps(self, model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
+        store = self._store(model)
+        keys = [key.tobytes() for key in batch.keys.numpy()]
+        found = [store.get(key) for key in keys]
+        missing = [place for place, one in enumerate(found) if one is None]
+        if missing:
+            part = batch if len(missing) == batch.size else batch.select(missing)
+            computed = self._compute(model, part)
+            try:
+                store.put({keys[place]: one for place, one in zip(missing, computed, strict=True)})
+            except OSError as error:
+                raise TrainingError(
+                    f"Cannot write the reference's log-probs to {store.folder}: {error}. Make room, or train without "
+                    "CachedReference; what is there stays good."
+                ) from error
+            for place, one in zip(missing, computed, strict=True):
+                found[place] = one
+        device = batch.input_ids.device
+        sides = zip(*(one for one in found if one is not None), strict=True)
+        lengths = (batch.chosen_lengths, batch.rejected_lengths)
+        chosen, rejected = (self._side(side, length, device) for side, length in zip(sides, lengths, strict=True))
+        return chosen, rejected
+
+    def _side(self, values: tuple[Any, ...], lengths: Tensor, device: torch.device) -> SequenceLogps:
+        """The first value of a pair is its total; its tokens follow."""
+        total = torch.from_numpy(np.array([one[0] for one in values], np.float32))
+        tokens = torch.from_numpy(np.concatenate([one[1:] for one in values])) if self.settings.tokens else None
+        return SequenceLogps(
+            total.to(device, non_blocking=True),
+            lengths.float().to(device, non_blocking=True),
+            None if tokens is None else tokens.to(device, non_blocking=True),
+        )
+
+    def _compute(self, model: Any, batch: PairBatch) -> list[Stored]:
+        sides = []
+        for side in self.reference.logps(model, batch):
+            assert side is not None
+            totals = side.total.float().cpu().numpy()[:, None]
+            tokens = [totals[:0, 0]] * batch.size
+            if self.settings.tokens:
+                assert side.tokens is not None
+                tokens = np.split(side.tokens.float().cpu().numpy(), side.length.long().cpu().numpy().cumsum()[:-1])
+            sides.append([np.concatenate(one) for one in zip(totals, tokens, strict=True)])
+        return [Stored(*pair) for pair in zip(*sides, strict=True)]
+
+    def _store(self, model: Any) -> LogpStore:
+        """The folder for what this reference is, as it is computed now: precision and device round differently."""
+        base = base_model(model)
+        device = base.device.type
+        autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+        identity = {
+            "version": _VERSION,
+            **self.identity,
+            "tokens": self.settings.tokens,
+            "compute": {"dtype": str(base.dtype), "autocast": autocast, "device": device},
+        }
+        text = json.dumps(identity, sort_keys=True, indent=1)
+        if (store := self._stores.get(text)) is None:
+            folder = Path(self.settings.directory) / hashlib.sha256(text.encode()).hexdigest()[:16]
+            store = self._stores[text] = LogpStore(folder)
+            _describe(folder, text)
+            from lightning.pytorch.utilities import rank_zero_info
+
+            rank_zero_info(f"reference cache: {len(store)} pairs in {folder}")
+        return store
+
+
+def _describe(folder: Path, text: str) -> None:
+    """For people: what the folder belongs to."""
+    path = folder / "reference.json"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{uuid.uuid4().hex}.tmp"
+        temporary.write_text(text + "\n")
+        os.replace(temporary, path)

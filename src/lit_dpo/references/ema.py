@@ -1,0 +1,80 @@
+"""A reference that follows the policy: TR-DPO."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from lit_dpo.errors import PolicyError
+from lit_dpo.policy import adapter_parameters
+from lit_dpo.references.adapter import NAME, active_adapter, freeze_second_adapter
+from lit_dpo.references.base import Reference
+
+if TYPE_CHECKING:
+    from lit_dpo.policy import QLoRAPolicy
+
+
+@dataclass(frozen=True)
+class EMAReference(Reference):
+    """A reference that follows the policy (TR-DPO, arXiv 2404.09656, section 3): π_ref ← α·π + (1 − α)·π_ref.
+
+    It starts as a copy of the policy's adapter, so at the first step it is the base model, or the adapter that is
+    continued. Every `every` optimizer steps it moves: `alpha` below 1 is the paper's soft update, 1 the hard one, which
+    puts the policy in its place. The average is taken of LoRA's factors A and B, as checkpoints average them, not of
+    their product. Costs one adapter of memory; it is saved in checkpoints, so that resuming is exact.
+
+    The rewards compare with the reference of the moment: they fall at each update, and accuracies before and after one
+    do not compare.
+
+    Args:
+        alpha: α, weight of the policy. Expected in (0, 1]; 0.5 to 0.6 for soft updates in the paper.
+        every: optimizer steps from one update to the next. Expected ≥ 1; 512 is common with `alpha=1` (and in TRL).
+
+    Raises:
+        PolicyError: for a value outside its domain.
+    """
+
+    moves: ClassVar[bool] = True
+
+    alpha: float = 0.6
+    every: int = 512
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if not 0 < self.alpha <= 1:
+            raise PolicyError(f"Expected `reference.alpha` in (0, 1] but got {self.alpha}.")
+        if self.every < 1:
+            raise PolicyError(f"Expected `reference.every` >= 1 but got {self.every}.")
+
+    @torch.no_grad()
+    def attach(self, model: Any, policy: QLoRAPolicy) -> None:
+        """Copy the policy's adapter."""
+        training = model.training
+        model.add_adapter(NAME, copy.deepcopy(model.peft_config["default"]))
+        freeze_second_adapter(model, training)
+        for mine, policys in self._weights(model):
+            mine.requires_grad_(False)
+            mine.data = policys.detach().clone()
+
+    @contextmanager
+    def active(self, model: Any) -> Iterator[Any]:
+        """The policy with the average in its adapter's place."""
+        with active_adapter(model, NAME):
+            yield model
+
+    @torch.no_grad()
+    def update(self, model: Any, step: int) -> None:
+        """Move if it is time."""
+        if step % self.every == 0:
+            for mine, policys in self._weights(model):
+                mine.lerp_(policys, self.alpha)
+
+    @staticmethod
+    def _weights(model: Any) -> list[tuple[Any, Any]]:
+        mine, policys = (adapter_parameters(model, name).values() for name in (NAME, "default"))
+        return list(zip(mine, policys, strict=True))

@@ -1,0 +1,94 @@
+"""A reference that is a model of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lit_dpo.errors import PolicyError
+from lit_dpo.logps.score import choose_layout
+from lit_dpo.policy import QLoRAPolicy
+from lit_dpo.references.base import Reference, keep, kept
+
+
+@dataclass(frozen=True)
+class ModelReference(Reference):
+    """Another checkpoint with the policy's vocabulary, frozen beside it: a larger model, or the one before its SFT.
+
+    Costs the memory of that model; `CachedReference` around it costs its passes once. At the first step policy and
+    reference may differ, so that rewards do not start at 0.
+
+    Args:
+        model: hub id or directory, as in the policy.
+        revision: branch, tag or commit of a hub id.
+        quantization: `nf4`, `int8` or `none`, whatever the policy's is.
+        double_quantization: as in the policy.
+        adapter_path: a trained LoRA adapter on it.
+        dtype: as in the policy.
+        attention: as in the policy.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        PolicyError: for a value outside its domain; on checking, if its tokenizer gives other ids than the policy's.
+    """
+
+    model: str
+    revision: str | None = None
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    double_quantization: bool = True
+    adapter_path: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: str = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the fields as the policy's are."""
+        self._loader()
+
+    @property
+    def starts_at_policy(self) -> bool:
+        """It is another model."""
+        return False
+
+    def check(self, policy: QLoRAPolicy) -> None:
+        """It can be loaded, and reads the same tokens."""
+        mine = self._loader()
+        mine.check()
+        ours, theirs = policy.load_tokenizer().get_vocab(), mine.load_tokenizer().get_vocab()
+        if different := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
+            raise PolicyError(
+                f"Expected a reference with the policy's vocabulary but {self.model!r} and {policy.model!r} differ in "
+                f"{len(different)} tokens, first {different[0]!r}: the same ids would be other texts."
+            )
+
+    def attach(self, model: Any, policy: QLoRAPolicy) -> None:
+        """Load it where the policy is."""
+        device = next(model.parameters()).device
+        found = self._loader().load_frozen(device)
+        choose_layout(found, self.attention)
+        keep(model, "reference", found)
+
+    @contextmanager
+    def active(self, model: Any) -> Iterator[Any]:
+        """That model."""
+        yield kept(model, "reference")
+
+    def identity(self, policy: QLoRAPolicy) -> dict[str, Any]:
+        """Its content, quantisation and dtype, and its adapter's content."""
+        mine = self._loader()
+        adapter = None if self.adapter_path is None else mine.adapter_content(self.adapter_path)
+        return {"base": mine.content(), "dtype": self.dtype, "adapter": adapter}
+
+    def _loader(self) -> QLoRAPolicy:
+        return QLoRAPolicy(
+            self.model,
+            revision=self.revision,
+            quantization=self.quantization,
+            double_quantization=self.double_quantization,
+            adapter_path=self.adapter_path,
+            dtype=self.dtype,
+            attention=self.attention,
+            trust_remote_code=self.trust_remote_code,
+        )

@@ -1,0 +1,169 @@
+"""Log-probs of pairs on disk: what `CachedReference` remembers, and how it survives kills, ranks and bad disks.
+
+A folder holds parts. Every process that has something to add writes a part of its own, two files that only grow:
+`*.logps`, float32 values, and `*.index`, one `_ENTRY` per pair, written after the pair's values. So processes never
+write the same file, one that is killed leaves at worst values without an entry, and whatever is torn or has changed is
+found by the checksums of entry and values, counts as missing, and is computed again. Values are read, not mapped: a
+mapped file that is cut short ends the process that reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+_ENTRY = np.dtype(
+    [
+        ("key", "V16"),
+        ("offset", "<u8"),  # of the first value, in bytes
+        ("chosen", "<u4"),  # values of the chosen side
+        ("rejected", "<u4"),
+        ("checksum", "<u4"),  # CRC-32 of the values
+        ("own_checksum", "<u4"),  # of this entry up to here
+    ]
+)
+_OWN = _ENTRY.itemsize - 4
+_REREAD_SHARE = 0.05  # of the time at most goes into looking for what other processes have added
+
+
+class Stored(NamedTuple):
+    """Values of the two sides of a pair, float32."""
+
+    chosen: NDArray[np.float32]
+    rejected: NDArray[np.float32]
+
+
+class LogpStore:
+    """Values by key, in a folder that several processes and runs may share.
+
+    Args:
+        folder: made when something is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.damaged = 0
+        self._parts: list[Path] = []
+        self._seen: dict[Path, int] = {}  # entries read of each part
+        self._entries = np.zeros(0, _ENTRY)
+        self._part_of = np.zeros(0, np.int32)
+        self._order = np.zeros(0, np.int64)
+        self._sorted = np.zeros(0, np.uint64)
+        self._fresh: dict[bytes, Stored] = {}  # of this process, since the folder was last read
+        self._readers: dict[Path, BinaryIO] = {}
+        self._writers: tuple[BinaryIO, BinaryIO] | None = None
+        self._cost, self._last = 0.0, 0.0
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._entries) + len(self._fresh)
+
+    def get(self, key: bytes) -> Stored | None:
+        """The values, verified; None if there are none."""
+        found = self._get(key)
+        if found is None and time.perf_counter() - self._last > self._cost / _REREAD_SHARE:
+            self.refresh()
+            found = self._get(key)
+        return found
+
+    def put(self, pairs: dict[bytes, Stored]) -> None:
+        """Add values. What was there under the same keys is no longer found."""
+        if not pairs:
+            return
+        values, index = self._writers or self._open_part()
+        offset, entries = values.tell(), np.zeros(len(pairs), _ENTRY)
+        content = []
+        for entry, (key, pair) in zip(entries, pairs.items(), strict=True):
+            piece = np.concatenate(pair).astype("<f4").tobytes()
+            entry["key"], entry["offset"], entry["checksum"] = np.void(key), offset, zlib.crc32(piece)
+            entry["chosen"], entry["rejected"] = map(len, pair)
+            entry["own_checksum"] = zlib.crc32(entry.tobytes()[:_OWN])
+            content.append(piece)
+            offset += len(piece)
+        values.write(b"".join(content))
+        index.write(entries.tobytes())
+        self._fresh |= pairs
+        if len(self._fresh) > max(4096, len(self._entries) // 4):
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Read what was added to the folder since it was last read."""
+        start = time.perf_counter()
+        new = [(path, self._new_entries(path)) for path in sorted(self.folder.glob("*.index"))]
+        new = [(path, entries) for path, entries in new if len(entries)]
+        for path, entries in new:
+            if path not in self._parts:
+                self._parts.append(path)
+            number = np.full(len(entries), self._parts.index(path), np.int32)
+            self._entries = np.concatenate([self._entries, entries])
+            self._part_of = np.concatenate([self._part_of, number])
+        if new:
+            heads = np.ascontiguousarray(self._entries["key"]).view(np.uint64)[::2]
+            self._order = np.argsort(heads, kind="stable")
+            self._sorted = heads[self._order]
+        self._fresh = {}
+        self._last = time.perf_counter()
+        self._cost = self._last - start
+
+    def _get(self, key: bytes) -> Stored | None:
+        if (fresh := self._fresh.get(key)) is not None:
+            return fresh
+        head = np.frombuffer(key, np.uint64)[0]
+        first, last = (int(np.searchsorted(self._sorted, head, side)) for side in ("left", "right"))
+        for place in self._order[first:last][::-1]:  # the newest first
+            if self._entries["key"][place].tobytes() == key:
+                found = self._read(self._parts[self._part_of[place]], self._entries[place])
+                if found is not None:
+                    return found
+        return None
+
+    def _read(self, index: Path, entry: Any) -> Stored | None:
+        chosen, size = int(entry["chosen"]), 4 * (int(entry["chosen"]) + int(entry["rejected"]))
+        try:
+            if index not in self._readers:
+                self._readers[index] = index.with_suffix(".logps").open("rb", buffering=0)
+            self._readers[index].seek(int(entry["offset"]))
+            content = self._readers[index].read(size) or b""
+        except OSError:
+            content = b""
+        if len(content) != size or zlib.crc32(content) != entry["checksum"]:
+            self._damage(1, index)
+            return None
+        values = np.frombuffer(content, "<f4")
+        return Stored(values[:chosen], values[chosen:])
+
+    def _new_entries(self, path: Path) -> NDArray[Any]:
+        seen = self._seen.get(path, 0)
+        with path.open("rb") as stream:
+            stream.seek(seen * _ENTRY.itemsize)
+            content = stream.read()
+        entries = np.frombuffer(content[: len(content) // _ENTRY.itemsize * _ENTRY.itemsize], _ENTRY)
+        self._seen[path] = seen + len(entries)
+        starts = range(0, len(entries) * _ENTRY.itemsize, _ENTRY.itemsize)
+        sums = np.array([zlib.crc32(content[start : start + _OWN]) for start in starts], np.uint32)
+        whole = sums == entries["own_checksum"]
+        if not whole.all():
+            self._damage(int((~whole).sum()), path)
+        good: NDArray[Any] = entries[whole]
+        return good
+
+    def _damage(self, count: int, path: Path) -> None:
+        if not self.damaged:
+            log.warning("%s is damaged; what it held is computed again.", path.with_suffix(".logps"))
+        self.damaged += count
+
+    def _open_part(self) -> tuple[BinaryIO, BinaryIO]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:12]}"
+        values, index = (part.with_suffix(suffix).open("ab", buffering=0) for suffix in (".logps", ".index"))
+        self._writers = (values, index)
+        return self._writers
