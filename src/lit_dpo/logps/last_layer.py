@@ -30,7 +30,7 @@ def last_mlp_on(backbone: Any, needed: Tensor) -> Iterator[None]:
     def cut(module: Any, inputs: tuple[Tensor, ...]) -> Any:
         fits = bool(inputs) and inputs[0].ndim == 3
         lengths.append(inputs[0].shape[1] if fits else None)
-        return (inputs[0][:, needed], *inputs[1:]) if fits else None
+        return (inputs[0].index_select(1, needed), *inputs[1:]) if fits else None
 
     def restore(module: Any, inputs: Any, output: Any) -> Any:
         if (length := lengths.pop()) is None:

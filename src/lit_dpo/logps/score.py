@@ -131,7 +131,7 @@ def _hidden_states(model: Any, rows: Rows) -> Tensor:
     }
     with nullcontext() if rows.needed is None else last_mlp_on(backbone, rows.needed):
         hidden: Tensor = backbone(**inputs, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1)[rows.predictors]
+    return hidden.flatten(0, 1).index_select(0, rows.predictors)
 
 
 @torch.no_grad()
