@@ -31,7 +31,11 @@ class Gate:
         if self.pairs is not None:
             report = {"cpu": cpu, "wall": wall, "loss": float(self.loss), "pairs": self.pairs, "tokens": self.tokens}
         self.connection.send({"report": report, "memory": self.memory()})
-        if not self.connection.recv():
+        try:
+            go = self.connection.recv()
+        except EOFError:  # the parent is gone
+            go = False
+        if not go:
             os._exit(0)
         if report is None:
             self.resident = _resident()
