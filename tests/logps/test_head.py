@@ -18,13 +18,12 @@ TOKENS, WIDTH, VOCABULARY = 200, 8, 97
 
 @pytest.fixture(params=[16, 50, 199, 200, 10_000], ids=lambda rows: f"chunks-of-{rows}")
 def chunked(request, monkeypatch):
-    monkeypatch.setattr(head_module, "_CHUNK_ELEMENTS", request.param * VOCABULARY)
+    monkeypatch.setattr(head_module, "_chunk_rows", lambda *_: request.param)
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """The smallest chunks there are: 16 rows."""
-    monkeypatch.setattr(head_module, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(head_module, "_chunk_rows", lambda *_: 16)
 
 
 def _inputs(dtype=torch.float32, width=WIDTH):
@@ -113,6 +112,32 @@ def test_no_tensor_has_tokens_times_vocabulary_elements_in_a_whole_step(name):
         chosen, rejected = pair_logps(model, batch)
         (chosen.total - rejected.total).sum().backward()
     assert seen.elements <= vocabulary * 32  # 16 rows of logits, or the transposed view of the head
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]], ids=["frozen head", "trained head"])
+def test_no_tensor_has_tokens_times_vocabulary_elements_in_a_whole_step_of_dpo(targets):
+    """Policy and reference, losses and gradients; 180 scored tokens in chunks of 16."""
+    from lit_dpo import DPOLoss
+    from lit_dpo.logps import PairLogps
+    from lit_dpo.logps.score import choose_layout, pair_logps
+    from lit_dpo.references.adapter import BaseReference
+
+    vocabulary = 5000
+    model = tiny.lora(tiny.model("llama", vocab_size=vocabulary, max_position_embeddings=256), targets=targets)
+    choose_layout(model)
+    batch = tiny.batch((5, 60, 50), (4, 40, 30), vocabulary=vocabulary)
+    with _Largest() as seen:
+        reference = BaseReference().logps(model, batch)
+        DPOLoss()(PairLogps(*pair_logps(model, batch), *reference)).mean().backward()
+    assert seen.elements <= vocabulary * 32  # the embedding's weights
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_chunks_are_smaller_than_a_batch_of_any_vocabulary_that_matters():
+    """fp32 logits of a chunk: 16 MiB on a CPU up to 32k tokens of vocabulary, then 128 rows."""
+    rows = [head_module._chunk_rows(vocabulary, torch.device("cpu")) for vocabulary in (8192, 32768, 262144)]
+    assert rows == [512, 128, 128]
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -42,9 +42,9 @@ def model(request):
     return found
 
 
-@pytest.fixture(params=[2**24, 97 * 16], ids=["one chunk", "chunks"], autouse=True)
+@pytest.fixture(params=[1000, 16], ids=["one chunk", "chunks"], autouse=True)
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(heads, "_CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(heads, "_chunk_rows", lambda *_: request.param)
 
 
 def test_collision_is_the_log_of_the_sum_of_squared_probabilities(model):

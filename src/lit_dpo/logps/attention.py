@@ -168,20 +168,21 @@ def _by_segment(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # SDPA's own grouping takes the unfused path on a CPU
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    # key heads become the batch, so that a group of heads shares its keys without a copy
+    query = query.reshape(key.shape[1], -1, *query.shape[2:])
+    key, value = (part.transpose(0, 1).expand(-1, query.shape[1], -1, -1) for part in (key, value))
+    # `split`, not slices: the backward of a slice fills a tensor as long as the row, for each pair
+    sides = [n for s in layout.pairs for n in (s.prompt + s.chosen, s.rejected)]
+    prompts = [n for s in layout.pairs for n in (s.prompt, s.chosen + s.rejected)]
+    queries, keys, values = (part.split_with_sizes(sides, 2) for part in (query, key, value))
+    prompt_keys, prompt_values = (part.split_with_sizes(prompts, 2)[::2] for part in (key, value))
     outputs = []
-    for s in layout.pairs:
-        answer = s.start + s.prompt
-        first, second = slice(s.start, answer + s.chosen), slice(answer + s.chosen, answer + s.chosen + s.rejected)
-        outputs.append(
-            _attend(query[:, :, first], key[:, :, first], value[:, :, first], layout, scale, window, softcap)
-        )
-        keys = torch.cat([key[:, :, s.start : answer], key[:, :, second]], dim=2)
-        values = torch.cat([value[:, :, s.start : answer], value[:, :, second]], dim=2)
-        outputs.append(_attend(query[:, :, second], keys, values, layout, scale, window, softcap))
-    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
+    for number, (prompt_key, prompt_value) in enumerate(zip(prompt_keys, prompt_values, strict=True)):
+        one, two = 2 * number, 2 * number + 1
+        outputs.append(_attend(queries[one], keys[one], values[one], layout, scale, window, softcap))
+        both = torch.cat([prompt_key, keys[two]], 2), torch.cat([prompt_value, values[two]], 2)
+        outputs.append(_attend(queries[two], *both, layout, scale, window, softcap))
+    return torch.cat(outputs, dim=2).flatten(0, 1).transpose(0, 1)
 
 
 def _attend(
@@ -239,7 +240,8 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: PairLayout, scale
         arguments["enable_gqa"] = True
     elif groups > 1:
         key, value = key.repeat_interleave(groups, dim=0), value.repeat_interleave(groups, dim=0)
-    keys, values = key.transpose(0, 1)[index], value.transpose(0, 1)[index]
+    # the backward of `index_select` adds; that of indexing sorts first
+    keys, values = (part.transpose(0, 1).index_select(0, index) for part in (key, value))
     out = varlen_attn(query.transpose(0, 1).contiguous(), keys, values, cu_q, cu_k, max_q, max_k, **arguments)
     assert isinstance(out, Tensor)
     return out

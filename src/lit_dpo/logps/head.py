@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-_CHUNK_ELEMENTS = 2**24  # fp32 logits of one chunk: 64 MiB
+# Keeps float16 gradients of unlikely tokens, 1e-6 and less, from vanishing; exact in every format.
+_SCALE = 2.0**10
 
 
 def selected_logps(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
     """Log-probabilities of the targets, `(N,)` float32 nats.
 
-    The hidden states are projected chunk by chunk, in float32 from the logits on, and each chunk's logits are computed
-    again in the backward pass instead of being kept.
+    The hidden states are projected chunk by chunk, in float32 from the logits on. Where the head is frozen, a chunk's
+    gradient is computed while its logits are there, so that the backward pass projects nothing; where it trains, the
+    chunk is computed again in the backward pass.
 
     Args:
         head: hidden states `(n, H)` to logits `(n, V)`.
@@ -35,10 +38,9 @@ def selected_logps(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Te
     """
 
     def score(states: Tensor, tokens: Tensor) -> Tensor:
-        logits = head(states).float()
-        return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        return -cross_entropy(head(states).float(), tokens, reduction="none")
 
-    return _in_chunks(score, vocabulary, hidden, targets)
+    return _in_chunks(score, _is_frozen(head), vocabulary, hidden, targets)
 
 
 @torch.no_grad()
@@ -49,7 +51,7 @@ def collision_logps(head: Callable[[Tensor], Tensor], hidden: Tensor, vocabulary
         logits = head(states).float()
         return (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)
 
-    return _in_chunks(score, vocabulary, hidden)
+    return _in_chunks(score, True, vocabulary, hidden)
 
 
 def reference_kl(
@@ -74,17 +76,49 @@ def reference_kl(
         policy = head(states).float().log_softmax(-1)
         return (target.exp() * (target - policy)).sum(-1)
 
-    return _in_chunks(score, vocabulary, hidden, reference_hidden)
+    return _in_chunks(score, _is_frozen(head), vocabulary, hidden, reference_hidden)
 
 
-def _in_chunks(score: Callable[..., Tensor], vocabulary: int, *inputs: Tensor) -> Tensor:
-    """`score` of `(N, …)` inputs, some rows at a time; with gradients each chunk is computed again in the backward."""
-    rows = max(16, _CHUNK_ELEMENTS // vocabulary)
-    chunks = zip(*(torch.split(given, rows) for given in inputs), strict=True)
+def _in_chunks(score: Callable[..., Tensor], frozen: bool, vocabulary: int, *inputs: Tensor) -> Tensor:
+    """`score` of `(N, …)` inputs, some rows at a time. `frozen`: the first alone gets a gradient."""
+    rows = _chunk_rows(vocabulary, inputs[0].device)
+    chunks = [*zip(*(torch.split(given, rows) for given in inputs), strict=True)]
     if not torch.is_grad_enabled():
         return torch.cat([score(*chunk) for chunk in chunks])
+    if frozen:
+        found: Tensor = _RowGradients.apply(inputs[0], score, chunks)  # type: ignore[no-untyped-call]
+        return found
     # preserve_rng_state costs a device sync per chunk, and heads have no dropout
     return torch.cat([_checkpointed(score, *chunk) for chunk in chunks])
+
+
+def _chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Enough rows for an efficient product, else few: logits that stay in a CPU's cache cost half as much."""
+    return max(256, 2**25 // vocabulary) if device.type == "cuda" else max(128, 2**22 // vocabulary)
+
+
+class _RowGradients(torch.autograd.Function):
+    """Values of rows that do not depend on one another, with each row's gradient computed beside its value.
+
+    The gradient of `Σ g(n) · value(n)` in row n is `g(n) · ∂value(n)/∂row(n)`, so `(N, H)` is all that is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, score: Callable[..., Tensor], chunks: list[tuple[Tensor, ...]]) -> Tensor:
+        values, gradients = [], list[Tensor]()
+        for states, *others in chunks:
+            with torch.enable_grad():
+                leaf = states.detach().requires_grad_()
+                found = score(leaf, *others)
+            gradients += torch.autograd.grad(found, leaf, torch.full_like(found, _SCALE))
+            values.append(found.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return (gradients * (upstream / _SCALE)[:, None]).to(gradients.dtype), None, None
 
 
 def _checkpointed(score: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -93,19 +127,27 @@ def _checkpointed(score: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return result
 
 
-def model_head(model: Any) -> Callable[[Tensor], Tensor]:
+def _is_frozen(head: Callable[[Tensor], Tensor]) -> bool:
+    return isinstance(head, nn.Module) and not any(parameter.requires_grad for parameter in head.parameters())
+
+
+def model_head(model: Any) -> nn.Module:
     """What a transformers causal LM does after its backbone: head, soft-cap, logit scale, an adapter on any of them.
 
     It is the model's own `forward` with the backbone replaced by one that returns what it is given, on a shallow copy
     that shares every parameter, so that no architecture's arithmetic is written here a second time.
     """
-    shallow = _replace(model, model.get_decoder(), _Given())
+    return _Head(_replace(model, model.get_decoder(), _Given()))
 
-    def head(states: Tensor) -> Tensor:
-        logits: Tensor = shallow(inputs_embeds=states.unsqueeze(0), use_cache=False).logits
+
+class _Head(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, states: Tensor) -> Tensor:
+        logits: Tensor = self.model(inputs_embeds=states.unsqueeze(0), use_cache=False).logits
         return logits[0]
-
-    return head
 
 
 class _Given(nn.Module):

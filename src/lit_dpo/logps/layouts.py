@@ -31,12 +31,15 @@ class Rows(NamedTuple):
         predictors: `(N,)` positions, in the flattened rows, of the hidden states that predict a completion token.
         targets: `(N,)` those tokens; all chosen completions in the order of pairs, then all rejected ones.
         lengths: the `2B` completion lengths in that order, summing to `N`.
+        needed: positions in the flat row that cover `predictors`, each once; what the last layer makes of others is not
+            read. None for padded rows.
     """
 
     inputs: dict[str, Any]
     predictors: Tensor
     targets: Tensor
     lengths: list[int]
+    needed: Tensor | None = None
 
 
 def segments(batch: PairBatch) -> list[Segment]:
@@ -69,11 +72,13 @@ def flat_rows(batch: PairBatch, pairs: list[Segment]) -> Rows:
         predictors.append(torch.arange(answer, answer + s.rejected - 1))
         targets.append(torch.arange(answer, answer + s.rejected))
     device = batch.input_ids.device
+    ends = [torch.arange(s.start + s.prompt - 1, s.start + s.prompt + s.chosen + s.rejected) for s in pairs]
     return Rows(
         inputs={"input_ids": batch.input_ids, "position_ids": batch.position_ids},
         predictors=torch.cat(predictors).to(device, non_blocking=True),
         targets=batch.input_ids[0, torch.cat(targets).to(device, non_blocking=True)],
         lengths=_lengths(pairs),
+        needed=torch.cat(ends).to(device, non_blocking=True),
     )
 
 

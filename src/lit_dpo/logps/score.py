@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
 from lit_dpo.errors import PolicyError, UnsupportedAttentionError
 from lit_dpo.logps.attention import PairLayout, has_pair_attention, use_pair_attention
 from lit_dpo.logps.head import collision_logps, model_head, reference_kl, selected_logps
+from lit_dpo.logps.last_layer import last_mlp_on
 from lit_dpo.logps.layouts import Rows, Segment, flat_rows, padded_rows, segments
 from lit_dpo.logps.records import SequenceLogps
 
@@ -63,7 +64,8 @@ def pair_logps_with_kl(
 
     def reference_head(states: Tensor) -> Tensor:
         with torch.no_grad(), reference(model) as other:  # an adapter on the head is off here too
-            return model_head(base_model(other))(states)
+            logits: Tensor = model_head(base_model(other))(states)
+            return logits
 
     kl = reference_kl(scored.head, scored.hidden, reference_head, frozen.hidden, scored.vocabulary)
     return (*_sides(scored, kl=kl), *sides)
@@ -127,8 +129,9 @@ def _hidden_states(model: Any, rows: Rows) -> Tensor:
         # ALiBi and recurrent backbones have no positions to be told; padded rows count from 0 anyway
         if name != "position_ids" or "position_ids" in accepted
     }
-    hidden: Tensor = backbone(**inputs, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1)[rows.predictors]
+    with nullcontext() if rows.needed is None else last_mlp_on(backbone, rows.needed):
+        hidden: Tensor = backbone(**inputs, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, rows.predictors)
 
 
 @torch.no_grad()

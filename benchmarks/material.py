@@ -1,0 +1,140 @@
+"""What both sides of a comparison are given: pairs, a tokenizer, a random model, one order of batches."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Shapes of well-known models, with random weights: nothing is downloaded.
+SHAPES: dict[str, dict[str, Any]] = {
+    "5M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8},
+    "30M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+KEY_HEADS = {"5M": 4, "30M": 4, "1B": 8, "8B": 8}
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass
+class Spec:
+    """One comparison. Everything in it is handed to every side."""
+
+    model: str
+    train: str
+    batches: list[list[list[list[int]]]] = field(default_factory=list)
+    order: str = "shuffled"
+    batch_size: int = 4
+    max_length: int = 1024
+    beta: float = 0.1
+    lr: float = 1e-4
+    r: int = 16
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    device: str = "cpu"
+    dtype: str = "float32"
+    quantization: str = "none"
+    checkpointing: bool = False
+    threads: int = 1
+
+
+def read_pairs(file: Path) -> list[dict[str, Any]]:
+    """Pairs as conversations, from the layouts that preference files come in."""
+    text = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode()
+    rows = json.loads(text) if file.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line]
+    pairs = map(_pair, rows)
+    return [pair for pair in pairs if all(pair[side][0]["content"].strip() for side in ("chosen", "rejected"))]
+
+
+def _pair(row: dict[str, Any]) -> dict[str, Any]:
+    if "conversations" in row:  # ShareGPT
+        roles = {"human": "user", "gpt": "assistant"}
+        prompt = [_message(roles.get(turn["from"], turn["from"]), turn["value"]) for turn in row["conversations"]]
+        return {"prompt": prompt} | {
+            side: [_message("assistant", row[side]["value"])] for side in ("chosen", "rejected")
+        }
+    prompt, chosen, rejected = row.get("prompt", row.get("request")), row["chosen"], row["rejected"]
+    if prompt is None:  # transcripts that share their beginning
+        prompt, header, chosen = chosen.rpartition("\n\nAssistant:")
+        prompt, rejected = prompt + header, rejected.rpartition(header)[2]
+    return {
+        "prompt": [_message("user", prompt)],
+        "chosen": [_message("assistant", chosen)],
+        "rejected": [_message("assistant", rejected)],
+    }
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def made_pairs(count: int, prompt: int, answer: int, vocabulary: int, seed: int = 0) -> list[list[list[int]]]:
+    """Random token ids of given mean lengths; single lengths vary by a quarter."""
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+
+    def part(length: int) -> list[int]:
+        spread = max(1, round(length * random.uniform(0.75, 1.25)))
+        return random.integers(3, vocabulary, spread).tolist()
+
+    return [[part(prompt), part(answer), part(answer)] for _ in range(count)]
+
+
+def train_tokenizer(pairs: list[dict[str, Any]], at: Path, size: int = 8192) -> None:
+    """A byte-level BPE of the pairs' own text, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(_texts(pairs), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=special[0], bos_token=special[1], eos_token=special[2]
+    )
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(at)
+
+
+def _texts(pairs: list[dict[str, Any]]) -> Iterator[str]:
+    for pair in pairs:
+        for side in ("prompt", "chosen", "rejected"):
+            yield from (message["content"] for message in pair[side])
+
+
+def save_model(at: Path | str, shape: str, vocabulary: int, dtype: str, positions: int) -> int:
+    """A Llama of that shape with random weights; its number of parameters."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **SHAPES[shape],
+        num_key_value_heads=KEY_HEADS[shape],
+        vocab_size=vocabulary,
+        max_position_embeddings=positions,
+        tie_word_embeddings=shape != "8B",
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.save_pretrained(at)
+    return model.num_parameters()

@@ -1,0 +1,230 @@
+"""The two sides of a comparison: each trains in a process of its own and waits for a word before every step."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from typing import Any
+
+from material import Spec
+
+
+class Gate:
+    """Stops a side before each step, and reports what the step before it took and computed."""
+
+    def __init__(self, connection: Any, device: str) -> None:
+        self.connection, self.device = connection, device
+        self.cpu = self.wall = 0.0
+        self.loss: Any = None
+        self.pairs: Any = None
+        self.tokens = 0
+        self.resident = _resident()
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        cpu, wall = time.process_time() - self.cpu, time.perf_counter() - self.wall
+        report = None
+        if self.pairs is not None:
+            report = {"cpu": cpu, "wall": wall, "loss": float(self.loss), "pairs": self.pairs, "tokens": self.tokens}
+        self.connection.send({"report": report, "memory": self.memory()})
+        try:
+            go = self.connection.recv()
+        except EOFError:  # the parent is gone
+            go = False
+        if not go:
+            os._exit(0)
+        if report is None:
+            self.resident = _resident()
+        self.cpu, self.wall = time.process_time(), time.perf_counter()
+
+    def memory(self) -> dict[str, float]:
+        """Bytes: the peak, and how much of it came after the start of training."""
+        if self.device == "cuda":
+            import torch
+
+            return {"peak": float(torch.cuda.max_memory_allocated()), "start": 0.0}
+        return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0, "start": self.resident}
+
+
+def _resident() -> float:
+    with open("/proc/self/statm") as stream:
+        return float(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def start(side: str, spec: Spec, steps: int, connection: Any) -> None:
+    """The body of a child process."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+
+    torch.set_num_threads(spec.threads)
+    gate = Gate(connection, spec.device)
+    spec.checkpointing |= side in ("trl", "lit_dpo-checkpoints")  # TRL's default
+    (_trl if side.startswith("trl") else _lit_dpo)(spec, steps, gate)
+
+
+def same_start(model: Any) -> None:
+    """LoRA weights that depend on nothing but their name's place; bfloat16 holds them exactly."""
+    import torch
+
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_A" in name:
+            values = torch.rand(parameter.shape, generator=random) * 2 - 1
+            parameter.data.copy_((values / parameter.shape[1] ** 0.5).bfloat16())
+
+
+def _lit_dpo(spec: Spec, steps: int, gate: Gate) -> None:
+    import functools
+
+    import lightning.pytorch as pl
+    import torch
+
+    from lit_dpo import DPOLoss, DPOModule, PreferenceDataModule, QLoRAPolicy
+
+    class Module(DPOModule):
+        def configure_model(self) -> None:
+            if self.model is None:
+                super().configure_model()
+                same_start(self.model)
+
+    class Data(PreferenceDataModule):
+        def _sampler(self, *args: Any, **kwargs: Any) -> Any:
+            sampler = super()._sampler(*args, **kwargs)
+            sampler.bucket = sampler.bucket if spec.order == "bucketed" else 0
+            return sampler
+
+    class Steps(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            gate.wait()
+            gate.pairs, gate.tokens = flat_pairs(batch), batch.input_ids.numel()
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            gate.loss = outputs["loss"] / batch.size
+
+    policy = QLoRAPolicy(
+        spec.model,
+        quantization=spec.quantization,
+        r=spec.r,
+        alpha=spec.r,
+        target_modules=list(spec.targets),
+        dtype=spec.dtype,
+        gradient_checkpointing=spec.checkpointing,
+    )
+    optimizer = functools.partial(torch.optim.AdamW, lr=spec.lr, weight_decay=0.0)
+    module = Module(policy, DPOLoss(beta=spec.beta), optimizer=optimizer, lr_scheduler="constant")
+    trainer = pl.Trainer(
+        accelerator=spec.device,
+        devices=1,
+        precision="32-true" if spec.device == "cpu" else "bf16-mixed",
+        max_epochs=-1,
+        max_steps=steps,
+        callbacks=[Steps()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=10,
+    )
+    trainer.fit(module, ready(Data, spec))
+
+
+def ready(kind: Any, spec: Spec) -> Any:
+    return kind(
+        train=spec.train,
+        tokenizer=spec.model,
+        max_length=spec.max_length,
+        truncation="truncate_prompt",
+        batch_size=spec.batch_size,
+    )
+
+
+def flat_pairs(batch: Any) -> list[list[list[int]]]:
+    ids, found, start = batch.input_ids[0].tolist(), [], 0
+    lengths = (batch.prompt_lengths.tolist(), batch.chosen_lengths.tolist(), batch.rejected_lengths.tolist())
+    for prompt, chosen, rejected in zip(*lengths, strict=True):
+        ends = start + prompt, start + prompt + chosen, start + prompt + chosen + rejected
+        found.append([ids[start : ends[0]], ids[ends[0] : ends[1]], ids[ends[1] : ends[2]]])
+        start = ends[2]
+    return found
+
+
+def _trl(spec: Spec, steps: int, gate: Gate) -> None:
+    import tempfile
+
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    class Trainer(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset  # the same token ids as on the other side
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            gate.loss = loss.detach()
+            gate.pairs, gate.tokens = inputs, inputs["input_ids"].numel()
+            return loss
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            if gate.pairs is not None:
+                gate.pairs = _padded_pairs(gate.pairs)
+            gate.wait()
+
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [dict(zip(names, pair, strict=True)) for batch in spec.batches for pair in batch]
+    quantization = None
+    if spec.quantization == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, spec.dtype),
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        args = DPOConfig(
+            folder,
+            per_device_train_batch_size=spec.batch_size,
+            max_steps=steps,
+            learning_rate=spec.lr,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            beta=spec.beta,
+            max_length=spec.max_length,
+            bf16=spec.device == "cuda",
+            use_cpu=spec.device == "cpu",
+            gradient_checkpointing=spec.checkpointing,
+            train_sampling_strategy="sequential",
+            model_init_kwargs={"dtype": spec.dtype, **({"device_map": {"": 0}} if spec.device == "cuda" else {})},
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        lora = LoraConfig(r=spec.r, lora_alpha=spec.r, target_modules=list(spec.targets), task_type="CAUSAL_LM")
+        trainer = Trainer(
+            spec.model,
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(spec.model),
+            quantization_config=quantization,
+            peft_config=lora,
+            callbacks=[Steps()],
+        )
+        same_start(trainer.model)
+        trainer.train()
+
+
+def _padded_pairs(inputs: Any) -> list[list[list[int]]]:
+    ids, masks, seen = (inputs[name].tolist() for name in ("input_ids", "completion_mask", "attention_mask"))
+    rows = [
+        ([i for i, c, a in zip(*row, strict=True) if a and not c], [i for i, c, a in zip(*row, strict=True) if c])
+        for row in zip(ids, masks, seen, strict=True)
+    ]
+    size = len(rows) // 2
+    return [[rows[n][0], rows[n][1], rows[size + n][1]] for n in range(size)]
