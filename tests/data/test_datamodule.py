@@ -304,6 +304,21 @@ def test_a_pair_over_the_budget_stops_before_training_with_the_remedy(data, json
         data(max_tokens=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"batch_size": None, "max_tokens": 90}], ids=["pairs", "tokens"])
+def test_the_largest_batches_are_those_of_the_epoch(data, options: dict) -> None:
+    pairs = data(**options)
+    pairs.setup("fit")
+    loader = pairs.train_dataloader()
+    flat, padded = loader.largest_batches()
+    batches = list(loader)
+    assert flat.sum() == max(batch.input_ids.shape[1] for batch in batches)
+    assert len(padded) * (padded[:, 0] + padded[:, 1:].max(1)).max() == max(
+        batch.size * int((batch.prompt_lengths + torch.maximum(batch.chosen_lengths, batch.rejected_lengths)).max())
+        for batch in batches
+    )
+    assert any(batch.prompt_lengths.tolist() == flat[:, 0].tolist() for batch in batches)
+
+
 def test_overfit_batches_repeat_the_same_batches(data) -> None:
     module = Recorder()
     trainer(overfit_batches=2).fit(module, data())
