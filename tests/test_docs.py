@@ -54,6 +54,42 @@ def test_the_subclassing_example_trains_through_the_command(quickstart, tmp_path
     assert (tmp_path / "runs" / "version_0" / "adapter").is_dir()
 
 
+def test_the_extensions_in_the_docs_train(quickstart, tmp_path):
+    """All blocks of one page, one after another, and then a run with what they define."""
+    page = (ROOT / "docs" / "extending.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 6
+    run_all = """
+import functools
+from lightning.pytorch import Trainer
+from lit_dpo import PreferenceDataModule, QLoRAPolicy
+loss = MixtureLoss(losses=(FocalDPO(beta=0.3), SFTLoss()), weights=(1.0, 0.2))
+module = Measured(QLoRAPolicy("lit-dpo/quickstart"), loss=loss, reference=HalfReference())
+data = PreferenceDataModule(train="lit-dpo/quickstart", val="lit-dpo/quickstart")
+options = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 1}
+trainer = Trainer(max_epochs=1, limit_train_batches=2, **options)
+trainer.fit(module, data)
+assert "val/length_gap" in trainer.callback_metrics
+assert Ranked().read({"question": "2 + 2?", "answers": [" 5", " 4"], "stars": [1, 5]}).chosen == " 4"
+assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6]]
+"""
+    script = tmp_path / "page.py"
+    script.write_text("\n".join([*blocks, run_all]))
+    run = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_every_loss_is_in_the_docs_with_the_source_of_its_docstring():
+    import lit_dpo.losses as losses
+
+    page = (ROOT / "docs" / "losses.md").read_text()
+    for name in set(losses.__all__) - {"PreferenceLoss", "MixtureLoss"}:
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}`")]
+        source = re.search(r"\d{4}\.\d{5}", row)
+        assert source is None or source[0] in getattr(losses, name).__doc__, name
+    assert "`MixtureLoss`" in page
+
+
 def test_every_file_that_the_readme_names_is_there():
     for name in re.findall(r"configs/[\w./-]+", README):
         assert (ROOT / name.rstrip(".")).exists(), name

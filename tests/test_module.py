@@ -290,7 +290,7 @@ def test_without_a_reference_one_forward_runs(tiny_model, pairs_file, tmp_path, 
         module(tiny_model, loss=PolicyOnly(), reference=BaseReference())
     dpo = module(tiny_model, loss=PolicyOnly())
     assert dpo.reference == NoReference()
-    assert "train/kl" not in dpo.train_metrics
+    assert "kl" not in dpo.train_metrics
     monkeypatch.setattr(module_file, "pair_logps", counted)
     trainer(tmp_path, max_steps=2).fit(dpo, data(pairs_file))
     assert len(calls) == 3, "two steps and the check before them"
@@ -311,23 +311,37 @@ def test_a_subclass_sees_the_record(tiny_model, pairs_file, tmp_path):
     assert seen
 
 
-@pytest.mark.parametrize("rows", [21])
-def test_two_processes_measure_and_train_like_one(tiny_model, pairs_file, tmp_path, rows):
-    """An odd number of rows on two ranks: the same metrics, and the same adapter after one step over all rows."""
-    script = Path(__file__).parent / "two_processes.py"
+def _on(devices, tiny_model, pairs_file, tmp_path, *cache):
+    script, out = Path(__file__).parent / "two_processes.py", tmp_path / f"{devices}.pt"
     # a seed that an earlier test left in the environment would be set again on two ranks only
     environment = {name: given for name, given in os.environ.items() if name != "PL_GLOBAL_SEED"}
-    results = []
-    for devices in (1, 2):
-        out = tmp_path / f"{devices}.pt"
-        command = [sys.executable, str(script), str(tiny_model), str(pairs_file), str(tmp_path), str(out), str(devices)]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=script.parent, env=environment)
-        assert run.returncode == 0, run.stderr[-6000:]
-        results.append(torch.load(out, weights_only=True))
-    one, two = results
+    command = [sys.executable, str(script), *map(str, (tiny_model, pairs_file, tmp_path, out, devices, *cache))]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=script.parent, env=environment)
+    assert run.returncode == 0, run.stderr[-6000:]
+    return torch.load(out, weights_only=True)
+
+
+def _assert_equal(one, two):
     for name, expected in one["adapter"].items():
         torch.testing.assert_close(two["adapter"][name], expected, rtol=0, atol=1e-5, msg=name)
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-6)
+
+
+def test_two_processes_measure_and_train_like_one(tiny_model, pairs_file, tmp_path):
+    """An odd number of rows on two ranks: the same metrics, and the same adapter after one step over all rows."""
+    one, two = (_on(devices, tiny_model, pairs_file, tmp_path) for devices in (1, 2))
+    _assert_equal(one, two)
+
+
+def test_two_processes_fill_one_cache_and_share_a_loss_s_memory(tiny_model, pairs_file, tmp_path):
+    """Every pair is computed once by one of them; a later run on one process finds them all, and trains the same."""
+    cache = tmp_path / "cache"
+    two = _on(2, tiny_model, pairs_file, tmp_path, cache)
+    sizes = {file: file.stat().st_size for file in cache.glob("*/*.index")}
+    assert len(sizes) == 2
+    assert sum(sizes.values()) == 21 * 40
+    _assert_equal(_on(1, tiny_model, pairs_file, tmp_path, cache), two)
+    assert {file: file.stat().st_size for file in cache.glob("*/*.index")} == sizes
 
 
 def _batch(dpo, pairs_file, size=8):

@@ -16,6 +16,7 @@ from lit_dpo.losses import (
     AOTUnpairedLoss,
     APODownLoss,
     APOZeroLoss,
+    BCOLoss,
     CDPOLoss,
     CPOLoss,
     DiscoPOPLoss,
@@ -28,6 +29,7 @@ from lit_dpo.losses import (
     NormalizedDPOLoss,
     PreferenceLoss,
     RobustDPOLoss,
+    SFTLoss,
     SimPOLoss,
     SPPOLoss,
 )
@@ -50,8 +52,6 @@ def pairs(referee) -> PairLogps:
     )
 
 
-# What the package does not have: the case's name and the argument that makes it another loss.
-LEFT_OUT = {("bcopair", None), ("bco_pair", None), ("sft", None), ("simpo", "hinge")}
 BETA_ONLY = {
     "apozero": APOZeroLoss,
     "apo_zero": APOZeroLoss,
@@ -73,16 +73,15 @@ TRL_AND_LIGER = [
     "APOZeroLoss",
     "APODownLoss",
     "DiscoPOPLoss",
+    "BCOLoss",
 ]
 DIVERGENCES = {"forward_kl": "forward_kl", "js_divergence": "js", "alpha_divergence": "alpha"}
 
 
-def _ours(case: dict) -> PreferenceLoss | None:
-    """The same loss as a peer's settings, or None where the package has none."""
+def _ours(case: dict) -> PreferenceLoss:
+    """The same loss as a peer's settings."""
     settings, name = case["params"], case["loss"]
     beta, smoothing = settings.get("beta"), settings.get("label_smoothing")
-    if (name, settings.get("loss_type") if name == "simpo" else None) in LEFT_OUT:
-        return None
     if name in BETA_ONLY:
         return BETA_ONLY[name](beta)
     if kind := settings.get("f_divergence_type"):
@@ -106,17 +105,18 @@ def _ours(case: dict) -> PreferenceLoss | None:
         case "aot_unpaired":
             return AOTUnpairedLoss(beta, smoothing)
         case "simpo":
-            return SimPOLoss(beta, beta * settings["gamma_beta_ratio"], smoothing)
-    raise AssertionError(f"{name}, {settings} is neither ours nor left out")
+            return SimPOLoss(beta, beta * settings["gamma_beta_ratio"], smoothing, settings["loss_type"])
+        case "bco_pair" | "bcopair":
+            return BCOLoss(beta, "zero")
+        case "sft":  # one pair at a time
+            return SFTLoss()
+    raise AssertionError(f"{name}, {settings} is not ours")
 
 
 def test_losses_and_rewards_are_the_peers(referee, pairs):
-    seen, left_out = [], 0
+    seen = []
     for case in referee["cases"]:
-        if (loss := _ours(case)) is None:
-            left_out += 1
-            continue
-        label = f"{case['peer']}, {case['params']}"
+        loss, label = _ours(case), f"{case['peer']}, {case['params']}"
         expected, found = torch.tensor(case["losses"], dtype=torch.float64), loss(pairs)
         assert found.isfinite().all()
         if len(expected) == 1:  # OpenRLHF's batch mean, and AOT's
@@ -136,12 +136,14 @@ def test_losses_and_rewards_are_the_peers(referee, pairs):
             strict=True,
         ):
             theirs = case[f"{side}_rewards"]
-            if theirs is None or len(theirs) != len(mine) or case["params"].get("reference_free"):
-                continue  # Mitchell's rewards subtract the reference even where the loss does not
+            if theirs is None or len(theirs) != len(mine):
+                continue
+            if case["params"].get("reference_free") or isinstance(loss, SFTLoss):
+                continue  # Mitchell's and TRL's rewards subtract the reference even where the loss does not
             mine = mine / length if isinstance(loss, SimPOLoss) else mine  # per token there
             theirs = torch.tensor(theirs, dtype=torch.float64)
             torch.testing.assert_close(mine, theirs, rtol=1e-12 if relative < 1e-6 else 1e-5, atol=absolute)
-        variant = getattr(loss, "average", None) or getattr(loss, "divergence", None)
+        variant = next((getattr(loss, name) for name in ("average", "divergence", "link") if hasattr(loss, name)), None)
         seen.append((type(loss).__name__, variant, case["peer"].split()[0]))
     mitchell, liger = "eric-mitchell/direct-preference-optimization", "Liger-Kernel"
     assert {
@@ -162,10 +164,12 @@ def test_losses_and_rewards_are_the_peers(referee, pairs):
         ("AOTUnpairedLoss", None, "TRL"),
         ("NormalizedDPOLoss", None, "TRL"),
         *(("FDPOLoss", divergence, "TRL") for divergence in DIVERGENCES.values()),
-        ("SimPOLoss", None, "princeton-nlp/SimPO"),
+        ("SimPOLoss", "sigmoid", "princeton-nlp/SimPO"),
+        ("SimPOLoss", "hinge", "princeton-nlp/SimPO"),
+        ("SFTLoss", "sequence", "TRL"),
         ("CPOLoss", None, mitchell),
     } == set(seen)
-    assert (len(seen), left_out) == (40, 4)
+    assert len(seen) == 44
 
 
 # ---- TRL's trainer end to end, from its token ids ----
@@ -191,14 +195,23 @@ def batch(trl):
 
 
 @pytest.fixture(scope="module", params=["flat", "padded"])
-def scored(request, shared, trl, batch) -> PairLogps:
-    sides = []
-    for name in ("policy", "reference"):
-        model = AutoModelForCausalLM.from_pretrained(shared / "models" / trl[name], dtype=torch.float32)
-        assert choose_layout(model, "auto" if request.param == "flat" else "sdpa") == request.param
-        with torch.no_grad():
-            sides += pair_logps(model, batch)
-    return PairLogps(*sides)
+def policy(request, shared, trl):
+    return _load(shared, trl["policy"], request.param)
+
+
+@pytest.fixture(scope="module")
+def scored(shared, trl, batch, policy) -> PairLogps:
+    """With the policy's graph, down to all of its parameters."""
+    reference = _load(shared, trl["reference"], "flat")
+    with torch.no_grad():
+        frozen = pair_logps(reference, batch)
+    return PairLogps(*pair_logps(policy, batch), *frozen)
+
+
+def _load(shared, name, layout):
+    model = AutoModelForCausalLM.from_pretrained(shared / "models" / name, dtype=torch.float32)
+    assert choose_layout(model, "auto" if layout == "flat" else "sdpa") == layout
+    return model.requires_grad_()
 
 
 @pytest.mark.parametrize(
@@ -211,32 +224,47 @@ def scored(request, shared, trl, batch) -> PairLogps:
     ],
 )
 def test_log_probs_of_each_pair_are_trls(side, name, scored, trl):
-    torch.testing.assert_close(getattr(scored, side).total, torch.tensor(trl[name]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(getattr(scored, side).total.detach(), torch.tensor(trl[name]), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("key", "loss"),
-    [
-        ("sigmoid|beta=0.1|label_smoothing=0.0", DPOLoss(0.1)),
-        ("sigmoid|beta=0.3|label_smoothing=0.0", DPOLoss(0.3)),
-        ("ipo|beta=0.1|label_smoothing=0.0", IPOLoss(0.1, "mean")),
-        ("hinge|beta=0.1|label_smoothing=0.0", HingeLoss(0.1)),
-        ("robust|beta=0.1|label_smoothing=0.2", RobustDPOLoss(0.1, 0.2)),
-        ("exo_pair|beta=0.1|label_smoothing=0.001", EXOLoss(0.1, 1e-3)),
-        ("nca_pair|beta=0.1|label_smoothing=0.0", NCALoss(0.1)),
-        ("sppo_hard|beta=0.1|label_smoothing=0.0", SPPOLoss(0.1)),
-        ("aot|beta=0.1|label_smoothing=0.0", AOTLoss(0.1)),
-        ("aot_unpaired|beta=0.1|label_smoothing=0.0", AOTUnpairedLoss(0.1)),
-        ("apo_zero|beta=0.1|label_smoothing=0.0", APOZeroLoss(0.1)),
-        ("apo_down|beta=0.1|label_smoothing=0.0", APODownLoss(0.1)),
-        ("discopop|beta=0.1|label_smoothing=0.0", DiscoPOPLoss(0.1)),
-        ("sigmoid_norm|beta=2.0|label_smoothing=0.0", NormalizedDPOLoss(2.0)),
-    ],
-)
+SETTINGS = {
+    "sigmoid|beta=0.1|label_smoothing=0.0": DPOLoss(0.1),
+    "sigmoid|beta=0.3|label_smoothing=0.0": DPOLoss(0.3),
+    "ipo|beta=0.1|label_smoothing=0.0": IPOLoss(0.1, "mean"),
+    "hinge|beta=0.1|label_smoothing=0.0": HingeLoss(0.1),
+    "robust|beta=0.1|label_smoothing=0.2": RobustDPOLoss(0.1, 0.2),
+    "exo_pair|beta=0.1|label_smoothing=0.001": EXOLoss(0.1, 1e-3),
+    "nca_pair|beta=0.1|label_smoothing=0.0": NCALoss(0.1),
+    "bco_pair|beta=0.1|label_smoothing=0.0": BCOLoss(0.1, "zero"),
+    "sppo_hard|beta=0.1|label_smoothing=0.0": SPPOLoss(0.1),
+    "aot|beta=0.1|label_smoothing=0.0": AOTLoss(0.1),
+    "aot_unpaired|beta=0.1|label_smoothing=0.0": AOTUnpairedLoss(0.1),
+    "apo_zero|beta=0.1|label_smoothing=0.0": APOZeroLoss(0.1),
+    "apo_down|beta=0.1|label_smoothing=0.0": APODownLoss(0.1),
+    "discopop|beta=0.1|label_smoothing=0.0": DiscoPOPLoss(0.1),
+    "sft|beta=0.1|label_smoothing=0.0": SFTLoss("token"),
+    "sigmoid_norm|beta=2.0|label_smoothing=0.0": NormalizedDPOLoss(2.0),
+}
+
+
+def test_every_setting_is_refereed(trl):
+    assert trl["results"].keys() == SETTINGS.keys()
+
+
+@pytest.mark.parametrize(("key", "loss"), SETTINGS.items())
 def test_batch_losses_and_rewards_are_trls(key, loss, scored, trl):
     expected = trl["results"][key]
-    assert float(loss(scored).mean()) == pytest.approx(expected["loss"], rel=1e-4)
-    chosen, rejected = loss.rewards(scored)
+    assert float(loss(scored.detach()).mean()) == pytest.approx(expected["loss"], rel=1e-4)
+    # TRL's rewards subtract the reference whatever the loss
+    chosen, rejected = (DPOLoss(0.1) if isinstance(loss, SFTLoss) else loss).rewards(scored.detach())
     assert float(chosen.mean()) == pytest.approx(expected["rewards/chosen"], abs=1e-4)
     assert float(rejected.mean()) == pytest.approx(expected["rewards/rejected"], abs=1e-4)
     assert float((chosen > rejected).double().mean()) == expected["rewards/accuracies"]
+
+
+@pytest.mark.parametrize(("key", "loss"), SETTINGS.items())
+def test_gradient_norms_are_trls(key, loss, scored, policy, trl):
+    """Of the mean loss in all of the policy's parameters: full fine-tuning."""
+    gradients = torch.autograd.grad(loss(scored).mean(), list(policy.parameters()), retain_graph=True)
+    norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm()
+    assert float(norm) == pytest.approx(trl["results"][key]["grad_norm"], rel=1e-3)

@@ -5,13 +5,18 @@ import sys
 
 import torch
 
+from lit_dpo import CachedReference
+from lit_dpo.losses import BCOLoss
 from training import adapter, data, module, trainer
 
 if __name__ == "__main__":
-    model, pairs, root, out, devices = sys.argv[1:]
+    model, pairs, root, out, devices, *cache = sys.argv[1:]
     ranks = int(devices)
-    dpo = module(model, optimizer=functools.partial(torch.optim.SGD, lr=1.0))
-    run = trainer(root, devices=ranks, strategy="ddp" if ranks > 1 else "auto", num_sanity_val_steps=0, max_epochs=1)
+    given = {"loss": BCOLoss(), "reference": CachedReference(directory=cache[0])} if cache else {}
+    dpo = module(model, optimizer=functools.partial(torch.optim.SGD, lr=1.0), **given)
+    epochs = 2 if cache else 1
+    strategy = "ddp" if ranks > 1 else "auto"
+    run = trainer(root, devices=ranks, strategy=strategy, num_sanity_val_steps=0, max_epochs=epochs)
     run.fit(dpo, data(pairs, val=pairs, batch_size=22 // ranks, eval_batch_size=3))
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}
     if run.is_global_zero:

@@ -69,6 +69,26 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], *, training: b
         )
 
 
+def load_strictly(known: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
+    """Copy into the tensors of a module what a checkpoint has for them.
+
+    Raises:
+        ResumeError: listing keys that are missing, unknown or of another shape; nothing is copied then.
+    """
+    wrong = [f"missing {name}" for name in known.keys() - given.keys()]
+    wrong += [f"unknown {name}" for name in given.keys() - known.keys()]
+    wrong += [
+        f"{name}: {tuple(given[name].shape)} instead of {tuple(known[name].shape)}"
+        for name in known.keys() & given.keys()
+        if given[name].shape != known[name].shape
+    ]
+    if wrong:
+        raise ResumeError("The checkpoint's adapter does not fit the policy:\n  " + "\n  ".join(sorted(wrong)[:10]))
+    with torch.no_grad():
+        for name, tensor in known.items():
+            tensor.copy_(given[name])
+
+
 def random_states(world_size: int) -> list[dict[str, Any]]:
     """The random state of every rank, so that dropout masks continue too. All ranks ask together."""
     mine = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}

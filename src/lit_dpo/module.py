@@ -294,20 +294,8 @@ class DPOModule(pl.LightningModule):
             ResumeError: listing keys that are missing, unknown or of another shape.
         """
         self.configure_model()
-        known, given = self.state_dict(keep_vars=True), dict(state_dict)
-        wrong = [f"missing {name}" for name in known.keys() - given.keys()]
-        wrong += [f"unknown {name}" for name in given.keys() - known.keys()]
-        wrong += [
-            f"{name}: {tuple(given[name].shape)} instead of {tuple(known[name].shape)}"
-            for name in known.keys() & given.keys()
-            if given[name].shape != known[name].shape
-        ]
-        if wrong:
-            raise ResumeError("The checkpoint's adapter does not fit the policy:\n  " + "\n  ".join(sorted(wrong)[:10]))
+        checkpoints.load_strictly(self.state_dict(keep_vars=True), dict(state_dict))
         self.fresh = False
-        with torch.no_grad():
-            for name, tensor in known.items():
-                tensor.copy_(given[name])
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -241,7 +241,7 @@ class QLoRAPolicy:
         }
 
     def content(self) -> dict[str, Any]:
-        """What decides the base's log-probs: every byte of it (or its commit), quantisation and dtype.
+        """What decides the base's log-probs beside dtypes: every byte of it (or its commit), and quantisation.
 
         Raises:
             PolicyError: if a hub id has no known commit.
@@ -254,7 +254,6 @@ class QLoRAPolicy:
             "weights": digest,
             "quantization": self.quantization,
             "double_quantization": self.quantization == "nf4" and self.double_quantization,
-            "dtype": self.dtype,
         }
 
     def adapter_content(self, path: str) -> str:

@@ -12,6 +12,7 @@ from lit_dpo.losses import DPOLoss, NormalizedDPOLoss
 
 LENGTHS = ([4, 10], [2, 5])
 PAIRS = tiny.logps([-3.0, -20.0], [-5.0, -8.0], [-5.0, -30.0], [-4.0, -9.0], lengths=LENGTHS)
+SIDES = dict(zip(PAIRS._fields, PAIRS[:4], strict=False))
 
 
 def test_each_log_ratio_is_divided_by_its_own_length():
@@ -21,12 +22,12 @@ def test_each_log_ratio_is_divided_by_its_own_length():
 
 
 def test_with_one_token_each_it_is_dpo():
-    pairs = PAIRS._replace(**{name: side._replace(length=torch.ones(2)) for name, side in PAIRS._asdict().items()})
+    pairs = PAIRS._replace(**{name: side._replace(length=torch.ones(2)) for name, side in SIDES.items()})
     assert torch.equal(NormalizedDPOLoss(0.3)(pairs), DPOLoss(0.3)(pairs))
 
 
 def test_with_n_tokens_each_it_is_dpo_at_a_beta_n_times_smaller():
-    pairs = PAIRS._replace(**{name: side._replace(length=torch.tensor(8.0)) for name, side in PAIRS._asdict().items()})
+    pairs = PAIRS._replace(**{name: side._replace(length=torch.tensor(8.0)) for name, side in SIDES.items()})
     torch.testing.assert_close(NormalizedDPOLoss(0.8)(pairs), DPOLoss(0.1)(pairs))
 
 

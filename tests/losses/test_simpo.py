@@ -62,3 +62,23 @@ def test_a_bad_gamma_is_refused_by_name(gamma):
 def test_a_bad_smoothing_is_refused_by_name(epsilon):
     with pytest.raises(ValueError, match="`label_smoothing`"):
         SimPOLoss(label_smoothing=epsilon)
+
+
+def test_hinge_by_hand():
+    """z = 2·1.75 − 1 and −2·0.4 − 1, as above: beyond the margin 1, and 2.8 short of it, with slope −β/n_w."""
+    pairs = tiny.logps([-3.0, -20.0], [-5.0, -8.0], lengths=([4, 10], [2, 5]))
+    total = pairs.policy_chosen.total.requires_grad_()
+    losses = SimPOLoss(2.0, gamma=1.0, link="hinge")(pairs)
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx([0.0, 2.8])
+    assert total.grad.tolist() == pytest.approx([0.0, -0.2])
+
+
+def test_a_bad_link_is_refused_by_name():
+    with pytest.raises(ValueError, match="`link`"):
+        SimPOLoss(link="square")
+
+
+def test_smoothing_has_no_place_in_a_hinge():
+    with pytest.raises(ValueError, match="`label_smoothing` 0"):
+        SimPOLoss(label_smoothing=0.1, link="hinge")

@@ -15,7 +15,7 @@ class HingeLoss(PreferenceLoss):
 
     The support vector machine among preference losses: a pair beyond the margin β·Δ = 1 has no gradient any more. It is
     the `hinge-norm` of RSO, whose γ is our β: SLiC's loss on log-ratios to the reference instead of log-probs, so
-    without SLiC's own regulariser. At margin 0 the loss is 1 and its slope in Δ is −β.
+    without SLiC's own regulariser (`SLiCLoss` has it). At margin 0 the loss is 1 and its slope in Δ is −β.
 
     Args:
         beta: 1/β is the margin in nats from which on a pair is left alone.

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,9 +43,7 @@ class ORPOLoss(PreferenceLoss):
 
 
 def _log_odds(logp: Tensor) -> Tensor:
-    """Log p − log(1 − p) from log p, exact near both ends."""
+    """The logit of p, from log p."""
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
-    # of the two forms of log(1 − p), each where it is exact; the clamps keep the other one's gradient finite
-    near_one = (-logp.clamp(min=-math.log(2)).expm1()).log()
-    near_zero = (-logp.clamp(max=-math.log(2)).exp()).log1p()
-    return logp - torch.where(logp > -math.log(2), near_one, near_zero)
+    # 1 − p from log p without rounding p first, which would be all of 1 − p where p is near 1
+    return logp - (-logp.expm1()).log()

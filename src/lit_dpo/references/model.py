@@ -76,10 +76,10 @@ class ModelReference(Reference):
         yield kept(model, "reference")
 
     def identity(self, policy: QLoRAPolicy) -> dict[str, Any]:
-        """Its content and quantisation, and its adapter's content."""
+        """Its content, quantisation and dtype, and its adapter's content."""
         mine = self._loader()
         adapter = None if self.adapter_path is None else mine.adapter_content(self.adapter_path)
-        return {"base": mine.content(), "adapter": adapter}
+        return {"base": mine.content(), "dtype": self.dtype, "adapter": adapter}
 
     def _loader(self) -> QLoRAPolicy:
         return QLoRAPolicy(

@@ -26,8 +26,9 @@ class Triples(PreferenceFormat):
 
     Example:
         >>> from lit_dpo.data.formats import Triples
-        >>> Triples(prompt="request").read({"request": "2 + 2?", "chosen": " 4", "rejected": " 5"})
-        Preference(prompt='2 + 2?', chosen=' 4', rejected=' 5')
+        >>> row = {"request": "2 + 2?", "chosen": " 4", "rejected": " 5", "agreement": 0.9}
+        >>> Triples(prompt="request", probability="agreement").read(row)[:3]
+        ('2 + 2?', ' 4', ' 5')
     """
 
     prompt: str = "prompt"

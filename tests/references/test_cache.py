@@ -1,0 +1,317 @@
+"""The reference that is computed once: the same numbers, no forward, and never those of something else."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import AutoModelForCausalLM
+
+import lit_dpo.references.base as references
+import tiny
+from lit_dpo import AdapterReference, BaseReference, CachedReference, EMAReference, IPOLoss, ModelReference, NoReference
+from lit_dpo.data.batch import collate_pairs
+from lit_dpo.errors import PolicyError
+from lit_dpo.logps.score import choose_layout, pair_logps
+from lit_dpo.policy import QLoRAPolicy
+from training import Trace, adapter, data, module, trainer
+
+PAIRS = tiny.pairs()
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """How many pairs references have run, in a list that grows."""
+    counted = []
+
+    def counting(model, batch, **options):
+        counted.extend(batch.rows.tolist())
+        return pair_logps(model, batch, **options)
+
+    monkeypatch.setattr(references, "pair_logps", counting)
+    return counted
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.directory(tmp_path_factory.mktemp("model") / "base")
+
+
+def _policy(folder, **options):
+    return QLoRAPolicy(str(folder), **{"quantization": "none", "r": 2, **options})
+
+
+def _attached(reference, policy):
+    reference.check(policy)
+    model = policy.load()
+    reference.attach(model, policy)
+    choose_layout(model)
+    return model
+
+
+def _same(found, expected):
+    for mine, theirs in zip(found, expected, strict=True):
+        for field in ("total", "length", "tokens"):
+            assert torch.equal(getattr(mine, field), getattr(theirs, field)), field
+
+
+# ---- the numbers ----
+
+
+def test_what_is_read_is_what_was_computed_to_the_bit(folder, tmp_path, forwards):
+    reference = CachedReference(BaseReference(), str(tmp_path))
+    model, batch = _attached(reference, _policy(folder)), collate_pairs(PAIRS)
+    expected = BaseReference().logps(model, batch)
+    forwards.clear()
+    _same(reference.logps(model, batch), expected)
+    assert forwards == [0, 1, 2]
+    tiny.randomize(model)
+    for again in (model, _attached(reference, _policy(folder, r=4, alpha=1))):
+        _same(reference.logps(again, batch), expected)
+    assert forwards == [0, 1, 2]
+
+
+def test_only_what_is_missing_is_computed(folder, tmp_path, forwards):
+    reference = CachedReference(BaseReference(), str(tmp_path))
+    model = _attached(reference, _policy(folder))
+    reference.logps(model, collate_pairs([PAIRS[1]], rows=[1]))
+    mixed = collate_pairs([PAIRS[2], PAIRS[1], PAIRS[0]], rows=[2, 1, 0])
+    found = reference.logps(model, mixed)
+    assert forwards == [1, 2, 0]
+    for mine, theirs in zip(found, BaseReference().logps(model, mixed), strict=True):
+        torch.testing.assert_close(mine.total, theirs.total, rtol=0, atol=1e-4)
+        torch.testing.assert_close(mine.tokens, theirs.tokens, rtol=0, atol=1e-5)
+
+
+def test_a_pair_in_a_batch_twice_is_right_twice(folder, tmp_path):
+    reference = CachedReference(BaseReference(), str(tmp_path))
+    model = _attached(reference, _policy(folder))
+    twice = collate_pairs([PAIRS[0], PAIRS[0]])
+    for _ in range(2):
+        chosen, _ = reference.logps(model, twice)
+        torch.testing.assert_close(chosen.total[0], chosen.total[1], rtol=0, atol=1e-5)
+
+
+def test_sums_alone_can_be_stored_and_losses_that_read_tokens_then_refuse(folder, tmp_path):
+    sums, whole = (CachedReference(BaseReference(), str(tmp_path), tokens=tokens) for tokens in (False, True))
+    model, batch = _attached(sums, _policy(folder)), collate_pairs(PAIRS)
+    expected = BaseReference().logps(model, batch)
+    for _ in range(2):
+        for mine, theirs in zip(sums.logps(model, batch), expected, strict=True):
+            assert torch.equal(mine.total, theirs.total)
+            assert mine.tokens is None
+    bytes_of = {True: 0, False: 0}
+    for file in tmp_path.glob("*/*.logps"):
+        bytes_of[json.loads((file.parent / "reference.json").read_text())["tokens"]] += file.stat().st_size
+    assert bytes_of == {False: 3 * 8, True: 0}
+    assert sums.gives == frozenset()
+    assert whole.gives == {"tokens"}
+    assert "kl" not in module(folder, reference=sums).train_metrics
+    assert "kl" in module(folder, reference=whole).train_metrics
+
+
+# ---- a second run ----
+
+
+def _fit(model, file, root, forwards, *, loss=None, reference=None, policy=None, lr=1e-2, **options):
+    trace, start = Trace(), len(forwards)
+    dpo = module(model, lr=lr, policy=policy, reference=reference, **({} if loss is None else {"loss": loss}))
+    run = trainer(root, callbacks=[trace], max_epochs=2)
+    run.fit(dpo, data(file, val=str(file), **options))
+    return trace.losses, adapter(dpo), len(forwards) - start
+
+
+def test_the_first_epoch_fills_and_another_loss_beta_and_rate_then_run_no_reference(
+    tiny_model, pairs_file, tmp_path, forwards
+):
+    policy, root = {"quantization": "nf4", "dropout": 0.1}, tmp_path / "run"
+    cached = CachedReference(directory=str(tmp_path / "cache"))
+    plain, weights, passes = _fit(tiny_model, pairs_file, root, forwards, policy=policy)
+    assert passes > 4 * 21, "two epochs and their validations, the check before validation aside"
+    first, found, passes = _fit(tiny_model, pairs_file, root, forwards, policy=policy, reference=cached)
+    assert passes == 21, "every pair once"
+    assert first == pytest.approx(plain, abs=1e-6)
+    assert all(torch.allclose(found[name], p, atol=1e-5) for name, p in weights.items())
+    for change in (
+        {"loss": IPOLoss(beta=0.3)},
+        {"lr": 1e-3},
+        {"policy": policy | {"r": 8, "dropout": 0.0}},
+        {"batch_size": 7, "seed": 5},
+    ):
+        given = {"policy": policy, **change}
+        expected, _, _ = _fit(tiny_model, pairs_file, root, forwards, **given)
+        losses, _, passes = _fit(tiny_model, pairs_file, root, forwards, reference=cached, **given)
+        assert passes == 0, change
+        assert losses == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_what_changes_the_numbers_runs_all_of_them(tiny_model, pairs_file, tmp_path, forwards):
+    """Another model, quantisation or truncation; and the same again runs none."""
+    cached = CachedReference(directory=str(tmp_path / "cache"))
+    moved = tmp_path / "copy"
+    shutil.copytree(tiny_model, moved)
+
+    def passes(model=tiny_model, policy=None, **options):
+        return _fit(model, pairs_file, tmp_path / "run", forwards, reference=cached, policy=policy, **options)[2]
+
+    assert passes() == 21
+    assert passes(moved) == 0, "the same content elsewhere"
+    assert passes(policy={"quantization": "nf4"}) == 21
+    assert passes(policy={"quantization": "nf4", "double_quantization": False}) == 21
+    assert passes(policy={"quantization": "int8"}) == 21
+    assert passes(policy={"dtype": "bfloat16"}) == 21
+    changed = passes(max_length=25, truncation="truncate_response")
+    assert 0 < changed <= 21, "those that are cut"
+    weights = moved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1000] ^= 0x01  # one bit of one weight
+    weights.write_bytes(content)
+    assert passes(moved) == 21
+    assert passes() == 0
+    assert len(list((tmp_path / "cache").iterdir())) == 6
+
+
+def test_a_changed_chat_template_runs_all_of_them(quickstart, tmp_path, forwards):
+    rows = [json.loads(line) for line in (quickstart / "train.jsonl").read_text().splitlines()[:9]]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changed = tmp_path / "changed"
+    shutil.copytree(quickstart / "model", changed)
+    for template in changed.glob("chat_template.jinja"):
+        template.write_text(template.read_text().replace("'<|'", "' <|'"))
+    cached, model = CachedReference(directory=str(tmp_path / "cache")), quickstart / "model"
+    assert _fit(model, file, tmp_path / "run", forwards, reference=cached)[2] == 9
+    assert _fit(changed, file, tmp_path / "run", forwards, reference=cached)[2] == 9
+    assert _fit(model, file, tmp_path / "run", forwards, reference=cached)[2] == 0
+
+
+def test_another_adapter_as_the_reference_runs_all_of_them(folder, tmp_path, forwards):
+    batch, totals = collate_pairs(PAIRS), []
+    for seed in (1, 2):
+        tiny.lora(AutoModelForCausalLM.from_pretrained(folder), seed=seed).save_pretrained(tmp_path / f"{seed}")
+        policy = QLoRAPolicy(str(folder), quantization="none", adapter_path=str(tmp_path / f"{seed}"))
+        for reference in (CachedReference(directory=str(tmp_path)), CachedReference(AdapterReference(), str(tmp_path))):
+            totals.append(reference.logps(_attached(reference, policy), batch)[0].total)
+    assert forwards == [0, 1, 2, 0, 1, 2]
+    assert torch.equal(totals[0], totals[1])
+    assert torch.equal(totals[2], totals[3])
+    assert not torch.equal(totals[0], totals[2])
+    bare = CachedReference(BaseReference(), str(tmp_path))
+    bare.logps(_attached(bare, _policy(folder)), batch)
+    assert len(forwards) == 9
+
+
+def test_another_model_can_be_remembered_too(folder, tmp_path, forwards):
+    other = tiny.directory(tmp_path / "other", "qwen3", seed=5)
+    batch = collate_pairs(PAIRS)
+    for kind, passes in (("none", 3), ("none", 3), ("nf4", 6)):
+        inner = ModelReference(str(other), quantization=kind)
+        reference = CachedReference(inner, str(tmp_path / "cache"))
+        model = _attached(reference, _policy(folder))
+        _same(reference.logps(model, batch), reference.logps(model, batch))
+        assert len(forwards) == passes
+
+
+def test_autocast_is_not_float32(folder, tmp_path, forwards):
+    reference = CachedReference(BaseReference(), str(tmp_path))
+    model, batch = _attached(reference, _policy(folder)), collate_pairs(PAIRS)
+    plain = reference.logps(model, batch)[0].total
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = reference.logps(model, batch)[0].total
+    assert len(forwards) == 6
+    assert not torch.equal(plain, rounded)
+    assert torch.equal(reference.logps(model, batch)[0].total, plain)
+
+
+def test_damage_is_noticed_and_mended_while_training(tiny_model, pairs_file, tmp_path, forwards):
+    cached = CachedReference(directory=str(tmp_path / "cache"))
+    whole, _, _ = _fit(tiny_model, pairs_file, tmp_path / "run", forwards, reference=cached)
+    (values,) = (tmp_path / "cache").glob("*/*.logps")
+    content = bytearray(values.read_bytes())
+    content[100] ^= 0x40
+    values.write_bytes(content[:-4])
+    with tiny.records("lit_dpo.references.store") as lines:
+        again, _, passes = _fit(tiny_model, pairs_file, tmp_path / "run", forwards, reference=cached)
+    assert passes == 2, "the pair with the changed byte, and the one that is cut"
+    assert again == pytest.approx(whole, abs=1e-6)
+    assert [line.getMessage() for line in lines] == [f"{values} is damaged; what it held is computed again."]
+    assert _fit(tiny_model, pairs_file, tmp_path / "run", forwards, reference=cached)[2] == 0
+
+
+def test_it_works_with_a_stream(tiny_model, tmp_path, forwards):
+    """No length, no order, no rows: pairs are known by their tokens."""
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            for start in range(0, 12, 4):
+                yield tiny.batch(*[(3 + n % 4, 2 + n % 3, 4) for n in range(start, start + 4)], seed=start)
+
+    losses = []
+    for _ in range(2):
+        trace = Trace()
+        dpo = module(tiny_model, reference=CachedReference(directory=str(tmp_path / "cache")))
+        run = trainer(tmp_path, callbacks=[trace], max_epochs=2)
+        run.fit(dpo, DataLoader(Stream(), batch_size=None))
+        losses.append(trace.losses)
+        assert len(forwards) == 12
+    assert losses[0] == losses[1]
+
+
+# ---- configuration ----
+
+
+@pytest.mark.parametrize("inner", [EMAReference(), NoReference(), CachedReference()], ids=repr)
+def test_what_cannot_be_remembered_is_refused(inner):
+    with pytest.raises(PolicyError, match="stay as they are"):
+        CachedReference(inner)
+
+
+def test_a_reference_that_cannot_say_what_it_depends_on_is_refused(folder, tmp_path):
+    class Mine(BaseReference):
+        def identity(self, policy):
+            return references.Reference.identity(self, policy)
+
+    reference = CachedReference(Mine(), str(tmp_path))
+    with pytest.raises(PolicyError, match="`identity`"):
+        reference.attach(_policy(folder).load(), _policy(folder))
+
+
+def test_a_checkpoint_goes_on_with_or_without_a_cache(tiny_model, pairs_file, tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    def fit(root, reference, **options):
+        trace, keep = Trace(), ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        run = trainer(root, callbacks=[trace, keep], enable_checkpointing=True, max_epochs=1)
+        run.fit(module(tiny_model, reference=reference), data(pairs_file), **options)
+        return trace.losses
+
+    cached = CachedReference(directory=str(tmp_path / "cache"))
+    whole = fit(tmp_path / "a", None)
+    assert fit(tmp_path / "b", cached, ckpt_path=tmp_path / "a" / "step=3.ckpt") == pytest.approx(whole[3:], abs=1e-6)
+    assert fit(tmp_path / "c", None, ckpt_path=tmp_path / "b" / "step=5.ckpt") == pytest.approx(whole[5:], abs=1e-6)
+
+
+def test_it_is_a_frozen_value():
+    reference = CachedReference(BaseReference(), "x")
+    assert reference == copy.copy(reference) != CachedReference(BaseReference(), "y")
+    assert hash(reference) == hash(copy.copy(reference))
+    with pytest.raises(PolicyError, match="has no model to run"):
+        reference.active(None)
+
+
+def test_a_full_disk_is_said(folder, tmp_path, monkeypatch):
+    from lit_dpo.errors import TrainingError
+    from lit_dpo.references.store import LogpStore
+
+    def full(self, pairs):
+        raise OSError(28, "No space left on device")
+
+    reference = CachedReference(BaseReference(), str(tmp_path))
+    model = _attached(reference, _policy(folder))
+    monkeypatch.setattr(LogpStore, "put", full)
+    with pytest.raises(TrainingError, match=r"No space left on device. Make room"):
+        reference.logps(model, collate_pairs(PAIRS))

@@ -1,0 +1,103 @@
+"""A reference that is another checkpoint."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tiny
+from lit_dpo import ModelReference
+from lit_dpo.errors import PolicyError
+from lit_dpo.logps.score import choose_layout, pair_logps
+from lit_dpo.policy import QLoRAPolicy
+from training import adapter, data, module, trainer
+
+BATCH = tiny.batch()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The policy's base, and another architecture with the same tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+    return tiny.directory(root / "mine"), tiny.directory(root / "other", "qwen3", seed=5)
+
+
+def _totals(sides):
+    return torch.cat([side.total for side in sides]).detach()
+
+
+def _attached(reference, folder, **options):
+    policy = QLoRAPolicy(str(folder), r=2, **{"quantization": "none", **options})
+    reference.check(policy)
+    model = policy.load()
+    reference.attach(model, policy)
+    choose_layout(model)
+    return model
+
+
+def test_it_is_that_model_loaded_alone(folders):
+    reference = ModelReference(str(folders[1]), quantization="none")
+    model = _attached(reference, folders[0], quantization="nf4")
+    alone = AutoModelForCausalLM.from_pretrained(folders[1])
+    choose_layout(alone)
+    found = _totals(reference.logps(model, BATCH))
+    assert torch.equal(found, _totals(pair_logps(alone, BATCH)))
+    assert not torch.allclose(found, _totals(pair_logps(model, BATCH)))
+
+
+def test_it_has_its_own_quantisation(folders):
+    full, four = (ModelReference(str(folders[0]), quantization=kind) for kind in ("none", "nf4"))
+    sides = [_totals(one.logps(_attached(one, folders[0]), BATCH)) for one in (full, four)]
+    assert not torch.allclose(*sides)
+    policy = QLoRAPolicy(str(folders[0]), quantization="nf4", r=2).load()
+    choose_layout(policy)
+    assert torch.equal(sides[1], _totals(pair_logps(policy, BATCH)))  # a fresh adapter does nothing
+
+
+def test_it_may_carry_an_adapter(folders, tmp_path):
+    trained = tiny.lora(AutoModelForCausalLM.from_pretrained(folders[1]), seed=3)
+    trained.save_pretrained(tmp_path / "adapter")
+    reference = ModelReference(str(folders[1]), quantization="none", adapter_path=str(tmp_path / "adapter"))
+    choose_layout(trained)
+    model = _attached(reference, folders[0])
+    torch.testing.assert_close(
+        _totals(reference.logps(model, BATCH)), _totals(pair_logps(trained, BATCH)), rtol=0, atol=1e-5
+    )
+
+
+def test_it_is_neither_trained_nor_counted_nor_saved_with_the_policy(folders):
+    model = _attached(ModelReference(str(folders[1])), folders[0])
+    policy = QLoRAPolicy(str(folders[0]), quantization="none", r=2).load()
+    assert model.get_nb_trainable_parameters() == policy.get_nb_trainable_parameters()
+    assert set(model.state_dict()) == set(policy.state_dict())
+    model.train()
+    other = model.__dict__["lit_dpo_reference"]
+    assert not other.training
+    assert not any(p.requires_grad for p in other.parameters())
+
+
+def test_training_against_it_moves_the_policy_and_not_it(tiny_model, pairs_file, tmp_path):
+    reference = ModelReference(str(tiny_model), quantization="nf4")
+    dpo = module(tiny_model, reference=reference)
+    dpo.configure_model()
+    probe = tiny.batch(vocabulary=200)
+    before, start = _totals(reference.logps(dpo.model, probe)), adapter(dpo)
+    trainer(tmp_path).fit(dpo, data(pairs_file))
+    assert torch.equal(_totals(reference.logps(dpo.model, probe)), before)
+    assert all(not torch.equal(p, start[name]) for name, p in adapter(dpo).items() if "lora_B" in name)
+
+
+def test_a_model_with_another_vocabulary_is_refused_before_weights_load(folders, tiny_model, pairs_file, tmp_path):
+    dpo = module(folders[0], reference=ModelReference(str(tiny_model)))
+    with pytest.raises(PolicyError, match=r"differ in \d+ tokens, first"):
+        trainer(tmp_path).fit(dpo, data(pairs_file))
+    assert dpo.model is None
+
+
+def test_a_model_that_is_not_there_is_named_before_weights_load(folders, tmp_path):
+    reference = ModelReference(str(tmp_path / "nothing"))
+    with pytest.raises(PolicyError, match="nothing"):
+        reference.check(QLoRAPolicy(str(folders[0])))
+    with pytest.raises(PolicyError, match="`quantization`"):
+        ModelReference("x", quantization="fp4")

@@ -1,0 +1,146 @@
+"""The files of log-probs: what is written is read, by any process, after any accident."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lit_dpo.references.store import _ENTRY, LogpStore, Stored
+
+
+def _key(number: int) -> bytes:
+    return number.to_bytes(4, "big") * 4
+
+
+def _values(number: int) -> Stored:
+    random = np.random.Generator(np.random.PCG64(number))
+    return Stored(*(random.standard_normal(1 + number % part).astype(np.float32) for part in (3, 5)))
+
+
+def _fill(store: LogpStore, numbers) -> None:
+    store.put({_key(number): _values(number) for number in numbers})
+
+
+def _has(store: LogpStore, number: int) -> bool:
+    found = store.get(_key(number))
+    if found is None:
+        return False
+    for mine, expected in zip(found, _values(number), strict=True):
+        np.testing.assert_array_equal(mine, expected)
+    return True
+
+
+def test_what_was_put_is_got_now_and_by_the_next_process(tmp_path):
+    store = LogpStore(tmp_path / "new")
+    assert not _has(store, 0)
+    _fill(store, range(10))
+    _fill(store, range(10, 12))
+    for reader in (store, LogpStore(tmp_path / "new")):
+        assert all(_has(reader, number) for number in range(12))
+        assert not _has(reader, 12)
+        assert len(reader) == 12
+
+
+def test_nothing_is_written_before_there_is_something(tmp_path):
+    LogpStore(tmp_path / "new").get(_key(1))
+    assert not (tmp_path / "new").exists()
+
+
+def test_ten_thousand_pairs_put_in_batches_are_all_there(tmp_path):
+    """More than are kept beside the index, so that it is read again in between."""
+    store = LogpStore(tmp_path)
+    for start in range(0, 10_000, 100):
+        _fill(store, range(start, start + 100))
+    assert len(store._fresh) < 10_000
+    for reader in (store, LogpStore(tmp_path)):
+        assert all(_has(reader, number) for number in range(0, 10_000, 7))
+
+
+def test_what_another_process_adds_is_found(tmp_path):
+    one, two = LogpStore(tmp_path), LogpStore(tmp_path)
+    _fill(one, range(3))
+    two._last = 0.0  # long ago
+    assert _has(two, 2)
+    _fill(two, range(3, 5))
+    one._last = 0.0
+    assert _has(one, 4)
+    assert len(list(tmp_path.glob("*.index"))) == 2
+
+
+def test_keys_that_begin_alike_are_told_apart(tmp_path):
+    keys = [b"\0" * 8 + bytes([last]) * 8 for last in range(5)]
+    store = LogpStore(tmp_path)
+    store.put({key: _values(number) for number, key in enumerate(keys)})
+    for reader in (store, LogpStore(tmp_path)):
+        for number, key in enumerate(keys):
+            np.testing.assert_array_equal(reader.get(key).chosen, _values(number).chosen)
+        assert reader.get(b"\0" * 16 if keys[0] != b"\0" * 16 else b"\0" * 8 + b"\xff" * 8) is None
+
+
+@pytest.mark.parametrize("file", ["logps", "index"])
+def test_every_flipped_byte_is_noticed(tmp_path, file):
+    """Wherever it is, at most one pair is lost, none is wrong, and putting it again mends it."""
+    _fill(LogpStore(tmp_path), range(6))
+    (path,) = tmp_path.glob(f"*.{file}")
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :])
+        store = LogpStore(tmp_path)
+        there = [_has(store, number) for number in range(6)]
+        assert there.count(False) == 1, place
+        assert store.damaged == 1
+    _fill(store, [there.index(False)])
+    again = LogpStore(tmp_path)
+    assert all(_has(again, number) for number in range(6))
+
+
+@pytest.mark.parametrize("file", ["logps", "index"])
+def test_a_file_that_is_cut_short_loses_its_end_alone(tmp_path, file):
+    _fill(LogpStore(tmp_path), range(6))
+    (path,) = tmp_path.glob(f"*.{file}")
+    content = path.read_bytes()
+    before = 0
+    for length in range(len(content) + 1):
+        path.write_bytes(content[:length])
+        store = LogpStore(tmp_path)
+        there = [_has(store, number) for number in range(6)]
+        assert there == sorted(there, reverse=True)
+        assert there.count(True) >= before
+        before = there.count(True)
+    assert before == 6
+
+
+def test_a_part_without_its_values_is_missing(tmp_path):
+    _fill(LogpStore(tmp_path), range(2))
+    next(tmp_path.glob("*.logps")).unlink()
+    assert not _has(LogpStore(tmp_path), 0)
+
+
+def test_a_process_that_is_killed_leaves_what_it_has_put(tmp_path):
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from lit_dpo.references.store import LogpStore; from test_store import _fill\n"
+        "store = LogpStore(Path(sys.argv[1]))\n"
+        "for number in range(10**6): _fill(store, [number]); print(number, flush=True)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for line in process.stdout:
+            if int(line) >= 50:
+                process.send_signal(signal.SIGKILL)
+                break
+    store = LogpStore(tmp_path)
+    assert all(_has(store, number) for number in range(51))
+    assert store.damaged == 0
+    _fill(store, [10**7])
+    assert _has(LogpStore(tmp_path), 10**7)
+
+
+def test_an_entry_is_forty_bytes():
+    assert _ENTRY.itemsize == 40

@@ -1,0 +1,223 @@
+"""What losses read beside log-ratios reaches them in training: columns, memory, whole distributions, parts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import instantiate_module
+
+import tiny
+from lit_dpo import BaseReference, CachedReference, DPOLoss, DPOModule, EMAReference, IPOLoss, ModelReference
+from lit_dpo.checkpoint import configuration
+from lit_dpo.errors import DataError, PolicyError
+from lit_dpo.losses import BCOLoss, LDDPOLoss, MixtureLoss, ODPOLoss, SFTLoss, SoftDPOLoss, TDPOLoss, WPOLoss
+from training import Trace, adapter, data, module, trainer
+
+
+@pytest.fixture
+def columns(pairs_file, tmp_path):
+    """`columns(weight=[…], …)`: the pairs with more columns, in a file."""
+
+    def write(**given):
+        rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+        path = tmp_path / f"{'-'.join(given)}.jsonl"
+        named = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
+        path.write_text("".join(json.dumps(row | more) + "\n" for row, more in zip(rows, named, strict=True)))
+        return path
+
+    return write
+
+
+def _fit(model, file, root, *, format=None, ckpt_path=None, callbacks=(), epochs=1, batch_size=4, **kwargs):
+    from lit_dpo.data.formats import Triples
+
+    trace, keep = Trace(), ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    run = trainer(
+        root, callbacks=[trace, keep, *callbacks], enable_checkpointing=True, max_epochs=epochs, num_sanity_val_steps=0
+    )
+    dpo = module(model, **kwargs)
+    source = data(file, val=str(file), batch_size=batch_size, format=Triples(**(format or {})))
+    run.fit(dpo, source, ckpt_path=ckpt_path)
+    return dpo, trace
+
+
+# ---- columns ----
+
+
+def test_a_weight_multiplies_its_row_s_loss(tiny_model, columns, tmp_path):
+    """The same losses and gradients as with the weights multiplied by hand, in the order in which the rows come."""
+    file = columns(weight=[2.0 * (number % 2) for number in range(21)])
+    weights: list[float] = []
+
+    class ByHand(DPOLoss):
+        def __call__(self, pairs):
+            return super().__call__(pairs) * torch.tensor(weights)
+
+    class Gradients(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.seen = {name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None}
+
+    def run(loss, format):
+        gradients = Gradients()
+        given = {"format": format, "loss": loss, "batch_size": 21, "callbacks": [gradients]}
+        _, trace = _fit(tiny_model, file, tmp_path, **given)
+        return gradients.seen, trace
+
+    found, trace = run(DPOLoss(), {"weight": "weight"})
+    weights += [2.0 * (row % 2) for row in trace.rows[0]]
+    expected, other = run(ByHand(), {})
+    assert trace.losses == pytest.approx(other.losses, rel=1e-6)
+    tiny.assert_same_gradients(found, expected, tolerance=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "column", "values"),
+    [
+        (SoftDPOLoss(), "probability", [number / 20 for number in range(21)]),
+        (ODPOLoss(), "score_margin", [1.0 + number for number in range(21)]),
+    ],
+)
+def test_a_column_reaches_the_loss_that_reads_it(tiny_model, columns, tmp_path, loss, column, values):
+    file = columns(share=values)
+    seen = {}
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.update(zip(batch.rows.tolist(), getattr(pl_module.pair_logps(batch), column).tolist(), strict=True))
+
+    _, trace = _fit(tiny_model, file, tmp_path, format={column: "share"}, loss=loss, callbacks=[Look()])
+    assert all(torch.isfinite(torch.tensor(trace.losses)))
+    assert [seen[row] for row in range(21)] == pytest.approx(values)
+
+
+@pytest.mark.parametrize(("loss", "column"), [(SoftDPOLoss(), "probability"), (ODPOLoss(), "score_margin")])
+def test_a_column_that_the_loss_lacks_is_named_before_weights_load(tiny_model, pairs_file, tmp_path, loss, column):
+    dpo = module(tiny_model, loss=loss)
+    with pytest.raises(DataError, match=rf"train: .*Loss reads the rows' {column} .* --data.format.{column} COLUMN"):
+        trainer(tmp_path).fit(dpo, data(pairs_file))
+    assert dpo.model is None
+
+
+def test_a_column_that_no_loss_reads_is_said(tiny_model, columns, tmp_path):
+    file = columns(share=[0.5] * 21)
+    with tiny.records("lightning.pytorch.utilities.rank_zero") as lines:
+        _fit(tiny_model, file, tmp_path, format={"probability": "share"})
+    said = [line.getMessage() for line in lines if "does not read" in line.getMessage()]
+    assert said == ["train: DPOLoss does not read the rows' probability",
+                    "val: DPOLoss does not read the rows' probability"]  # fmt: skip
+
+
+# ---- a memory ----
+
+
+class _States(Callback):
+    def __init__(self):
+        self.seen, self.validated = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.seen.append(pl_module.loss_state.clone())
+
+    def on_validation_end(self, trainer, pl_module):
+        self.validated.append(pl_module.loss_state.clone())
+
+
+def test_a_running_mean_is_that_of_all_pairs_in_training_and_evaluation_leaves_it(tiny_model, pairs_file, tmp_path):
+    rewards, states = [], _States()
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            sides = BCOLoss().rewards(pl_module.pair_logps(batch).detach())
+            rewards.extend(torch.stack(sides).mean(0).tolist())
+
+    _fit(tiny_model, pairs_file, tmp_path, loss=BCOLoss(), callbacks=[Look(), states], epochs=2)
+    total, count = states.seen[-1]
+    assert float(total / count) == pytest.approx(sum(rewards) / len(rewards), rel=1e-5)
+    assert len(rewards) == 42
+    assert torch.equal(states.validated[0], states.seen[5])
+    assert torch.equal(states.validated[-1], states.seen[-1])
+
+
+def test_a_memory_is_in_the_checkpoint_and_resuming_is_exact(tiny_model, pairs_file, tmp_path):
+    policy = {"quantization": "nf4", "dropout": 0.1}
+    loss = MixtureLoss(losses=(BCOLoss(), DPOLoss()))
+    dpo, whole = _fit(tiny_model, pairs_file, tmp_path / "a", loss=loss, policy=policy, epochs=2)
+    saved = torch.load(tmp_path / "a" / "step=4.ckpt", weights_only=True)
+    assert saved["state_dict"]["loss_state"].abs().sum() > 0
+    for step in (4, 6, 9):
+        torch.manual_seed(step)
+        other, again = _fit(
+            tiny_model,
+            pairs_file,
+            tmp_path / "b",
+            loss=loss,
+            policy=policy,
+            epochs=2,
+            ckpt_path=tmp_path / "a" / f"step={step}.ckpt",
+        )
+        assert again.losses == whole.losses[step:]
+        assert torch.equal(other.loss_state, dpo.loss_state)
+        assert all(torch.equal(p, adapter(dpo)[name]) for name, p in adapter(other).items())
+
+
+# ---- whole distributions ----
+
+
+@pytest.mark.parametrize("loss", [TDPOLoss(), WPOLoss()], ids=lambda loss: type(loss).__name__)
+def test_losses_of_whole_distributions_train_in_four_bits(tiny_model, pairs_file, tmp_path, loss):
+    policy = {"quantization": "nf4", "gradient_checkpointing": True}
+    dpo, trace = _fit(tiny_model, pairs_file, tmp_path, loss=loss, policy=policy, lr=3e-3, epochs=6)
+    assert sum(trace.losses[-6:]) < sum(trace.losses[:6])
+    assert float(dpo.trainer.callback_metrics["val/reward_accuracy"]) > 0.9
+
+
+def test_a_divergence_from_another_model_can_be_trained_too(tiny_model, pairs_file, tmp_path):
+    reference = ModelReference(str(tiny_model), quantization="nf4")
+    _, trace = _fit(tiny_model, pairs_file, tmp_path, loss=TDPOLoss(), reference=reference)
+    assert torch.tensor(trace.losses).isfinite().all()
+
+
+def test_a_loss_that_reads_distributions_refuses_a_cache_and_one_that_reads_tokens_sums(tiny_model, tmp_path):
+    with pytest.raises(PolicyError, match=r"reads kl of the reference, which CachedReference\("):
+        module(tiny_model, loss=TDPOLoss(), reference=CachedReference(directory=str(tmp_path)))
+
+
+# ---- configuration ----
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"loss": MixtureLoss([LDDPOLoss(loss=IPOLoss(beta=0.3), alpha=0.2), SFTLoss(), BCOLoss()], [1, 2, 3])},
+        {"loss": WPOLoss(loss=DPOLoss(beta=0.7), clamp=False)},
+        {"loss": SFTLoss(average="token")},
+        {"reference": CachedReference(BaseReference(), "somewhere", tokens=False)},
+        {"reference": CachedReference(ModelReference("x", quantization="none"))},
+        {"reference": EMAReference(0.3, 7)},
+    ],
+    ids=lambda given: str(*given.values()),
+)  # fmt: skip
+def test_losses_of_losses_and_references_reload_as_what_they_were(given, tiny_model, tmp_path):
+    dpo = module(tiny_model, **given)
+    torch.save({"hyper_parameters": configuration(dpo)}, tmp_path / "saved.ckpt")
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)["hyper_parameters"]
+    assert saved.pop("_instantiator") == "lightning.pytorch.cli.instantiate_module"
+    again = instantiate_module(DPOModule, saved)
+    assert again.loss == dpo.loss
+    assert again.reference == dpo.reference
+    assert again.policy == dpo.policy
+
+
+# ---- parts ----
+
+
+def test_a_mixture_logs_its_parts(tiny_model, pairs_file, tmp_path):
+    loss = MixtureLoss(losses=(DPOLoss(), SFTLoss()), weights=(1.0, 0.5))
+    dpo, _ = _fit(tiny_model, pairs_file, tmp_path, loss=loss)
+    for stage in ("train", "val"):
+        measured = {name: float(dpo.trainer.callback_metrics[f"{stage}/loss{name}"]) for name in ("", "_dpo", "_sft")}
+        assert measured[""] == pytest.approx(measured["_dpo"] + 0.5 * measured["_sft"], rel=1e-5)
+    accuracy = dpo.trainer.callback_metrics["val/reward_accuracy"]
+    assert 0 <= float(accuracy) <= 1
