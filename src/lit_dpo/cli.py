@@ -57,7 +57,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _import_quickly() -> None:
-    """Imports make a million objects and no garbage: looking for some takes a sixth of their time."""
+    """Imports make a million objects and no garbage: looking for it costs some tenths of a second."""
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -10,7 +10,8 @@
   one layer; in 4 bits it has a dequantised weight;
 - head: `constant + a · rows of a chunk + b · scored tokens`, from probes of the head alone.
 
-What is not in it: what kernels allocate inside themselves, the device's context, and the allocator's fragments.
+What is not in it: what kernels allocate inside themselves, the device's context, and the allocator's fragments. Padded
+rows of models that hold whole attention matrices may need more in the backward of rows much longer than the probes.
 """
 
 from __future__ import annotations
@@ -204,7 +205,10 @@ def _features(lengths: Lengths, flat: bool) -> NDArray[np.float64]:
 
 def _backbone(base: Any, device: torch.device) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Bytes per feature: alive after the forward, and on top of that in the backward."""
-    shapes = np.array(_PROBES)
+    # Padded rows may hold attention matrices, which outgrow other tensors of the backward only at some length.
+    room = getattr(base.config, "max_position_embeddings", 128) // 32
+    longer = 1 if has_pair_attention(base) else max(1, min(4, room))
+    shapes = np.array(_PROBES) * longer
     features = [_features(shape[None], has_pair_attention(base)) for shape in shapes]
     found = np.array([_probe(base, tuple(shape), device) for shape in shapes.tolist()], dtype=float)
     coefficients = np.linalg.lstsq(np.array(features), found, rcond=None)[0]
