@@ -136,6 +136,9 @@ def _hush() -> None:
     """Leave out what a user can do nothing about, so that what matters is seen."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
+    # a kernel for inference, from a hub; on some CPUs it is asked for at import
+    kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    kernels.addFilter(lambda record: "gemm_4bit_forward" not in record.getMessage())
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")
     warnings.filterwarnings("ignore", message=".*The dirpath has changed from.*")
