@@ -16,7 +16,8 @@ from lit_dpo import AdapterReference, BaseReference, CDPOLoss, DPOLoss, DPOModul
 from lit_dpo.checkpoint import save_adapter
 from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.records import PairLogps, SequenceLogps
-from training import adapter, data, module, trainer
+from lit_dpo.memory import _PROBES
+from training import Trace, adapter, data, module, trainer
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +80,23 @@ def test_a_step_is_the_mean_over_its_pairs_however_they_are_batched(
     parts = _train(tiny_model, pairs_file, tmp_path, batch_size=batch_size, accumulate=accumulate)
     for name, expected in whole.items():
         torch.testing.assert_close(parts[name], expected, rtol=0, atol=2e-6, msg=name)
+
+
+def test_a_step_over_batches_of_a_token_budget_is_the_same_mean_over_pairs(tiny_model, pairs_file, tmp_path):
+    """One window per epoch holds all 21 pairs: in one batch, or in batches of as many pairs as fit 150 tokens."""
+    adapters, sizes = [], []
+    for batches in ({"batch_size": 21}, {"batch_size": None, "max_tokens": 150}):
+        dpo = module(tiny_model, optimizer=functools.partial(torch.optim.SGD, lr=1.0))
+        trace = Trace()
+        run = trainer(tmp_path, accumulate_grad_batches=100, max_epochs=3, callbacks=[trace])
+        run.fit(dpo, data(pairs_file, **batches))
+        assert run.global_step == 3
+        adapters.append(adapter(dpo))
+        sizes.append({len(rows) for rows in trace.rows})
+    assert sizes[0] == {21}
+    assert len(sizes[1]) > 1
+    for name, expected in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], expected, rtol=0, atol=2e-6, msg=name)
 
 
 def _train(model, pairs_file, root, *, batch_size, accumulate):
@@ -174,7 +192,7 @@ def test_layers_checkpoint_in_fit_and_gradients_are_the_same(tiny_model, pairs_f
         trainer(tmp_path, max_steps=2).fit(dpo, data(pairs_file))
         counts.append(len(calls))
         trained.append(adapter(dpo))
-    layers, steps = 2, 2
+    layers, steps = 2, 2 + len(_PROBES)  # the memory estimate's probes run backward too
     assert counts[1] == counts[0] + layers * steps, "each layer of the policy runs again in each backward pass"
     for name, expected in trained[0].items():
         torch.testing.assert_close(trained[1][name], expected, rtol=0, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -46,9 +47,21 @@ def main(args: Sequence[str] | None = None) -> None:
     from lit_dpo.errors import LitDPOError
 
     try:
+        _import_quickly()
         from lit_dpo.lightning_cli import LitDPOCLI
 
         LitDPOCLI(args=None if args is None else given)
     except LitDPOError as error:
         sys.stderr.write(f"lit-dpo: error: {error}\n")
         raise SystemExit(1) from None
+
+
+def _import_quickly() -> None:
+    """Imports make a million objects and no garbage: looking for it costs some tenths of a second."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        import lit_dpo.lightning_cli  # noqa: F401
+    finally:
+        if collects:
+            gc.enable()

@@ -19,6 +19,7 @@ from lit_dpo import checkpoint as checkpoints
 from lit_dpo import metrics
 from lit_dpo.callbacks.export import AdapterExport
 from lit_dpo.callbacks.health import TrainingHealth
+from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.data.batch import ROW_FIELDS, PairBatch
 from lit_dpo.errors import DataError, PolicyError, ResumeError, TrainingError
@@ -261,8 +262,8 @@ class DPOModule(pl.LightningModule):
         }
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Health checks, export and predictions come with the module, unless the trainer has its own."""
-        brought = [callback() for callback in (TrainingHealth, AdapterExport, PredictionWriter)]
+        """Health checks, a memory estimate, export, predictions: they come along, unless the trainer has its own."""
+        brought = [callback() for callback in (TrainingHealth, MemoryEstimate, AdapterExport, PredictionWriter)]
         return [one for one in brought if not any(isinstance(own, type(one)) for own in self.trainer.callbacks)]  # type: ignore[attr-defined]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:

@@ -261,10 +261,62 @@ def test_a_dataset_object_stays_out_of_checkpoints(data, tmp_path: Path) -> None
         "batches": 0,
         "pairs": 4,
         "batch_size": 4,
+        "max_tokens": None,
         "ranks": 1,
         "seed": 3,
     }
     assert not any("datamodule" in key for key in saved)
+
+
+def test_a_token_budget_decides_the_batches_in_training_and_outside(data, jsonl) -> None:
+    module, pairs = Recorder(), data(batch_size=None, max_tokens=90, val=jsonl("val.jsonl", rows(22, 50)))
+    run = trainer(max_epochs=3, accumulate_grad_batches=2)
+    run.fit(module, pairs)
+    per_epoch = len(module.seen) // 3
+    assert run.estimated_stepping_batches == run.global_step == 3 * -(-per_epoch // 2)
+    lengths = pairs._tables["train"].lengths
+    assert len({len(batch) for batch in module.seen}) > 1
+    assert all(lengths[batch].sum() <= 90 for batch in module.seen)
+    for epoch in range(3):
+        batches = module.seen[epoch * per_epoch : (epoch + 1) * per_epoch]
+        assert sorted(row for batch in batches for row in batch) == list(range(22))
+    assert module.validated == list(range(22)) * 3
+
+
+def test_a_batch_size_caps_the_pairs_of_a_budget(data, jsonl) -> None:
+    module, pairs = Recorder(), data(batch_size=3, eval_batch_size=2, max_tokens=90, val=jsonl("val.jsonl", rows(22)))
+    trainer(max_epochs=1).fit(module, pairs)
+    assert max(len(batch) for batch in module.seen) == 3
+    assert max(batch.size for batch in pairs.val_dataloader()) == 2
+
+
+def test_without_a_budget_a_batch_has_eight_pairs(data) -> None:
+    assert (data(batch_size=None).batch_size, data(batch_size=None, max_tokens=90).batch_size) == (8, None)
+
+
+def test_a_pair_over_the_budget_stops_before_training_with_the_remedy(data, jsonl) -> None:
+    long = [{**row, "chosen": " yes" * 90} if i in (0, 2) else row for i, row in enumerate(rows(8))]
+    message = stop(data(train=jsonl("long.jsonl", long), max_tokens=90))
+    assert "train: Expected pairs of up to `max_tokens`=90 tokens" in message
+    assert "2 of 8 are longer" in message
+    assert "--data.max_length" in message
+    with pytest.raises(ValueError, match="`max_tokens` >= 1"):
+        data(max_tokens=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": None, "max_tokens": 90}], ids=["pairs", "tokens"])
+def test_the_largest_batches_are_those_of_the_epoch(data, options: dict) -> None:
+    pairs = data(**options)
+    pairs.setup("fit")
+    loader = pairs.train_dataloader()
+    flat, padded = loader.largest_batches()
+    batches = list(loader)
+    assert flat.sum() == max(batch.input_ids.shape[1] for batch in batches)
+    assert len(padded) * (padded[:, 0] + padded[:, 1:].max(1)).max() == max(
+        batch.size * int((batch.prompt_lengths + torch.maximum(batch.chosen_lengths, batch.rejected_lengths)).max())
+        for batch in batches
+    )
+    assert any(batch.prompt_lengths.tolist() == flat[:, 0].tolist() for batch in batches)
 
 
 def test_overfit_batches_repeat_the_same_batches(data) -> None:
@@ -284,14 +336,16 @@ MOMENTS = {
     "end of the epoch": ({"every_n_epochs": 1, "save_on_train_epoch_end": True}, {}),
     "end of the epoch, with workers": ({"every_n_epochs": 1, "save_on_train_epoch_end": True}, {"num_workers": 1}),
     "fewer batches": ({"every_n_train_steps": 1}, {"limit_train_batches": 4}),
+    "a token budget": ({"every_n_train_steps": 1}, {"max_tokens": 90}),
 }
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_resumed_run_sees_the_remaining_batches(data, tmp_path: Path, jsonl, moment: str) -> None:
     when, options = MOMENTS[moment]
-    workers = options.pop("num_workers", 0) if "num_workers" in options else 0
-    source = {"val": jsonl("val.jsonl", rows(3, 90)), "num_workers": workers}
+    options = dict(options)
+    source = {"val": jsonl("val.jsonl", rows(3, 90)), "num_workers": options.pop("num_workers", 0)}
+    source["max_tokens"] = options.pop("max_tokens", None)
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_top_k=-1, **when)
     straight = Recorder()
     trainer(checkpoint, **options).fit(straight, data(**source))
@@ -299,7 +353,7 @@ def test_a_resumed_run_sees_the_remaining_batches(data, tmp_path: Path, jsonl, m
     assert len(files) >= 2
     for file in files:
         state = torch.load(file, weights_only=True)["PreferenceDataModule"]
-        done = state["epoch"] * options.get("limit_train_batches", 6) + state["batches"]
+        done = state["epoch"] * options.get("limit_train_batches", len(straight.seen) // 2) + state["batches"]
         resumed = Recorder()
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*resum.*")
@@ -342,6 +396,8 @@ def test_other_batches_cannot_continue_an_epoch(data, tmp_path: Path, step: int)
     trainer(checkpoint, max_epochs=1).fit(Recorder(), data())
     with pytest.raises(ResumeError, match="batch_size 4 -> 2"):
         trainer().fit(Recorder(), data(batch_size=2), ckpt_path=tmp_path / f"step={step}.ckpt")
+    with pytest.raises(ResumeError, match="max_tokens None -> 200"):
+        trainer().fit(Recorder(), data(max_tokens=200), ckpt_path=tmp_path / f"step={step}.ckpt")
 
 
 def test_other_batches_can_continue_after_an_epoch(data, tmp_path: Path) -> None:

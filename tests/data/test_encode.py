@@ -276,3 +276,17 @@ def test_a_real_template_renders_header_and_end_once(shared) -> None:
     (pair,) = encode(tokenizer, Preference(messages, answer, answer))
     assert tokenizer.decode(pair.prompt) == "<|req|> A story. <|story|>"
     assert tokenizer.decode(pair.chosen) == " Once.<|endoftext|>"
+
+
+def test_taking_a_fingerprint_leaves_padding_and_truncation_as_they_are(chat_tokenizer) -> None:
+    backend = chat_tokenizer.backend_tokenizer
+    plain = PairEncoder(chat_tokenizer).fingerprint
+    backend.enable_padding(length=7, pad_id=1, pad_token="x", direction="left")
+    backend.enable_truncation(9, stride=2)
+    try:
+        before = backend.padding, backend.truncation
+        assert PairEncoder(chat_tokenizer).fingerprint == plain
+        assert (backend.padding, backend.truncation) == before
+    finally:
+        backend.no_padding()
+        backend.no_truncation()

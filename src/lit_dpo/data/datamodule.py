@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader
 
 from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.budget import BudgetSampler
 from lit_dpo.data.encode import PairEncoder, Truncation, check_limits
 from lit_dpo.data.formats import Preference, PreferenceFormat, Triples
 from lit_dpo.data.loader import PairDataset, PairLoader, loader_options
@@ -24,6 +25,7 @@ from lit_dpo.errors import DataError, ResumeError
 log = logging.getLogger(__name__)
 
 _SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+_BATCH_SIZE = 8
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -44,8 +46,12 @@ class PreferenceDataModule(LightningDataModule):
         max_prompt_length: most tokens of a prompt. None: no limit of its own.
         truncation: what happens to longer pairs: `drop`, `truncate_prompt`, `truncate_response`, `truncate_both` or
             `error`.
-        batch_size: pairs per device and step.
-        eval_batch_size: pairs per device and step outside of training. None: `batch_size`.
+        batch_size: pairs per device and batch, or with `max_tokens` the most of them. None: 8, or with `max_tokens` as
+            many as fit.
+        eval_batch_size: the same outside of training. None: `batch_size`.
+        max_tokens: most tokens of a batch per device (the prompt, the chosen and the rejected completion of each of its
+            pairs), in training and outside. Batches then hold as many pairs as fit; a step is still the mean over its
+            pairs. None: batches are counted in pairs.
         val_split: without `val`, this fraction of the training prompts is held out for validation, with all their
             pairs. 0: no validation.
         num_workers: processes that collate batches; encoding is done by then, so 0 is rarely slow.
@@ -69,8 +75,9 @@ class PreferenceDataModule(LightningDataModule):
         max_length: int | None = 1024,
         max_prompt_length: int | None = None,
         truncation: Truncation = "drop",
-        batch_size: int = 8,
+        batch_size: int | None = None,
         eval_batch_size: int | None = None,
+        max_tokens: int | None = None,
         val_split: float = 0.0,
         num_workers: int = 0,
         seed: int = 0,
@@ -79,7 +86,8 @@ class PreferenceDataModule(LightningDataModule):
         super().__init__()
         if not 0 <= val_split < 1:
             raise ValueError(f"Expected `val_split` in [0, 1) but got {val_split}.")
-        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "max_tokens": max_tokens}
+        for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"Expected `{name}` >= 1 but got {size}.")
         if num_workers < 0 or seed < 0:
@@ -91,8 +99,9 @@ class PreferenceDataModule(LightningDataModule):
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
         self.truncation = truncation
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
+        self.batch_size = _BATCH_SIZE if batch_size is None and max_tokens is None else batch_size
+        self.eval_batch_size = eval_batch_size or self.batch_size
+        self.max_tokens = max_tokens
         self.val_split = val_split
         self.num_workers = num_workers
         self.seed = seed
@@ -148,7 +157,7 @@ class PreferenceDataModule(LightningDataModule):
         """Batches in file order."""
         return self._eval_loader("predict")
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | None]:
         """Where training stands: the epoch, its consumed batches, and what these counts depend on."""
         table, loader = self._tables.get("train"), self._train_loader
         if self.trainer is None or table is None or loader is None:
@@ -236,7 +245,18 @@ class PreferenceDataModule(LightningDataModule):
         assert source is not None
         table = encode_table(load_pairs(source, self.format.columns, stage=split), self.format, self._get_encoder())
         _report(split, table, self.truncation)
+        self._check_budget(split, table)
         return table
+
+    def _check_budget(self, split: str, table: PairTable) -> None:
+        """Every pair fits a batch."""
+        if self.max_tokens is None or not (longer := int((table.lengths > self.max_tokens).sum())):
+            return
+        raise DataError(
+            f"{split}: Expected pairs of up to `max_tokens`={self.max_tokens} tokens (prompt and both answers) but "
+            f"{longer} of {table.size} are longer, the longest {table.lengths.max()}. "
+            "Raise `--data.max_tokens`, or lower `--data.max_length`, and `--data.truncation` drops or cuts them."
+        )
 
     def _get_encoder(self) -> PairEncoder:
         if self._encoder is None:
@@ -272,9 +292,13 @@ class PreferenceDataModule(LightningDataModule):
 
     # --- loaders ---------------------------------------------------------------------------------------------------
 
-    def _sampler(self, table: PairTable, batch_size: int, *, shuffle: bool) -> PairSampler:
+    def _sampler(self, table: PairTable, batch_size: int | None, *, shuffle: bool) -> PairSampler:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return PairSampler(table.lengths, batch_size, seed=self.seed, shuffle=shuffle, rank=rank, num_replicas=ranks)
+        order: dict[str, Any] = {"seed": self.seed, "shuffle": shuffle, "rank": rank, "num_replicas": ranks}
+        if self.max_tokens is not None:
+            return BudgetSampler(table.lengths, self.max_tokens, batch_size, **order)
+        assert batch_size is not None
+        return PairSampler(table.lengths, batch_size, **order)
 
     def _eval_loader(self, split: str) -> DataLoader[PairBatch]:
         table = self._table(split)
@@ -294,11 +318,12 @@ class PreferenceDataModule(LightningDataModule):
         self._check_resume(state, table)
         return state["epoch"], state["batches"]
 
-    def _order_facts(self, table: PairTable) -> dict[str, int]:
+    def _order_facts(self, table: PairTable) -> dict[str, int | None]:
         assert self.trainer is not None
         return {
             "pairs": table.size,
             "batch_size": self.batch_size,
+            "max_tokens": self.max_tokens,
             "ranks": self.trainer.world_size,
             "seed": self.seed,
         }
@@ -306,7 +331,7 @@ class PreferenceDataModule(LightningDataModule):
     def _check_resume(self, state: Mapping[str, int], table: PairTable) -> None:
         """In the middle of an epoch "the remaining batches" means something only for the same batches."""
         now = self._order_facts(table)
-        changed = [f"{name} {state[name]} -> {value}" for name, value in now.items() if state.get(name) != value]
+        changed = [f"{name} {state.get(name)} -> {value}" for name, value in now.items() if state.get(name) != value]
         if changed:
             raise ResumeError(
                 f"The checkpoint stopped after batch {state['batches']} of epoch {state['epoch']}, and the batches are "

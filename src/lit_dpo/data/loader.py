@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from lit_dpo.data.batch import PairBatch
@@ -60,6 +62,19 @@ class PairLoader(DataLoader[PairBatch]):
         for batch in super().__iter__():
             self.batches += 1
             yield batch
+
+    def largest_batches(self) -> list[NDArray[np.int64]]:
+        """Of the sampler's present epoch, the batch with most tokens and the one with most when padded.
+
+        Each as `(B, 3)` tokens of the prompt, the chosen and the rejected completion of its pairs.
+        """
+        assert isinstance(self.dataset, PairDataset)
+        lengths = self.dataset.table.part_lengths
+        batches: list[list[int]] = list(self.sampler)
+        totals, longest = lengths.sum(1), lengths[:, 0] + lengths[:, 1:].max(1)
+        flat = max(batches, key=lambda rows: totals[rows].sum())
+        padded = max(batches, key=lambda rows: len(rows) * longest[rows].max())
+        return [lengths[flat], lengths[padded]]
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: that it is there tells Lightning that the loader resumes.

@@ -60,6 +60,14 @@ class PairTable(NamedTuple):
         return self._facts("length")[self.rows]
 
     @property
+    def part_lengths(self) -> NDArray[np.int64]:
+        """`(N, 3)` tokens of the prompt, the chosen and the rejected completion."""
+        from pyarrow.compute import list_value_length
+
+        parts = [list_value_length(self.encoded.data.column(name)).to_numpy() for name in _IDS]
+        return np.stack(parts, axis=1).astype(np.int64)[self.rows]
+
+    @property
     def prompt_keys(self) -> NDArray[np.int64]:
         """`(N,)` equal for equal prompts."""
         return self._facts("prompt_key")[self.rows]

@@ -1,0 +1,136 @@
+"""The estimated peak of a training step beside the measured one.
+
+python benchmarks/memory.py            # a table over architectures, quantisation, vocabulary, batch and length
+python benchmarks/memory.py --quick    # a few of its rows
+
+On a CPU: every allocation and release that the allocator reports to the profiler during a step, on top of all tensors
+that are there before it. On a GPU: `torch.cuda.max_memory_allocated`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from lit_dpo import DPOModule, QLoRAPolicy
+from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
+from lit_dpo.memory import estimate_step
+
+SIZES = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 2048}
+LLAMA = {**SIZES, "intermediate_size": 688, "num_key_value_heads": 2}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LlamaConfig", LLAMA),
+    "Qwen2": ("Qwen2Config", LLAMA),
+    "GPT-2": ("GPT2Config", {"n_embd": 256, "n_layer": 4, "n_head": 4, "n_positions": 2048}),
+    "OPT": ("OPTConfig", {**SIZES, "ffn_dim": 1024, "word_embed_proj_dim": 256}),
+}
+VOCABULARIES = (2_000, 32_000, 128_000)
+BATCHES = ((2, 64), (8, 256), (4, 900))  # pairs, tokens of a side of the longest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
+    print("model  bits  again   vocab pairs tokens measured estimate    off   (MiB; again: gradient checkpointing)")
+    worst = 0.0
+    for name, vocabulary in itertools.product(MODELS, VOCABULARIES):
+        if vocabulary != 32_000 and (quick or name != "Llama"):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            save(Path(folder), name, vocabulary)
+            for quantization, checkpointing in itertools.product(("nf4", "none"), (False, True)):
+                module = load(folder, quantization, checkpointing)
+                for pairs, tokens in BATCHES[2:3] if quick else BATCHES:
+                    batch = random_batch(pairs, tokens, vocabulary).to(module.device)
+                    estimate = estimate_step(module.model, [lengths(batch)]).total
+                    measured = peak(module, batch)
+                    off = estimate / measured - 1
+                    worst = max(worst, abs(off))
+                    print(
+                        f"{name:6} {quantization:5} {'yes' if checkpointing else 'no':5} {vocabulary:7} {pairs:5} "
+                        f"{lengths(batch).sum():6} {measured / 2**20:8.1f} {estimate / 2**20:8.1f} {off:+6.1%}",
+                        flush=True,
+                    )
+    print(f"furthest off: {worst:.1%}")
+
+
+def save(folder: Path, name: str, vocabulary: int) -> None:
+    kind, sizes = MODELS[name]
+    config = getattr(transformers, kind)(vocab_size=vocabulary, **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def load(folder: str, quantization: Any, checkpointing: bool) -> Any:
+    module = DPOModule(QLoRAPolicy(folder, quantization=quantization, gradient_checkpointing=checkpointing))
+    module.configure_model()
+    return module.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def random_batch(pairs: int, longest: int, vocabulary: int) -> PairBatch:
+    random = np.random.default_rng(0)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return random.integers(0, vocabulary, random.integers(low, high)).tolist()
+
+    half = longest // 2
+    return collate_pairs(
+        [EncodedPair(tokens(1, half), tokens(1, half + 1), tokens(1, half + 1)) for _ in range(pairs - 1)]
+        + [EncodedPair(tokens(half, half + 1), tokens(half, half + 1), tokens(half, half + 1))]
+    )
+
+
+def lengths(batch: PairBatch) -> np.ndarray[Any, Any]:
+    return torch.stack([batch.prompt_lengths, batch.chosen_lengths, batch.rejected_lengths], dim=1).numpy()
+
+
+def peak(module: Any, batch: PairBatch) -> int:
+    """Bytes, in the second step, when the optimizer has its state, and with the gradients of an accumulation."""
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
+
+    def step() -> None:
+        module.compute_loss(module.pair_logps(batch)).sum().backward()
+
+    step()
+    optimizer.step()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        found = torch.cuda.max_memory_allocated()
+    else:
+        found = there_now() + allocated(step)
+    module.zero_grad()
+    return found
+
+
+def there_now() -> int:
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def allocated(run: Any) -> int:
+    """Most bytes that a function had allocated at any time on the CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return int(max(np.cumsum(changes)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_dpo.memory import StepMemory, estimate_step
+
+log = logging.getLogger(__name__)
+
+
+class MemoryEstimate(pl.Callback):
+    """Says before training what a step over the epoch's largest batch needs, and on a GPU whether it is there.
+
+    It needs the lengths of all pairs, which `PreferenceDataModule` knows; with other loaders it says nothing.
+    """
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Print the estimate; warn if it will not fit."""
+        largest = getattr(trainer.train_dataloader, "largest_batches", None)
+        if largest is None or not trainer.is_global_zero:
+            return
+        step = estimate_step(
+            pl_module.model,
+            largest(),
+            optimizer=pl_module.optimizer,
+            with_kl="kl" in pl_module.loss.needs,
+            context=trainer.precision_plugin.train_step_context,
+        )
+        room = _room(pl_module.device)
+        rank_zero_info(f"a step needs about {step}" + (f"; the device has {room / 2**30:.2f} GiB" if room else ""))
+        if room and step.total > room:
+            log.warning(_remedy(step, room, pl_module.policy.gradient_checkpointing))
+
+
+def _room(device: torch.device) -> int | None:
+    """Bytes of a GPU that are free or already ours; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def _remedy(step: StepMemory, room: int, checkpointing: bool) -> str:
+    again = "" if checkpointing else "set `--model.policy.gradient_checkpointing true`, or "
+    return (
+        f"A step will not fit: it needs about {step.total / 2**30:.2f} GiB and the device has {room / 2**30:.2f}; "
+        f"{again}lower `--data.max_tokens` (or `--data.batch_size`) or `--data.max_length`."
+    )

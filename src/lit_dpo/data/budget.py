@@ -1,0 +1,110 @@
+"""Batches by a budget of tokens: as many pairs as fit, and the same number of batches in every epoch."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_dpo.data.sampler import PairSampler
+
+_DRAWS = 8
+
+
+class BudgetSampler(PairSampler):
+    """A `PairSampler` whose batches hold as many pairs as fit `max_tokens` tokens.
+
+    An order of the rows is cut from its beginning: a batch ends where the next pair would not fit. Nothing is sorted,
+    because rows without padding cost the same whatever their neighbours are.
+
+    Training: a new permutation per epoch. Permutations need more or fewer batches, but a trainer counts them once, for
+    the end of an accumulation window and the course of the learning rate. So every epoch has the number that the worst
+    of the first 8 permutations needs, rounded up to a multiple of the ranks: where there are fewer, the batches with
+    the most pairs are halved; a permutation that needs more is drawn again. If there are too few rows for that
+    multiple, fewer rows than ranks sit the epoch out.
+
+    Evaluation: file order, every row exactly once over all ranks, none twice.
+
+    Args:
+        lengths: tokens per pair.
+        max_tokens: most tokens per rank and batch. Expected at least the longest pair.
+        batch_size: most pairs per rank and batch. None: as many as fit.
+        options: `seed`, `shuffle`, `rank` and `num_replicas` as in `PairSampler`.
+
+    Raises:
+        ValueError: for a pair that does not fit, or as `PairSampler`.
+
+    Example:
+        >>> from lit_dpo.data.budget import BudgetSampler
+        >>> list(BudgetSampler([10, 40, 20, 30, 50], max_tokens=60, shuffle=False))
+        [[0, 1], [2, 3], [4]]
+    """
+
+    def __init__(
+        self, lengths: Sequence[int] | NDArray[Any], max_tokens: int, batch_size: int | None = None, **options: Any
+    ) -> None:
+        super().__init__(lengths, max(1, len(lengths)) if batch_size is None else batch_size, bucket=0, **options)
+        if len(lengths) and self.lengths.max() > max_tokens:
+            raise ValueError(f"Expected pairs of up to `max_tokens`={max_tokens} but one has {self.lengths.max()}.")
+        self.max_tokens = max_tokens
+        self._rows_sit_out = False
+        self._epoch_batches = self._count_batches() if self.shuffle else len(self._batches())
+
+    def __len__(self) -> int:
+        """Batches of this rank in a whole epoch, the same for every epoch."""
+        return len(range(self.rank, self._epoch_batches, self.num_replicas))
+
+    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+        """The batches of this epoch, from the loaded position on."""
+        for rows in self._batches()[self.rank :: self.num_replicas][self.start_batch :]:
+            yield rows.tolist()
+
+    def _count_batches(self) -> int:
+        most = max(len(self._cut(next(self._permutations(epoch)))) for epoch in range(_DRAWS))
+        wanted = -(-most // self.num_replicas) * self.num_replicas
+        self._rows_sit_out = wanted > len(self.lengths)
+        return wanted - self.num_replicas * self._rows_sit_out
+
+    def _batches(self) -> list[NDArray[np.int64]]:
+        """Those of all ranks in the present epoch."""
+        if not self.shuffle:
+            return self._cut(np.arange(len(self.lengths)))
+        for order in self._permutations(self.epoch):
+            batches = self._cut(order)
+            if len(batches) <= self._epoch_batches:
+                return _halve_largest(batches, self._epoch_batches - len(batches))
+            if self._rows_sit_out:
+                return sorted(batches, key=len, reverse=True)[: self._epoch_batches]
+        raise AssertionError("permutations never end")
+
+    def _permutations(self, epoch: int) -> Iterator[NDArray[np.int64]]:
+        random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        while True:
+            yield random.permutation(len(self.lengths))
+
+    def _cut(self, order: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        ends = self.lengths[order].cumsum().tolist()
+        batches, start, before = [], 0, 0
+        while start < len(ends):
+            end = min(bisect_right(ends, before + self.max_tokens, lo=start), start + self.batch_size)
+            batches.append(order[start:end])
+            start, before = end, ends[end - 1]
+        return batches
+
+
+def _halve_largest(batches: list[NDArray[np.int64]], times: int) -> list[NDArray[np.int64]]:
+    """So many batches more: the second halves of those that had the most pairs, at the end."""
+    heap = [(-len(rows), place) for place, rows in enumerate(batches)]
+    heapq.heapify(heap)
+    for _ in range(times):
+        _, place = heapq.heappop(heap)
+        rows = batches[place]
+        batches[place] = rows[: len(rows) // 2]
+        batches.append(rows[len(rows) // 2 :])
+        for half in (place, len(batches) - 1):
+            heapq.heappush(heap, (-len(batches[half]), half))
+    return batches

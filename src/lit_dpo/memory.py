@@ -1,0 +1,273 @@
+"""Will it fit: the peak memory of a training step, from a few probes of a few tokens.
+
+`peak = weights + adapters + activations + max(head, backward)`, in bytes:
+
+- weights: all tensors of the policy and of a reference beside it, as they are stored (packed 4 bits and their scales);
+- adapters: parameters, gradients, and what the optimizer keeps of them;
+- activations: what is alive after the forward of the backbone. Measured on probes, as the sum of a constant, a term per
+  token of each part of a pair, and one per entry of an attention matrix: six probes decide it for any architecture;
+- backward: what comes on top of it while it runs backward, from the same probes. With gradient checkpointing this is
+  one layer; in 4 bits it has a dequantised weight;
+- head: `constant + a · rows of a chunk + b · scored tokens`, from probes of the head alone.
+
+What is not in it: what kernels allocate inside themselves, the device's context, and the allocator's fragments. Padded
+rows of models that hold whole attention matrices may need more in the backward of rows much longer than the probes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lit_dpo.data.batch import EncodedPair, collate_pairs
+from lit_dpo.logps import score
+from lit_dpo.logps.attention import has_pair_attention
+from lit_dpo.logps.head import model_head, reference_kl, selected_logps
+
+Lengths = NDArray[np.int64]
+"""`(B, 3)` tokens of the prompt, the chosen and the rejected completion of each pair of a batch."""
+
+# (prompt, chosen, rejected) of probes, different enough to tell the parts' tokens and their products apart.
+_PROBES = ((4, 4, 4), (16, 4, 4), (4, 16, 4), (4, 4, 16), (16, 16, 4), (16, 4, 16))
+_ROWS = (4, 12)  # scored tokens of the head's probes
+_TINY_CHUNKS = 2**40  # a vocabulary so large that a chunk has as few rows as there can be
+
+
+class StepMemory(NamedTuple):
+    """The parts of the peak of a training step, in bytes.
+
+    Attributes:
+        weights: frozen tensors, the reference's too.
+        adapters: what trains, its gradients and the optimizer's state.
+        activations: alive after the forward of the backbone.
+        backward: at most alive beside them while it runs backward.
+        head: at most alive beside them while logits are scored.
+        tokens: of the batch, `prompt + chosen + rejected` summed over its pairs.
+    """
+
+    weights: int
+    adapters: int
+    activations: int
+    backward: int
+    head: int
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        """The peak: head and backward do not run at the same time."""
+        return self.weights + self.adapters + self.activations + max(self.backward, self.head)
+
+    def __str__(self) -> str:
+        """One line, in GiB, or in MiB where that is too coarse.
+
+        Example:
+            >>> print(StepMemory(3 * 2**28, 2**25, 2**30, 2**26, 2**27, 3210))
+            1.91 GiB: weights 0.75, adapters and optimizer 0.03, activations of 3,210 tokens 1.00, head 0.12
+        """
+        unit, size = ("GiB", 2**30) if self.total >= 2**30 else ("MiB", 2**20)
+        last = "head" if self.head > self.backward else "backward"
+        return (
+            f"{self.total / size:.2f} {unit}: weights {self.weights / size:.2f}, adapters and optimizer "
+            f"{self.adapters / size:.2f}, activations of {self.tokens:,} tokens {self.activations / size:.2f}, "
+            f"{last} {max(self.backward, self.head) / size:.2f}"
+        )
+
+
+def estimate_step(
+    model: Any,
+    batches: Sequence[Lengths],
+    *,
+    optimizer: Callable[..., Any] = torch.optim.AdamW,
+    with_kl: bool = False,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> StepMemory:
+    """The peak of a training step over the largest of some batches.
+
+    Random states, gradients and weights are left as they are.
+
+    Args:
+        model: the policy, its layout chosen, in training mode.
+        batches: candidates for the largest.
+        optimizer: makes one from a list of parameters.
+        with_kl: the loss reads the divergence of whole distributions.
+        context: what a training step runs in, such as autocast.
+    """
+    base = score.base_model(model)
+    device = base.get_input_embeddings().weight.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), context():
+        alive, backward = _backbone(base, device)
+        head = _head(base, device, with_kl)
+    frozen, trained = stored_bytes(model)
+    steps = [
+        StepMemory(
+            weights=frozen,
+            adapters=round(trained * (2 + _state_ratio(optimizer, device))),
+            activations=round(float(features @ alive)),
+            backward=round(float(features @ backward)),
+            head=head(int(lengths[:, 1:].sum())),
+            tokens=int(lengths.sum()),
+        )
+        for lengths in batches
+        for features in [_features(lengths, has_pair_attention(base))]
+    ]
+    return max(steps, key=lambda step: step.total)
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that operations make while it is on, until they are freed.
+
+    Attributes:
+        live: bytes alive now.
+        peak: most bytes that were alive.
+
+    Example:
+        >>> with LiveBytes() as memory:
+        ...     zeros = torch.zeros(100) + torch.zeros(100)
+        >>> memory.live, memory.peak
+        (400, 1200)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: int = 0
+        self.peak: int = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and note what it made; views and results in place are no new memory."""
+        given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and (key := made.untyped_storage()._cdata) not in given | self._sizes.keys():
+                self._sizes[key] = made.untyped_storage().nbytes()
+                self.live += self._sizes[key]
+                weakref.finalize(made.untyped_storage(), self._free, key)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _free(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+def stored_bytes(model: Any) -> tuple[int, int]:
+    """Bytes of a model's tensors as they are stored, each storage once: those that are frozen, those that train."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    sizes: dict[bool, dict[int, int]] = {False: {}, True: {}}
+    for tensor in _tensors(model, set()):
+        storage = tensor.untyped_storage()
+        sizes[id(tensor) in trained][storage.data_ptr()] = storage.nbytes()
+    return sum(sizes[False].values()), sum(sizes[True].values())
+
+
+def _tensors(thing: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Tensors of modules, and of what quantisation keeps beside them."""
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, Tensor):
+        yield thing
+    if isinstance(thing, Tensor | nn.Module) or type(thing).__module__.startswith("bitsandbytes"):
+        thing = getattr(thing, "__dict__", {})
+    if isinstance(thing, dict):
+        for value in thing.values():
+            yield from _tensors(value, seen)
+
+
+def _state_ratio(optimizer: Callable[..., Any], device: torch.device) -> float:
+    """Bytes that an optimizer keeps per byte of float32 parameters, seen after one step."""
+    probe = nn.Parameter(torch.zeros(64, 64, device=device))
+    probe.grad = torch.zeros_like(probe)
+    made = optimizer([probe])
+    made.step()
+    kept = [value for value in made.state[probe].values() if isinstance(value, Tensor) and value.numel() > 1]
+    return sum(value.untyped_storage().nbytes() for value in kept) / probe.untyped_storage().nbytes()
+
+
+def _features(lengths: Lengths, flat: bool) -> NDArray[np.float64]:
+    """What the bytes of a batch are a sum of: a constant, tokens, and entries of attention matrices."""
+    prompt, chosen, rejected = lengths.T
+    if flat:
+        entries = ((prompt + chosen) ** 2).sum(), (rejected * (prompt + rejected)).sum()
+        return np.array([1.0, *lengths.sum(0), *entries])
+    width = int((prompt + np.maximum(chosen, rejected)).max())
+    rows = 2 * len(lengths)
+    return np.array([1.0, rows * width, rows * width**2, (chosen + rejected).sum()])
+
+
+def _backbone(base: Any, device: torch.device) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Bytes per feature: alive after the forward, and on top of that in the backward."""
+    # Padded rows may hold attention matrices, which outgrow other tensors of the backward only at some length.
+    room = getattr(base.config, "max_position_embeddings", 128) // 32
+    longer = 1 if has_pair_attention(base) else max(1, min(4, room))
+    shapes = np.array(_PROBES) * longer
+    features = [_features(shape[None], has_pair_attention(base)) for shape in shapes]
+    found = np.array([_probe(base, tuple(shape), device) for shape in shapes.tolist()], dtype=float)
+    coefficients = np.linalg.lstsq(np.array(features), found, rcond=None)[0]
+    return coefficients[:, 0], coefficients[:, 1]
+
+
+def _probe(base: Any, lengths: tuple[int, int, int], device: torch.device) -> tuple[int, int]:
+    prompt, chosen, rejected = ([0] * length for length in lengths)
+    batch = collate_pairs([EncodedPair(prompt, chosen, rejected)]).to(device)
+    trained = [p for p in base.get_decoder().parameters() if p.requires_grad]
+    with LiveBytes() as memory:
+        hidden = score._run(base, batch).hidden
+        alive = memory.live
+        if hidden.requires_grad:
+            # The first adapter's gradient passes all layers; the others' are counted with the adapters.
+            torch.autograd.grad(hidden, trained[:1], torch.zeros_like(hidden), allow_unused=True)
+    return int(alive), int(memory.peak - alive)
+
+
+def _head(base: Any, device: torch.device, with_kl: bool) -> Callable[[int], int]:
+    """Scored tokens to bytes: logits of one chunk at a time, and what every scored token leaves."""
+    vocabulary = base.config.get_text_config().vocab_size
+    like = score._run(base, collate_pairs([EncodedPair([0], [0], [0])]).to(device)).hidden.detach()[:1]
+    trains = any(p.requires_grad for p in base.get_output_embeddings().parameters())
+    narrow = nn.Linear(like.shape[1], 2, device=device, dtype=like.dtype).requires_grad_(trains)
+    few = _chunk_rows(_TINY_CHUNKS, device)
+    each, _ = _line(narrow, like, (4 * few, 8 * few), _TINY_CHUNKS, with_kl)
+    in_chunk, constant = _line(model_head(base), like, _ROWS, vocabulary, with_kl)
+    rows = _chunk_rows(vocabulary, device)
+    return lambda scored: round(constant + (in_chunk - each) * min(scored, rows) + each * scored)
+
+
+def _line(head: Any, like: Tensor, rows: tuple[int, int], vocabulary: int, with_kl: bool) -> tuple[float, float]:
+    """Bytes per row of hidden states, and for none, as a line through two sizes."""
+    small, large = (_head_bytes(head, like.expand(count, -1), vocabulary, with_kl) for count in rows)
+    slope = (large - small) / (rows[1] - rows[0])
+    return slope, small - rows[0] * slope
+
+
+def _head_bytes(head: Any, hidden: Tensor, vocabulary: int, with_kl: bool) -> int:
+    hidden = hidden.contiguous().requires_grad_()
+    with LiveBytes() as memory:
+        if with_kl:
+            found = reference_kl(head, hidden, head, hidden.detach(), vocabulary)
+        else:
+            found = selected_logps(head, hidden, hidden.new_zeros(len(hidden), dtype=torch.long), vocabulary)
+        torch.autograd.grad(found.sum(), hidden)
+    return int(memory.peak)
+
+
+def _chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows that are projected at once, asked from a head that has two tokens."""
+    seen: list[int] = []
+
+    def head(states: Tensor) -> Tensor:
+        seen.append(states.shape[0])
+        return states.expand(-1, 2)
+
+    with torch.no_grad():
+        rows = 2**15
+        selected_logps(head, torch.zeros(rows, 1, device=device), torch.zeros(rows, device=device).long(), vocabulary)
+    return max(seen)
