@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
 
+import lit_dpo.losses as losses
 from lit_dpo.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -43,11 +45,29 @@ def _contains(found, given):
 
 
 def test_every_loss_has_a_fragment_and_every_fragment_a_loss():
-    import lit_dpo.losses as losses
-
     files = {path.stem for path in (CONFIGS / "losses").glob("*.yaml")}
     classes = {name.removesuffix("Loss").lower() for name in losses.__all__ if name != "PreferenceLoss"}
     assert files == classes
+
+
+@pytest.mark.parametrize("name", [name for name in losses.__all__ if name != "PreferenceLoss"])
+def test_what_print_config_writes_of_a_loss_by_short_name_parses_again(capsys, tmp_path, name):
+    start = ["--model.policy.model=x", f"--model.loss={name}"]
+    found = _config(capsys, *start)
+    (tmp_path / "written.yaml").write_text(yaml.safe_dump(found))
+    assert _config(capsys, "--config", str(tmp_path / "written.yaml"))["model"] == found["model"]
+    assert "Unable" not in str(found)
+
+
+def test_no_argument_has_another_meaning_in_another_loss():
+    """It would be carried over when a loss is swapped by its short name."""
+    seen: dict[str, str] = {}
+    shared = {"beta", "label_smoothing", "nll_weight", "gamma", "loss"}  # the same knob wherever they are
+    for name in losses.__all__:
+        for field in dataclasses.fields(getattr(losses, name)):
+            if field.init and field.name not in shared and (name, field.name) != ("FDPOLoss", "alpha"):
+                assert field.name not in seen, f"{name} and {seen[field.name]} both have `{field.name}`"
+                seen[field.name] = name
 
 
 def test_opt_350m_is_the_tutorial(capsys):

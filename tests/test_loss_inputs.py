@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lightning.pytorch.cli import instantiate_module
 import tiny
 from lit_dpo import BaseReference, CachedReference, DPOLoss, DPOModule, EMAReference, IPOLoss, ModelReference
 from lit_dpo.checkpoint import configuration
-from lit_dpo.errors import DataError, PolicyError
+from lit_dpo.errors import DataError, PolicyError, ResumeError
 from lit_dpo.losses import BCOLoss, LDDPOLoss, MixtureLoss, ODPOLoss, SFTLoss, SoftDPOLoss, TDPOLoss, WPOLoss
 from training import Trace, adapter, data, module, trainer
 
@@ -73,6 +74,12 @@ def test_a_weight_multiplies_its_row_s_loss(tiny_model, columns, tmp_path):
     tiny.assert_same_gradients(found, expected, tolerance=1e-6)
 
 
+def test_large_weights_start_at_their_own_loss(tiny_model, columns, tmp_path):
+    """The check before the first step weighs both sides of its comparison."""
+    _, trace = _fit(tiny_model, columns(weight=[5.0] * 21), tmp_path, format={"weight": "weight"})
+    assert trace.losses[0] == pytest.approx(4 * 5 * 0.6931472, rel=1e-4)  # the step's four pairs, summed
+
+
 @pytest.mark.parametrize(
     ("loss", "column", "values"),
     [
@@ -99,6 +106,28 @@ def test_a_column_that_the_loss_lacks_is_named_before_weights_load(tiny_model, p
     with pytest.raises(DataError, match=rf"train: .*Loss reads the rows' {column} .* --data.format.{column} COLUMN"):
         trainer(tmp_path).fit(dpo, data(pairs_file))
     assert dpo.model is None
+
+
+def test_a_column_in_some_files_alone_is_named(tiny_model, pairs_file, columns, tmp_path):
+    from lit_dpo.data.formats import Preference, Triples
+
+    @dataclass(frozen=True)
+    class Some(Triples):
+        def read(self, row):
+            found = super().read(row)
+            return found._replace(weight=1.0) if row["prompt"].endswith("1?") else found
+
+    source = data(pairs_file, format=Some(), tokenizer=str(tiny_model))
+    with pytest.raises(DataError, match=r"Expected a `weight` in every row or in none but \d+ of 21 have none"):
+        source.setup("fit")
+    assert Preference("a", "b", "c").weight is None
+
+
+def test_predicting_needs_no_column_that_only_the_loss_reads(tiny_model, pairs_file, tmp_path):
+    dpo = module(tiny_model, loss=ODPOLoss())
+    source = data(pairs_file, predict=str(pairs_file))
+    predicted = trainer(tmp_path).predict(dpo, source)
+    assert sum(len(batch["row"]) for batch in predicted) == 21
 
 
 def test_a_column_that_no_loss_reads_is_said(tiny_model, columns, tmp_path):
@@ -140,6 +169,34 @@ def test_a_running_mean_is_that_of_all_pairs_in_training_and_evaluation_leaves_i
     assert torch.equal(states.validated[-1], states.seen[-1])
 
 
+def test_a_batch_is_remembered_before_its_own_losses(tiny_model, pairs_file, tmp_path):
+    """As the authors and TRL 0.24 have it: a batch's losses read a mean that it is part of."""
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pairs = pl_module.pair_logps(batch).detach()
+            state = BCOLoss().next_state(pl_module.loss_state, pairs)
+            seen.append(float(BCOLoss()(pairs._replace(state=state)).sum()))
+
+    _, trace = _fit(tiny_model, pairs_file, tmp_path, loss=BCOLoss(), callbacks=[Look()])
+    assert trace.losses == pytest.approx(seen, rel=1e-5)
+
+
+def test_another_loss_or_reference_may_evaluate_a_checkpoint(tiny_model, pairs_file, tmp_path):
+    """A memory, and a reference that moved, belong to training."""
+    trained = {"loss": BCOLoss(), "reference": EMAReference(0.5, 1)}
+    dpo, _ = _fit(tiny_model, pairs_file, tmp_path / "a", **trained)
+    plain, _ = _fit(tiny_model, pairs_file, tmp_path / "b")
+    source = data(pairs_file, val=str(pairs_file))
+    for given, checkpoint, weights in (({}, "a", dpo), ({"loss": BCOLoss()}, "b", plain)):
+        other = module(tiny_model, **given)
+        trainer(tmp_path).validate(other, source, ckpt_path=tmp_path / checkpoint / "step=6.ckpt", verbose=False)
+        assert all(torch.equal(p, adapter(weights)[name]) for name, p in adapter(other).items())
+    with pytest.raises(ResumeError, match="another run"):
+        _fit(tiny_model, pairs_file, tmp_path / "c", ckpt_path=tmp_path / "a" / "step=6.ckpt", epochs=2)
+
+
 def test_a_memory_is_in_the_checkpoint_and_resuming_is_exact(tiny_model, pairs_file, tmp_path):
     policy = {"quantization": "nf4", "dropout": 0.1}
     loss = MixtureLoss(losses=(BCOLoss(), DPOLoss()))
@@ -165,6 +222,12 @@ def test_a_memory_is_in_the_checkpoint_and_resuming_is_exact(tiny_model, pairs_f
 # ---- whole distributions ----
 
 
+@pytest.mark.parametrize("loss", [WPOLoss(loss=TDPOLoss()), MixtureLoss((TDPOLoss(), WPOLoss()))], ids=str)
+def test_both_statistics_reach_a_loss_of_losses(tiny_model, pairs_file, tmp_path, loss):
+    _, trace = _fit(tiny_model, pairs_file, tmp_path, loss=loss)
+    assert torch.tensor(trace.losses).isfinite().all()
+
+
 @pytest.mark.parametrize("loss", [TDPOLoss(), WPOLoss()], ids=lambda loss: type(loss).__name__)
 def test_losses_of_whole_distributions_train_in_four_bits(tiny_model, pairs_file, tmp_path, loss):
     policy = {"quantization": "nf4", "gradient_checkpointing": True}
@@ -180,8 +243,15 @@ def test_a_divergence_from_another_model_can_be_trained_too(tiny_model, pairs_fi
 
 
 def test_a_loss_that_reads_distributions_refuses_a_cache_and_one_that_reads_tokens_sums(tiny_model, tmp_path):
-    with pytest.raises(PolicyError, match=r"reads kl of the reference, which CachedReference\("):
-        module(tiny_model, loss=TDPOLoss(), reference=CachedReference(directory=str(tmp_path)))
+    cached = CachedReference(directory=str(tmp_path), tokens=False)
+    with pytest.raises(PolicyError, match=r"reads the reference's whole distribution, .* Use BaseReference\(\) itself"):
+        module(tiny_model, loss=TDPOLoss(), reference=cached)
+    with pytest.raises(
+        PolicyError, match=r"reads the reference's log-probs per token, .* Use BaseReference\(\) itself"
+    ):
+        module(tiny_model, loss=LDDPOLoss(), reference=cached)
+    for policy_only in (LDDPOLoss(reference="plain"), WPOLoss()):
+        assert module(tiny_model, loss=policy_only, reference=cached).reference.bare == BaseReference()
 
 
 # ---- configuration ----
@@ -190,9 +260,9 @@ def test_a_loss_that_reads_distributions_refuses_a_cache_and_one_that_reads_toke
 @pytest.mark.parametrize(
     "given",
     [
-        {"loss": MixtureLoss([LDDPOLoss(loss=IPOLoss(beta=0.3), alpha=0.2), SFTLoss(), BCOLoss()], [1, 2, 3])},
+        {"loss": MixtureLoss([LDDPOLoss(loss=IPOLoss(beta=0.3), surplus_weight=0.2), SFTLoss(), BCOLoss()], [1, 2, 3])},
         {"loss": WPOLoss(loss=DPOLoss(beta=0.7), clamp=False)},
-        {"loss": SFTLoss(average="token")},
+        {"loss": SFTLoss(average_over="token")},
         {"reference": CachedReference(BaseReference(), "somewhere", tokens=False)},
         {"reference": CachedReference(ModelReference("x", quantization="none"))},
         {"reference": EMAReference(0.3, 7)},

@@ -32,7 +32,7 @@ def describe(module: Any) -> dict[str, Any]:
         "base": policy.identity(),
         "policy": {k: v for k, v in to_builtins(policy).items() if k not in _MAY_CHANGE} | {"adapter": policy.start()},
         "loss": to_builtins(loss),
-        "reference": to_builtins(reference.bare),
+        "reference": {**to_builtins(reference.bare), "content": reference.bare.content(policy)},
     }
 
 
@@ -54,6 +54,8 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], *, training: b
     parts = ("base", "policy", "loss", "reference", "training") if training else ("base",)
     # the same content under another path is the same base
     ignored = {"base.model", "base.revision"}
+    if saved.get("reference", {}).get("content"):
+        ignored |= {f"reference.init_args.{name}" for name in (*_MAY_CHANGE, "path")}
     there, here = (flatten({part: side.get(part, {}) for part in parts}) for side in (saved, current))
     different = [
         f"  {name}: {there.get(name)!r} in the checkpoint, {here.get(name)!r} now"

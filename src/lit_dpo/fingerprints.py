@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 _PIECE = 2**20
@@ -18,8 +19,10 @@ def sampled_digest(folder: Path) -> str:
 def whole_digest(folder: Path) -> str:
     """Of every byte of configuration, code and weights, about a second per gigabyte: for what must never be stale."""
     files = [*_files(folder), *sorted(folder.glob("*.py"))]
+    stats = [file.stat() for file in files]
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        return _digest(zip((file.name for file in files), pool.map(_whole, files), strict=True))
+        parts = pool.map(_whole, files, (stat.st_size for stat in stats), (stat.st_mtime_ns for stat in stats))
+        return _digest(zip((file.name for file in files), parts, strict=True))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -35,7 +38,9 @@ def _digest(parts: Iterator[tuple[object, ...]]) -> str:
     return f"sha256 {digest.hexdigest()[:32]}"
 
 
-def _whole(file: Path) -> bytes:
+@lru_cache(maxsize=1024)
+def _whole(file: Path, size: int, changed: int) -> bytes:
+    """Of one file, remembered for this process as long as its size and time of change stay."""
     digest = hashlib.blake2b()
     with file.open("rb") as stream:
         while piece := stream.read(_PIECE):

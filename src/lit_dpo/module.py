@@ -118,7 +118,7 @@ class DPOModule(pl.LightningModule):
 
     def forward(self, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
         """Log-probs of the chosen and of the rejected completions under the policy."""
-        return pair_logps(self.model, batch, collision="collision" in self.loss.needs)
+        return pair_logps(self.model, batch, collision=self._reads("collision"))
 
     def pair_logps(self, batch: PairBatch) -> PairLogps:
         """The record that losses and metrics read: policy with gradients, reference without, what the rows say.
@@ -126,8 +126,9 @@ class DPOModule(pl.LightningModule):
         For a loss that reads the divergence of whole distributions (`kl`) both models are scored together, without
         `forward`.
         """
-        if "kl" in self.loss.needs:
-            sides: Any = pair_logps_with_kl(self.model, batch, self.reference.active)
+        if self._reads("kl"):
+            active, collision = self.reference.active, self._reads("collision")
+            sides: Any = pair_logps_with_kl(self.model, batch, active, collision=collision)
         else:
             reference = self.reference.logps(self.model, batch)
             sides = (*self(batch), *reference)
@@ -171,7 +172,8 @@ class DPOModule(pl.LightningModule):
 
     def prepare_data(self) -> None:
         """Find what is wrong with policy, reference and data before a directory is made or a weight is read."""
-        self._check_rows()
+        if not self.trainer.predicting:
+            self._check_rows()
         if self.model is None:
             self.policy.check()
             self.reference.check(self.policy)
@@ -294,7 +296,12 @@ class DPOModule(pl.LightningModule):
             ResumeError: listing keys that are missing, unknown or of another shape.
         """
         self.configure_model()
-        checkpoints.load_strictly(self.state_dict(keep_vars=True), dict(state_dict))
+        known, given = self.state_dict(keep_vars=True), dict(state_dict)
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            # another loss or reference may evaluate what this one trained
+            given = {name: p for name, p in given.items() if name in known or not _of_training(name)}
+            given |= {name: known[name] for name in known.keys() & {"loss_state"} - given.keys()}
+        checkpoints.load_strictly(known, given)
         self.fresh = False
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
@@ -334,6 +341,9 @@ class DPOModule(pl.LightningModule):
         )
         return losses
 
+    def _reads(self, name: str) -> bool:
+        return name in self.loss.needs
+
     def _check_rows(self) -> None:
         """What the loss reads of the rows is there; what nothing reads is said."""
         data = getattr(self.trainer, "datamodule", None)
@@ -350,3 +360,8 @@ class DPOModule(pl.LightningModule):
     def _log_epoch(self, measured: MetricCollection, shown: str) -> None:
         for name, metric in measured.items():
             self.log(name, metric, on_step=False, on_epoch=True, prog_bar=name == shown, batch_size=1)
+
+
+def _of_training(name: str) -> bool:
+    """Whether a tensor of a checkpoint is a loss's memory or a reference that moved, not the policy."""
+    return name == "loss_state" or ".reference." in f"{name}."

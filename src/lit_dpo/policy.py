@@ -262,9 +262,10 @@ class QLoRAPolicy:
         Raises:
             PolicyError: if it is not a directory: a hub id may change.
         """
-        if not Path(path).is_dir():
+        if not any(Path(path).glob("*.safetensors")):
             raise PolicyError(
-                f"Expected a directory but the adapter {path!r} is none, so nothing can be cached for it."
+                f"Expected the adapter {path!r} to be a directory with *.safetensors: of anything else the content is "
+                "not known, so nothing can be cached."
             )
         return whole_digest(Path(path))
 

@@ -59,23 +59,7 @@ def check_bitsandbytes(quantization: str) -> None:
 
 def check_adapter(policy: Any, folder: Path) -> Any:
     """The adapter is one that can be continued and compared with; returns the layers that it is for."""
-    from peft import LoraConfig, PeftConfig
-
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if folder.is_dir() and not (folder / name).is_file():
-            raise PolicyError(f"Expected a PEFT adapter in {folder} but it has no {name}: {listing(folder)}.")
-    try:
-        adapter = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise PolicyError(f"No adapter at `policy.adapter_path` {str(folder)!r}: {first_line(error)}") from error
-    if not isinstance(adapter, LoraConfig):
-        raise PolicyError(f"Expected a LoRA adapter in {folder} but it is {adapter.peft_type}.")
-    if adapter.bias != "none" or adapter.modules_to_save:
-        raise PolicyError(
-            f"The adapter in {folder} also trained biases or whole modules (bias={adapter.bias!r}, "
-            f"modules_to_save={adapter.modules_to_save}), which turning adapters off does not undo. Merge it into "
-            "its base first."
-        )
+    adapter = check_lora(folder, "policy.adapter_path")
     for field in fields(policy):
         if field.name not in _LORA_FIELDS or field.default is MISSING:
             continue
@@ -88,6 +72,42 @@ def check_adapter(policy: Any, folder: Path) -> Any:
                 f"the adapter in {folder} has {theirs!r}, and continues with it."
             )
     return adapter.target_modules
+
+
+def check_lora(folder: Path, option: str) -> Any:
+    """The directory holds a LoRA adapter that changes nothing but its layers; returns its configuration.
+
+    Args:
+        folder: a PEFT directory, or a hub id, of which less is known.
+        option: that named it, for messages.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    looks_like_path = str(folder).startswith((".", "/", "~")) or str(folder).count("/") != 1
+    if not folder.is_dir() and looks_like_path:
+        raise PolicyError(f"No adapter at `{option}` {str(folder)!r}: there is no such directory.")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if folder.is_dir() and not (folder / name).is_file():
+            raise PolicyError(f"Expected a PEFT adapter in {folder} but it has no {name}: {listing(folder)}.")
+    try:
+        adapter = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"No adapter at `{option}` {str(folder)!r}: {first_line(error)}") from error
+    if not isinstance(adapter, LoraConfig):
+        raise PolicyError(f"Expected a LoRA adapter in {folder} but it is {adapter.peft_type}.")
+    if adapter.bias != "none" or adapter.modules_to_save:
+        raise PolicyError(
+            f"The adapter in {folder} also trained biases or whole modules (bias={adapter.bias!r}, "
+            f"modules_to_save={adapter.modules_to_save}), which turning adapters off does not undo. Merge it into "
+            "its base first."
+        )
+    if adapter.init_lora_weights not in (True, False, "gaussian"):
+        raise PolicyError(
+            f"The adapter in {folder} changes its base as it loads (init_lora_weights={adapter.init_lora_weights!r}), "
+            "so policy and reference would share another base. Convert it to a plain LoRA first, see PEFT's "
+            "`path_initial_model_for_weight_conversion`."
+        )
+    return adapter
 
 
 def check_targets(config: Any, targets: Any, trust_remote_code: bool) -> None:
@@ -124,7 +144,7 @@ def check_complete(info: Any, model: str) -> None:
         )
 
 
-def check_adapter_keys(model: Any, folder: Path) -> None:
+def check_adapter_keys(model: Any, folder: Path, adapter: str = "default") -> None:
     """What a file lacks, peft fills with fresh weights and a warning."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
@@ -133,7 +153,8 @@ def check_adapter_keys(model: Any, folder: Path) -> None:
         return
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         given = set(file.keys())
-    if different := sorted(given ^ set(get_peft_model_state_dict(model, save_embedding_layers=False))):
+    there = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    if different := sorted(given ^ set(there)):
         raise PolicyError(
             f"The adapter in {folder} does not fit the model: {', '.join(different[:3])} on one side only."
         )

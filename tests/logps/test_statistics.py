@@ -10,7 +10,9 @@ import torch
 import tiny
 from lit_dpo.data.batch import collate_pairs
 from lit_dpo.logps import head as heads
+from lit_dpo.logps.head import reference_kl
 from lit_dpo.logps.score import choose_layout, pair_logps, pair_logps_with_kl
+from lit_dpo.references import BaseReference
 
 PAIRS = tiny.pairs()
 BATCH = collate_pairs(PAIRS)
@@ -76,6 +78,35 @@ def test_with_the_divergence_come_the_same_log_probs(model):
         assert torch.equal(mine.total, theirs.total)
         assert torch.equal(mine.tokens, theirs.tokens)
     assert not any(side.total.requires_grad for side in found[2:])
+
+
+@pytest.mark.parametrize("layout", ["auto", "sdpa"])
+def test_an_adapter_on_the_head_is_off_in_the_reference_s_distribution(layout):
+    model = tiny.lora(tiny.model(), seed=3, targets=["q_proj", "lm_head"])
+    choose_layout(model, layout)
+    policy, reference = _dense(tiny.lora(tiny.model(), seed=3, targets=["q_proj", "lm_head"])), _dense(tiny.model())
+    truth = torch.cat([(r.exp() * (r - p)).sum(-1) for p, r in zip(policy, reference, strict=True)]).detach()
+    chosen, rejected, *_ = pair_logps_with_kl(model, BATCH, BaseReference().active)
+    found = torch.cat([chosen.kl, rejected.kl])
+    torch.testing.assert_close(found, truth.float(), rtol=1e-4, atol=1e-5)
+    found.sum().backward()
+    assert float(model.base_model.model.lm_head.lora_B["default"].weight.grad.abs().max()) > 0
+
+
+def test_both_statistics_come_together(model):
+    alone, _ = pair_logps(model, BATCH, collision=True)
+    both, *_ = pair_logps_with_kl(model, BATCH, _another, collision=True)
+    assert torch.equal(both.collision, alone.collision)
+    assert both.kl is not None
+
+
+def test_padding_of_a_wider_vocabulary_is_left_out():
+    """The head of the reference has 31 more rows; the divergence is that over the shared ones."""
+    states, heads = torch.randn(5, 4), [torch.nn.Linear(4, 97), torch.nn.Linear(4, 128)]
+    cut = torch.nn.Linear(4, 97)
+    cut.load_state_dict({name: p[:97] for name, p in heads[1].state_dict().items()})
+    found = reference_kl(heads[0], states, heads[1], states, 128)
+    torch.testing.assert_close(found, reference_kl(heads[0], states, cut, states, 97))
 
 
 def test_a_model_does_not_diverge_from_itself(model):

@@ -22,7 +22,7 @@ def _memory(loss, *batches):
 
 def test_value_by_hand():
     """M = 2 and M₀ = 0.5·0 + 0.5·2 = 1, so β_b = 0.1·(1 + 0.6·1) = 0.16."""
-    loss = BetaDPOLoss(0.1, alpha=0.6, momentum=0.5)
+    loss = BetaDPOLoss(0.1, adaptivity=0.6, momentum=0.5)
     state = _memory(loss, PAIRS)
     assert state.tolist() == pytest.approx([1.0, 2.0])
     expected = [math.log1p(math.exp(-0.8)), math.log1p(math.exp(0.16))]
@@ -37,14 +37,14 @@ def test_the_running_mean_over_batches():
 
 def test_slope_by_hand():
     """−β_b·σ(−β_b·Δ): β_b has no gradient."""
-    loss, pairs = BetaDPOLoss(0.1, alpha=0.6, momentum=0.5), tiny.at_margin(5.0, -1.0)
+    loss, pairs = BetaDPOLoss(0.1, adaptivity=0.6, momentum=0.5), tiny.at_margin(5.0, -1.0)
     total = pairs.policy_chosen.total.requires_grad_()
     loss(pairs._replace(state=_memory(loss, pairs))).sum().backward()
     assert total.grad.tolist() == pytest.approx([-0.16 / (1 + math.exp(0.8)), -0.16 / (1 + math.exp(-0.16))])
 
 
 def test_clear_batches_raise_beta_and_close_ones_lower_it_to_a_thousandth_at_least():
-    loss = BetaDPOLoss(0.1, alpha=0.6)
+    loss = BetaDPOLoss(0.1, adaptivity=0.6)
     at = tiny.at_margin(1.0)
     clear, close = (at._replace(state=torch.tensor(state, dtype=torch.float64)) for state in ([1.0, 3.0], [9.0, 1.0]))
     assert torch.equal(loss(clear), DPOLoss(0.1 * (1 + 0.6 * 2))(at))
@@ -56,9 +56,9 @@ def test_before_the_first_batch_it_is_dpo():
 
 
 def test_bad_arguments_are_refused_by_name():
-    for alpha in (0.0, -0.1, math.nan, math.inf):
-        with pytest.raises(ValueError, match="`alpha`"):
-            BetaDPOLoss(alpha=alpha)
+    for adaptivity in (0.0, -0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="`adaptivity`"):
+            BetaDPOLoss(adaptivity=adaptivity)
     for momentum in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match="`momentum`"):
             BetaDPOLoss(momentum=momentum)

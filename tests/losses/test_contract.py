@@ -112,10 +112,11 @@ AT_ZERO = {
     DPOPLoss: lambda loss: (math.log(2), -loss.beta / 2),
     RDPOLoss: lambda loss: (math.log(2), -loss.beta / 2),
     ODPOLoss: lambda loss: _at_offset(
-        loss.alpha * (math.log(SCORE_MARGIN) if loss.scale == "log" else SCORE_MARGIN), loss.beta
+        loss.offset_weight * (math.log(SCORE_MARGIN) if loss.scale == "log" else SCORE_MARGIN), loss.beta
     ),
     TDPOLoss: lambda loss: _at_offset(
-        loss.beta * (KL["rejected"] - KL["chosen"]) * (1 if loss.version == "tdpo1" else loss.alpha or 0.5), loss.beta
+        loss.beta * (KL["rejected"] - KL["chosen"]) * (1 if loss.version == "tdpo1" else loss.kl_weight or 0.5),
+        loss.beta,
     ),
     CalDPOLoss: lambda loss: (
         math.log(2) + loss.calibration_weight / (2 * loss.beta**2),
@@ -155,13 +156,13 @@ SETTINGS = {
     AlphaPOLoss: [{"alpha": -0.5}],
     BCOLoss: [{"baseline": "zero"}],
     SLiCLoss: [{"nll_weight": 0.0}],
-    SFTLoss: [{"average": "token"}],
+    SFTLoss: [{"average_over": "token"}],
     ODPOLoss: [{"scale": "linear"}],
-    TDPOLoss: [{"version": "tdpo1"}, {"alpha": 0.3}],
+    TDPOLoss: [{"version": "tdpo1"}, {"kl_weight": 0.3}],
     CalDPOLoss: [{"beta": 0.5}],
     ChiPOLoss: [{"clip": 0.1}],
-    SoftDPOLoss: [{"average": "geometric"}],
-    LDDPOLoss: [{"reference": "plain"}, {"loss": SimPOLoss()}, {"loss": BCOLoss(), "alpha": 0.0}],
+    SoftDPOLoss: [{"label_average": "geometric"}],
+    LDDPOLoss: [{"reference": "plain"}, {"loss": SimPOLoss()}, {"loss": BCOLoss(), "surplus_weight": 0.0}],
     WPOLoss: [{"clamp": False}, {"alignment": "none"}, {"loss": LDDPOLoss(SimPOLoss())}],
     MixtureLoss: [
         {"losses": (DPOLoss(), BCOLoss(), SFTLoss()), "weights": (0.8, 0.2, 1.0)},
@@ -200,7 +201,7 @@ def make(request):
 
 # ---- records ----
 
-PER_TOKEN, PER_PAIR = ("tokens", "collision", "kl"), ("score_margin", "probability")
+PER_TOKEN, PER_PAIR = ("tokens", "collision", "kl", "reference_tokens"), ("score_margin", "probability")
 SIDES = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
 
 
@@ -265,7 +266,9 @@ def _pick(pairs: PairLogps, order: list[int]) -> PairLogps:
 def _without(pairs: PairLogps, name: str) -> PairLogps:
     if name in PER_PAIR or name in SIDES:
         return pairs._replace(**{name: None})
-    return pairs._replace(**{side: getattr(pairs, side)._replace(**{name: None}) for side in SIDES})
+    model, field = ("reference", "tokens") if name == "reference_tokens" else ("policy", name)
+    sides = [side for side in SIDES if side.startswith(model)]
+    return pairs._replace(**{side: getattr(pairs, side)._replace(**{field: None}) for side in sides})
 
 
 def _remember(loss: PreferenceLoss, pairs: PairLogps, seen: PairLogps | None = None) -> PairLogps:
@@ -303,7 +306,7 @@ def _changes(loss: PreferenceLoss, name: str) -> list[dict]:
         case SimPOLoss(), "link":
             return [{"link": "sigmoid" if value == "hinge" else "hinge", "label_smoothing": 0.0}]
         case TDPOLoss(), "version":
-            return [{"version": "tdpo1" if value == "tdpo2" else "tdpo2", "alpha": None}]
+            return [{"version": "tdpo1" if value == "tdpo2" else "tdpo2", "kl_weight": None}]
         case LDDPOLoss(loss=PreferenceLoss(needs_reference=False)), "reference":
             return []
         case WPOLoss(), "alignment":
@@ -499,7 +502,7 @@ def test_what_it_does_not_declare_it_does_not_read(make):
 def test_what_it_declares_it_asks_for_by_name(make):
     loss = make()
     for name in loss.needs:
-        with pytest.raises(ValueError, match=rf"`(\w+\.)?{name}`"):
+        with pytest.raises(ValueError, match=rf"`(\w+\.)?{name.removeprefix('reference_')}`"):
             _score(loss, _without(_random(), name))
 
 

@@ -87,11 +87,13 @@ def test_each_part_has_its_own_memory():
         torch.testing.assert_close(loss(PAIRS._replace(state=state)), expected)
 
 
-def test_rewards_and_beta_are_the_first_losss():
-    first, second = MixtureLoss([DPOLoss(0.3), SimPOLoss(2.0)]), MixtureLoss([SimPOLoss(2.0), DPOLoss(0.3)])
-    assert (first.beta, second.beta) == (0.3, 2.0)
-    assert torch.equal(first.rewards(PAIRS)[0], 0.3 * PAIRS.chosen_logratio)
-    assert torch.equal(second.rewards(PAIRS)[0], 2.0 * PAIRS.policy_chosen.total)
+def test_rewards_and_beta_are_those_of_the_first_loss_with_a_reference():
+    """Whatever the order, a run with a reference compares with it; without one, the first loss leads."""
+    for losses in ([DPOLoss(0.3), SimPOLoss(2.0)], [SimPOLoss(2.0), DPOLoss(0.3)], [SFTLoss(), DPOLoss(0.3)]):
+        assert MixtureLoss(losses).beta == 0.3
+        assert torch.equal(MixtureLoss(losses).rewards(PAIRS)[0], 0.3 * PAIRS.chosen_logratio)
+    alone = MixtureLoss([SimPOLoss(2.0), SFTLoss()])
+    assert torch.equal(alone.rewards(PAIRS)[0], 2.0 * PAIRS.policy_chosen.total)
 
 
 def test_lists_become_tuples_so_that_it_hashes_and_pickles():

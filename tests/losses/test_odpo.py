@@ -20,7 +20,7 @@ def test_value_and_slope_by_hand(scale, offsets):
     """z = β·5 − α·f(s): log(1 + e^{−z}) and −β·σ(−z)."""
     pairs = _pairs(2.0, 0.5)
     total = pairs.policy_chosen.total.requires_grad_()
-    losses = ODPOLoss(0.1, alpha=0.8, scale=scale)(pairs)
+    losses = ODPOLoss(0.1, offset_weight=0.8, scale=scale)(pairs)
     losses.sum().backward()
     z = [0.5 - 0.8 * offset for offset in offsets]
     assert losses.tolist() == pytest.approx([math.log1p(math.exp(-one)) for one in z])
@@ -43,8 +43,8 @@ def test_larger_score_margins_ask_for_larger_margins():
 
 
 def test_bad_arguments_are_refused_by_name():
-    for alpha in (0.0, -0.1, math.nan, math.inf):
-        with pytest.raises(ValueError, match="`alpha`"):
-            ODPOLoss(alpha=alpha)
+    for offset_weight in (0.0, -0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="`offset_weight`"):
+            ODPOLoss(offset_weight=offset_weight)
     with pytest.raises(ValueError, match="`scale`"):
         ODPOLoss(scale="exp")

@@ -20,7 +20,7 @@ def _pairs():
 
 def test_value_by_hand():
     expected = [math.log1p(math.exp(-(0.1 * 5 + 0.05 * 10))), math.log1p(math.exp(0.1 * 4 + 0.05 * 5))]
-    assert RDPOLoss(0.1, alpha=0.05)(_pairs()).tolist() == pytest.approx(expected)
+    assert RDPOLoss(0.1, length_cost=0.05)(_pairs()).tolist() == pytest.approx(expected)
 
 
 def test_slope_by_hand():
@@ -32,11 +32,11 @@ def test_slope_by_hand():
 
 def test_it_is_bradley_terry_on_rewards_that_pay_for_length():
     """The best policy for r − α·n is π ∝ π_ref·exp((r − α·n)/β); put in for π, the loss sees r again."""
-    beta, alpha, rewards = 0.3, 0.1, torch.tensor([[2.0, -1.0], [0.5, 1.0]], dtype=torch.float64)
+    beta, length_cost, rewards = 0.3, 0.1, torch.tensor([[2.0, -1.0], [0.5, 1.0]], dtype=torch.float64)
     lengths = torch.tensor(LENGTHS, dtype=torch.float64)
-    logratios = (rewards - alpha * lengths) / beta
+    logratios = (rewards - length_cost * lengths) / beta
     pairs = tiny.logps(*logratios.tolist(), [0.0, 0.0], [0.0, 0.0], lengths=LENGTHS)
-    torch.testing.assert_close(RDPOLoss(beta, alpha)(pairs), torch.log1p(torch.exp(rewards[1] - rewards[0])))
+    torch.testing.assert_close(RDPOLoss(beta, length_cost)(pairs), torch.log1p(torch.exp(rewards[1] - rewards[0])))
 
 
 def test_a_longer_chosen_answer_is_pushed_less_and_answers_of_one_length_as_by_dpo():
@@ -47,7 +47,7 @@ def test_a_longer_chosen_answer_is_pushed_less_and_answers_of_one_length_as_by_d
     assert with_length[1] > without[1]
 
 
-@pytest.mark.parametrize("alpha", [-0.1, math.nan, math.inf])
-def test_a_bad_alpha_is_refused_by_name(alpha):
-    with pytest.raises(ValueError, match="`alpha`"):
-        RDPOLoss(alpha=alpha)
+@pytest.mark.parametrize("length_cost", [-0.1, math.nan, math.inf])
+def test_a_bad_alpha_is_refused_by_name(length_cost):
+    with pytest.raises(ValueError, match="`length_cost`"):
+        RDPOLoss(length_cost=length_cost)

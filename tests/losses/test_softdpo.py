@@ -37,8 +37,8 @@ def test_geometric_value_and_slope_by_hand():
 
 
 def test_certain_labels_are_dpo_and_reversed_ones_dpo_the_other_way_round():
-    for average in ("arithmetic", "geometric"):
-        losses = SoftDPOLoss(0.1, average)(_pairs(1.0, 0.0))
+    for label_average in ("arithmetic", "geometric"):
+        losses = SoftDPOLoss(0.1, label_average)(_pairs(1.0, 0.0))
         expected = [DPOLoss(0.1)(tiny.at_margin(margin)).item() for margin in (5.0, -5.0)]
         assert losses.tolist() == pytest.approx(expected)
 
@@ -50,15 +50,15 @@ def test_one_probability_for_all_is_cdpo():
 
 def test_equals_are_pulled_together_by_the_one_and_left_alone_by_the_other():
     slopes = {}
-    for average in ("arithmetic", "geometric"):
+    for label_average in ("arithmetic", "geometric"):
         pairs = _pairs(0.5)
         total = pairs.policy_chosen.total.requires_grad_()
-        SoftDPOLoss(0.1, average)(pairs).sum().backward()
-        slopes[average] = total.grad.item()
+        SoftDPOLoss(0.1, label_average)(pairs).sum().backward()
+        slopes[label_average] = total.grad.item()
     assert slopes["arithmetic"] > 0
     assert slopes["geometric"] == 0
 
 
 def test_a_bad_average_is_refused_by_name():
-    with pytest.raises(ValueError, match="`average`"):
-        SoftDPOLoss(average="mean")
+    with pytest.raises(ValueError, match="`label_average`"):
+        SoftDPOLoss(label_average="mean")

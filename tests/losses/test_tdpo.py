@@ -25,7 +25,7 @@ def _pairs():
     [
         (TDPOLoss(0.1, "tdpo1"), 0.1 * (5 - 7)),
         (TDPOLoss(0.1), 0.1 * (5 - 0.5 * 7)),
-        (TDPOLoss(0.1, alpha=0.3), 0.1 * (5 - 0.3 * 7)),
+        (TDPOLoss(0.1, kl_weight=0.3), 0.1 * (5 - 0.3 * 7)),
     ],
 )
 def test_value_and_slopes_by_hand(loss, z):
@@ -39,11 +39,11 @@ def test_value_and_slopes_by_hand(loss, z):
     ]
     losses = loss(pairs)
     total, chosen, rejected = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
-    slope, alpha = -0.1 / (1 + math.exp(z)), 1 if loss.version == "tdpo1" else loss.alpha or 0.5
+    slope, kl_weight = -0.1 / (1 + math.exp(z)), 1 if loss.version == "tdpo1" else loss.kl_weight or 0.5
     assert losses.item() == pytest.approx(math.log1p(math.exp(-z)))
     assert total.item() == pytest.approx(slope)
     assert chosen.tolist() == pytest.approx([slope, slope] if loss.version == "tdpo1" else [0, 0])
-    assert rejected.tolist() == pytest.approx([-alpha * slope] * 2)
+    assert rejected.tolist() == pytest.approx([-kl_weight * slope] * 2)
 
 
 def test_equal_divergences_leave_dpo():
@@ -56,8 +56,8 @@ def test_equal_divergences_leave_dpo():
 def test_bad_arguments_are_refused_by_name():
     with pytest.raises(ValueError, match="`version`"):
         TDPOLoss(version="tdpo3")
-    with pytest.raises(ValueError, match="`alpha` only with"):
-        TDPOLoss(version="tdpo1", alpha=0.5)
-    for alpha in (0.0, -0.1, math.nan, math.inf):
-        with pytest.raises(ValueError, match="`alpha`"):
-            TDPOLoss(alpha=alpha)
+    with pytest.raises(ValueError, match="`kl_weight` only with"):
+        TDPOLoss(version="tdpo1", kl_weight=0.5)
+    for kl_weight in (0.0, -0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="`kl_weight`"):
+            TDPOLoss(kl_weight=kl_weight)

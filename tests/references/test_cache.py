@@ -206,10 +206,21 @@ def test_another_adapter_as_the_reference_runs_all_of_them(folder, tmp_path, for
 
 
 def test_another_model_can_be_remembered_too(folder, tmp_path, forwards):
+    """Its own quantisation, dtype and adapter are what it is known by."""
     other = tiny.directory(tmp_path / "other", "qwen3", seed=5)
     batch = collate_pairs(PAIRS)
-    for kind, passes in (("none", 3), ("none", 3), ("nf4", 6)):
-        inner = ModelReference(str(other), quantization=kind)
+    for seed in (1, 2):
+        tiny.lora(AutoModelForCausalLM.from_pretrained(other), seed=seed).save_pretrained(tmp_path / f"{seed}")
+    for given, passes in (
+        ({"quantization": "none"}, 3),
+        ({"quantization": "none"}, 3),
+        ({"quantization": "nf4"}, 6),
+        ({"quantization": "none", "dtype": "bfloat16"}, 9),
+        ({"quantization": "none", "adapter_path": str(tmp_path / "1")}, 12),
+        ({"quantization": "none", "adapter_path": str(tmp_path / "2")}, 15),
+        ({"quantization": "none", "adapter_path": str(tmp_path / "1")}, 15),
+    ):
+        inner = ModelReference(str(other), **given)
         reference = CachedReference(inner, str(tmp_path / "cache"))
         model = _attached(reference, _policy(folder))
         _same(reference.logps(model, batch), reference.logps(model, batch))
@@ -270,6 +281,48 @@ def test_what_cannot_be_remembered_is_refused(inner):
         CachedReference(inner)
 
 
+def test_a_directory_that_takes_no_files_is_refused_before_weights_load(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PolicyError, match=r"`reference.directory` '.*file' but"):
+        CachedReference(BaseReference(), str(tmp_path / "file")).check(_policy(folder))
+
+
+def test_an_adapter_that_is_not_there_or_not_known_by_its_content_is_refused_before_weights_load(folder, tmp_path):
+    absent = CachedReference(AdapterReference(str(tmp_path / "nothing")), str(tmp_path / "cache"))
+    with pytest.raises(PolicyError, match="no such directory"):
+        absent.check(_policy(folder))
+    trained = tiny.lora(AutoModelForCausalLM.from_pretrained(folder))
+    trained.save_pretrained(tmp_path / "pickled")
+    (tmp_path / "pickled" / "adapter_model.safetensors").rename(tmp_path / "pickled" / "adapter_model.bin")
+    pickled = CachedReference(AdapterReference(str(tmp_path / "pickled")), str(tmp_path / "cache"))
+    with pytest.raises(PolicyError, match=r"has no adapter_model.safetensors"):
+        pickled.check(_policy(folder))
+    with pytest.raises(PolicyError, match=r"with \*.safetensors"):
+        _policy(folder).adapter_content(str(tmp_path / "pickled"))
+
+
+def test_it_starts_where_what_it_remembers_starts():
+    assert CachedReference().starts_at_policy
+    assert CachedReference(BaseReference()).starts_at_policy
+    assert not CachedReference(ModelReference("x")).starts_at_policy
+
+
+def test_a_policy_with_a_cache_can_be_copied(folder, tmp_path, forwards):
+    reference = CachedReference(BaseReference(), str(tmp_path))
+    model, batch = _attached(reference, _policy(folder)), collate_pairs(PAIRS)
+    expected = reference.logps(model, batch)
+    _same(reference.logps(copy.deepcopy(model), batch), expected)
+    assert len(forwards) == 3
+
+
+def test_under_autocast_too_every_pair_runs_once(tiny_model, pairs_file, tmp_path, forwards):
+    """The check before the first step is made in the precision of training."""
+    dpo = module(tiny_model, reference=CachedReference(directory=str(tmp_path / "cache")))
+    trainer(tmp_path, precision="bf16-mixed").fit(dpo, data(pairs_file))
+    assert len(forwards) == 21
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
 def test_a_reference_that_cannot_say_what_it_depends_on_is_refused(folder, tmp_path):
     class Mine(BaseReference):
         def identity(self, policy):
@@ -277,7 +330,16 @@ def test_a_reference_that_cannot_say_what_it_depends_on_is_refused(folder, tmp_p
 
     reference = CachedReference(Mine(), str(tmp_path))
     with pytest.raises(PolicyError, match="`identity`"):
-        reference.attach(_policy(folder).load(), _policy(folder))
+        reference.check(_policy(folder))
+
+
+def test_a_reference_without_tokens_is_cached_as_sums():
+    class Sums(BaseReference):
+        gives = frozenset()
+
+    with pytest.raises(PolicyError, match=r"set `reference\.tokens` to false"):
+        CachedReference(Sums())
+    assert CachedReference(Sums(), tokens=False).gives == frozenset()
 
 
 def test_a_checkpoint_goes_on_with_or_without_a_cache(tiny_model, pairs_file, tmp_path):

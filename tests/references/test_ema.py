@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from lit_dpo import EMAReference
-from lit_dpo.errors import PolicyError
+from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.score import choose_layout, pair_logps
 from lit_dpo.policy import QLoRAPolicy, adapter_parameters
 from training import Trace, adapter, data, module, trainer
@@ -135,6 +135,11 @@ def test_the_policy_is_exported_alone(tiny_model, pairs_file, tmp_path):
     exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {name.replace(".default", "") for name in adapter(dpo)} == set(exported)
     assert all(torch.equal(exported[name.replace(".default", "")], p) for name, p in adapter(dpo).items())
+
+
+def test_one_that_would_never_move_is_stopped(tiny_model, pairs_file, tmp_path):
+    with pytest.raises(TrainingError, match=r"moves every 13 steps but the run has 12"):
+        trainer(tmp_path, max_epochs=2).fit(module(tiny_model, reference=EMAReference(1.0, 13)), data(pairs_file))
 
 
 @pytest.mark.parametrize("arguments", [{"alpha": 0.0}, {"alpha": 1.5}, {"every": 0}])

@@ -88,6 +88,19 @@ def test_training_against_it_moves_the_policy_and_not_it(tiny_model, pairs_file,
     assert all(not torch.equal(p, start[name]) for name, p in adapter(dpo).items() if "lora_B" in name)
 
 
+def test_it_follows_the_policy_to_another_device(folders):
+    reference = ModelReference(str(folders[1]), quantization="none")
+    model = _attached(reference, folders[0]).to("meta")
+    with reference.active(model) as other:
+        assert next(other.parameters()).device.type == "meta"
+
+
+def test_what_is_not_in_four_bits_is_refused_if_it_was_asked_for(folders, monkeypatch):
+    monkeypatch.setattr(QLoRAPolicy, "_quantization_config", lambda self, dtype: None)
+    with pytest.raises(PolicyError, match="Expected Linear4bit"):
+        QLoRAPolicy(str(folders[0])).load_frozen()
+
+
 def test_a_model_with_another_vocabulary_is_refused_before_weights_load(folders, tiny_model, pairs_file, tmp_path):
     dpo = module(folders[0], reference=ModelReference(str(tiny_model)))
     with pytest.raises(PolicyError, match=r"differ in \d+ tokens, first"):

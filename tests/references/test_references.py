@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from lit_dpo.errors import PolicyError
+from lit_dpo.errors import PolicyError, ResumeError
 from lit_dpo.logps import PairLogps
 from lit_dpo.logps.score import choose_layout, pair_logps
 from lit_dpo.losses import DPOLoss
 from lit_dpo.policy import QLoRAPolicy
-from lit_dpo.references import AdapterReference, BaseReference, NoReference, Reference
+from lit_dpo.references import AdapterReference, BaseReference, ModelReference, NoReference, Reference
 
 BATCH = tiny.batch()
 
@@ -214,6 +215,61 @@ def test_attaching_leaves_the_policy_in_training_mode_with_its_parameters_traina
     assert model.training
     assert all(module.training for name, module in model.named_modules() if ".reference" not in name)
     assert {name for name, on in _requires_grad(model).items() if on} == before
+
+
+# ---- adapters that would not be what they seem ----
+
+
+def test_an_adapter_that_changes_its_base_as_it_loads_is_refused(folder, tmp_path):
+    """PiSSA moves weights of the base into the adapter: a second one would move them again, under the policy."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="pissa", task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).save_pretrained(tmp_path / "pissa")
+    with pytest.raises(PolicyError, match=r"init_lora_weights='pissa'"):
+        _policy(folder, tmp_path / "pissa").load()
+    with pytest.raises(PolicyError, match=r"init_lora_weights='pissa'"):
+        AdapterReference(str(tmp_path / "pissa")).check(_policy(folder))
+
+
+def test_half_an_adapter_is_refused(folder, adapter, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(adapter, tmp_path / "half")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(dict(list(weights.items())[::2]), tmp_path / "half" / "adapter_model.safetensors")
+    policy = _policy(folder)
+    with pytest.raises(PolicyError, match="does not fit the model"):
+        AdapterReference(str(tmp_path / "half")).attach(policy.load(), policy)
+
+
+def test_resuming_stops_if_the_reference_is_another_and_not_if_it_moved(tiny_model, pairs_file, tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from training import data, module, trainer
+
+    def fit(root, reference, **options):
+        keep = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        run = trainer(root, callbacks=[keep], enable_checkpointing=True)
+        run.fit(module(tiny_model, reference=reference), data(pairs_file), **options)
+
+    other = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tiny.lora(other, seed=1).save_pretrained(tmp_path / "first")
+    shutil.copytree(tiny_model, tmp_path / "model")
+    for name, make in (
+        ("first", lambda at: AdapterReference(str(at))),
+        ("model", lambda at: ModelReference(str(at), quantization="none")),
+    ):
+        root, moved = tmp_path / f"run-{name}", tmp_path / f"moved-{name}"
+        fit(root, make(tmp_path / name))
+        shutil.copytree(tmp_path / name, moved)
+        fit(tmp_path / "again", make(moved), ckpt_path=root / "step=3.ckpt")
+        (weights,) = moved.glob("*.safetensors")
+        content = bytearray(weights.read_bytes())
+        content[-100] ^= 0x01
+        weights.write_bytes(content)
+        with pytest.raises(ResumeError, match=r"reference.content.(adapter|model): '"):
+            fit(tmp_path / "again", make(moved), ckpt_path=root / "step=3.ckpt")
 
 
 # ---- configuration ----

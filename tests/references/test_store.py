@@ -144,3 +144,19 @@ def test_a_process_that_is_killed_leaves_what_it_has_put(tmp_path):
 
 def test_an_entry_is_forty_bytes():
     assert _ENTRY.itemsize == 40
+
+
+def test_what_is_put_again_replaces_what_was_there(tmp_path):
+    store = LogpStore(tmp_path)
+    for number in (1, 2):
+        store.put({_key(0): _values(number)})
+        store.refresh()
+    for reader in (store, LogpStore(tmp_path)):
+        np.testing.assert_array_equal(reader.get(_key(0)).rejected, _values(2).rejected)
+
+
+def test_something_else_in_the_folder_is_left_alone(tmp_path):
+    (tmp_path / "x.index").mkdir()
+    store = LogpStore(tmp_path)
+    _fill(store, range(2))
+    assert _has(LogpStore(tmp_path), 1)

@@ -63,6 +63,8 @@ def reference_kl(
 ) -> Tensor:
     """`(N,)` KL(π_ref ‖ π) over the vocabulary, nats; gradients flow into the policy alone.
 
+    Models of one family pad a vocabulary to different widths; of such a pair the padding of the wider is left out.
+
     Args:
         head: of the policy.
         hidden: `(N, H)` states of the policy.
@@ -72,8 +74,9 @@ def reference_kl(
     """
 
     def score(states: Tensor, frozen: Tensor) -> Tensor:
-        target = reference_head(frozen).float().log_softmax(-1)
-        policy = head(states).float().log_softmax(-1)
+        logits, target = head(states).float(), reference_head(frozen).float()
+        width = min(logits.shape[-1], target.shape[-1])
+        policy, target = logits[:, :width].log_softmax(-1), target[:, :width].log_softmax(-1)
         return (target.exp() * (target - policy)).sum(-1)
 
     return _in_chunks(score, _is_frozen(head), vocabulary, hidden, reference_hidden)

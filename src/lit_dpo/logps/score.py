@@ -39,11 +39,15 @@ def pair_logps(model: Any, batch: PairBatch, *, collision: bool = False) -> tupl
         Two records of `(B,)` totals and lengths and `(N,)` tokens.
     """
     scored = _run(model, batch)
-    return _sides(scored, collision_logps(scored.head, scored.hidden, scored.vocabulary) if collision else None)
+    return _sides(scored, _collision(scored) if collision else None)
 
 
 def pair_logps_with_kl(
-    model: Any, batch: PairBatch, reference: Callable[[Any], AbstractContextManager[Any]]
+    model: Any,
+    batch: PairBatch,
+    reference: Callable[[Any], AbstractContextManager[Any]],
+    *,
+    collision: bool = False,
 ) -> tuple[SequenceLogps, SequenceLogps, SequenceLogps, SequenceLogps]:
     """Policy and reference in one go, with KL(π_ref ‖ π) over the vocabulary wherever a completion token is predicted.
 
@@ -53,6 +57,7 @@ def pair_logps_with_kl(
         model: the policy.
         batch: `B` pairs on the model's device.
         reference: `Reference.active`: given the policy, a context in which it yields the model to compare with.
+        collision: fill `SequenceLogps.collision` of the policy too.
 
     Returns:
         Chosen and rejected of the policy, with `kl`, then of the reference, without gradients.
@@ -68,7 +73,7 @@ def pair_logps_with_kl(
             return logits
 
     kl = reference_kl(scored.head, scored.hidden, reference_head, frozen.hidden, scored.vocabulary)
-    return (*_sides(scored, kl=kl), *sides)
+    return (*_sides(scored, _collision(scored) if collision else None, kl), *sides)
 
 
 class _Scored(NamedTuple):
@@ -91,6 +96,10 @@ def _run(model: Any, batch: PairBatch) -> _Scored:
     else:
         rows = padded_rows(batch, pairs)
     return _Scored(_hidden_states(base, rows), model_head(base), rows, config.vocab_size)
+
+
+def _collision(scored: _Scored) -> Tensor:
+    return collision_logps(scored.head, scored.hidden, scored.vocabulary)
 
 
 def _sides(

@@ -43,9 +43,9 @@ class PreferenceLoss(ABC):
     """True for losses in which a pair's loss depends on the other pairs of its batch."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What the loss reads that is not always there: `tokens`, `collision`, `kl` of `SequenceLogps`; `score_margin`,
-    `probability` of `PairLogps`. The module computes the former; if the data lack the latter it says so before it loads
-    weights."""
+    """What the loss reads that is not always there: `tokens`, `collision`, `kl` of the policy's `SequenceLogps`;
+    `reference_tokens`, which is `tokens` of the reference's; `score_margin`, `probability` of `PairLogps`. The module
+    computes the first; if reference or data lack the others it says so before it loads weights."""
 
     def __post_init__(self) -> None:
         """Check the arguments; subclasses call `super().__post_init__()` first.

@@ -13,7 +13,7 @@ from lit_dpo.losses.base import PreferenceLoss
 
 @dataclass(frozen=True)
 class BetaDPOLoss(PreferenceLoss):
-    """DPO with a dynamic β (β-DPO, arXiv 2407.08639): −log σ(β_b·Δ), β_b = β·(1 + α·(M − M₀)), at least 0.001.
+    """DPO with a dynamic β (β-DPO, arXiv 2407.08639): −log σ(β_b·Δ), β_b = β·(1 + α·(M − M₀)), at least β/100.
 
     M is the batch's mean margin Δ, in nats, and M₀ a running mean of it: in batches of clear preferences the policy is
     held closer to the reference, in batches of close ones it may move further. Both are part of the state, of one
@@ -26,31 +26,31 @@ class BetaDPOLoss(PreferenceLoss):
 
     Args:
         beta: β; 0.1 in the authors' example.
-        alpha: α, how far β_b follows the margins; 0.6 there. Expected > 0.
+        adaptivity: α, how far β_b follows the margins; 0.6 there. Expected > 0.
         momentum: how much of the old M₀ stays at each batch; 0.9 there. Expected in [0, 1).
 
     Raises:
-        ValueError: if `alpha` is not a positive number, or `momentum` outside [0, 1).
+        ValueError: if `adaptivity` is not a positive number, or `momentum` outside [0, 1).
 
     Example:
         >>> import torch
         >>> from lit_dpo.logps import PairLogps, SequenceLogps
         >>> n = torch.tensor([2.0])
         >>> side = lambda x: SequenceLogps(torch.tensor([x]), n)
-        >>> pairs, loss = PairLogps(side(-1.0), side(-3.0), side(-1.0), side(-1.0)), BetaDPOLoss(alpha=0.5)
+        >>> pairs, loss = PairLogps(side(-1.0), side(-3.0), side(-1.0), side(-1.0)), BetaDPOLoss(adaptivity=0.5)
         >>> state = loss.next_state(loss.initial_state(), pairs)
         >>> state, loss(pairs._replace(state=state))  # M₀ and M; β_b is 0.1·(1 + 0.5·1.8)
         (tensor([0.2000, 2.0000], dtype=torch.float64), tensor([0.5211]))
     """
 
-    alpha: float = 0.6
+    adaptivity: float = 0.6
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"Expected `alpha` > 0 but got {self.alpha}.")
+        if not (self.adaptivity > 0 and math.isfinite(self.adaptivity)):
+            raise ValueError(f"Expected `adaptivity` > 0 but got {self.adaptivity}.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"Expected `momentum` in [0, 1) but got {self.momentum}.")
 
@@ -58,7 +58,8 @@ class BetaDPOLoss(PreferenceLoss):
         """Losses `(B,)`."""
         margin = pairs.margin
         running, batch = pairs.require("state")
-        beta = (self.beta * (1 + self.alpha * (batch - running))).clamp(min=1e-3)
+        # the authors' floor is 0.001 at their β of 0.1; a fixed one would swallow smaller β
+        beta = self.beta * (1 + self.adaptivity * (batch - running)).clamp(min=1e-2)
         return -logsigmoid(beta.to(margin) * margin)
 
     def initial_state(self) -> Tensor:

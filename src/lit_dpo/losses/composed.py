@@ -14,7 +14,8 @@ from lit_dpo.losses.base import PreferenceLoss
 class ComposedLoss(PreferenceLoss):
     """A loss made of other losses: what it needs and remembers is what they need and remember.
 
-    `beta` is not an argument: it is the first inner loss's, and so are the rewards.
+    `beta` is not an argument: it is that of the first inner loss that reads the reference (of the first one if none
+    does), and so are the rewards.
     """
 
     beta: float = field(init=False, repr=False, compare=False)
@@ -26,7 +27,7 @@ class ComposedLoss(PreferenceLoss):
 
     def __post_init__(self) -> None:
         """Take over β."""
-        object.__setattr__(self, "beta", self.inner[0].beta)
+        object.__setattr__(self, "beta", self._lead.beta)
         super().__post_init__()
 
     @property
@@ -45,8 +46,12 @@ class ComposedLoss(PreferenceLoss):
         return frozenset().union(*(one.needs for one in self.inner))
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
-        """The first inner loss's, `(B,)` each."""
-        return self.inner[0].rewards(pairs)
+        """The leading inner loss's, `(B,)` each."""
+        return self._lead.rewards(pairs)
+
+    @property
+    def _lead(self) -> PreferenceLoss:
+        return next((one for one in self.inner if one.needs_reference), self.inner[0])
 
     def views(self, pairs: PairLogps) -> list[PairLogps]:
         """What each inner loss sees: the pairs, and its own part of the state."""

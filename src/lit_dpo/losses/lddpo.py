@@ -26,30 +26,30 @@ class LDDPOLoss(ComposedLoss):
 
     Args:
         loss: the loss, with its β; DPO in the paper.
-        alpha: α. Expected in [0, 1); 1 would be the inner loss. 0.5 is where to start.
+        surplus_weight: α. Expected in [0, 1); 1 would be the inner loss. 0.5 is where to start.
         reference: how the reference's log-probs are taken. Of effect only where the loss reads them.
 
     Raises:
-        ValueError: if `alpha` is outside [0, 1), or `reference` neither.
+        ValueError: if `surplus_weight` is outside [0, 1), or `reference` neither.
 
     Example:
         >>> import torch
         >>> from lit_dpo.logps import PairLogps, SequenceLogps
         >>> side = lambda *x: SequenceLogps(torch.tensor([sum(x)]), torch.tensor([1.0 * len(x)]), torch.tensor(x))
         >>> pairs = PairLogps(side(-1.0, -4.0), side(-3.0), side(-1.0, -2.0), side(-3.0))
-        >>> LDDPOLoss(DPOLoss(beta=0.1), alpha=0.5)(pairs), DPOLoss(beta=0.1)(pairs)
+        >>> LDDPOLoss(DPOLoss(beta=0.1), surplus_weight=0.5)(pairs), DPOLoss(beta=0.1)(pairs)
         (tensor([0.7444]), tensor([0.7981]))
     """
 
     loss: PreferenceLoss = DPOLoss()  # noqa: RUF009 - frozen
-    alpha: float = 0.5
+    surplus_weight: float = 0.5
     reference: Literal["decoupled", "plain"] = "decoupled"
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if not 0 <= self.alpha < 1:
-            raise ValueError(f"Expected `alpha` in [0, 1) but got {self.alpha}.")
+        if not 0 <= self.surplus_weight < 1:
+            raise ValueError(f"Expected `surplus_weight` in [0, 1) but got {self.surplus_weight}.")
         if self.reference not in ("decoupled", "plain"):
             raise ValueError(f'Expected `reference` to be "decoupled" or "plain" but got {self.reference!r}.')
 
@@ -60,8 +60,8 @@ class LDDPOLoss(ComposedLoss):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """Log-probs per token, and what the loss needs."""
-        return super().needs | {"tokens"}
+        """Log-probs per token, of the reference too where it is decoupled, and what the loss needs."""
+        return super().needs | {"tokens"} | ({"reference_tokens"} if self._changes_reference else set())
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""
@@ -78,11 +78,15 @@ class LDDPOLoss(ComposedLoss):
         (view,) = self.views(pairs)
         return self.loss.parts(view)
 
+    @property
+    def _changes_reference(self) -> bool:
+        return self.reference == "decoupled" and self.loss.needs_reference
+
     def views(self, pairs: PairLogps) -> list[PairLogps]:
         """The pairs with surplus tokens weighed down."""
         shared = torch.minimum(pairs.policy_chosen.length, pairs.policy_rejected.length).long()
         names = ["policy_chosen", "policy_rejected"]
-        if self.reference == "decoupled" and self.loss.needs_reference:
+        if self._changes_reference:
             names += ["reference_chosen", "reference_rejected"]
         changed: dict[str, Any] = {
             name: self._weigh(pairs.require(name), pairs.require(f"{name}.tokens"), shared) for name in names
@@ -95,4 +99,4 @@ class LDDPOLoss(ComposedLoss):
         # the first position of the surplus, for each token
         border = (starts + shared).repeat_interleave(lengths, output_size=size)
         surplus = torch.arange(size, device=tokens.device) >= border
-        return side._replace(total=side.sums(torch.where(surplus, self.alpha * tokens, tokens)))
+        return side._replace(total=side.sums(torch.where(surplus, self.surplus_weight * tokens, tokens)))

@@ -23,10 +23,11 @@ class MixtureLoss(ComposedLoss):
     0.8, 0.2 and 1. Any losses mix.
 
     Each part is logged beside the sum, unweighted, under its short name: `dpo`, `sft`, and `dpo_2` for a second one.
-    Rewards, and `beta`, are those of the first loss. Value and slope are the weighted sums of the parts'.
+    Rewards, and `beta`, are those of the first loss that reads the reference, or of the first one if none does. Value
+    and slope are the weighted sums of the parts'.
 
     Args:
-        losses: the parts; at least one.
+        losses: the parts; at least one. None: `DPOLoss` and `SFTLoss`.
         weights: w_k, one for each part; None for 1 each. Expected > 0.
 
     Raises:
@@ -43,21 +44,22 @@ class MixtureLoss(ComposedLoss):
         (tensor([0.2269]), {'dpo': tensor([0.1269]), 'sft': tensor([0.5000])})
     """
 
-    losses: list[PreferenceLoss] | tuple[PreferenceLoss, ...] = (DPOLoss(), SFTLoss())
+    losses: list[PreferenceLoss] | tuple[PreferenceLoss, ...] | None = None
     weights: list[float] | tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check the arguments, and make lists tuples, so that it hashes."""
-        object.__setattr__(self, "losses", tuple(self.losses))
-        if not self.losses:
+        # not the default itself, which a configuration file could not write
+        object.__setattr__(self, "losses", (DPOLoss(), SFTLoss()) if self.losses is None else tuple(self.losses))
+        if not self.inner:
             raise ValueError("Expected `losses` to name at least one loss but got none.")
         super().__post_init__()
         if self.weights is None:
             return
         object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
-        if len(self.weights) != len(self.losses):
+        if len(self.weights) != len(self.inner):
             raise ValueError(
-                f"Expected `weights` to be {len(self.losses)} numbers, one for each of `losses`, but got "
+                f"Expected `weights` to be {len(self.inner)} numbers, one for each of `losses`, but got "
                 f"{len(self.weights)}."
             )
         if not all(weight > 0 and math.isfinite(weight) for weight in self.weights):
@@ -66,14 +68,14 @@ class MixtureLoss(ComposedLoss):
     @property
     def inner(self) -> tuple[PreferenceLoss, ...]:
         """The parts."""
-        return tuple(self.losses)
+        return tuple(self.losses or ())
 
     @property
     def part_names(self) -> tuple[str, ...]:
         """Short class names, numbered where one repeats."""
         seen: Counter[str] = Counter()
         names = []
-        for one in self.losses:
+        for one in self.inner:
             name = type(one).__name__.removesuffix("Loss").lower()
             seen[name] += 1
             names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
@@ -81,13 +83,13 @@ class MixtureLoss(ComposedLoss):
 
     def parts(self, pairs: PairLogps) -> dict[str, Tensor]:
         """The unweighted losses, `(B,)` each, by name."""
-        values = [one(view) for one, view in zip(self.losses, self.views(pairs), strict=True)]
+        values = [one(view) for one, view in zip(self.inner, self.views(pairs), strict=True)]
         return dict(zip(self.part_names, values, strict=True))
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""
         first, *others = self.parts(pairs).values()
-        weights = self.weights or (1.0,) * len(self.losses)
+        weights = self.weights or (1.0,) * len(self.inner)
         total = weights[0] * first
         for weight, other in zip(weights[1:], others, strict=True):
             total = total + weight * other

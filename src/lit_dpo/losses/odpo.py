@@ -23,11 +23,11 @@ class ODPOLoss(PreferenceLoss):
 
     Args:
         beta: inverse temperature; 0.05 to 0.7 in the authors' runs.
-        alpha: α, the weight of the offset; 0.5 to 1 there. Expected > 0.
+        offset_weight: α, the weight of the offset; 0.5 to 1 there. Expected > 0.
         scale: f, `"log"` or `"linear"`.
 
     Raises:
-        ValueError: if `alpha` is not a positive number, or `scale` neither.
+        ValueError: if `offset_weight` is not a positive number, or `scale` neither.
 
     Example:
         >>> import torch
@@ -41,14 +41,14 @@ class ODPOLoss(PreferenceLoss):
 
     needs: ClassVar[frozenset[str]] = frozenset({"score_margin"})
 
-    alpha: float = 1.0
+    offset_weight: float = 1.0
     scale: Literal["log", "linear"] = "log"
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"Expected `alpha` > 0 but got {self.alpha}.")
+        if not (self.offset_weight > 0 and math.isfinite(self.offset_weight)):
+            raise ValueError(f"Expected `offset_weight` > 0 but got {self.offset_weight}.")
         if self.scale not in ("log", "linear"):
             raise ValueError(f'Expected `scale` to be "log" or "linear" but got {self.scale!r}.')
 
@@ -58,4 +58,4 @@ class ODPOLoss(PreferenceLoss):
         offset = pairs.require("score_margin").to(margin)
         if self.scale == "log":
             offset = offset.clamp(min=torch.finfo(offset.dtype).tiny).log()
-        return -logsigmoid(self.beta * margin - self.alpha * offset)
+        return -logsigmoid(self.beta * margin - self.offset_weight * offset)

@@ -22,32 +22,32 @@ class RDPOLoss(PreferenceLoss):
 
     Args:
         beta: inverse temperature.
-        alpha: α, what a token costs, in units of the reward, so about 1 over the lengths' typical difference.
+        length_cost: α, what a token costs, in units of the reward, so about 1 over the lengths' typical difference.
             Expected ≥ 0; 0 is DPO.
 
     Raises:
-        ValueError: if `alpha` is negative or not finite.
+        ValueError: if `length_cost` is negative or not finite.
 
     Example:
         >>> import torch
         >>> from lit_dpo.logps import PairLogps, SequenceLogps
         >>> side = lambda x, n: SequenceLogps(torch.tensor([x]), torch.tensor([n]))
         >>> long, short = side(-9.0, 9.0), side(-5.0, 4.0)
-        >>> RDPOLoss(alpha=0.1)(PairLogps(long, short, long, short))
+        >>> RDPOLoss(length_cost=0.1)(PairLogps(long, short, long, short))
         tensor([0.4741])
-        >>> RDPOLoss(alpha=0.1)(PairLogps(short, long, short, long))
+        >>> RDPOLoss(length_cost=0.1)(PairLogps(short, long, short, long))
         tensor([0.9741])
     """
 
-    alpha: float = 0.01
+    length_cost: float = 0.01
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if not (self.alpha >= 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"Expected `alpha` >= 0 but got {self.alpha}.")
+        if not (self.length_cost >= 0 and math.isfinite(self.length_cost)):
+            raise ValueError(f"Expected `length_cost` >= 0 but got {self.length_cost}.")
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""
         surplus = pairs.policy_chosen.length - pairs.policy_rejected.length
-        return -logsigmoid(self.beta * pairs.margin + self.alpha * surplus)
+        return -logsigmoid(self.beta * pairs.margin + self.length_cost * surplus)

@@ -23,17 +23,17 @@ class SFTLoss(PreferenceLoss):
     loss depends on its batch mates' lengths. For one pair it is −ℓ_w/n_w either way and its slope in ℓ_w is −1/n_w.
 
     Args:
-        average: over each answer's tokens (`"sequence"`) or over the batch's (`"token"`).
+        average_over: over each answer's tokens (`"sequence"`) or over the batch's (`"token"`).
 
     Raises:
-        ValueError: if `average` is neither.
+        ValueError: if `average_over` is neither.
 
     Example:
         >>> import torch
         >>> from lit_dpo.logps import PairLogps, SequenceLogps
         >>> side = lambda *x: SequenceLogps(torch.tensor(x), torch.tensor([1.0, 3.0]))
         >>> pairs = PairLogps(side(-1.0, -9.0), side(-1.0, -1.0))
-        >>> SFTLoss()(pairs), SFTLoss(average="token")(pairs)
+        >>> SFTLoss()(pairs), SFTLoss(average_over="token")(pairs)
         (tensor([1., 3.]), tensor([0.5000, 4.5000]))
     """
 
@@ -41,20 +41,20 @@ class SFTLoss(PreferenceLoss):
 
     # nothing here has a temperature, and an argument without effect would be a trap; rewards are plain log-probs
     beta: float = field(default=1.0, init=False, repr=False)
-    average: Literal["sequence", "token"] = "sequence"
+    average_over: Literal["sequence", "token"] = "sequence"
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if self.average not in ("sequence", "token"):
-            raise ValueError(f'Expected `average` to be "sequence" or "token" but got {self.average!r}.')
+        if self.average_over not in ("sequence", "token"):
+            raise ValueError(f'Expected `average_over` to be "sequence" or "token" but got {self.average_over!r}.')
 
     @property
     def couples_pairs(self) -> bool:  # type: ignore[override]
         """Whether the mean is over the batch's tokens."""
-        return self.average == "token"
+        return self.average_over == "token"
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""
         chosen = pairs.policy_chosen
-        return -chosen.mean if self.average == "sequence" else -chosen.total / chosen.length.mean()
+        return -chosen.mean if self.average_over == "sequence" else -chosen.total / chosen.length.mean()

@@ -24,10 +24,10 @@ class SoftDPOLoss(PreferenceLoss):
 
     Args:
         beta: inverse temperature.
-        average: what the labels average.
+        label_average: what the labels label_average.
 
     Raises:
-        ValueError: if `average` is neither.
+        ValueError: if `label_average` is neither.
 
     Example:
         >>> import torch
@@ -35,24 +35,25 @@ class SoftDPOLoss(PreferenceLoss):
         >>> n = torch.tensor([2.0])
         >>> side = lambda x: SequenceLogps(torch.tensor([x]), n)
         >>> pairs = PairLogps(side(-1.0), side(-21.0), side(-0.1), side(-0.1), probability=torch.tensor([0.9]))
-        >>> SoftDPOLoss()(pairs), SoftDPOLoss(average="geometric")(pairs)
+        >>> SoftDPOLoss()(pairs), SoftDPOLoss(label_average="geometric")(pairs)
         (tensor([0.3269]), tensor([0.1839]))
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"probability"})
 
-    average: Literal["arithmetic", "geometric"] = "arithmetic"
+    label_average: Literal["arithmetic", "geometric"] = "arithmetic"
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if self.average not in ("arithmetic", "geometric"):
-            raise ValueError(f'Expected `average` to be "arithmetic" or "geometric" but got {self.average!r}.')
+        if self.label_average not in ("arithmetic", "geometric"):
+            allowed = '"arithmetic" or "geometric"'
+            raise ValueError(f"Expected `label_average` to be {allowed} but got {self.label_average!r}.")
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""
         z = self.beta * pairs.margin
         probability: Tensor = pairs.require("probability").to(z)
-        if self.average == "geometric":
+        if self.label_average == "geometric":
             return -logsigmoid((2 * probability - 1) * z)
         return -probability * logsigmoid(z) - (1 - probability) * logsigmoid(-z)

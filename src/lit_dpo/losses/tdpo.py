@@ -28,10 +28,10 @@ class TDPOLoss(PreferenceLoss):
     Args:
         beta: inverse temperature; 0.1 in the authors' runs.
         version: which of the two.
-        alpha: α. Expected > 0 with `version="tdpo2"`, where None is the authors' 0.5, and None otherwise.
+        kl_weight: α. Expected > 0 with `version="tdpo2"`, where None is the authors' 0.5, and None otherwise.
 
     Raises:
-        ValueError: if `version` is neither, or `alpha` out of range or given where it does not apply.
+        ValueError: if `version` is neither, or `kl_weight` out of range or given where it does not apply.
 
     Example:
         >>> import torch
@@ -45,19 +45,19 @@ class TDPOLoss(PreferenceLoss):
     needs: ClassVar[frozenset[str]] = frozenset({"kl"})
 
     version: Literal["tdpo1", "tdpo2"] = "tdpo2"
-    alpha: float | None = None
+    kl_weight: float | None = None
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
         if self.version not in ("tdpo1", "tdpo2"):
             raise ValueError(f'Expected `version` to be "tdpo1" or "tdpo2" but got {self.version!r}.')
-        if self.alpha is None:
+        if self.kl_weight is None:
             return
         if self.version == "tdpo1":
-            raise ValueError(f'Expected `alpha` only with `version` "tdpo2" but got {self.alpha} with "tdpo1".')
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"Expected `alpha` > 0 but got {self.alpha}.")
+            raise ValueError(f'Expected `kl_weight` only with `version` "tdpo2" but got {self.kl_weight} with "tdpo1".')
+        if not (self.kl_weight > 0 and math.isfinite(self.kl_weight)):
+            raise ValueError(f"Expected `kl_weight` > 0 but got {self.kl_weight}.")
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""
@@ -66,5 +66,5 @@ class TDPOLoss(PreferenceLoss):
         if self.version == "tdpo1":
             delta = rejected - chosen
         else:
-            delta = (0.5 if self.alpha is None else self.alpha) * (rejected - chosen.detach())
+            delta = (0.5 if self.kl_weight is None else self.kl_weight) * (rejected - chosen.detach())
         return -logsigmoid(self.beta * (pairs.margin - delta))

@@ -12,6 +12,8 @@ import torch
 
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError
+from lit_dpo.fingerprints import sampled_digest
+from lit_dpo.policy_checks import check_adapter_keys, check_lora
 from lit_dpo.references.base import Reference
 
 if TYPE_CHECKING:
@@ -60,9 +62,7 @@ class AdapterReference(Reference):
 
     def check(self, policy: QLoRAPolicy) -> None:
         """There is an adapter."""
-        path = self._path(policy)
-        if not Path(path).is_dir() and path.count("/") != 1:
-            raise PolicyError(f"No adapter for the reference at {path!r}: there is no such directory.")
+        check_lora(Path(self._path(policy)), "reference.path")
 
     def attach(self, model: Any, policy: QLoRAPolicy) -> None:
         """Load the copy."""
@@ -72,6 +72,7 @@ class AdapterReference(Reference):
             model.load_adapter(path, adapter_name=NAME, is_trainable=False)
         except (OSError, ValueError, RuntimeError) as error:
             raise PolicyError(f"No adapter for the reference at {path!r}: {error}") from error
+        check_adapter_keys(model, Path(path), NAME)
         freeze_second_adapter(model, training)
 
     @contextmanager
@@ -79,6 +80,10 @@ class AdapterReference(Reference):
         """The policy with the copy in its adapter's place."""
         with active_adapter(model, NAME):
             yield model
+
+    def content(self, policy: QLoRAPolicy) -> dict[str, Any]:
+        """Of the adapter."""
+        return {"adapter": sampled_digest(Path(self._path(policy)))}
 
     def identity(self, policy: QLoRAPolicy) -> dict[str, Any]:
         """The base's content and quantisation, and the adapter's content."""

@@ -81,6 +81,10 @@ class Reference(ABC):
             step: how many steps have been made, from 1.
         """
 
+    def content(self, policy: QLoRAPolicy) -> dict[str, Any]:
+        """Digests of what it loads beside the policy: resuming with other content, not from elsewhere, stops."""
+        return {}
+
     def identity(self, policy: QLoRAPolicy) -> dict[str, Any]:
         """Everything that decides its log-probs of given token ids, in builtins: what a cache of them belongs to.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -57,6 +59,8 @@ class CachedReference(Reference):
         """Check the arguments."""
         if isinstance(self.reference, CachedReference | NoReference) or (self.reference and self.reference.moves):
             raise PolicyError(f"Expected a reference whose log-probs stay as they are but got {self.reference}.")
+        if self.tokens and self.reference and "tokens" not in self.reference.gives:
+            raise PolicyError(f"{self.reference} has no log-probs per token: set `reference.tokens` to false.")
 
     @property
     def starts_at_policy(self) -> bool:
@@ -74,8 +78,15 @@ class CachedReference(Reference):
         return self.reference or self
 
     def check(self, policy: QLoRAPolicy) -> None:
-        """As what is remembered."""
+        """As what is remembered; it says what it depends on; and the directory takes files."""
         self._of(policy).check(policy)
+        self.identity(policy)
+        try:
+            Path(self.directory).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.directory):
+                pass
+        except OSError as error:
+            raise PolicyError(f"Expected to write to `reference.directory` {self.directory!r} but {error}.") from error
 
     def attach(self, model: Any, policy: QLoRAPolicy) -> None:
         """Attach what is remembered, and find its folder."""
@@ -85,7 +96,7 @@ class CachedReference(Reference):
 
     def active(self, model: Any) -> NoReturn:
         """Log-probs are all there is."""
-        raise PolicyError(f"{self} has no model to run: use {self.reference} itself.")
+        raise PolicyError(f"{self} has no model to run: use {self.reference or 'what it remembers'} itself.")
 
     def logps(self, model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
         """From disk; what is not there is computed and put there."""
@@ -106,6 +117,10 @@ class _Cache:
     def __init__(self, reference: Reference, settings: CachedReference, identity: dict[str, Any]) -> None:
         self.reference, self.settings, self.identity = reference, settings, identity
         self._stores: dict[str, LogpStore] = {}
+
+    def __reduce__(self) -> Any:
+        """Copies and other processes open files of their own."""
+        return _Cache, (self.reference, self.settings, self.identity)
 
     def logps(self, model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
         store = self._store(model)
@@ -153,7 +168,7 @@ class _Cache:
         return [Stored(*pair) for pair in zip(*sides, strict=True)]
 
     def _store(self, model: Any) -> LogpStore:
-        """The folder for what this reference is, as it is computed now: precision and device round differently."""
+        """The folder for this reference as it is computed now: dtypes, devices and versions round differently."""
         base = base_model(model)
         device = base.device.type
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
@@ -161,7 +176,13 @@ class _Cache:
             "version": _VERSION,
             **self.identity,
             "tokens": self.settings.tokens,
-            "compute": {"dtype": str(base.dtype), "autocast": autocast, "device": device},
+            "compute": {
+                "dtype": str(base.dtype),
+                "autocast": autocast,
+                "float32_matmul": torch.get_float32_matmul_precision(),
+                "device": device,
+                **{name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+            },
         }
         text = json.dumps(identity, sort_keys=True, indent=1)
         if (store := self._stores.get(text)) is None:

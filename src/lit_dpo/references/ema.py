@@ -33,7 +33,8 @@ class EMAReference(Reference):
 
     Args:
         alpha: α, weight of the policy. Expected in (0, 1]; 0.5 to 0.6 for soft updates in the paper.
-        every: optimizer steps from one update to the next. Expected ≥ 1; 512 is common with `alpha=1` (and in TRL).
+        every: optimizer steps from one update to the next. Expected ≥ 1, and no more than the run has; TRL's
+            default is 512 with α = 0.6.
 
     Raises:
         PolicyError: for a value outside its domain.
@@ -42,7 +43,7 @@ class EMAReference(Reference):
     moves: ClassVar[bool] = True
 
     alpha: float = 0.6
-    every: int = 512
+    every: int = 64
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -55,7 +56,9 @@ class EMAReference(Reference):
     def attach(self, model: Any, policy: QLoRAPolicy) -> None:
         """Copy the policy's adapter."""
         training = model.training
-        model.add_adapter(NAME, copy.deepcopy(model.peft_config["default"]))
+        config = copy.deepcopy(model.peft_config["default"])
+        config.init_lora_weights = True  # its weights are copied below; some initialisations would change the base
+        model.add_adapter(NAME, config)
         freeze_second_adapter(model, training)
         for mine, policys in self._weights(model):
             mine.requires_grad_(False)

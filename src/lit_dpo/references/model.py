@@ -55,7 +55,10 @@ class ModelReference(Reference):
     def check(self, policy: QLoRAPolicy) -> None:
         """It can be loaded, and reads the same tokens."""
         mine = self._loader()
-        mine.check()
+        try:
+            mine.check()
+        except PolicyError as error:
+            raise PolicyError(str(error).replace("`policy.", "`reference.")) from None
         ours, theirs = policy.load_tokenizer().get_vocab(), mine.load_tokenizer().get_vocab()
         if different := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
             raise PolicyError(
@@ -72,8 +75,16 @@ class ModelReference(Reference):
 
     @contextmanager
     def active(self, model: Any) -> Iterator[Any]:
-        """That model."""
-        yield kept(model, "reference")
+        """That model, where the policy is."""
+        found, device = kept(model, "reference"), next(model.parameters()).device
+        if next(found.parameters()).device != device:
+            found.to(device)
+        yield found
+
+    def content(self, policy: QLoRAPolicy) -> dict[str, Any]:
+        """Of the model and its adapter."""
+        mine = self._loader()
+        return {"model": mine.identity()["fingerprint"], "adapter": mine.start()}
 
     def identity(self, policy: QLoRAPolicy) -> dict[str, Any]:
         """Its content, quantisation and dtype, and its adapter's content."""

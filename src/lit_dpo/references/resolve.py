@@ -29,6 +29,9 @@ def resolve_reference(reference: Reference | None, loss: PreferenceLoss, policy:
     if loss.needs_reference == isinstance(reference, NoReference):
         wanted = "needs a reference" if loss.needs_reference else "reads no reference"
         raise PolicyError(f"{loss} {wanted} but got {reference}. Leave `reference` out.")
-    if lacking := loss.needs & frozenset({"kl", *(("tokens",) if loss.needs_reference else ())}) - reference.gives:
-        raise PolicyError(f"{loss} reads {', '.join(sorted(lacking))} of the reference, which {reference} has not.")
+    names = {"kl": "whole distribution", "reference_tokens": "log-probs per token"}
+    given = {"reference_tokens" if name == "tokens" else name for name in reference.gives}
+    if lacking := [said for name, said in names.items() if name in loss.needs - given]:
+        remedy = f"Use {reference.bare} itself" if reference.bare != reference else "Use another reference"
+        raise PolicyError(f"{loss} reads the reference's {' and '.join(lacking)}, which {reference} has not. {remedy}.")
     return reference

@@ -143,9 +143,13 @@ class LogpStore:
 
     def _new_entries(self, path: Path) -> NDArray[Any]:
         seen = self._seen.get(path, 0)
-        with path.open("rb") as stream:
-            stream.seek(seen * _ENTRY.itemsize)
-            content = stream.read()
+        try:
+            with path.open("rb") as stream:
+                stream.seek(seen * _ENTRY.itemsize)
+                content = stream.read()
+        except OSError:  # another's, or no file at all
+            self._damage(1, path)
+            return self._entries[:0]
         entries = np.frombuffer(content[: len(content) // _ENTRY.itemsize * _ENTRY.itemsize], _ENTRY)
         self._seen[path] = seen + len(entries)
         starts = range(0, len(entries) * _ENTRY.itemsize, _ENTRY.itemsize)
