@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from material import SHAPES, Spec, made_pairs, read_pairs, save_model, train_tokenizer
+from material import SHAPES, Spec, made_conversations, read_pairs, save_model, train_tokenizer
 from sides import flat_pairs, ready, start
 
 GIB = 2.0**30
@@ -68,7 +68,8 @@ def main() -> None:
 def prepare(given: argparse.Namespace, folder: Path) -> Spec:
     """Model, tokenizer and pairs in a folder; the batches in the order in which every side sees them."""
     model, train = folder / "model", folder / "pairs.jsonl"
-    pairs = read_pairs(given.data) if given.data else _as_text(given)
+    wanted = given.batch_size * (given.warmup + given.steps + 1)
+    pairs = read_pairs(given.data) if given.data else made_conversations(given.made, wanted)
     train.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     if given.tokenizer:
         from transformers import AutoTokenizer
@@ -109,20 +110,6 @@ def describe(spec: Spec, given: argparse.Namespace, parameters: int, vocabulary:
         f"batch {spec.batch_size}, max_length {spec.max_length}; {spec.device}, threads {spec.threads}; {given.steps} "
         f"steps after {given.warmup}"
     )
-
-
-def _as_text(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Made pairs as words of letters, each of which becomes a token of a tokenizer trained on them."""
-    prompt, answer = (int(length) for length in given.made.split(","))
-    made = made_pairs(given.batch_size * (given.warmup + given.steps + 1), prompt, answer, 5000)
-    names, letters = ("user", "assistant", "assistant"), str.maketrans("0123456789", "abcdefghij")
-    return [
-        {
-            side: [{"role": name, "content": " ".join(f"{token:05}".translate(letters) for token in part)}]
-            for side, name, part in zip(("prompt", "chosen", "rejected"), names, pair, strict=True)
-        }
-        for pair in made
-    ]
 
 
 def batches(spec: Spec, steps: int) -> list[list[list[list[int]]]]:

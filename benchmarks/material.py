@@ -87,6 +87,25 @@ def made_pairs(count: int, prompt: int, answer: int, vocabulary: int, seed: int 
     return [[part(prompt), part(answer), part(answer)] for _ in range(count)]
 
 
+def made_conversations(lengths: str, count: int) -> list[dict[str, Any]]:
+    """Made pairs as words of letters, each of which becomes a token of a tokenizer trained on them.
+
+    Args:
+        lengths: mean tokens of prompt and answer, such as `600,300`.
+        count: how many.
+    """
+    prompt, answer = (int(length) for length in lengths.split(","))
+    sides, roles = ("prompt", "chosen", "rejected"), ("user", "assistant", "assistant")
+    letters = str.maketrans("0123456789", "abcdefghij")
+    return [
+        {
+            side: [_message(role, " ".join(f"{token:05}".translate(letters) for token in part))]
+            for side, role, part in zip(sides, roles, pair, strict=True)
+        }
+        for pair in made_pairs(count, prompt, answer, 5000)
+    ]
+
+
 def train_tokenizer(pairs: list[dict[str, Any]], at: Path, size: int = 8192) -> None:
     """A byte-level BPE of the pairs' own text, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

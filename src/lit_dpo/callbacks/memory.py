@@ -23,13 +23,17 @@ class MemoryEstimate(pl.Callback):
         largest = getattr(trainer.train_dataloader, "largest_batches", None)
         if largest is None or not trainer.is_global_zero:
             return
-        step = estimate_step(
-            pl_module.model,
-            largest(),
-            optimizer=pl_module.optimizer,
-            with_kl="kl" in pl_module.loss.needs,
-            context=trainer.precision_plugin.train_step_context,
-        )
+        try:
+            step = estimate_step(
+                pl_module.model,
+                largest(),
+                optimizer=pl_module.optimizer,
+                with_kl="kl" in pl_module.loss.needs,
+                context=trainer.precision_plugin.train_step_context,
+            )
+        except (RuntimeError, AttributeError, TypeError, ValueError) as error:  # no reason not to train
+            log.warning("no estimate of a step's memory: %s", str(error).split("\n")[0])
+            return
         room = _room(pl_module.device)
         rank_zero_info(f"a step needs about {step}" + (f"; the device has {room / 2**30:.2f} GiB" if room else ""))
         if room and step.total > room:

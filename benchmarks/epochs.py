@@ -1,0 +1,132 @@
+"""What remembering the reference saves: CPU time of each epoch, and of a second run with another loss.
+
+    python benchmarks/epochs.py --data pairs.json
+    python benchmarks/epochs.py --made 600,300
+
+The same pairs and order, trained plainly and with a `CachedReference`, in turn, `--repeats` times over. Losses are
+compared before any time is printed, and passes of the reference are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+import lit_dpo.references.base as references
+from lit_dpo import CachedReference, DPOModule, IPOLoss, PreferenceDataModule, QLoRAPolicy
+from lit_dpo.losses import DPOLoss
+from material import SHAPES, made_conversations, read_pairs, save_model, train_tokenizer
+
+
+class Epochs(pl.Callback):
+    """CPU seconds of each epoch, all losses, and passes of the reference over pairs."""
+
+    def __init__(self, device: str) -> None:
+        self.clock = time.process_time if device == "cpu" else time.perf_counter
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self.start = self.clock()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self.seconds.append(self.clock() - self.start)
+
+
+def train(given: argparse.Namespace, folder: Path, reference: Any = None, loss: Any = None) -> tuple[Epochs, int]:
+    """One run; the times and losses of its epochs, and how many pairs the reference scored."""
+    passes, plain = [0], references.pair_logps
+
+    def counting(model: Any, batch: Any, **options: Any) -> Any:
+        passes[0] += batch.size
+        return plain(model, batch, **options)
+
+    torch.manual_seed(0)
+    policy = QLoRAPolicy(str(folder / "model"), quantization=given.quantization, target_modules=["q_proj", "v_proj"])
+    optimizer = functools.partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.0)
+    module = DPOModule(policy, loss or DPOLoss(), reference, optimizer, lr_scheduler="constant")
+    data = PreferenceDataModule(
+        train=str(folder / "pairs.jsonl"), max_length=given.max_length, truncation="truncate_prompt", batch_size=4
+    )
+    epochs = Epochs(given.device)
+    trainer = pl.Trainer(
+        accelerator=given.device,
+        max_epochs=given.epochs,
+        limit_train_batches=given.steps,
+        callbacks=[epochs],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(folder),
+    )
+    references.pair_logps = counting
+    try:
+        trainer.fit(module, data)
+    finally:
+        references.pair_logps = plain
+    return epochs, passes[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="pairs: .json, .jsonl or .jsonl.gz")
+    parser.add_argument("--made", help="instead of --data: mean tokens of prompt and answer, such as 600,300")
+    parser.add_argument("--shape", choices=SHAPES, default="5M")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--quantization", choices=["none", "nf4"], default="none")
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--pairs", type=int, default=48)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parser.parse_args()
+    given.steps = given.pairs // 4
+    torch.set_num_threads(1)
+    rows: dict[str, list[list[float]]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pairs = (read_pairs(given.data) if given.data else made_conversations(given.made, given.pairs))[: given.pairs]
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        train_tokenizer(pairs, folder / "model")
+        dtype = "float32" if given.device == "cpu" else "bfloat16"
+        save_model(folder / "model", given.shape, 8192, dtype, max(2048, given.max_length))
+        for repeat in range(given.repeats):
+            cached = CachedReference(directory=str(folder / f"cache-{repeat}"))
+            runs = {
+                "plain": train(given, folder),
+                "cached, first run": train(given, folder, cached),
+                "cached, another loss": train(given, folder, cached, IPOLoss(beta=0.5)),
+                "plain, another loss": train(given, folder, None, IPOLoss(beta=0.5)),
+            }
+            for one, other in (("plain", "cached, first run"), ("plain, another loss", "cached, another loss")):
+                furthest = max(abs(a - b) for a, b in zip(runs[one][0].losses, runs[other][0].losses, strict=True))
+                assert furthest < 1e-4, f"{one} and {other} differ by {furthest}"
+            for kind, (epochs, passes) in runs.items():
+                rows.setdefault(kind, []).append([*epochs.seconds, passes])
+    print(f"{given.data.name if given.data else given.made}, {given.shape}, {given.quantization}: seconds an epoch")
+    medians = {kind: [statistics.median(column) for column in zip(*runs, strict=True)] for kind, runs in rows.items()}
+    for kind, (*seconds, passes) in medians.items():
+        print(
+            f"{kind:22}" + "".join(f"{one:8.2f}" for one in seconds) + f"   pairs through the reference: {passes:.0f}"
+        )
+    first, *later = medians["cached, first run"][:-1]
+    print(f"first epoch / plain one: {first / statistics.median(medians['plain'][:-1]):.2f}")
+    print(f"first epoch / later epochs: {first / statistics.median(later):.2f}")
+    second = statistics.median(medians["cached, another loss"][:-1])
+    print(f"plain epoch / epoch of a second run: {statistics.median(medians['plain, another loss'][:-1]) / second:.2f}")
+
+
+if __name__ == "__main__":
+    main()
