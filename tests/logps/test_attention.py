@@ -70,6 +70,30 @@ def test_it_is_masked_attention_in_value_and_gradient(window, softcap, scaling):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 3, 100])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_in_the_last_layer_a_prompt_asks_with_its_last_token_alone(window, softcap):
+    """What is read is the same, in value and gradient; the rest is zero. Other layers are whole."""
+    inputs, layer = _inputs(), nn.Identity()
+    given = {"pair_layout": PairLayout(PAIRS, torch.device("cpu"), 1), "sliding_window": window, "softcap": softcap}
+    read = torch.zeros(TOKENS, dtype=torch.bool)
+    for s in PAIRS:
+        read[s.start + s.prompt - 1 : s.start + s.prompt + s.chosen + s.rejected] = True
+    layer.layer_idx = 0
+    whole, _ = pair_attention_forward(layer, *inputs, None, **given)
+    layer.layer_idx = 1
+    found, _ = pair_attention_forward(layer, *inputs, None, **given)
+    assert whole[:, ~read].abs().min() > 0
+    assert found.shape == whole.shape
+    assert found[:, ~read].abs().max() == 0
+    torch.testing.assert_close(found[:, read], whole[:, read], rtol=0, atol=1e-6)
+    direction = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1)) * read[:, None, None]
+    for one, other in zip(
+        torch.autograd.grad(found, inputs, direction), torch.autograd.grad(whole, inputs, direction), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(("heads", "key_heads", "value_width"), [(4, 4, 8), (4, 1, 8), (4, 2, 5)])
 def test_head_groups_and_narrow_values(heads, key_heads, value_width):
     inputs = _inputs(heads, key_heads, 8, value_width)

@@ -43,11 +43,14 @@ class PairLayout:
     Args:
         pairs: the pairs' places in the row.
         device: where the indices live.
+        last_layer: index of the layer after which only what predicts a completion token is read. Its other queries, all
+            of a prompt's but the last, are not asked on a CPU; their outputs are zeros.
     """
 
-    def __init__(self, pairs: list[Segment], device: torch.device) -> None:
+    def __init__(self, pairs: list[Segment], device: torch.device, last_layer: int | None = None) -> None:
         self.pairs = pairs
         self.device = device
+        self.last_layer = last_layer
         self._masks: dict[tuple[int, int, int | None], Tensor | None] = {}
         self._varlen: tuple[Tensor, Tensor, Tensor, int, int] | None = None
 
@@ -142,7 +145,8 @@ def pair_attention_forward(
     if softcap is None and _varlen_fits(query, key, value, sliding_window):
         out = _varlen(query[0], key[0], value[0], pair_layout, scale, sliding_window)
     else:
-        out = _by_segment(query, key, value, pair_layout, scale, sliding_window, softcap)
+        is_last = pair_layout.last_layer is not None and getattr(module, "layer_idx", None) == pair_layout.last_layer
+        out = _by_segment(query, key, value, pair_layout, scale, sliding_window, softcap, is_last)
     return out.unsqueeze(0), None
 
 
@@ -167,6 +171,7 @@ def _by_segment(
     scale: float,
     window: int | None,
     softcap: float | None,
+    is_last: bool,
 ) -> Tensor:
     # key heads become the batch, so that a group of heads shares its keys without a copy
     query = query.reshape(key.shape[1], -1, *query.shape[2:])
@@ -179,7 +184,10 @@ def _by_segment(
     outputs = []
     for number, (prompt_key, prompt_value) in enumerate(zip(prompt_keys, prompt_values, strict=True)):
         one, two = 2 * number, 2 * number + 1
-        outputs.append(_attend(queries[one], keys[one], values[one], layout, scale, window, softcap))
+        unread = layout.pairs[number].prompt - 1 if is_last else 0
+        asked = queries[one][:, :, unread:]
+        outputs.append(asked.new_zeros(*asked.shape[:2], unread, values[one].shape[-1]))
+        outputs.append(_attend(asked, keys[one], values[one], layout, scale, window, softcap))
         both = torch.cat([prompt_key, keys[two]], 2), torch.cat([prompt_value, values[two]], 2)
         outputs.append(_attend(queries[two], *both, layout, scale, window, softcap))
     return torch.cat(outputs, dim=2).flatten(0, 1).transpose(0, 1)

@@ -92,7 +92,8 @@ def _run(model: Any, batch: PairBatch) -> _Scored:
     _check_rope(config, pairs)
     if has_pair_attention(base):
         rows = flat_rows(batch, pairs)
-        rows.inputs["pair_layout"] = PairLayout(pairs, batch.input_ids.device)
+        layers = getattr(config, "num_hidden_layers", None)
+        rows.inputs["pair_layout"] = PairLayout(pairs, batch.input_ids.device, layers and layers - 1)
     else:
         rows = padded_rows(batch, pairs)
     return _Scored(_hidden_states(base, rows), model_head(base), rows, config.vocab_size)
