@@ -71,12 +71,21 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], *, training: b
         )
 
 
-def load_strictly(known: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
+def load_strictly(known: Mapping[str, torch.Tensor], given: dict[str, torch.Tensor], *, training: bool) -> None:
     """Copy into the tensors of a module what a checkpoint has for them.
+
+    Args:
+        known: the module's tensors.
+        given: the checkpoint's.
+        training: it goes on training. Else another loss or reference may evaluate what these trained, and the memory of
+            a loss and a reference that moved are left out if they are not known, and a memory stays as it is.
 
     Raises:
         ResumeError: listing keys that are missing, unknown or of another shape; nothing is copied then.
     """
+    if not training:
+        given = {name: p for name, p in given.items() if name in known or not _of_training(name)}
+        given |= {name: known[name] for name in known.keys() & {"loss_state"} - given.keys()}
     wrong = [f"missing {name}" for name in known.keys() - given.keys()]
     wrong += [f"unknown {name}" for name in given.keys() - known.keys()]
     wrong += [
@@ -89,6 +98,10 @@ def load_strictly(known: Mapping[str, torch.Tensor], given: Mapping[str, torch.T
     with torch.no_grad():
         for name, tensor in known.items():
             tensor.copy_(given[name])
+
+
+def _of_training(name: str) -> bool:
+    return name == "loss_state" or ".reference." in f"{name}."
 
 
 def random_states(world_size: int) -> list[dict[str, Any]]:

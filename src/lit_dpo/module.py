@@ -21,14 +21,14 @@ from lit_dpo.callbacks.export import AdapterExport
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.predictions import PredictionWriter
-from lit_dpo.data.batch import ROW_FIELDS, PairBatch
-from lit_dpo.errors import DataError, PolicyError, ResumeError, TrainingError
+from lit_dpo.data.batch import PairBatch
+from lit_dpo.errors import PolicyError, ResumeError, TrainingError
 from lit_dpo.logps.records import PairLogps, SequenceLogps
 from lit_dpo.logps.score import choose_layout, pair_logps, pair_logps_with_kl
 from lit_dpo.losses import DPOLoss, PreferenceLoss
 from lit_dpo.policy import QLoRAPolicy, adapter_parameters
 from lit_dpo.references import Reference
-from lit_dpo.references.resolve import resolve_reference
+from lit_dpo.requirements import check_rows, resolve_reference
 
 
 class DPOModule(pl.LightningModule):
@@ -173,7 +173,7 @@ class DPOModule(pl.LightningModule):
     def prepare_data(self) -> None:
         """Find what is wrong with policy, reference and data before a directory is made or a weight is read."""
         if not self.trainer.predicting:
-            self._check_rows()
+            check_rows(self.loss, getattr(getattr(self.trainer, "datamodule", None), "row_fields", {}))
         if self.model is None:
             self.policy.check()
             self.reference.check(self.policy)
@@ -296,12 +296,8 @@ class DPOModule(pl.LightningModule):
             ResumeError: listing keys that are missing, unknown or of another shape.
         """
         self.configure_model()
-        known, given = self.state_dict(keep_vars=True), dict(state_dict)
-        if self._trainer is None or self.trainer.state.fn != "fit":
-            # another loss or reference may evaluate what this one trained
-            given = {name: p for name, p in given.items() if name in known or not _of_training(name)}
-            given |= {name: known[name] for name in known.keys() & {"loss_state"} - given.keys()}
-        checkpoints.load_strictly(known, given)
+        training = self._trainer is not None and self.trainer.state.fn == "fit"
+        checkpoints.load_strictly(self.state_dict(keep_vars=True), dict(state_dict), training=training)
         self.fresh = False
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
@@ -344,24 +340,6 @@ class DPOModule(pl.LightningModule):
     def _reads(self, name: str) -> bool:
         return name in self.loss.needs
 
-    def _check_rows(self) -> None:
-        """What the loss reads of the rows is there; what nothing reads is said."""
-        data = getattr(self.trainer, "datamodule", None)
-        wanted = self.loss.needs & frozenset(ROW_FIELDS)
-        for split, there in getattr(data, "row_fields", {}).items():
-            if lacking := sorted(wanted - there):
-                raise DataError(
-                    f"{split}: {type(self.loss).__name__} reads the rows' {', '.join(lacking)} but they have none. "
-                    + " ".join(f"Name the column: --data.format.{name} COLUMN." for name in lacking)
-                )
-            if unread := sorted(there - wanted - {"weight"}):
-                rank_zero_info(f"{split}: {type(self.loss).__name__} does not read the rows' {', '.join(unread)}")
-
     def _log_epoch(self, measured: MetricCollection, shown: str) -> None:
         for name, metric in measured.items():
             self.log(name, metric, on_step=False, on_epoch=True, prog_bar=name == shown, batch_size=1)
-
-
-def _of_training(name: str) -> bool:
-    """Whether a tensor of a checkpoint is a loss's memory or a reference that moved, not the policy."""
-    return name == "loss_state" or ".reference." in f"{name}."

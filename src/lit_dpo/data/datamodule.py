@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lit_dpo.data.batch import PairBatch
@@ -19,10 +18,8 @@ from lit_dpo.data.formats import Preference, PreferenceFormat, Triples
 from lit_dpo.data.loader import PairDataset, PairLoader, loader_options
 from lit_dpo.data.sampler import PairSampler
 from lit_dpo.data.sources import Source, load_pairs
-from lit_dpo.data.table import PairTable, encode_table
+from lit_dpo.data.table import PairTable, encode_table, report, warn
 from lit_dpo.errors import DataError, ResumeError
-
-log = logging.getLogger(__name__)
 
 _SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 _BATCH_SIZE = 8
@@ -244,7 +241,7 @@ class PreferenceDataModule(LightningDataModule):
         source = self.sources[split]
         assert source is not None
         table = encode_table(load_pairs(source, self.format.columns, stage=split), self.format, self._get_encoder())
-        _report(split, table, self.truncation)
+        report(split, table, self.truncation)
         self._check_budget(split, table)
         return table
 
@@ -288,7 +285,7 @@ class PreferenceDataModule(LightningDataModule):
             return
         leaked = np.isin(val.prompt_keys, train.prompt_keys).sum()
         if leaked:
-            _warn(f"val: {leaked} of {val.size} pairs have a prompt that is in train too; validation looks too good")
+            warn(f"val: {leaked} of {val.size} pairs have a prompt that is in train too; validation looks too good")
 
     # --- loaders ---------------------------------------------------------------------------------------------------
 
@@ -337,22 +334,3 @@ class PreferenceDataModule(LightningDataModule):
                 f"The checkpoint stopped after batch {state['batches']} of epoch {state['epoch']}, and the batches are "
                 f"others now: {', '.join(changed)}. Restore these settings, or resume from the end of an epoch."
             )
-
-
-def _report(split: str, table: PairTable, truncation: str) -> None:
-    """One line for dropped pairs, one for pairs that cannot teach anything."""
-    if table.dropped:
-        reasons = "; ".join(
-            f"{count} {reason}" if len(table.dropped) > 1 else reason for reason, count in table.dropped.most_common()
-        )
-        line = f"{table.total - table.size} of {table.total} pairs dropped: {reasons} (truncation={truncation})"
-        if table.size == 0:
-            raise DataError(f"{split}: no pairs are left, {line}. Raise `max_length` or set another `truncation`.")
-        rank_zero_info(f"{split}: {line}")
-    if table.identical:
-        _warn(f"{split}: {table.identical} of {table.size} pairs have two equal answers; kept, but they teach nothing")
-
-
-@rank_zero_only
-def _warn(message: str) -> None:
-    log.warning(message)

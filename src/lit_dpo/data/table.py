@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from numpy.typing import NDArray
 
 from lit_dpo.data.batch import ROW_FIELDS, EncodedPair, PairBatch, collate_pairs
@@ -20,6 +22,8 @@ from lit_dpo.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+log = logging.getLogger(__name__)
 
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -197,3 +201,23 @@ def _key(prompt: Any) -> int:
     """64 bits of a hash: among ten million prompts two different ones meet with a probability of 3e-6."""
     digest = hashlib.blake2b(json.dumps(prompt, sort_keys=True, default=str).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def report(split: str, table: PairTable, truncation: str) -> None:
+    """One line for dropped pairs, one for pairs that cannot teach anything."""
+    if table.dropped:
+        reasons = "; ".join(
+            f"{count} {reason}" if len(table.dropped) > 1 else reason for reason, count in table.dropped.most_common()
+        )
+        line = f"{table.total - table.size} of {table.total} pairs dropped: {reasons} (truncation={truncation})"
+        if table.size == 0:
+            raise DataError(f"{split}: no pairs are left, {line}. Raise `max_length` or set another `truncation`.")
+        rank_zero_info(f"{split}: {line}")
+    if table.identical:
+        warn(f"{split}: {table.identical} of {table.size} pairs have two equal answers; kept, but they teach nothing")
+
+
+@rank_zero_only
+def warn(message: str) -> None:
+    """Say it once, not once per process."""
+    log.warning(message)

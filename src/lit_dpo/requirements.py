@@ -1,11 +1,13 @@
-"""Which reference a run has."""
+"""Whether a loss gets what it reads: a reference, and columns of the data."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lit_dpo.errors import PolicyError
+from lit_dpo.data.batch import ROW_FIELDS
+from lit_dpo.errors import DataError, PolicyError
 from lit_dpo.losses.base import PreferenceLoss
 from lit_dpo.references.adapter import NoReference, default_reference
 from lit_dpo.references.base import Reference
@@ -35,3 +37,26 @@ def resolve_reference(reference: Reference | None, loss: PreferenceLoss, policy:
         remedy = f"Use {reference.bare} itself" if reference.bare != reference else "Use another reference"
         raise PolicyError(f"{loss} reads the reference's {' and '.join(lacking)}, which {reference} has not. {remedy}.")
     return reference
+
+
+def check_rows(loss: PreferenceLoss, row_fields: Mapping[str, frozenset[str]]) -> None:
+    """What the loss reads of the rows is there; what nothing reads is said.
+
+    Args:
+        loss: of the run.
+        row_fields: by split, those of `ROW_FIELDS` that its rows have.
+
+    Raises:
+        DataError: naming the split, the field and the option that brings it.
+    """
+    from lightning.pytorch.utilities import rank_zero_info
+
+    name, wanted = type(loss).__name__, loss.needs & frozenset(ROW_FIELDS)
+    for split, there in row_fields.items():
+        if lacking := sorted(wanted - there):
+            raise DataError(
+                f"{split}: {name} reads the rows' {', '.join(lacking)} but they have none. "
+                + " ".join(f"Name the column: --data.format.{field} COLUMN." for field in lacking)
+            )
+        if unread := sorted(there - wanted - {"weight"}):
+            rank_zero_info(f"{split}: {name} does not read the rows' {', '.join(unread)}")
