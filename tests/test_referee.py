@@ -143,7 +143,10 @@ def test_losses_and_rewards_are_the_peers(referee, pairs):
             mine = mine / length if isinstance(loss, SimPOLoss) else mine  # per token there
             theirs = torch.tensor(theirs, dtype=torch.float64)
             torch.testing.assert_close(mine, theirs, rtol=1e-12 if relative < 1e-6 else 1e-5, atol=absolute)
-        variant = next((getattr(loss, name) for name in ("average", "divergence", "link") if hasattr(loss, name)), None)
+        variant = next(
+            (getattr(loss, name) for name in ("average", "average_over", "divergence", "link") if hasattr(loss, name)),
+            None,
+        )
         seen.append((type(loss).__name__, variant, case["peer"].split()[0]))
     mitchell, liger = "eric-mitchell/direct-preference-optimization", "Liger-Kernel"
     assert {

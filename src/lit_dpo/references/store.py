@@ -70,8 +70,7 @@ class LogpStore:
     def get(self, key: bytes) -> Stored | None:
         """The values, verified; None if there are none."""
         found = self._get(key)
-        if found is None and time.perf_counter() - self._last > self._cost / _REREAD_SHARE:
-            self.refresh()
+        if found is None and time.perf_counter() - self._last > self._cost / _REREAD_SHARE and self.refresh():
             found = self._get(key)
         return found
 
@@ -95,8 +94,8 @@ class LogpStore:
         if len(self._fresh) > max(4096, len(self._entries) // 4):
             self.refresh()
 
-    def refresh(self) -> None:
-        """Read what was added to the folder since it was last read."""
+    def refresh(self) -> bool:
+        """Read what was added to the folder since it was last read; whether there was anything."""
         start = time.perf_counter()
         new = [(path, self._new_entries(path)) for path in sorted(self.folder.glob("*.index"))]
         new = [(path, entries) for path, entries in new if len(entries)]
@@ -113,6 +112,7 @@ class LogpStore:
         self._fresh = {}
         self._last = time.perf_counter()
         self._cost = self._last - start
+        return bool(new)
 
     def _get(self, key: bytes) -> Stored | None:
         if (fresh := self._fresh.get(key)) is not None:
