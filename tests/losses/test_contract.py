@@ -160,8 +160,6 @@ SETTINGS = {
     ODPOLoss: [{"scale": "linear"}],
     TDPOLoss: [{"version": "tdpo1"}, {"kl_weight": 0.3}],
     CalDPOLoss: [{"beta": 0.5}],
-    ChiPOLoss: [{"clip": 0.1}],
-    SoftDPOLoss: [{"label_average": "geometric"}],
     LDDPOLoss: [{"reference": "plain"}, {"loss": SimPOLoss()}, {"loss": BCOLoss(), "surplus_weight": 0.0}],
     WPOLoss: [{"clamp": False}, {"alignment": "none"}, {"loss": LDDPOLoss(SimPOLoss())}],
     MixtureLoss: [
