@@ -12,7 +12,7 @@ from lit_dpo.losses.base import PreferenceLoss
 
 @dataclass(frozen=True)
 class SoftDPOLoss(PreferenceLoss):
-    """DPO with soft labels (cDPO, ericmitchell.ai/cdpo.pdf, eq. 3, with a p per pair): −p·log σ(β·Δ) − (1−p)·log σ(−β·Δ).
+    """Soft labels (cDPO, ericmitchell.ai/cdpo.pdf, eq. 3, a p per pair): −p·log σ(β·Δ) − (1−p)·log σ(−β·Δ).
 
     p is each pair's own probability that the chosen answer is really the better one, from the data: the share of
     annotators, or σ of a reward model's difference. Where cDPO has one ε for all pairs, ε = 1 − p here. Its minimum is
