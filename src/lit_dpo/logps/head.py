@@ -150,7 +150,7 @@ class _Head(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         logits: Tensor = self.model(inputs_embeds=states.unsqueeze(0), use_cache=False).logits
-        return logits[0]
+        return logits.squeeze(0)  # the backward of an index fills a tensor as large as the logits
 
 
 class _Given(nn.Module):
