@@ -1,36 +1,58 @@
-"""The last layer's MLP, for the rows that are scored alone: nothing reads what it makes of a prompt."""
+"""The last layer, for the rows that are scored alone: of a prompt nothing but its keys and values is read there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
 
+_ROW_BY_ROW = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
+
 
 @contextmanager
-def last_mlp_on(backbone: Any, needed: Tensor) -> Iterator[None]:
-    """Let the last layer's MLP see the `needed` rows; the others come out as zeros.
+def last_layer_on(backbone: Any, needed: Tensor) -> Iterator[None]:
+    """Let the last layer ask, project and transform the `needed` rows alone; of the others come zeros.
 
-    Nothing after it mixes tokens, so those zeros are not read. Measured with four layers, it saves 8 % of a step where
-    prompts are 83 % of the tokens and 4 % where they are 30 %; with more layers less.
+    Nothing after it mixes tokens, so those zeros are not read, and nobody reads the answer to a query of zeros. Parts
+    that a layer does not have under these names run as they are. Measured with four layers and prompts of 82 % of the
+    tokens, the MLP's rows save 8 % of a step and the projections' 2 %; with more layers less.
 
     Args:
-        backbone: a transformers decoder; one whose last layer has no `mlp` of `(1, T, H)` runs as it is.
+        backbone: a transformers decoder.
         needed: `(M,)` positions in the row, each once.
     """
     layers = getattr(backbone, "layers", None)
-    mlp = getattr(layers[-1], "mlp", None) if layers else None
-    if mlp is None or _is_checkpointing(backbone):  # which runs it again, after this context
+    if not layers or _is_checkpointing(backbone):  # which runs it again, after this context
         yield
         return
+    hooks = [hook for name in _ROW_BY_ROW for hook in _hooks(_part(layers[-1], name), needed)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _part(layer: Any, name: str) -> Any:
+    try:
+        return attrgetter(name)(layer)
+    except AttributeError:
+        return None
+
+
+def _hooks(part: Any, needed: Tensor) -> list[Any]:
+    """Cut the rows of what goes in, and put those of what comes out back in their places."""
+    if part is None:
+        return []
     lengths: list[int | None] = []
 
     def cut(module: Any, inputs: tuple[Tensor, ...]) -> Any:
         fits = bool(inputs) and inputs[0].ndim == 3
         lengths.append(inputs[0].shape[1] if fits else None)
-        return (inputs[0].index_select(1, needed), *inputs[1:]) if fits else None
+        return (inputs[0][:, needed], *inputs[1:]) if fits else None
 
     def restore(module: Any, inputs: Any, output: Any) -> Any:
         if (length := lengths.pop()) is None:
@@ -39,12 +61,7 @@ def last_mlp_on(backbone: Any, needed: Tensor) -> Iterator[None]:
         whole = rows.new_zeros(1, length, rows.shape[-1]).index_copy(1, needed, rows.view(1, len(needed), -1))
         return (whole, *others) if isinstance(output, tuple) else whole
 
-    hooks = [mlp.register_forward_pre_hook(cut), mlp.register_forward_hook(restore)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return [part.register_forward_pre_hook(cut), part.register_forward_hook(restore)]
 
 
 def _is_checkpointing(backbone: Any) -> bool:

@@ -15,7 +15,7 @@ from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
 from lit_dpo.errors import PolicyError, UnsupportedAttentionError
 from lit_dpo.logps.attention import PairLayout, has_pair_attention, use_pair_attention
 from lit_dpo.logps.head import collision_logps, model_head, reference_kl, selected_logps
-from lit_dpo.logps.last_layer import last_mlp_on
+from lit_dpo.logps.last_layer import last_layer_on
 from lit_dpo.logps.layouts import Rows, Segment, flat_rows, padded_rows, segments
 from lit_dpo.logps.records import SequenceLogps
 
@@ -139,7 +139,7 @@ def _hidden_states(model: Any, rows: Rows) -> Tensor:
         # ALiBi and recurrent backbones have no positions to be told; padded rows count from 0 anyway
         if name != "position_ids" or "position_ids" in accepted
     }
-    with nullcontext() if rows.needed is None else last_mlp_on(backbone, rows.needed):
+    with nullcontext() if rows.needed is None else last_layer_on(backbone, rows.needed):
         hidden: Tensor = backbone(**inputs, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, rows.predictors)
 
