@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import instantiate_module
 
+import lit_dpo.losses as losses
 import tiny
 from lit_dpo import BaseReference, CachedReference, DPOLoss, DPOModule, EMAReference, IPOLoss, ModelReference
 from lit_dpo.checkpoint import configuration
@@ -266,10 +267,11 @@ def test_a_loss_that_reads_distributions_refuses_a_cache_and_one_that_reads_toke
         {"reference": CachedReference(BaseReference(), "somewhere", tokens=False)},
         {"reference": CachedReference(ModelReference("x", quantization="none"))},
         {"reference": EMAReference(0.3, 7)},
+        *({"loss": getattr(losses, name)()} for name in losses.__all__ if name != "PreferenceLoss"),
     ],
     ids=lambda given: str(*given.values()),
 )  # fmt: skip
-def test_losses_of_losses_and_references_reload_as_what_they_were(given, tiny_model, tmp_path):
+def test_every_loss_and_reference_reloads_from_a_checkpoint_as_what_it_was(given, tiny_model, tmp_path):
     dpo = module(tiny_model, **given)
     torch.save({"hyper_parameters": configuration(dpo)}, tmp_path / "saved.ckpt")
     saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)["hyper_parameters"]
