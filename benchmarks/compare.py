@@ -6,7 +6,8 @@
 
 Each side trains with its own trainer in its own process; before every step it waits until the other sides have done
 theirs, so that all see the same noise. `trl` has its defaults (activation checkpoints), `trl-best` what makes it
-fastest (none). Losses are compared before any speed is printed.
+fastest (none; on a GPU flash attention and Liger's kernels too, where they are installed). Losses are compared before
+any speed is printed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from material import SHAPES, Spec, made_conversations, read_pairs, save_model, train_tokenizer
+from material import (
+    SHAPES,
+    Spec,
+    made_conversations,
+    matrix_peak,
+    read_pairs,
+    save_model,
+    step_arithmetic,
+    train_tokenizer,
+)
 from sides import flat_pairs, ready, start
 
 GIB = 2.0**30
@@ -63,6 +73,7 @@ def main() -> None:
     tolerance = given.tolerance or (1e-3 if spec.dtype == "float32" else 5e-2)
     check(results, tolerance)
     show(results, memory, given)
+    use(results, spec, given)
 
 
 def prepare(given: argparse.Namespace, folder: Path) -> Spec:
@@ -92,6 +103,7 @@ def prepare(given: argparse.Namespace, folder: Path) -> Spec:
         device=given.device,
         dtype=dtype,
         quantization=given.quantization,
+        vocabulary=vocabulary,
         checkpointing=given.checkpointing,
         threads=given.threads,
     )
@@ -182,6 +194,20 @@ def show(results: dict[str, list[Any]], memory: dict[str, Any], given: argparse.
             f"(from {ratios[0]:.2f} to {ratios[-1]:.2f}), of sums {total:.2f}; "
             f"peak memory {memory[side]['peak'] / memory[first]['peak']:.2f}"
         )
+
+
+def use(results: dict[str, list[Any]], spec: Spec, given: argparse.Namespace) -> None:
+    """Model FLOP utilisation: the arithmetic that the steps need, over their time, beside a matrix product."""
+    import torch
+
+    torch.set_num_threads(given.threads)
+    peak = matrix_peak(spec.device, spec.dtype)
+    needed = sum(step_arithmetic(given.shape, spec.vocabulary, pairs) for pairs in spec.batches[given.warmup :])
+    clock = "cpu" if spec.device == "cpu" else "wall"
+    print(f"a matrix product reaches {peak / 1e12:.3g} TFLOP/s in {spec.dtype}; of it use, counting what a step needs:")
+    for side, reports in results.items():
+        rate = needed / sum(report[clock] for report in reports)
+        print(f"{side:20} {rate / 1e12:8.3g} TFLOP/s, {rate / peak:.0%}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ class Spec:
     device: str = "cpu"
     dtype: str = "float32"
     quantization: str = "none"
+    vocabulary: int = 8192
     checkpointing: bool = False
+    best: bool = False
     threads: int = 1
 
 
@@ -157,3 +159,39 @@ def save_model(at: Path | str, shape: str, vocabulary: int, dtype: str, position
         torch.set_default_dtype(before)
     model.save_pretrained(at)
     return model.num_parameters()
+
+
+def step_arithmetic(shape: str, vocabulary: int, pairs: list[list[list[int]]]) -> float:
+    """Floating point operations of a DPO step over these pairs without waste, where the base is frozen.
+
+    Every token of the flat row passes every layer three times (the reference's forward, the policy's forward, the
+    gradient of its activations), every completion token passes the head three times, and attention's backward pass
+    costs twice its forward pass. Adapters, norms and activation checkpoints are left out.
+    """
+    sizes, heads = SHAPES[shape], KEY_HEADS[shape]
+    hidden, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
+    keys = hidden // sizes["num_attention_heads"] * heads
+    weights = layers * (2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * sizes["intermediate_size"])
+    lengths = [tuple(map(len, pair)) for pair in pairs]
+    tokens = sum(p + c + r for p, c, r in lengths)
+    scored = sum(c + r for _, c, r in lengths)
+    seen = sum((p + c) * (p + c + 1) / 2 + r * p + r * (r + 1) / 2 for p, c, r in lengths)
+    return 6.0 * weights * tokens + 6.0 * hidden * vocabulary * scored + (4 + 4 + 8) * hidden * layers * seen
+
+
+def matrix_peak(device: str, dtype: str) -> float:
+    """Floating point operations a second of a large square matrix product, the best of ten."""
+    import time
+
+    import torch
+
+    size = 8192 if device == "cuda" else 1024
+    one, two = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        begun = time.perf_counter()
+        one @ two
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begun)
+    return 2.0 * size**3 / best

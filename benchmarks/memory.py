@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import math
 import tempfile
 import warnings
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor
 from lit_dpo import DPOModule, QLoRAPolicy
 from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
 from lit_dpo.memory import estimate_step
+from lit_dpo.rows import row_by_row
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 2048}
 LLAMA = {**SIZES, "intermediate_size": 688, "num_key_value_heads": 2}
@@ -35,6 +37,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "OPT": ("OPTConfig", {**SIZES, "ffn_dim": 1024, "word_embed_proj_dim": 256}),
 }
 VOCABULARIES = (2_000, 32_000, 128_000)
+ROWS = (math.inf, 512)  # most tokens of a row
 BATCHES = ((2, 64), (8, 256), (4, 900))  # pairs, tokens of a side of the longest
 
 
@@ -46,7 +49,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
-    print("model  bits  again   vocab pairs tokens measured estimate    off   (MiB; again: gradient checkpointing)")
+    print("model  bits  again   vocab pairs tokens   row measured estimate    off   (MiB; again: checkpointing)")
     worst = 0.0
     for name, vocabulary in itertools.product(MODELS, VOCABULARIES):
         if vocabulary != 32_000 and (quick or name != "Llama"):
@@ -55,15 +58,20 @@ def main() -> None:
             save(Path(folder), name, vocabulary)
             for quantization, checkpointing in itertools.product(("nf4", "none"), (False, True)):
                 module = load(folder, quantization, checkpointing)
-                for pairs, tokens in BATCHES[2:3] if quick else BATCHES:
+                for (pairs, tokens), limit in itertools.product(BATCHES[2:3] if quick else BATCHES, ROWS):
                     batch = random_batch(pairs, tokens, vocabulary).to(module.device)
-                    estimate = estimate_step(module.model, [lengths(batch)]).total
-                    measured = peak(module, batch)
+                    rows = batch.cut(limit)
+                    if len(rows) == 1 and limit < math.inf:
+                        continue
+                    candidates = [lengths(row) for row in rows]
+                    estimate = estimate_step(module.model, candidates, several_rows=len(rows) > 1).total
+                    measured = peak(module, rows)
                     off = estimate / measured - 1
                     worst = max(worst, abs(off))
                     print(
                         f"{name:6} {quantization:5} {'yes' if checkpointing else 'no':5} {vocabulary:7} {pairs:5} "
-                        f"{lengths(batch).sum():6} {measured / 2**20:8.1f} {estimate / 2**20:8.1f} {off:+6.1%}",
+                        f"{lengths(batch).sum():6} {limit:5} {measured / 2**20:8.1f} {estimate / 2**20:8.1f} "
+                        f"{off:+6.1%}",
                         flush=True,
                     )
     print(f"furthest off: {worst:.1%}")
@@ -98,12 +106,17 @@ def lengths(batch: PairBatch) -> np.ndarray[Any, Any]:
     return torch.stack([batch.prompt_lengths, batch.chosen_lengths, batch.rejected_lengths], dim=1).numpy()
 
 
-def peak(module: Any, batch: PairBatch) -> int:
+def peak(module: Any, rows: list[PairBatch]) -> int:
     """Bytes, in the second step, when the optimizer has its state, and with the gradients of an accumulation."""
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+
+    def score(row: PairBatch) -> Any:
+        pairs = module.pair_logps(row)
+        return module.compute_loss(pairs), pairs
 
     def step() -> None:
-        module.compute_loss(module.pair_logps(batch)).sum().backward()
+        (score(rows[0])[0].sum() if len(rows) == 1 else row_by_row(rows, score, trained)[0]).backward()
 
     step()
     optimizer.step()

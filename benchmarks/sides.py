@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import time
+from importlib.util import find_spec
 from typing import Any
 
 from material import Spec
@@ -62,6 +63,7 @@ def start(side: str, spec: Spec, steps: int, connection: Any) -> None:
 
     torch.set_num_threads(spec.threads)
     gate = Gate(connection, spec.device)
+    spec.best |= side == "trl-best"
     spec.checkpointing |= side in ("trl", "lit_dpo-checkpoints")  # TRL's default
     (_trl if side.startswith("trl") else _lit_dpo)(spec, steps, gate)
 
@@ -187,6 +189,10 @@ def _trl(spec: Spec, steps: int, gate: Gate) -> None:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, spec.dtype),
         )
+    on_gpu = spec.device == "cuda"
+    loading: dict[str, Any] = {"dtype": spec.dtype, **({"device_map": {"": 0}} if on_gpu else {})}
+    if spec.best and on_gpu and find_spec("flash_attn"):
+        loading["attn_implementation"] = "flash_attention_2"
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
             folder,
@@ -197,11 +203,12 @@ def _trl(spec: Spec, steps: int, gate: Gate) -> None:
             max_grad_norm=0.0,
             beta=spec.beta,
             max_length=spec.max_length,
-            bf16=spec.device == "cuda",
-            use_cpu=spec.device == "cpu",
+            bf16=on_gpu,
+            use_cpu=not on_gpu,
             gradient_checkpointing=spec.checkpointing,
             train_sampling_strategy="sequential",
-            model_init_kwargs={"dtype": spec.dtype, **({"device_map": {"": 0}} if spec.device == "cuda" else {})},
+            model_init_kwargs=loading,
+            use_liger_kernel=bool(spec.best and on_gpu and find_spec("liger_kernel")),
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,

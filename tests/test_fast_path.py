@@ -57,11 +57,15 @@ def _plain_step(model, pairs: list[EncodedPair], optimizer: torch.optim.Optimize
     return float(loss.detach())
 
 
+@pytest.mark.parametrize("row_tokens", [None, 100])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_20_steps_compute_the_losses_and_adapters_of_the_plain_path(tiny_model, pairs_file, tmp_path, checkpointing):
+def test_20_steps_compute_the_losses_and_adapters_of_the_plain_path(
+    tiny_model, pairs_file, tmp_path, checkpointing, row_tokens
+):
     # momentum, so that errors add up; not Adam, whose division blows up the rounding error of a tiny gradient
     optimizer = functools.partial(torch.optim.SGD, lr=0.2, momentum=0.9)
-    fast, steps = module(tiny_model, optimizer=optimizer, policy={"gradient_checkpointing": checkpointing}), Steps()
+    policy = {"gradient_checkpointing": checkpointing}
+    fast, steps = module(tiny_model, optimizer=optimizer, policy=policy, row_tokens=row_tokens), Steps()
     trainer(tmp_path, max_epochs=-1, max_steps=STEPS, callbacks=[steps]).fit(fast, data(pairs_file))
     plain = steps.model
     taken = optimizer([p for p in plain.parameters() if p.requires_grad])

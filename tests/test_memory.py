@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import tiny
-from lit_dpo import DPOLoss, QLoRAPolicy
+from lit_dpo import DPOLoss, NoReference, QLoRAPolicy
 from lit_dpo.callbacks import memory as callback
 from lit_dpo.logps.score import choose_layout, pair_logps, pair_logps_with_kl
-from lit_dpo.losses import TDPOLoss
+from lit_dpo.losses import SFTLoss, TDPOLoss
 from lit_dpo.memory import LiveBytes, StepMemory, _state_ratio, estimate_step, stored_bytes
 from lit_dpo.references.base import keep
+from lit_dpo.rows import row_by_row
 from training import data, module, trainer
 
 LONG = {"max_position_embeddings": 512, "vocab_size": 1500}
@@ -65,6 +66,21 @@ def test_a_large_vocabulary_is_needed_once_per_chunk(targets, with_kl):
         estimate = estimate_step(model, [_lengths(*lengths)], optimizer=sgd, with_kl=with_kl)
         assert estimate.head > estimate.backward
         assert estimate.total == pytest.approx(_measured(model, tiny.batch(*lengths), with_kl), rel=0.05)
+
+
+def test_rows_need_what_the_largest_needs_and_their_gradients_twice(tmp_path):
+    dpo = module(tiny.directory(tmp_path, **LONG), reference=NoReference(), loss=SFTLoss())
+    dpo.configure_model()
+    trained = [p for p in dpo.model.parameters() if p.requires_grad]
+    for p in trained:  # of the step before: Lightning clears them after the forward
+        p.grad = torch.zeros_like(p)
+    with LiveBytes() as memory:
+        row_by_row(tiny.batch(*LENGTHS * 3).cut(1), dpo._score, trained)[0].backward()
+    sgd = functools.partial(torch.optim.SGD, lr=1.0)
+    estimate = estimate_step(dpo.model, [_lengths(pair) for pair in LENGTHS], several_rows=True, optimizer=sgd)
+    frozen, kept = stored_bytes(dpo.model)
+    assert estimate.tokens == sum(LENGTHS[0])
+    assert estimate.total == pytest.approx(frozen + 2 * kept + memory.peak, rel=0.05)
 
 
 def test_nf4_is_counted_as_it_is_stored_and_dequantised_in_the_backward(tmp_path):

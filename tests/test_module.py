@@ -329,7 +329,7 @@ def _assert_equal(one, two):
 
 
 def test_two_processes_measure_and_train_like_one(tiny_model, pairs_file, tmp_path):
-    """An odd number of rows on two ranks: the same metrics, and the same adapter after one step over all rows."""
+    """An odd number of pairs on two ranks, each in several rows: the same metrics and the same adapter after a step."""
     one, two = (_on(devices, tiny_model, pairs_file, tmp_path) for devices in (1, 2))
     _assert_equal(one, two)
 

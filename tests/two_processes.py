@@ -13,7 +13,8 @@ if __name__ == "__main__":
     model, pairs, root, out, devices, *cache = sys.argv[1:]
     ranks = int(devices)
     given = {"loss": BCOLoss(), "reference": CachedReference(directory=cache[0])} if cache else {}
-    dpo = module(model, optimizer=functools.partial(torch.optim.SGD, lr=1.0), **given)
+    rows = {"row_tokens": 200} if ranks > 1 else {}
+    dpo = module(model, optimizer=functools.partial(torch.optim.SGD, lr=1.0), **given, **rows)
     epochs = 2 if cache else 1
     strategy = "ddp" if ranks > 1 else "auto"
     run = trainer(root, devices=ranks, strategy=strategy, num_sanity_val_steps=0, max_epochs=epochs)

@@ -11,10 +11,12 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
 from lit_dpo.errors import ResumeError, TrainingError
+from lit_dpo.policy import adapter_parameters
 
 KEY = "lit_dpo"
 """Where a checkpoint holds what `describe` says."""
@@ -174,6 +176,65 @@ def to_builtins(given: Any) -> Any:
 
 def _path(given: Any) -> str:
     return f"{given.__module__}.{given.__qualname__}"
+
+
+class AdapterModule(pl.LightningModule):
+    """A module whose checkpoints hold adapters, and what they belong to.
+
+    The frozen base and reference are named there, not stored.
+    """
+
+    model: Any
+    policy: Any
+    reference: Any
+    fresh: bool
+    _random_states: list[dict[str, Any]] | None
+
+    def configure_model(self) -> None:
+        """Load the model, if it is not there."""
+        raise NotImplementedError
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The policy's adapter and whatever a subclass added."""
+        model = self._modules.pop("model", None)
+        try:
+            state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        finally:
+            self._modules["model"] = model
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        if model is not None:
+            names = ("default", "reference") if self.reference.moves else ("default",)
+            adapters = (adapter_parameters(model, name) for name in names)
+            state.update({f"{prefix}model.{name}": p.detach() for one in adapters for name, p in one.items()})
+        return state
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load adapters, strictly: every key must match.
+
+        Raises:
+            ResumeError: listing keys that are missing, unknown or of another shape.
+        """
+        self.configure_model()
+        training = self._trainer is not None and self.trainer.state.fn == "fit"
+        load_strictly(self.state_dict(keep_vars=True), dict(state_dict), training=training)
+        self.fresh = False
+        return torch.nn.modules.module._IncompatibleKeys([], [])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the adapters belong to, in builtins, so that `weights_only=True` loads the file."""
+        checkpoint[KEY] = describe(self)
+        if self._trainer is not None:
+            checkpoint[f"{KEY}_random"] = random_states(self.trainer.world_size)
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = configuration(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare what the adapters belong to with what is here."""
+        if KEY not in checkpoint:
+            raise ResumeError("Expected a checkpoint of lit_dpo but it does not say what its weights belong to.")
+        training = self._trainer is not None and self.trainer.state.fn == "fit"
+        compare(checkpoint[KEY], describe(self), training=training)
+        if training:
+            self._random_states = checkpoint.get(f"{KEY}_random")
 
 
 class AdapterCheckpointIO(CheckpointIO):

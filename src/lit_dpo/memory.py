@@ -3,7 +3,7 @@
 `peak = weights + adapters + activations + max(head, backward)`, in bytes:
 
 - weights: all tensors of the policy and of a reference beside it, as they are stored (packed 4 bits and their scales);
-- adapters: parameters, gradients, and what the optimizer keeps of them;
+- adapters: parameters, gradients (twice where a batch runs in several rows), and what the optimizer keeps of them;
 - activations: what is alive after the forward of the backbone. Measured on probes, as the sum of a constant, a term per
   token of each part of a pair, and one per entry of an attention matrix: six probes decide it for any architecture;
 - backward: what comes on top of it while it runs backward, from the same probes. With gradient checkpointing this is
@@ -34,7 +34,7 @@ from lit_dpo.logps.attention import has_pair_attention
 from lit_dpo.logps.head import model_head, reference_kl, selected_logps
 
 Lengths = NDArray[np.int64]
-"""`(B, 3)` tokens of the prompt, the chosen and the rejected completion of each pair of a batch."""
+"""`(B, 3)` tokens of the prompt, the chosen and the rejected completion of each pair of a row."""
 
 # (prompt, chosen, rejected) of probes, different enough to tell the parts' tokens and their products apart.
 _PROBES = ((4, 4, 4), (16, 4, 4), (4, 16, 4), (4, 4, 16), (16, 16, 4), (16, 4, 16))
@@ -51,7 +51,7 @@ class StepMemory(NamedTuple):
         activations: alive after the forward of the backbone.
         backward: at most alive beside them while it runs backward.
         head: at most alive beside them while logits are scored.
-        tokens: of the batch, `prompt + chosen + rejected` summed over its pairs.
+        tokens: of the row, `prompt + chosen + rejected` summed over its pairs.
     """
 
     weights: int
@@ -84,19 +84,21 @@ class StepMemory(NamedTuple):
 
 def estimate_step(
     model: Any,
-    batches: Sequence[Lengths],
+    rows: Sequence[Lengths],
     *,
+    several_rows: bool = False,
     optimizer: Callable[..., Any] = torch.optim.AdamW,
     with_kl: bool = False,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> StepMemory:
-    """The peak of a training step over the largest of some batches.
+    """The peak of a training step over the largest of some rows.
 
     Random states, gradients and weights are left as they are.
 
     Args:
         model: the policy, its layout chosen, in training mode.
-        batches: candidates for the largest.
+        rows: candidates for the largest; each is a batch, or a part of one.
+        several_rows: a batch is cut into rows, whose gradients add up beside those of the step before.
         optimizer: makes one from a list of parameters.
         with_kl: the loss reads the divergence of whole distributions.
         context: what a training step runs in, such as autocast.
@@ -110,13 +112,13 @@ def estimate_step(
     steps = [
         StepMemory(
             weights=frozen,
-            adapters=round(trained * (2 + _state_ratio(optimizer, device))),
+            adapters=round(trained * (2 + several_rows + _state_ratio(optimizer, device))),
             activations=round(float(features @ alive)),
             backward=round(float(features @ backward)),
             head=head(int(lengths[:, 1:].sum())),
             tokens=int(lengths.sum()),
         )
-        for lengths in batches
+        for lengths in rows
         for features in [_features(lengths, has_pair_attention(base))]
     ]
     return max(steps, key=lambda step: step.total)

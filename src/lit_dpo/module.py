@@ -21,17 +21,19 @@ from lit_dpo.callbacks.export import AdapterExport
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.predictions import PredictionWriter
+from lit_dpo.checkpoint import AdapterModule
 from lit_dpo.data.batch import PairBatch
-from lit_dpo.errors import PolicyError, ResumeError, TrainingError
+from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.records import PairLogps, SequenceLogps
 from lit_dpo.logps.score import choose_layout, pair_logps, pair_logps_with_kl
 from lit_dpo.losses import DPOLoss, PreferenceLoss
-from lit_dpo.policy import QLoRAPolicy, adapter_parameters
+from lit_dpo.policy import QLoRAPolicy
 from lit_dpo.references import Reference
 from lit_dpo.requirements import check_rows, resolve_reference
+from lit_dpo.rows import ROW_TOKENS, join, row_by_row, why_one_row
 
 
-class DPOModule(pl.LightningModule):
+class DPOModule(AdapterModule):
     """Preference optimisation of a LoRA policy against a frozen reference.
 
     Subclasses override `configure_model`, `configure_metrics`, `forward`, `pair_logps`, `compute_loss` or
@@ -45,6 +47,9 @@ class DPOModule(pl.LightningModule):
         optimizer: makes the optimizer from the adapters' parameters.
         lr_scheduler: shape of the learning rate after the warm-up, stepped per optimizer step.
         warmup_ratio: part of all steps over which the learning rate rises from 0. Expected in [0, 1].
+        row_tokens: most tokens that run at once. A batch is cut into rows of whole pairs, whose gradients add up: the
+            same step in the memory of one row. None: 1024 on a CPU, 16384 on a GPU. Where a loss couples the pairs of
+            a batch, training keeps them in one row.
 
     Raises:
         PolicyError: if the loss needs a reference and there is none, or the other way round.
@@ -66,6 +71,7 @@ class DPOModule(pl.LightningModule):
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
         lr_scheduler: Literal["linear", "cosine", "constant"] = "linear",
         warmup_ratio: float = 0.0,
+        row_tokens: int | None = None,
     ) -> None:
         super().__init__()
         with warnings.catch_warnings():  # a lambda cannot be saved; a checkpoint then falls back on the default
@@ -74,8 +80,11 @@ class DPOModule(pl.LightningModule):
         reference = resolve_reference(reference, loss, policy)
         if not 0 <= warmup_ratio <= 1:
             raise PolicyError(f"Expected `warmup_ratio` in [0, 1] but got {warmup_ratio}.")
+        if row_tokens is not None and row_tokens < 1:
+            raise PolicyError(f"Expected `row_tokens` >= 1 but got {row_tokens}.")
         self.policy, self.loss, self.reference = policy, loss, reference
         self.optimizer, self.lr_scheduler, self.warmup_ratio = optimizer, lr_scheduler, warmup_ratio
+        self.row_tokens = row_tokens
         self.model: Any = None
         self.register_buffer("loss_state", loss.initial_state())
         self.fresh = True  # until it has trained, or was loaded with a checkpoint's adapter
@@ -83,7 +92,8 @@ class DPOModule(pl.LightningModule):
         self.val_metrics = self.configure_metrics().clone(prefix="val/")
         self.test_metrics = self.configure_metrics().clone(prefix="test/")
         self._pairs_in_window = 0
-        self._random_states: list[dict[str, Any]] | None = None
+        self._said_one_row = False
+        self._random_states = None
 
     # ---- what subclasses override ----
 
@@ -138,6 +148,11 @@ class DPOModule(pl.LightningModule):
             probability=batch.probability,
             state=self.loss_state,
         )
+
+    def batch_logps(self, batch: PairBatch) -> PairLogps:
+        """`pair_logps` of a batch of any size, without gradients, one row at a time."""
+        with torch.no_grad():
+            return join([self.pair_logps(row) for row in batch.cut(self.row_limit)])
 
     def compute_loss(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`, times the rows' weights; the module takes their mean over all pairs of an optimizer step."""
@@ -205,10 +220,10 @@ class DPOModule(pl.LightningModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """The sum of this batch's losses; `on_before_optimizer_step` makes it the mean over the step's pairs."""
-        losses = self._step(batch, self.train_metrics, training=True)
+        total = self._step(batch, self.train_metrics, training=True)
         self._pairs_in_window += batch.size
         # Lightning divides by the number of batches accumulated, which is not the number of pairs
-        return losses.sum() * self.trainer.accumulate_grad_batches
+        return total * self.trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Divide by the pairs that were really seen: a short last window and uneven ranks weigh what they hold."""
@@ -250,7 +265,7 @@ class DPOModule(pl.LightningModule):
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
         """Rewards, margins and log-probs of each pair, `(B,)` each."""
-        pairs = self.pair_logps(batch)
+        pairs = self.batch_logps(batch)
         chosen, rejected = self.loss.rewards(pairs)
         return {
             "row": batch.rows,
@@ -273,60 +288,45 @@ class DPOModule(pl.LightningModule):
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         return self if device is None else super().to(device)
 
-    # ---- checkpoints: adapters, and what they belong to ----
+    # ---- rows ----
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The policy's adapter and whatever a subclass added; the frozen base and reference are named, not stored."""
-        model = self._modules.pop("model", None)
-        try:
-            state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        finally:
-            self._modules["model"] = model
-        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        if model is not None:
-            names = ("default", "reference") if self.reference.moves else ("default",)
-            adapters = (adapter_parameters(model, name) for name in names)
-            state.update({f"{prefix}model.{name}": p.detach() for one in adapters for name, p in one.items()})
-        return state
+    @property
+    def row_limit(self) -> int:
+        """Most tokens that run at once, a longer pair excepted: `row_tokens`, or what suits the device."""
+        return self.row_tokens or ROW_TOKENS["cuda" if self.device.type == "cuda" else "cpu"]
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load adapters, strictly: every key must match.
+    @property
+    def why_one_row(self) -> str | None:
+        """Why a training batch must not be cut, or None."""
+        return why_one_row(self.loss, self.trainer.strategy)
 
-        Raises:
-            ResumeError: listing keys that are missing, unknown or of another shape.
-        """
-        self.configure_model()
-        training = self._trainer is not None and self.trainer.state.fn == "fit"
-        checkpoints.load_strictly(self.state_dict(keep_vars=True), dict(state_dict), training=training)
-        self.fresh = False
-        return torch.nn.modules.module._IncompatibleKeys([], [])
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the adapters belong to, in builtins, so that `weights_only=True` loads the file."""
-        checkpoint[checkpoints.KEY] = checkpoints.describe(self)
-        if self._trainer is not None:
-            checkpoint[f"{checkpoints.KEY}_random"] = checkpoints.random_states(self.trainer.world_size)
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = checkpoints.configuration(self)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compare what the adapters belong to with what is here."""
-        if checkpoints.KEY not in checkpoint:
-            raise ResumeError("Expected a checkpoint of lit_dpo but it does not say what its weights belong to.")
-        training = self._trainer is not None and self.trainer.state.fn == "fit"
-        checkpoints.compare(checkpoint[checkpoints.KEY], checkpoints.describe(self), training=training)
-        if training:
-            self._random_states = checkpoint.get(f"{checkpoints.KEY}_random")
+    def _training_rows(self, batch: PairBatch) -> list[PairBatch]:
+        rows = batch.cut(self.row_limit)
+        if len(rows) == 1 or self.why_one_row is None:
+            return rows
+        if not self._said_one_row:
+            rank_zero_info(f"training batches run in one row each, whatever `row_tokens` is: {self.why_one_row}")
+            self._said_one_row = True
+        return [batch]
 
     # ---- helpers ----
 
     def _step(self, batch: PairBatch, measured: MetricCollection, *, training: bool = False) -> Tensor:
-        pairs = self.pair_logps(batch)
-        seen = pairs.detach()
-        if training and self.loss_state is not None:
-            state = self.loss.next_state(self.loss_state, seen)
-            self.loss_state = self.trainer.strategy.reduce(state, reduce_op="mean")
-            pairs, seen = (one._replace(state=self.loss_state) for one in (pairs, seen))
-        losses = self.compute_loss(pairs)
+        """Measure a batch; the sum of its losses."""
+        if training and len(rows := self._training_rows(batch)) > 1:
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            trained = [p for p in self.parameters() if p.requires_grad]
+            scale = scaler.get_scale() if scaler else 1.0
+            total, losses, seen = row_by_row(rows, self._score, trained, scale)
+        else:
+            pairs = self.pair_logps(batch) if training else self.batch_logps(batch)
+            seen = pairs.detach()
+            if training and self.loss_state is not None:
+                state = self.loss.next_state(self.loss_state, seen)
+                self.loss_state = self.trainer.strategy.reduce(state, reduce_op="mean")
+                pairs, seen = (one._replace(state=self.loss_state) for one in (pairs, seen))
+            losses = self.compute_loss(pairs)
+            total = losses.sum()
         chosen, rejected = self.loss.rewards(seen)
         measured.update(
             pairs=seen,
@@ -335,7 +335,11 @@ class DPOModule(pl.LightningModule):
             chosen_rewards=chosen,
             rejected_rewards=rejected,
         )
-        return losses
+        return total
+
+    def _score(self, row: PairBatch) -> tuple[Tensor, PairLogps]:
+        pairs = self.pair_logps(row)
+        return self.compute_loss(pairs), pairs
 
     def _reads(self, name: str) -> bool:
         return name in self.loss.needs

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,18 +306,21 @@ def test_a_pair_over_the_budget_stops_before_training_with_the_remedy(data, json
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": None, "max_tokens": 90}], ids=["pairs", "tokens"])
-def test_the_largest_batches_are_those_of_the_epoch(data, options: dict) -> None:
+@pytest.mark.parametrize("row_tokens", [math.inf, 60])
+def test_the_largest_rows_are_those_of_the_epoch(data, options: dict, row_tokens: float) -> None:
     pairs = data(**options)
     pairs.setup("fit")
     loader = pairs.train_dataloader()
-    flat, padded = loader.largest_batches()
+    (flat, padded), several = loader.largest_rows(row_tokens)
     batches = list(loader)
-    assert flat.sum() == max(batch.input_ids.shape[1] for batch in batches)
+    rows = [row for batch in batches for row in batch.cut(row_tokens)]
+    assert several == (len(rows) > len(batches)) == (row_tokens == 60)
+    assert flat.sum() == max(row.input_ids.shape[1] for row in rows)
     assert len(padded) * (padded[:, 0] + padded[:, 1:].max(1)).max() == max(
-        batch.size * int((batch.prompt_lengths + torch.maximum(batch.chosen_lengths, batch.rejected_lengths)).max())
-        for batch in batches
+        row.size * int((row.prompt_lengths + torch.maximum(row.chosen_lengths, row.rejected_lengths)).max())
+        for row in rows
     )
-    assert any(batch.prompt_lengths.tolist() == flat[:, 0].tolist() for batch in batches)
+    assert any(row.prompt_lengths.tolist() == flat[:, 0].tolist() for row in rows)
 
 
 def test_overfit_batches_repeat_the_same_batches(data) -> None:

@@ -68,7 +68,7 @@ class TrainingHealth(pl.Callback):
         pl_module.model.eval()
         try:
             with trainer.precision_plugin.train_step_context():
-                pairs = pl_module.pair_logps(batch)
+                pairs = pl_module.batch_logps(batch)
         finally:
             pl_module.model.train(training)
         if pairs.reference_chosen is None or pairs.reference_rejected is None:

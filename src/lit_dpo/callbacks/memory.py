@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,20 +14,22 @@ log = logging.getLogger(__name__)
 
 
 class MemoryEstimate(pl.Callback):
-    """Says before training what a step over the epoch's largest batch needs, and on a GPU whether it is there.
+    """Says before training what a step over the epoch's largest row needs, and on a GPU whether it is there.
 
     It needs the lengths of all pairs, which `PreferenceDataModule` knows; with other loaders it says nothing.
     """
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Print the estimate; warn if it will not fit."""
-        largest = getattr(trainer.train_dataloader, "largest_batches", None)
+        largest = getattr(trainer.train_dataloader, "largest_rows", None)
         if largest is None or not trainer.is_global_zero:
             return
         try:
+            rows, several = largest(math.inf if pl_module.why_one_row else pl_module.row_limit)
             step = estimate_step(
                 pl_module.model,
-                largest(),
+                rows,
+                several_rows=several,
                 optimizer=pl_module.optimizer,
                 with_kl="kl" in pl_module.loss.needs,
                 context=trainer.precision_plugin.train_step_context,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.batch import PairBatch, row_borders
 from lit_dpo.data.sampler import PairSampler
 from lit_dpo.data.table import PairTable
 
@@ -63,18 +65,24 @@ class PairLoader(DataLoader[PairBatch]):
             self.batches += 1
             yield batch
 
-    def largest_batches(self) -> list[NDArray[np.int64]]:
-        """Of the sampler's present epoch, the batch with most tokens and the one with most when padded.
+    def largest_rows(self, row_tokens: float = math.inf) -> tuple[list[NDArray[np.int64]], bool]:
+        """Of the sampler's present epoch, the row with most tokens and the one with most when padded.
 
-        Each as `(B, 3)` tokens of the prompt, the chosen and the rejected completion of its pairs.
+        Args:
+            row_tokens: most tokens of a row, by default a batch is a row.
+
+        Returns:
+            Both as `(B, 3)` tokens of the prompt, the chosen and the rejected completion of their pairs; and whether
+            any batch has several rows.
         """
         assert isinstance(self.dataset, PairDataset)
         lengths = self.dataset.table.part_lengths
         batches: list[list[int]] = list(self.sampler)
         totals, longest = lengths.sum(1), lengths[:, 0] + lengths[:, 1:].max(1)
-        flat = max(batches, key=lambda rows: totals[rows].sum())
-        padded = max(batches, key=lambda rows: len(rows) * longest[rows].max())
-        return [lengths[flat], lengths[padded]]
+        rows = [rows[first:last] for rows in batches for first, last in pairwise(row_borders(totals[rows], row_tokens))]
+        flat = max(rows, key=lambda row: totals[row].sum())
+        padded = max(rows, key=lambda row: len(row) * longest[row].max())
+        return [lengths[flat], lengths[padded]], len(rows) > len(batches)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: that it is there tells Lightning that the loader resumes.

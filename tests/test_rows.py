@@ -1,0 +1,222 @@
+"""Rows change what a step needs, not what it computes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
+from torch.utils._pytree import tree_leaves
+
+import tiny
+from lit_dpo import DPOLoss, DPOModule, IPOLoss, QLoRAPolicy
+from lit_dpo.data.batch import collate_pairs, row_borders
+from lit_dpo.errors import PolicyError
+from lit_dpo.logps.score import choose_layout
+from lit_dpo.losses import AOTLoss, BCOLoss, LDDPOLoss, MixtureLoss, SFTLoss, TDPOLoss, WPOLoss
+from lit_dpo.memory import LiveBytes
+from lit_dpo.rows import join, row_by_row, why_one_row
+from training import Trace, adapter, data, module, trainer
+
+WHOLE = 10**9
+LENGTHS = ((9, 7, 5), (4, 3, 8), (20, 12, 10), (3, 1, 2), (6, 2, 9))
+
+
+def test_rows_are_whole_pairs_in_order_and_full():
+    random = np.random.default_rng(0)
+    for limit in (1, 60, 100, 300, 10**6):
+        lengths = random.integers(3, 120, 50)
+        found = row_borders(lengths, limit)
+        assert (found[0], found[-1]) == (0, 50)
+        rows = [lengths[a:b] for a, b in itertools.pairwise(found)]
+        assert all(len(row) for row in rows)
+        assert all(row.sum() <= limit or len(row) == 1 for row in rows)
+        assert all(row.sum() + after[0] > limit for row, after in itertools.pairwise(rows))
+
+
+def test_a_cut_batch_is_its_pairs():
+    pairs = tiny.pairs(*LENGTHS)
+    batch = collate_pairs(pairs, rows=[7, 3, 5, 1, 9], fields={"weight": [1.0, 2.0, 3.0, 4.0, 5.0]})
+    rows = batch.cut(40)
+    assert [row.size for row in rows] == [2, 1, 2]
+    for row, places in zip(rows, ([0, 1], [2], [3, 4]), strict=True):
+        for found, expected in zip(row, batch.select(places), strict=True):
+            assert (found is None) is (expected is None)
+            assert found is None or torch.equal(found, expected)
+    assert batch.cut(WHOLE)[0].input_ids.data_ptr() == batch.input_ids.data_ptr()  # nothing is copied
+
+
+def _module(name="llama", **sizes):
+    made = DPOModule(QLoRAPolicy("nowhere", quantization="none"))
+    made.model = tiny.lora(tiny.model(name, **sizes))
+    tiny.randomize(made.model)
+    layout = choose_layout(made.model)
+    assert layout == ("padded" if name == "falcon" else "flat")
+    return made
+
+
+@pytest.mark.parametrize("loss", [DPOLoss(), TDPOLoss(), WPOLoss(), LDDPOLoss(), MixtureLoss([IPOLoss(), SFTLoss()])])
+@pytest.mark.parametrize("name", ["llama", "falcon"], ids=["flat", "padded"])
+def test_losses_gradients_and_records_are_those_of_one_row(name, loss):
+    """Everything that a loss may read, in both layouts, with weights, and with the gradient's scale of 16 bits."""
+    dpo = _module(name)
+    dpo.loss = loss
+    batch = collate_pairs(tiny.pairs(*LENGTHS), fields={"weight": [1.0, 2.0, 0.5, 1.0, 3.0]})
+    trained = {name: p for name, p in dpo.model.named_parameters() if p.requires_grad}
+    pairs = dpo.pair_logps(batch)
+    expected = dpo.compute_loss(pairs)
+    (3 * expected.sum()).backward()
+    gradients = {name: p.grad.clone() for name, p in trained.items()}
+    for limit, scale in ((1, 1.0), (40, 1.0), (40, 2.0**12)):
+        for p in trained.values():
+            p.grad = None
+        rows = batch.cut(limit)
+        assert len(rows) > 1
+        total, losses, record = row_by_row(rows, dpo._score, [*trained.values()], scale)
+        (3 * total).backward()
+        torch.testing.assert_close(losses, expected.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(total, expected.sum(), rtol=1e-5, atol=1e-6)
+        tiny.assert_same_gradients({name: p.grad for name, p in trained.items()}, gradients, 1e-5)
+        _assert_same_record(record, pairs)
+    dpo.row_tokens = 40
+    _assert_same_record(dpo.batch_logps(batch), pairs)
+
+
+def _assert_same_record(found, expected):
+    torch.testing.assert_close(_tensors(found), _tensors(expected.detach()), rtol=1e-5, atol=1e-5)
+    assert not any(field.requires_grad for field in _tensors(found))
+
+
+def _tensors(record):
+    return [field for field in tree_leaves(tuple(record)) if field is not None]
+
+
+def test_parameters_that_some_rows_or_all_leave_out():
+    """A gradient that two parameters share is not added to twice."""
+    one, two, late, unused = (torch.tensor([2.0], requires_grad=True) for _ in range(4))
+    record = tiny.at_margin(0.0)
+    rows = [1.0, 2.0, 3.0]
+
+    def score(row):
+        return (one + two) * row + (late * row if row > 1 else 0), record
+
+    total, losses, joined = row_by_row(rows, score, [one, two, late, unused])
+    total.backward()
+    assert [float(p.grad) for p in (one, two, late)] == [6, 6, 5]
+    assert unused.grad is None
+    assert losses.tolist() == [4, 12, 18]
+    assert joined.policy_chosen.total.shape == (3,)
+
+
+def test_autocast_and_bfloat16_compute_what_they_would_in_one_row():
+    dpo = _module()
+    batch = tiny.batch(*LENGTHS)
+    trained = {name: p for name, p in dpo.model.named_parameters() if p.requires_grad}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = dpo.compute_loss(dpo.pair_logps(batch)).sum()
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in trained.items()}
+    dpo.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        total, *_ = row_by_row(batch.cut(1), dpo._score, [*trained.values()])
+    total.backward()
+    torch.testing.assert_close(total, expected, rtol=2e-2, atol=2e-2)
+    for name, p in trained.items():
+        assert p.grad.dtype == torch.float32
+        assert torch.cosine_similarity(p.grad.flatten(), gradients[name].flatten(), dim=0) > 0.99, name
+
+
+def test_a_step_holds_the_graph_of_one_row():
+    """Eight pairs need what the longest needs, beside gradients that add up."""
+    dpo = _module(max_position_embeddings=512, num_hidden_layers=8)
+    trained = [p for p in dpo.model.parameters() if p.requires_grad]
+    copies = sum(p.numel() * p.element_size() for p in trained)
+
+    def peak(count, limit):
+        batch = tiny.batch(*[(60, 40, 40)] * count)
+        with LiveBytes() as memory:
+            row_by_row(batch.cut(limit), dpo._score, trained)[0].backward()
+        dpo.zero_grad()
+        return memory.peak
+
+    alone = peak(1, WHOLE)
+    assert peak(8, WHOLE) > 5 * alone
+    assert peak(8, 140) < alone + 2 * copies + 10_000
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def _train(model, pairs_file, root, row_tokens, given, **options):
+    sgd = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    dpo, trace = module(model, row_tokens=row_tokens, optimizer=sgd, **copy.deepcopy(given)), Trace()
+    run = trainer(root, max_epochs=2, num_sanity_val_steps=0, callbacks=[trace], **options)
+    run.fit(dpo, data(pairs_file, val=str(pairs_file), batch_size=5))
+    metrics = {name: float(value) for name, value in run.callback_metrics.items()}
+    predictions = run.predict(dpo, data(pairs_file, predict=str(pairs_file), batch_size=5))
+    return trace.losses, adapter(dpo), metrics, torch.cat([one["margin"] for one in predictions])
+
+
+@pytest.mark.parametrize("layout", ["auto", "sdpa"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}, {"loss": AOTLoss()}, {"loss": BCOLoss()}],
+    ids=["plain", "accumulated and clipped", "coupled", "remembering"],
+)
+def test_training_validation_and_predictions_are_those_of_one_row(tiny_model, pairs_file, tmp_path, options, layout):
+    """Small rows, with activation checkpoints, beside batches in one row: losses, adapters, metrics, margins."""
+    options = dict(options)
+    given = {"policy": {"attention": layout}, **({"loss": options.pop("loss")} if "loss" in options else {})}
+    whole = _train(tiny_model, pairs_file, tmp_path, WHOLE, given, **options)
+    given["policy"]["gradient_checkpointing"] = True
+    rows = _train(tiny_model, pairs_file, tmp_path, 100, given, **options)
+    for found, expected in zip(rows, whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_loss_that_couples_pairs_keeps_them_together_and_says_so_once(tiny_model, pairs_file, tmp_path):
+    seen = []
+
+    class Seen(DPOModule):
+        def pair_logps(self, batch):
+            if torch.is_grad_enabled():
+                seen.append(batch.size)
+            return super().pair_logps(batch)
+
+    policy = QLoRAPolicy(str(tiny_model), quantization="none")
+    for loss, sizes in ((AOTLoss(), [5, 5, 5, 5, 1]), (DPOLoss(), [1] * 21)):
+        seen.clear()
+        with tiny.records("lightning.pytorch.utilities.rank_zero") as found:
+            trainer(tmp_path).fit(Seen(policy, loss, row_tokens=1), data(pairs_file, batch_size=5))
+        said = [record.getMessage() for record in found if "`row_tokens`" in record.getMessage()]
+        assert len(said) == loss.couples_pairs
+        assert seen == sizes
+        if said:
+            assert "AOTLoss(beta=0.1" in said[0]
+
+
+def test_why_a_batch_stays_in_one_row():
+    device = SingleDeviceStrategy()
+    assert why_one_row(DPOLoss(), device) is None
+    assert "BCOLoss" in str(why_one_row(BCOLoss(), device))
+    assert "SFTLoss" in str(why_one_row(MixtureLoss([DPOLoss(), SFTLoss("token")]), device))
+    assert "FSDPStrategy" in str(why_one_row(DPOLoss(), FSDPStrategy()))
+
+
+def test_a_row_holds_a_token(tiny_model):
+    with pytest.raises(PolicyError, match="Expected `row_tokens` >= 1 but got 0"):
+        module(tiny_model, row_tokens=0)
+
+
+def test_joining_one_record_or_records_of_sums():
+    record = tiny.at_margin(1.0, 2.0)
+    assert join([record]) is record
+    joined = join([record._replace(state=torch.ones(1)), tiny.at_margin(3.0)])
+    assert joined.margin.tolist() == [1.0, 2.0, 3.0]
+    assert joined.policy_chosen.tokens is None or len(joined.policy_chosen.tokens) >= 3
+    assert joined.state is not None
+    assert joined.state.tolist() == [1.0]
