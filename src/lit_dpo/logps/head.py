@@ -97,7 +97,7 @@ def _in_chunks(score: Callable[..., Tensor], frozen: bool, vocabulary: int, *inp
 
 def _chunk_rows(vocabulary: int, device: torch.device) -> int:
     """Enough rows for an efficient product, else few: logits that stay in a CPU's cache cost half as much."""
-    return max(256, 2**25 // vocabulary) if device.type == "cuda" else max(128, 2**22 // vocabulary)
+    return max(256, 2**25 // vocabulary) if device.type == "cuda" else max(128, 2**21 // vocabulary)
 
 
 class _RowGradients(torch.autograd.Function):
