@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -11,7 +12,7 @@ import tiny
 from lit_dpo import DPOLoss, NoReference, QLoRAPolicy
 from lit_dpo.callbacks import memory as callback
 from lit_dpo.logps.score import choose_layout, pair_logps, pair_logps_with_kl
-from lit_dpo.losses import SFTLoss, TDPOLoss
+from lit_dpo.losses import AOTLoss, SFTLoss, TDPOLoss
 from lit_dpo.memory import LiveBytes, StepMemory, _state_ratio, estimate_step, stored_bytes
 from lit_dpo.references.base import keep
 from lit_dpo.rows import row_by_row
@@ -163,16 +164,34 @@ def test_fit_says_what_a_step_needs(tiny_model, pairs_file, tmp_path):
     assert "device" not in line  # there is no GPU whose memory could be told
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_fit_warns_of_a_step_that_does_not_fit(tiny_model, pairs_file, tmp_path, monkeypatch, checkpointing):
+@pytest.mark.parametrize(
+    ("checkpointing", "loss", "remedy"),
+    [(False, DPOLoss(), "--model.row_tokens"), (True, AOTLoss(), "--data.max_tokens")],
+)
+def test_fit_warns_of_a_step_that_does_not_fit(
+    tiny_model, pairs_file, tmp_path, monkeypatch, checkpointing, loss, remedy
+):
     monkeypatch.setattr(callback, "_room", lambda device: 1000)
     with tiny.records("lit_dpo.callbacks.memory") as found:
         policy = {"gradient_checkpointing": checkpointing}
-        trainer(tmp_path, max_steps=1).fit(module(tiny_model, policy=policy), data(pairs_file))
+        trainer(tmp_path, max_steps=1).fit(module(tiny_model, policy=policy, loss=loss), data(pairs_file))
     (line,) = [record.getMessage() for record in found]
     assert "will not fit" in line
     assert ("gradient_checkpointing" in line) is not checkpointing
-    assert "--data.max_tokens" in line
+    assert remedy in line
+
+
+@pytest.mark.parametrize(("loss", "row_tokens"), [(DPOLoss(), 100), (AOTLoss(), None)])
+def test_the_estimate_is_of_rows_as_they_run(tiny_model, pairs_file, tmp_path, loss, row_tokens):
+    """The largest row of the epoch, whatever the sampler makes of the pairs; a coupled batch is one row."""
+    pairs = data(pairs_file, tokenizer=str(tiny_model))
+    pairs.setup("fit")
+    rows = [row for batch in pairs.train_dataloader() for row in batch.cut(row_tokens or math.inf)]
+    largest = max(row.input_ids.numel() for row in rows)
+    with tiny.records("lightning.pytorch.utilities.rank_zero") as found:
+        trainer(tmp_path, max_steps=1).fit(module(tiny_model, loss=loss, row_tokens=100), data(pairs_file))
+    (line,) = [record.getMessage() for record in found if record.getMessage().startswith("a step needs")]
+    assert f"activations of {largest} tokens" in line
 
 
 @pytest.mark.parametrize("loss", [DPOLoss(), TDPOLoss()])

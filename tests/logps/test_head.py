@@ -135,9 +135,9 @@ def test_no_tensor_has_tokens_times_vocabulary_elements_in_a_whole_step_of_dpo(t
 
 
 def test_chunks_are_smaller_than_a_batch_of_any_vocabulary_that_matters():
-    """fp32 logits of a chunk: 16 MiB on a CPU up to 32k tokens of vocabulary, then 128 rows."""
-    rows = [head_module._chunk_rows(vocabulary, torch.device("cpu")) for vocabulary in (8192, 32768, 262144)]
-    assert rows == [512, 128, 128]
+    """fp32 logits of a chunk: 8 MiB on a CPU up to 16k tokens of vocabulary, then 128 rows."""
+    rows = [head_module._chunk_rows(vocabulary, torch.device("cpu")) for vocabulary in (8192, 16384, 262144)]
+    assert rows == [256, 128, 128]
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -40,7 +40,7 @@ class MemoryEstimate(pl.Callback):
         room = _room(pl_module.device)
         rank_zero_info(f"a step needs about {step}" + (f"; the device has {room / 2**30:.2f} GiB" if room else ""))
         if room and step.total > room:
-            log.warning(_remedy(step, room, pl_module.policy.gradient_checkpointing))
+            log.warning(_remedy(step, room, pl_module))
 
 
 def _room(device: torch.device) -> int | None:
@@ -50,9 +50,10 @@ def _room(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
-def _remedy(step: StepMemory, room: int, checkpointing: bool) -> str:
-    again = "" if checkpointing else "set `--model.policy.gradient_checkpointing true`, or "
+def _remedy(step: StepMemory, room: int, pl_module: Any) -> str:
+    again = "" if pl_module.policy.gradient_checkpointing else "set `--model.policy.gradient_checkpointing true`, or "
+    pairs = "`--data.max_tokens` (or `--data.batch_size`)" if pl_module.why_one_row else "`--model.row_tokens`"
     return (
         f"A step will not fit: it needs about {step.total / 2**30:.2f} GiB and the device has {room / 2**30:.2f}; "
-        f"{again}lower `--data.max_tokens` (or `--data.batch_size`) or `--data.max_length`."
+        f"{again}lower {pairs} or `--data.max_length`."
     )
