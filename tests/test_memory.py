@@ -70,7 +70,8 @@ def test_a_large_vocabulary_is_needed_once_per_chunk(targets, with_kl):
 
 
 def test_rows_need_what_the_largest_needs_and_their_gradients_twice(tmp_path):
-    dpo = module(tiny.directory(tmp_path, **LONG), reference=NoReference(), loss=SFTLoss())
+    model = tiny.directory(tmp_path, **LONG)
+    dpo = module(model, reference=NoReference(), loss=SFTLoss(), policy={"r": 64})  # adapters that weigh something
     dpo.configure_model()
     trained = [p for p in dpo.model.parameters() if p.requires_grad]
     for p in trained:  # of the step before: Lightning clears them after the forward

@@ -159,7 +159,7 @@ def lora(base: Any, seed: int = 0, targets: Any = "all-linear", **options: Any) 
     """A PEFT model whose adapter does something: B is random too."""
     from peft import LoraConfig, get_peft_model
 
-    given = LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM", **options)
+    given = LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": targets, "task_type": "CAUSAL_LM", **options})
     found = get_peft_model(base, given)
     randomize(found, seed)
     return found

@@ -104,7 +104,7 @@ class _Summed(torch.autograd.Function):
             for place, (before, new) in enumerate(zip(sums, found, strict=True)):
                 if new is not None:  # not in place: autograd may give one tensor to two parameters
                     sums[place] = new if before is None else before + new
-            del loss, scaled, found  # or they outlive the next row's graph
+            del found  # or it stays until the next row has its own
         ctx.sums, ctx.scale = sums, scale
         return torch.stack(totals).sum()
 
