@@ -207,6 +207,10 @@ def test_why_a_batch_stays_in_one_row():
     assert "BCOLoss" in str(why_one_row(BCOLoss(), device))
     assert "SFTLoss" in str(why_one_row(MixtureLoss([DPOLoss(), SFTLoss("token")]), device))
     assert "FSDPStrategy" in str(why_one_row(DPOLoss(), FSDPStrategy()))
+    parameter = torch.zeros(1, requires_grad=True)
+    assert why_one_row(DPOLoss(), device, [parameter]) is None
+    parameter.register_hook(lambda gradient: 2 * gradient)
+    assert "hook" in str(why_one_row(DPOLoss(), device, [parameter]))
 
 
 def test_a_row_holds_a_token(tiny_model):

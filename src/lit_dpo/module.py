@@ -298,7 +298,7 @@ class DPOModule(AdapterModule):
     @property
     def why_one_row(self) -> str | None:
         """Why a training batch must not be cut, or None."""
-        return why_one_row(self.loss, self.trainer.strategy)
+        return why_one_row(self.loss, self.trainer.strategy, self.parameters())
 
     def _training_rows(self, batch: PairBatch) -> list[PairBatch]:
         rows = batch.cut(self.row_limit)

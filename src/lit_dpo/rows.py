@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ ROW_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Tokens of a row by device: so many that more of them would not be faster each. Measured on a CPU."""
 
 
-def why_one_row(loss: PreferenceLoss, strategy: Any) -> str | None:
+def why_one_row(loss: PreferenceLoss, strategy: Any, parameters: Iterable[Tensor] = ()) -> str | None:
     """Why a training batch must run in one row, or None.
 
     Args:
         loss: one that looks at several pairs, or remembers them, needs all before it knows any gradient.
         strategy: the trainer's; the parameters that gradients are asked for must be those that the forward pass reads.
+        parameters: hooks on one's gradient would run for every row, and once more for the sum.
     """
     from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
@@ -29,6 +30,8 @@ def why_one_row(loss: PreferenceLoss, strategy: Any) -> str | None:
         return f"{loss} couples the pairs of a batch"
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         return f"{type(strategy).__name__} may shard the parameters"
+    if any(parameter._backward_hooks for parameter in parameters):
+        return "a parameter has a gradient hook"
     return None
 
 
