@@ -1,4 +1,4 @@
-"""What a training step costs as one thing grows and the rest stays: pairs, prompts, lengths, vocabulary, model, epochs.
+"""What a training step costs as one thing grows and the rest stays: pairs, lengths, vocabulary, model, rows, epochs.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --axes vocabulary pairs --plot scaling.png
@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 import torch
 
 from lit_dpo import DPOModule, QLoRAPolicy
-from lit_dpo.data.batch import EncodedPair, collate_pairs
+from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
+from lit_dpo.logps import PairLogps
+from lit_dpo.rows import row_by_row
 from material import SHAPES, made_pairs, save_model
 
 
@@ -35,6 +37,7 @@ class Point(NamedTuple):
     vocabulary: int = 8192
     shape: str = "5M"
     epochs: int = 1
+    row_tokens: int | None = None
 
 
 def axes(base: Point) -> dict[str, list[tuple[float, Point]]]:
@@ -51,6 +54,7 @@ def axes(base: Point) -> dict[str, list[tuple[float, Point]]]:
         ],
         "vocabulary": [(n, base._replace(vocabulary=n)) for n in (8192, 32768, 65536, 131072, 262144)],
         "model parameters": [(parameters(name), base._replace(shape=name)) for name in shapes],
+        "tokens of a row": [(n, base._replace(pairs=16, row_tokens=n)) for n in (256, 512, 1024, 2048, 8192)],
         "epochs": [(n, base._replace(epochs=n)) for n in (1, 2, 3)],
     }
 
@@ -87,9 +91,17 @@ class Bench:
         module, optimizer = self.module(point.shape, point.vocabulary)
         made = made_pairs(point.pairs, point.prompt, point.answer, point.vocabulary, seed)
         batch = collate_pairs([EncodedPair(*pair) for pair in made]).to(self.device)
+        module.row_tokens = point.row_tokens
+        rows = batch.cut(module.row_limit)
+        adapters = [p for p in module.model.parameters() if p.requires_grad]
+
+        def score(row: PairBatch) -> tuple[torch.Tensor, PairLogps]:
+            pairs = module.pair_logps(row)
+            return module.compute_loss(pairs), pairs
+
         begun = self._now()
         for _ in range(point.epochs):
-            module.compute_loss(module.pair_logps(batch)).mean().backward()
+            (score(batch)[0].sum() if len(rows) == 1 else row_by_row(rows, score, adapters)[0]).backward()
             optimizer.step()
             optimizer.zero_grad()
         return self._now() - begun
