@@ -1,17 +1,20 @@
 """Run by a test: train one step over all pairs and validate, on one process or on two."""
 
 import functools
+import math
 import sys
 
 import torch
 
 from lit_dpo import CachedReference
 from lit_dpo.losses import BCOLoss
+from lit_dpo.references import store
 from training import adapter, data, module, trainer
 
 if __name__ == "__main__":
     model, pairs, root, out, devices, *cache = sys.argv[1:]
     ranks = int(devices)
+    store._REREAD_SHARE = math.inf  # a missing pair is always looked for among the other rank's, on a busy machine too
     given = {"loss": BCOLoss(), "reference": CachedReference(directory=cache[0])} if cache else {}
     rows = {"row_tokens": 200} if ranks > 1 else {}
     dpo = module(model, optimizer=functools.partial(torch.optim.SGD, lr=1.0), **given, **rows)
