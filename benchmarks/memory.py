@@ -26,7 +26,6 @@ from torch import Tensor
 from lit_dpo import DPOModule, QLoRAPolicy
 from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
 from lit_dpo.memory import estimate_step
-from lit_dpo.rows import row_by_row
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 2048}
 LLAMA = {**SIZES, "intermediate_size": 688, "num_key_value_heads": 2}
@@ -111,12 +110,11 @@ def peak(module: Any, rows: list[PairBatch]) -> int:
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
 
-    def score(row: PairBatch) -> Any:
-        pairs = module.pair_logps(row)
-        return module.compute_loss(pairs), pairs
-
     def step() -> None:
-        (score(rows[0])[0].sum() if len(rows) == 1 else row_by_row(rows, score, trained)[0]).backward()
+        if len(rows) == 1:
+            module.compute_loss(module.pair_logps(rows[0])).sum().backward()
+        else:
+            module.row_by_row(rows)[0].backward()
 
     step()
     optimizer.step()

@@ -22,9 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lit_dpo import DPOModule, QLoRAPolicy
-from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
-from lit_dpo.logps import PairLogps
-from lit_dpo.rows import row_by_row
+from lit_dpo.data.batch import EncodedPair, collate_pairs
 from material import SHAPES, made_pairs, save_model
 
 
@@ -93,15 +91,12 @@ class Bench:
         batch = collate_pairs([EncodedPair(*pair) for pair in made]).to(self.device)
         module.row_tokens = point.row_tokens
         rows = batch.cut(module.row_limit)
-        adapters = [p for p in module.model.parameters() if p.requires_grad]
-
-        def score(row: PairBatch) -> tuple[torch.Tensor, PairLogps]:
-            pairs = module.pair_logps(row)
-            return module.compute_loss(pairs), pairs
-
         begun = self._now()
         for _ in range(point.epochs):
-            (score(batch)[0].sum() if len(rows) == 1 else row_by_row(rows, score, adapters)[0]).backward()
+            if len(rows) == 1:
+                module.compute_loss(module.pair_logps(batch)).sum().backward()
+            else:
+                module.row_by_row(rows)[0].backward()
             optimizer.step()
             optimizer.zero_grad()
         return self._now() - begun

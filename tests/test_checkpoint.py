@@ -102,6 +102,7 @@ def test_continuing_with_another_loss_stops_and_names_it(straight, tiny_model, p
         ({"loss": DPOLoss(beta=0.5)}, r"loss.init_args.beta: 0.1 in the checkpoint, 0.5 now"),
         ({"lr": 1e-3}, r"trained with lr=0.01 but the configuration says 0.001"),
         ({"warmup_ratio": 0.5}, r"training.warmup_ratio: 0.0 in the checkpoint, 0.5 now"),
+        ({"row_tokens": 100}, r"training.row_tokens: None in the checkpoint, 100 now"),  # other dropout masks
         ({"policy": policy | {"r": 8}}, r"policy.r: 4 in the checkpoint, 8 now"),
         ({"policy": policy | {"quantization": "none"}}, r"base.quantization: 'nf4' in the checkpoint, 'none' now"),
     ]:

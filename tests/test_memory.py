@@ -15,7 +15,6 @@ from lit_dpo.logps.score import choose_layout, pair_logps, pair_logps_with_kl
 from lit_dpo.losses import AOTLoss, SFTLoss, TDPOLoss
 from lit_dpo.memory import LiveBytes, StepMemory, _state_ratio, estimate_step, stored_bytes
 from lit_dpo.references.base import keep
-from lit_dpo.rows import row_by_row
 from training import data, module, trainer
 
 LONG = {"max_position_embeddings": 512, "vocab_size": 1500}
@@ -69,20 +68,24 @@ def test_a_large_vocabulary_is_needed_once_per_chunk(targets, with_kl):
         assert estimate.total == pytest.approx(_measured(model, tiny.batch(*lengths), with_kl), rel=0.05)
 
 
-def test_rows_need_what_the_largest_needs_and_their_gradients_twice(tmp_path):
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("r", [4, 256])
+def test_rows_need_what_the_largest_needs_and_more_copies_of_gradients(tmp_path, r, checkpointing):
+    """Adapters that weigh little and much, beside activations that do; a sum, and a row's own until it is added."""
     model = tiny.directory(tmp_path, **LONG)
-    dpo = module(model, reference=NoReference(), loss=SFTLoss(), policy={"r": 64})  # adapters that weigh something
+    policy = {"r": r, "gradient_checkpointing": checkpointing}
+    dpo = module(model, reference=NoReference(), loss=SFTLoss(), policy=policy)
     dpo.configure_model()
-    trained = [p for p in dpo.model.parameters() if p.requires_grad]
-    for p in trained:  # of the step before: Lightning clears them after the forward
-        p.grad = torch.zeros_like(p)
+    dpo.train()
+    for p in dpo.model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None  # of the batch before
     with LiveBytes() as memory:
-        row_by_row(tiny.batch(*LENGTHS * 3).cut(1), dpo._score, trained)[0].backward()
-    sgd = functools.partial(torch.optim.SGD, lr=1.0)
-    estimate = estimate_step(dpo.model, [_lengths(pair) for pair in LENGTHS], several_rows=True, optimizer=sgd)
+        dpo.row_by_row(tiny.batch(*LENGTHS * 3).cut(1))[0].backward()
+    sgd, rows = functools.partial(torch.optim.SGD, lr=1.0), [_lengths(pair) for pair in LENGTHS]
+    estimate = estimate_step(dpo.model, rows, several_rows=True, optimizer=sgd)
     frozen, kept = stored_bytes(dpo.model)
     assert estimate.tokens == sum(LENGTHS[0])
-    assert estimate.total == pytest.approx(frozen + 2 * kept + memory.peak, rel=0.05)
+    assert estimate.total == pytest.approx(frozen + 2 * kept + memory.peak, rel=0.06)
 
 
 def test_nf4_is_counted_as_it_is_stored_and_dequantised_in_the_backward(tmp_path):
@@ -166,16 +169,21 @@ def test_fit_says_what_a_step_needs(tiny_model, pairs_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "loss", "remedy"),
-    [(False, DPOLoss(), "--model.row_tokens"), (True, AOTLoss(), "--data.max_tokens")],
+    ("checkpointing", "loss", "row_tokens", "remedy"),
+    [
+        (False, DPOLoss(), None, "--model.row_tokens"),
+        (True, AOTLoss(), None, "--data.max_tokens"),
+        (False, DPOLoss(), 1, "or lower `--data.max_length`."),
+    ],
 )
 def test_fit_warns_of_a_step_that_does_not_fit(
-    tiny_model, pairs_file, tmp_path, monkeypatch, checkpointing, loss, remedy
+    tiny_model, pairs_file, tmp_path, monkeypatch, checkpointing, loss, row_tokens, remedy
 ):
     monkeypatch.setattr(callback, "_room", lambda device: 1000)
     with tiny.records("lit_dpo.callbacks.memory") as found:
         policy = {"gradient_checkpointing": checkpointing}
-        trainer(tmp_path, max_steps=1).fit(module(tiny_model, policy=policy, loss=loss), data(pairs_file))
+        dpo = module(tiny_model, policy=policy, loss=loss, row_tokens=row_tokens)
+        trainer(tmp_path, max_steps=1).fit(dpo, data(pairs_file))
     (line,) = [record.getMessage() for record in found]
     assert "will not fit" in line
     assert ("gradient_checkpointing" in line) is not checkpointing

@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 from torch.utils._pytree import tree_leaves
 
 import tiny
@@ -59,6 +59,14 @@ def _module(name="llama", r=4, **sizes):
     return made
 
 
+def _score(dpo):
+    def score(row):
+        pairs = dpo.pair_logps(row)
+        return dpo.compute_loss(pairs), pairs
+
+    return score
+
+
 @pytest.mark.parametrize("loss", [DPOLoss(), TDPOLoss(), WPOLoss(), LDDPOLoss(), MixtureLoss([IPOLoss(), SFTLoss()])])
 @pytest.mark.parametrize("name", ["llama", "falcon"], ids=["flat", "padded"])
 def test_losses_gradients_and_records_are_those_of_one_row(name, loss):
@@ -76,7 +84,7 @@ def test_losses_gradients_and_records_are_those_of_one_row(name, loss):
             p.grad = None
         rows = batch.cut(limit)
         assert len(rows) > 1
-        total, losses, record = row_by_row(rows, dpo._score, [*trained.values()], scale)
+        total, losses, record = row_by_row(rows, _score(dpo), [*trained.values()], scale)
         (3 * total).backward()
         torch.testing.assert_close(losses, expected.detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(total, expected.sum(), rtol=1e-5, atol=1e-6)
@@ -105,11 +113,13 @@ def test_parameters_that_some_rows_or_all_leave_out():
         return (one + two) * row + (late * row if row > 1 else 0), record
 
     total, losses, joined = row_by_row(rows, score, [one, two, late, unused])
-    total.backward()
+    total.backward(retain_graph=True)
     assert [float(p.grad) for p in (one, two, late)] == [6, 6, 5]
     assert unused.grad is None
     assert losses.tolist() == [4, 12, 18]
     assert joined.policy_chosen.total.shape == (3,)
+    with pytest.raises(RuntimeError, match="handed over once"):
+        total.backward()
 
 
 def test_autocast_and_bfloat16_compute_what_they_would_in_one_row():
@@ -122,7 +132,7 @@ def test_autocast_and_bfloat16_compute_what_they_would_in_one_row():
     gradients = {name: p.grad.clone() for name, p in trained.items()}
     dpo.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        total, *_ = row_by_row(batch.cut(1), dpo._score, [*trained.values()])
+        total, *_ = row_by_row(batch.cut(1), _score(dpo), [*trained.values()])
     total.backward()
     torch.testing.assert_close(total, expected, rtol=2e-2, atol=2e-2)
     for name, p in trained.items():
@@ -139,7 +149,7 @@ def test_a_step_holds_the_graph_of_one_row():
     def peak(count, limit):
         batch = tiny.batch(*[(60, 40, 40)] * count)
         with LiveBytes() as memory:
-            row_by_row(batch.cut(limit), dpo._score, trained)[0].backward()
+            row_by_row(batch.cut(limit), _score(dpo), trained)[0].backward()
         dpo.zero_grad()
         return memory.peak
 
@@ -182,6 +192,8 @@ def test_a_loss_that_couples_pairs_keeps_them_together_and_says_so_once(tiny_mod
     seen, measured = [], []
 
     class Seen(DPOModule):
+        couples_pairs = False
+
         def pair_logps(self, batch):
             (seen if torch.is_grad_enabled() else measured).append(batch.size)
             return super().pair_logps(batch)
@@ -203,14 +215,46 @@ def test_a_loss_that_couples_pairs_keeps_them_together_and_says_so_once(tiny_mod
 
 def test_why_a_batch_stays_in_one_row():
     device = SingleDeviceStrategy()
-    assert why_one_row(DPOLoss(), device) is None
-    assert "BCOLoss" in str(why_one_row(BCOLoss(), device))
-    assert "SFTLoss" in str(why_one_row(MixtureLoss([DPOLoss(), SFTLoss("token")]), device))
-    assert "FSDPStrategy" in str(why_one_row(DPOLoss(), FSDPStrategy()))
+    assert "BCOLoss" in str(why_one_row(BCOLoss(), device, []))
+    assert "SFTLoss" in str(why_one_row(MixtureLoss([DPOLoss(), SFTLoss("token")]), device, []))
+    for strategy in (FSDPStrategy, DeepSpeedStrategy):  # the second is a DDPStrategy
+        assert strategy.__name__ in str(why_one_row(DPOLoss(), object.__new__(strategy), []))
     parameter = torch.zeros(1, requires_grad=True)
     assert why_one_row(DPOLoss(), device, [parameter]) is None
     parameter.register_hook(lambda gradient: 2 * gradient)
     assert "hook" in str(why_one_row(DPOLoss(), device, [parameter]))
+
+
+class Together(DPOModule):
+    """Weighs a pair by how it compares with the others of its batch."""
+
+    def compute_loss(self, pairs):
+        losses = super().compute_loss(pairs)
+        return losses * torch.softmax(losses.detach(), 0) * len(losses)
+
+
+class Apart(Together):
+    couples_pairs = False
+
+
+class Logging(DPOModule):
+    couples_pairs = True
+
+
+@pytest.mark.parametrize(("kind", "whole"), [(Together, True), (Apart, False), (Logging, True), (DPOModule, False)])
+def test_an_override_that_may_couple_pairs_sees_them_together(tiny_model, pairs_file, tmp_path, kind, whole):
+    """What the package cannot know it does not cut, unless the class says that it may."""
+    policy, sgd = QLoRAPolicy(str(tiny_model), quantization="none"), functools.partial(torch.optim.SGD, lr=1.0)
+    adapters = []
+    for row_tokens in (WHOLE, 1):
+        torch.manual_seed(0)
+        dpo = kind(policy, optimizer=sgd, row_tokens=row_tokens)
+        with tiny.records("lightning.pytorch.utilities.rank_zero") as found:
+            trainer(tmp_path, max_epochs=3).fit(dpo, data(pairs_file, batch_size=21))
+        adapters.append(torch.cat([p.flatten() for p in adapter(dpo).values()]))
+    said = [record.getMessage() for record in found if "`row_tokens`" in record.getMessage()]
+    assert [kind.__name__ in line and "`couples_pairs = False`" in line for line in said] == [True] * whole
+    assert torch.allclose(*adapters, rtol=0, atol=1e-5) is (kind is not Apart)
 
 
 def test_a_row_holds_a_token(tiny_model):

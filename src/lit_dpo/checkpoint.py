@@ -26,6 +26,8 @@ def describe(module: Any) -> dict[str, Any]:
     """What a checkpoint's adapters belong to, in builtins only, so that `torch.load(weights_only=True)` reads it."""
     policy, loss, reference, trainer = module.policy, module.loss, module.reference, module._trainer
     course = {"lr_scheduler": module.lr_scheduler, "warmup_ratio": module.warmup_ratio}
+    if policy.dropout:  # masks are drawn for each row
+        course |= {"row_tokens": module.row_tokens}
     if trainer is not None:
         course |= {"gradient_clip_val": trainer.gradient_clip_val, "precision": str(trainer.precision)}
     return {

@@ -98,7 +98,7 @@ def estimate_step(
     Args:
         model: the policy, its layout chosen, in training mode.
         rows: candidates for the largest; each is a batch, or a part of one.
-        several_rows: a batch is cut into rows, whose gradients add up beside those of the step before.
+        several_rows: a batch is cut into rows, whose gradients add up while those of the batch before are still there.
         optimizer: makes one from a list of parameters.
         with_kl: the loss reads the divergence of whole distributions.
         context: what a training step runs in, such as autocast.
@@ -113,8 +113,9 @@ def estimate_step(
         StepMemory(
             weights=frozen,
             adapters=round(trained * (2 + several_rows + _state_ratio(optimizer, device))),
-            activations=round(float(features @ alive)),
-            backward=round(float(features @ backward)),
+            activations=(activations := round(float(features @ alive))),
+            # a row's gradients are all there when its activations are gone, and not yet added to those of other rows
+            backward=max(round(float(features @ backward)), several_rows * trained - activations),
             head=head(int(lengths[:, 1:].sum())),
             tokens=int(lengths.sum()),
         )

@@ -21,7 +21,6 @@ from lit_dpo.callbacks.export import AdapterExport
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.predictions import PredictionWriter
-from lit_dpo.checkpoint import AdapterModule
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.records import PairLogps, SequenceLogps
@@ -30,14 +29,14 @@ from lit_dpo.losses import DPOLoss, PreferenceLoss
 from lit_dpo.policy import QLoRAPolicy
 from lit_dpo.references import Reference
 from lit_dpo.requirements import check_rows, resolve_reference
-from lit_dpo.rows import ROW_TOKENS, join, row_by_row, why_one_row
+from lit_dpo.rows import RowModule
 
 
-class DPOModule(AdapterModule):
+class DPOModule(RowModule):
     """Preference optimisation of a LoRA policy against a frozen reference.
 
     Subclasses override `configure_model`, `configure_metrics`, `forward`, `pair_logps`, `compute_loss` or
-    `configure_optimizers`. Weights load in `configure_model`, never in `__init__`.
+    `configure_optimizers`. Weights load in `configure_model`, never in `__init__`. See `couples_pairs`.
 
     Args:
         policy: the model that is trained.
@@ -48,8 +47,8 @@ class DPOModule(AdapterModule):
         lr_scheduler: shape of the learning rate after the warm-up, stepped per optimizer step.
         warmup_ratio: part of all steps over which the learning rate rises from 0. Expected in [0, 1].
         row_tokens: most tokens that run at once. A batch is cut into rows of whole pairs, whose gradients add up: the
-            same step in the memory of one row. None: 1024 on a CPU, 16384 on a GPU. Where a loss couples the pairs of
-            a batch, training keeps them in one row.
+            same step, but for other dropout masks, in the memory of one row. None: 1024 on a CPU, 16384 on a GPU. Where
+            a loss couples the pairs of a batch, training keeps them in one row.
 
     Raises:
         PolicyError: if the loss needs a reference and there is none, or the other way round.
@@ -92,7 +91,6 @@ class DPOModule(AdapterModule):
         self.val_metrics = self.configure_metrics().clone(prefix="val/")
         self.test_metrics = self.configure_metrics().clone(prefix="test/")
         self._pairs_in_window = 0
-        self._said_one_row = False
         self._random_states = None
 
     # ---- what subclasses override ----
@@ -148,11 +146,6 @@ class DPOModule(AdapterModule):
             probability=batch.probability,
             state=self.loss_state,
         )
-
-    def batch_logps(self, batch: PairBatch) -> PairLogps:
-        """`pair_logps` of a batch of any size, without gradients, one row at a time."""
-        with torch.no_grad():
-            return join([self.pair_logps(row) for row in batch.cut(self.row_limit)])
 
     def compute_loss(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`, times the rows' weights; the module takes their mean over all pairs of an optimizer step."""
@@ -288,36 +281,12 @@ class DPOModule(AdapterModule):
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         return self if device is None else super().to(device)
 
-    # ---- rows ----
-
-    @property
-    def row_limit(self) -> int:
-        """Most tokens that run at once, a longer pair excepted: `row_tokens`, or what suits the device."""
-        return self.row_tokens or ROW_TOKENS["cuda" if self.device.type == "cuda" else "cpu"]
-
-    @property
-    def why_one_row(self) -> str | None:
-        """Why a training batch must not be cut, or None."""
-        return why_one_row(self.loss, self.trainer.strategy, self.parameters())
-
-    def _training_rows(self, batch: PairBatch) -> list[PairBatch]:
-        rows = batch.cut(self.row_limit)
-        if len(rows) == 1 or self.why_one_row is None:
-            return rows
-        if not self._said_one_row:
-            rank_zero_info(f"training batches run in one row each, whatever `row_tokens` is: {self.why_one_row}")
-            self._said_one_row = True
-        return [batch]
-
     # ---- helpers ----
 
     def _step(self, batch: PairBatch, measured: MetricCollection, *, training: bool = False) -> Tensor:
         """Measure a batch; the sum of its losses."""
-        if training and len(rows := self._training_rows(batch)) > 1:
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            trained = [p for p in self.parameters() if p.requires_grad]
-            scale = scaler.get_scale() if scaler else 1.0
-            total, losses, seen = row_by_row(rows, self._score, trained, scale)
+        if training and len(rows := self.training_rows(batch)) > 1:
+            total, losses, seen = self.row_by_row(rows)
         else:
             pairs = self.pair_logps(batch) if training else self.batch_logps(batch)
             seen = pairs.detach()
@@ -336,10 +305,6 @@ class DPOModule(AdapterModule):
             rejected_rewards=rejected,
         )
         return total
-
-    def _score(self, row: PairBatch) -> tuple[Tensor, PairLogps]:
-        pairs = self.pair_logps(row)
-        return self.compute_loss(pairs), pairs
 
     def _reads(self, name: str) -> bool:
         return name in self.loss.needs

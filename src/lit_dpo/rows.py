@@ -6,17 +6,20 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
+from lit_dpo.checkpoint import AdapterModule
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses import PreferenceLoss
 
 ROW_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""Tokens of a row by device: so many that more of them would not be faster each. Measured on a CPU."""
+"""Tokens of a row by device, so that more would not be faster each: measured on a CPU, a guess on a GPU."""
 
 
-def why_one_row(loss: PreferenceLoss, strategy: Any, parameters: Iterable[Tensor] = ()) -> str | None:
+def why_one_row(loss: PreferenceLoss, strategy: Any, parameters: Iterable[Tensor]) -> str | None:
     """Why a training batch must run in one row, or None.
 
     Args:
@@ -28,7 +31,7 @@ def why_one_row(loss: PreferenceLoss, strategy: Any, parameters: Iterable[Tensor
 
     if loss.couples_pairs or loss.initial_state() is not None:
         return f"{loss} couples the pairs of a batch"
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):  # DeepSpeed's is a subclass
         return f"{type(strategy).__name__} may shard the parameters"
     if any(parameter._backward_hooks for parameter in parameters):
         return "a parameter has a gradient hook"
@@ -39,14 +42,9 @@ def join(records: Sequence[PairLogps]) -> PairLogps:
     """The record of a batch from those of its rows."""
     if len(records) == 1:
         return records[0]
-    joined: PairLogps = _join([record._replace(state=None) for record in records])
+    first, *others = (record._replace(state=None) for record in records)
+    joined: PairLogps = tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), first, *others)
     return joined._replace(state=records[0].state)
-
-
-def _join(fields: Sequence[Any]) -> Any:
-    if fields[0] is None or isinstance(fields[0], Tensor):
-        return None if fields[0] is None else torch.cat(list(fields))
-    return type(fields[0])(*(_join(field) for field in zip(*fields, strict=True)))
 
 
 def row_by_row(
@@ -113,9 +111,73 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, weight: Tensor) -> Any:
+        sums, ctx.sums = ctx.sums, None
+        if sums is None:
+            raise RuntimeError("The gradients of a batch in rows are handed over once: its backward ran a second time.")
         weight = weight / ctx.scale
         gradients: list[Tensor | None] = []
-        while ctx.sums:  # each is freed as its product is made
-            one = ctx.sums.pop(0)
+        while sums:  # each is freed as its product is made
+            one = sums.pop(0)
             gradients.append(None if one is None else one * weight)
         return None, None, None, *gradients
+
+
+class RowModule(AdapterModule):
+    """A module that runs its batches in rows."""
+
+    loss: PreferenceLoss
+    row_tokens: int | None
+
+    couples_pairs: bool | None = None
+    """Whether an override of `forward`, `pair_logps` or `compute_loss` must see a whole training batch, because it
+    mixes pairs, logs, or waits for other ranks. None: yes, if there is one. If False, they are called for each row."""
+
+    _said_one_row = False
+
+    def pair_logps(self, batch: PairBatch) -> PairLogps:
+        """The record of a batch, or of a row."""
+        raise NotImplementedError
+
+    def compute_loss(self, pairs: PairLogps) -> Tensor:
+        """Losses `(B,)` of a batch, or of a row."""
+        raise NotImplementedError
+
+    def batch_logps(self, batch: PairBatch) -> PairLogps:
+        """`pair_logps` of a batch of any size, without gradients, one row at a time."""
+        with torch.no_grad():
+            return join([self.pair_logps(row) for row in batch.cut(self.row_limit)])
+
+    @property
+    def row_limit(self) -> int:
+        """Most tokens that run at once, a longer pair excepted: `row_tokens`, or what suits the device."""
+        return self.row_tokens or ROW_TOKENS["cuda" if self.device.type == "cuda" else "cpu"]
+
+    @property
+    def why_one_row(self) -> str | None:
+        """Why a training batch must not be cut, or None."""
+        methods = (getattr(type(self), name) for name in ("forward", "pair_logps", "compute_loss"))
+        overrides = any(not method.__module__.startswith("lit_dpo.") for method in methods)
+        if self.couples_pairs or (self.couples_pairs is None and overrides):
+            return f"{type(self).__name__} may couple pairs (`couples_pairs = False` in its class says it does not)"
+        return why_one_row(self.loss, self.trainer.strategy, self.parameters())
+
+    def training_rows(self, batch: PairBatch) -> list[PairBatch]:
+        """A training batch in rows; whole where it must be, in a line that says so once."""
+        rows = batch.cut(self.row_limit)
+        if len(rows) == 1 or (reason := self.why_one_row) is None:
+            return rows
+        if not self._said_one_row:
+            rank_zero_info(f"training batches run in one row each, whatever `row_tokens` is: {reason}")
+            self._said_one_row = True
+        return [batch]
+
+    def row_by_row(self, rows: Sequence[PairBatch]) -> tuple[Tensor, Tensor, PairLogps]:
+        """`row_by_row` of this module."""
+
+        def score(row: PairBatch) -> tuple[Tensor, PairLogps]:
+            pairs = self.pair_logps(row)
+            return self.compute_loss(pairs), pairs
+
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self._trainer is not None else None
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return row_by_row(rows, score, trained, scaler.get_scale() if scaler else 1.0)

@@ -40,7 +40,8 @@ class MemoryEstimate(pl.Callback):
         room = _room(pl_module.device)
         rank_zero_info(f"a step needs about {step}" + (f"; the device has {room / 2**30:.2f} GiB" if room else ""))
         if room and step.total > room:
-            log.warning(_remedy(step, room, pl_module))
+            alone = max(map(len, rows)) == 1
+            log.warning(_remedy(step, room, pl_module, alone))
 
 
 def _room(device: torch.device) -> int | None:
@@ -50,10 +51,10 @@ def _room(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
-def _remedy(step: StepMemory, room: int, pl_module: Any) -> str:
+def _remedy(step: StepMemory, room: int, pl_module: Any, alone: bool) -> str:
     again = "" if pl_module.policy.gradient_checkpointing else "set `--model.policy.gradient_checkpointing true`, or "
-    pairs = "`--data.max_tokens` (or `--data.batch_size`)" if pl_module.why_one_row else "`--model.row_tokens`"
+    pairs = "`--data.max_tokens` (or `--data.batch_size`) or " if pl_module.why_one_row else "`--model.row_tokens` or "
     return (
         f"A step will not fit: it needs about {step.total / 2**30:.2f} GiB and the device has {room / 2**30:.2f}; "
-        f"{again}lower {pairs} or `--data.max_length`."
+        f"{again}lower {'' if alone else pairs}`--data.max_length`."
     )
