@@ -241,6 +241,19 @@ class Logging(DPOModule):
     couples_pairs = True
 
 
+def test_evaluation_keeps_pairs_together_for_such_an_override(tiny_model, pairs_file, tmp_path):
+    sizes = []
+
+    class Mixing(DPOModule):
+        def forward(self, batch):
+            sizes.append(batch.size)
+            return super().forward(batch)
+
+    dpo = Mixing(QLoRAPolicy(str(tiny_model), quantization="none"), row_tokens=1)
+    trainer(tmp_path).validate(dpo, data(pairs_file, val=str(pairs_file), batch_size=21))
+    assert sizes == [21]
+
+
 @pytest.mark.parametrize(("kind", "whole"), [(Together, True), (Apart, False), (Logging, True), (DPOModule, False)])
 def test_an_override_that_may_couple_pairs_sees_them_together(tiny_model, pairs_file, tmp_path, kind, whole):
     """What the package cannot know it does not cut, unless the class says that it may."""

@@ -192,10 +192,6 @@ class AdapterModule(pl.LightningModule):
     fresh: bool
     _random_states: list[dict[str, Any]] | None
 
-    def configure_model(self) -> None:
-        """Load the model, if it is not there."""
-        raise NotImplementedError
-
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The policy's adapter and whatever a subclass added."""
         model = self._modules.pop("model", None)

@@ -145,7 +145,8 @@ class RowModule(AdapterModule):
     def batch_logps(self, batch: PairBatch) -> PairLogps:
         """`pair_logps` of a batch of any size, without gradients, one row at a time."""
         with torch.no_grad():
-            return join([self.pair_logps(row) for row in batch.cut(self.row_limit)])
+            rows = [batch] if self._may_couple_pairs else batch.cut(self.row_limit)
+            return join([self.pair_logps(row) for row in rows])
 
     @property
     def row_limit(self) -> int:
@@ -155,11 +156,16 @@ class RowModule(AdapterModule):
     @property
     def why_one_row(self) -> str | None:
         """Why a training batch must not be cut, or None."""
-        methods = (getattr(type(self), name) for name in ("forward", "pair_logps", "compute_loss"))
-        overrides = any(not method.__module__.startswith("lit_dpo.") for method in methods)
-        if self.couples_pairs or (self.couples_pairs is None and overrides):
+        if self._may_couple_pairs:
             return f"{type(self).__name__} may couple pairs (`couples_pairs = False` in its class says it does not)"
         return why_one_row(self.loss, self.trainer.strategy, self.parameters())
+
+    @property
+    def _may_couple_pairs(self) -> bool:
+        if self.couples_pairs is not None:
+            return self.couples_pairs
+        methods = (getattr(type(self), name) for name in ("forward", "pair_logps", "compute_loss"))
+        return any(not method.__module__.startswith("lit_dpo.") for method in methods)
 
     def training_rows(self, batch: PairBatch) -> list[PairBatch]:
         """A training batch in rows; whole where it must be, in a line that says so once."""
@@ -172,7 +178,7 @@ class RowModule(AdapterModule):
         return [batch]
 
     def row_by_row(self, rows: Sequence[PairBatch]) -> tuple[Tensor, Tensor, PairLogps]:
-        """`row_by_row` of this module."""
+        """Losses of a batch and their gradients, see the function of this name."""
 
         def score(row: PairBatch) -> tuple[Tensor, PairLogps]:
             pairs = self.pair_logps(row)
