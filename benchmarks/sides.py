@@ -105,7 +105,7 @@ def _lit_dpo(spec: Spec, steps: int, gate: Gate) -> None:
             gate.pairs, gate.tokens = flat_pairs(batch), batch.input_ids.numel()
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            gate.loss = outputs["loss"] / batch.size
+            gate.loss = outputs["loss"]
 
     policy = QLoRAPolicy(
         spec.model,

@@ -32,7 +32,7 @@ class Steps(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.batches.append(_pairs(batch))
-        self.losses.append(float(outputs["loss"]) / batch.size)
+        self.losses.append(float(outputs["loss"]))
 
 
 def _pairs(batch: PairBatch) -> list[EncodedPair]:

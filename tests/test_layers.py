@@ -32,6 +32,7 @@ LAYERS = {
     "lit_dpo.memory": 2,
     "lit_dpo.requirements": 2,
     "lit_dpo.rows": 2,
+    "lit_dpo.window": 2,
     "lit_dpo.module": 3,
     "lit_dpo.data": 3,
     "lit_dpo.cli": 4,

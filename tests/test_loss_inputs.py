@@ -78,7 +78,7 @@ def test_a_weight_multiplies_its_row_s_loss(tiny_model, columns, tmp_path):
 def test_large_weights_start_at_their_own_loss(tiny_model, columns, tmp_path):
     """The check before the first step weighs both sides of its comparison."""
     _, trace = _fit(tiny_model, columns(weight=[5.0] * 21), tmp_path, format={"weight": "weight"})
-    assert trace.losses[0] == pytest.approx(4 * 5 * 0.6931472, rel=1e-4)  # the step's four pairs, summed
+    assert trace.losses[0] == pytest.approx(5 * 0.6931472, rel=1e-4)  # the mean over the batch's four pairs
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_batch_is_remembered_before_its_own_losses(tiny_model, pairs_file, tmp
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             pairs = pl_module.pair_logps(batch).detach()
             state = BCOLoss().next_state(pl_module.loss_state, pairs)
-            seen.append(float(BCOLoss()(pairs._replace(state=state)).sum()))
+            seen.append(float(BCOLoss()(pairs._replace(state=state)).mean()))
 
     _, trace = _fit(tiny_model, pairs_file, tmp_path, loss=BCOLoss(), callbacks=[Look()])
     assert trace.losses == pytest.approx(seen, rel=1e-5)

@@ -11,6 +11,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
@@ -73,6 +74,17 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], *, training: b
             + "\nTo continue that run, give these values as they were. To start a new run from its adapter, give "
             "`policy.adapter_path` the directory beside the checkpoint instead of --ckpt_path."
         )
+
+
+def check_belongs(checkpoint: Mapping[str, Any], here: Mapping[str, Any], *, training: bool) -> None:
+    """`compare` a file with what it is loaded into.
+
+    Raises:
+        ResumeError: listing what differs, or if the file does not say.
+    """
+    if KEY not in checkpoint:
+        raise ResumeError("Expected a checkpoint of lit_dpo but it does not say what its weights belong to.")
+    compare(checkpoint[KEY], here, training=training)
 
 
 def load_strictly(known: Mapping[str, torch.Tensor], given: dict[str, torch.Tensor], *, training: bool) -> None:
@@ -190,7 +202,6 @@ class AdapterModule(pl.LightningModule):
     policy: Any
     reference: Any
     fresh: bool
-    _random_states: list[dict[str, Any]] | None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The policy's adapter and whatever a subclass added."""
@@ -218,21 +229,25 @@ class AdapterModule(pl.LightningModule):
         self.fresh = False
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the adapters belong to, in builtins, so that `weights_only=True` loads the file."""
-        checkpoint[KEY] = describe(self)
-        if self._trainer is not None:
-            checkpoint[f"{KEY}_random"] = random_states(self.trainer.world_size)
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = configuration(self)
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """A module as a checkpoint says it was, with its adapter; see Lightning.
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compare what the adapters belong to with what is here."""
-        if KEY not in checkpoint:
-            raise ResumeError("Expected a checkpoint of lit_dpo but it does not say what its weights belong to.")
-        training = self._trainer is not None and self.trainer.state.fn == "fit"
-        compare(checkpoint[KEY], describe(self), training=training)
-        if training:
-            self._random_states = checkpoint.get(f"{KEY}_random")
+        Raises:
+            ResumeError: if the base that is there now is not the one that the adapter belongs to.
+        """
+        module = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        check_belongs(_read(checkpoint_path), describe(module), training=False)
+        return module
+
+
+def _read(path: Any) -> dict[str, Any]:
+    """A checkpoint from wherever Lightning can read one."""
+    if hasattr(path, "read"):
+        path.seek(0)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    with fsspec.open(str(path), "rb") as stream:
+        return dict(torch.load(stream, map_location="cpu", weights_only=True))
 
 
 class AdapterCheckpointIO(CheckpointIO):
@@ -240,14 +255,23 @@ class AdapterCheckpointIO(CheckpointIO):
 
     Args:
         inner: the strategy's own plugin.
-        export: writes the PEFT directory.
+        on_save: adds to a checkpoint what every file shall say.
+        on_load: looks at what a file says.
+        export: writes the PEFT directory of a checkpoint.
     """
 
-    def __init__(self, inner: CheckpointIO, export: Callable[[Path], None]) -> None:
-        self.inner, self.export = inner, export
+    def __init__(
+        self,
+        inner: CheckpointIO,
+        on_save: Callable[[dict[str, Any]], None],
+        on_load: Callable[[dict[str, Any]], None],
+        export: Callable[[dict[str, Any], Path], None],
+    ) -> None:
+        self.inner, self.on_save, self.on_load, self.export = inner, on_save, on_load, export
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write to a temporary name, then rename."""
+        self.on_save(checkpoint)
         if "://" in str(path):  # a remote store: its own writes are whole
             self.inner.save_checkpoint(checkpoint, path, storage_options)
             return
@@ -258,11 +282,13 @@ class AdapterCheckpointIO(CheckpointIO):
             temporary = path.with_name(f".{path.name}.tmp")
             self.inner.save_checkpoint(checkpoint, temporary, storage_options)
             os.replace(temporary, path)
-        self.export(_beside(path))
+        self.export(checkpoint, _beside(path))
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
         """Load; nothing but tensors and builtins is ever in it."""
-        return self.inner.load_checkpoint(path, map_location, weights_only=True)
+        checkpoint = self.inner.load_checkpoint(path, map_location, weights_only=True)
+        self.on_load(checkpoint)
+        return checkpoint
 
     def teardown(self) -> None:
         """Let the inner plugin finish."""
@@ -293,17 +319,28 @@ def _is_adapter(directory: Path) -> bool:
     return (directory / "adapter_config.json").is_file()
 
 
-def save_adapter(model: Any, tokenizer: Any, directory: Path) -> None:
+def save_adapter(model: Any, tokenizer: Any, directory: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
     """A PEFT directory with the tokenizer, whole or not at all.
 
     `AutoPeftModelForCausalLM.from_pretrained(directory)` and `pipeline("text-generation", model=directory)` load it.
+
+    Args:
+        model: the policy.
+        tokenizer: goes along.
+        directory: where; an adapter that is there is replaced.
+        state: the adapter's weights, as in a module's `state_dict`. None: as they are in `model`. They differ where a
+            callback saves averages.
+
+    Raises:
+        TrainingError: if something else than an adapter is in the directory.
     """
     check_writable(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
         fresh = Path(scratch) / "new"
         # the embeddings are frozen; "auto" would ask the hub whether the vocabulary grew
-        model.save_pretrained(fresh, selected_adapters=["default"], save_embedding_layers=False)
+        weights = None if state is None else {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        model.save_pretrained(fresh, selected_adapters=["default"], save_embedding_layers=False, state_dict=weights)
         tokenizer.save_pretrained(fresh)
         if directory.exists():
             os.replace(directory, Path(scratch) / "old")

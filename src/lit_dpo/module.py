@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from lit_dpo import checkpoint as checkpoints
 from lit_dpo import metrics
 from lit_dpo.callbacks.export import AdapterExport
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.predictions import PredictionWriter
+from lit_dpo.callbacks.resume import ExactResume
+from lit_dpo.callbacks.steps import OptimizerSteps
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.records import PairLogps, SequenceLogps
@@ -28,8 +28,11 @@ from lit_dpo.logps.score import choose_layout, pair_logps, pair_logps_with_kl
 from lit_dpo.losses import DPOLoss, PreferenceLoss
 from lit_dpo.policy import QLoRAPolicy
 from lit_dpo.references import Reference
-from lit_dpo.requirements import check_rows, resolve_reference
+from lit_dpo.requirements import check_run, resolve_reference
 from lit_dpo.rows import RowModule
+from lit_dpo.window import Window
+
+_BROUGHT = (ExactResume, TrainingHealth, MemoryEstimate, OptimizerSteps, AdapterExport, PredictionWriter)
 
 
 class DPOModule(RowModule):
@@ -37,6 +40,9 @@ class DPOModule(RowModule):
 
     Subclasses override `configure_model`, `configure_metrics`, `forward`, `pair_logps`, `compute_loss` or
     `configure_optimizers`. Weights load in `configure_model`, never in `__init__`. See `couples_pairs`.
+
+    Lightning's hooks (`on_…`, `setup`, `configure_callbacks`, …) are the subclass's own: nothing here depends on
+    `super()` in them. What must happen is done by callbacks that come along, unless the trainer has its own of a class.
 
     Args:
         policy: the model that is trained.
@@ -90,8 +96,9 @@ class DPOModule(RowModule):
         self.train_metrics = self.configure_metrics().clone(prefix="train/")
         self.val_metrics = self.configure_metrics().clone(prefix="val/")
         self.test_metrics = self.configure_metrics().clone(prefix="test/")
-        self._pairs_in_window = 0
-        self._random_states = None
+        self.eval_sets = torch.nn.ModuleDict()  # metrics of each validation or test set, where there are several
+        self.window = Window()
+        self.checked = False  # until `prepare_data` has looked at this run
 
     # ---- what subclasses override ----
 
@@ -176,85 +183,34 @@ class DPOModule(RowModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    # ---- hooks ----
+    # ---- what Lightning calls ----
+
+    @pl.LightningModule.trainer.setter  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
+    def trainer(self, trainer: Any) -> None:
+        """Bring callbacks along, ahead of the trainer's, unless it has its own of the same class."""
+        pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+        if trainer is not None and trainer.lightning_module is self:
+            brought = [kind() for kind in _BROUGHT if not any(isinstance(one, kind) for one in trainer.callbacks)]
+            trainer.callbacks = [*brought, *trainer.callbacks]
 
     def prepare_data(self) -> None:
-        """Find what is wrong with policy, reference and data before a directory is made or a weight is read."""
-        if not self.trainer.predicting:
-            check_rows(self.loss, getattr(getattr(self.trainer, "datamodule", None), "row_fields", {}))
-        if self.model is None:
-            self.policy.check()
-            self.reference.check(self.policy)
-
-    def setup(self, stage: str) -> None:
-        """Hyper-parameters in builtins, so that loggers and checkpoints take them as they are."""
-        self._set_hparams(checkpoints.configuration(self))
-        self._hparams_initial = copy.deepcopy(self._hparams)
-
-    def on_fit_start(self) -> None:
-        """Forget what an interrupted run, or a validation before this one, left half-counted."""
-        self._pairs_in_window = 0
-        for measured in (self.train_metrics, self.val_metrics, self.test_metrics):
-            measured.reset()
-
-    def on_train_start(self) -> None:
-        """Continue a checkpoint's random state, so that dropout masks are those of a run that did not stop."""
-        if self._random_states is not None:
-            checkpoints.restore_random_state(self._random_states, self.trainer.global_rank)
-            self._random_states = None
-
-    def on_train_end(self) -> None:
-        """Let TensorBoard compare runs: flat hyper-parameters beside the last validation's reward accuracy."""
-        accuracy = self.trainer.callback_metrics.get("val/reward_accuracy")
-        for logger in self.loggers:
-            if isinstance(logger, TensorBoardLogger) and accuracy is not None:
-                flat = checkpoints.flatten(checkpoints.configuration(self))
-                logger.log_hyperparams(flat, {"hp_metric": float(accuracy)})
+        """Find what is wrong before a directory is made; where this is overridden, before a weight is read."""
+        check_run(self, self.trainer)
+        self.checked = True
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """The sum of this batch's losses; `on_before_optimizer_step` makes it the mean over the step's pairs."""
+        """A batch's mean loss, as `Trainer` divides it by `accumulate_grad_batches`; see `Window` for its gradient."""
         total = self._step(batch, self.train_metrics, training=True)
-        self._pairs_in_window += batch.size
-        # Lightning divides by the number of batches accumulated, which is not the number of pairs
-        return total * self.trainer.accumulate_grad_batches
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return self.window.loss(total, batch.size, batch_idx, self.trainer, parameters)
 
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Divide by the pairs that were really seen: a short last window and uneven ranks weigh what they hold."""
-        pairs = torch.tensor(float(self._pairs_in_window), device=self.device)
-        # DDP has averaged the gradients over ranks, so the count is averaged too
-        pairs = self.trainer.strategy.reduce(pairs, reduce_op="mean")
-        self._pairs_in_window = 0
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad.div_(pairs.to(parameter.grad.dtype))
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Let a reference that moves follow, before anything is saved."""
-        super().optimizer_step(*args, **kwargs)
-        if self.reference.moves:
-            self.reference.update(self.model, self.trainer.global_step + 1)
-
-    def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
-        """Log the mean over all pairs since the last log, not the last batch's."""
-        self.fresh = False
-        every = getattr(self.trainer, "log_every_n_steps", 0)
-        if every and self._pairs_in_window == 0 and self.trainer.global_step % every == 0:
-            values = {name: float(value) for name, value in self.train_metrics.compute().items()}
-            self.train_metrics.reset()
-            accuracy = "train/reward_accuracy"
-            self.log_dict({name: value for name, value in values.items() if name != accuracy})
-            if accuracy in values:
-                self.log(accuracy, values[accuracy], prog_bar=True)
-
-    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure."""
-        self._step(batch, self.val_metrics)
-        self._log_epoch(self.val_metrics, "val/reward_accuracy")
+        self._evaluate(batch, "val", self.trainer.val_dataloaders, dataloader_idx)
 
-    def test_step(self, batch: PairBatch, batch_idx: int) -> None:
+    def test_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure."""
-        self._step(batch, self.test_metrics)
-        self._log_epoch(self.test_metrics, "test/reward_accuracy")
+        self._evaluate(batch, "test", self.trainer.test_dataloaders, dataloader_idx)
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
         """Rewards, margins and log-probs of each pair, `(B,)` each."""
@@ -271,11 +227,6 @@ class DPOModule(RowModule):
             "rejected_length": pairs.policy_rejected.length.long(),
         }
 
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """Health checks, a memory estimate, export, predictions: they come along, unless the trainer has its own."""
-        brought = [callback() for callback in (TrainingHealth, MemoryEstimate, AdapterExport, PredictionWriter)]
-        return [one for one in brought if not any(isinstance(own, type(one)) for own in self.trainer.callbacks)]  # type: ignore[attr-defined]
-
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move; never cast. The policy decides dtypes: `bf16-true` would round adapters, which then hardly train."""
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
@@ -283,7 +234,7 @@ class DPOModule(RowModule):
 
     # ---- helpers ----
 
-    def _step(self, batch: PairBatch, measured: MetricCollection, *, training: bool = False) -> Tensor:
+    def _step(self, batch: PairBatch, *measured: MetricCollection, training: bool = False) -> Tensor:
         """Measure a batch; the sum of its losses."""
         if training and len(rows := self.training_rows(batch)) > 1:
             total, losses, seen = self.row_by_row(rows)
@@ -294,21 +245,52 @@ class DPOModule(RowModule):
                 state = self.loss.next_state(self.loss_state, seen)
                 self.loss_state = self.trainer.strategy.reduce(state, reduce_op="mean")
                 pairs, seen = (one._replace(state=self.loss_state) for one in (pairs, seen))
-            losses = self.compute_loss(pairs)
+            losses = self.losses_of(pairs)
             total = losses.sum()
         chosen, rejected = self.loss.rewards(seen)
-        measured.update(
-            pairs=seen,
-            losses=losses.detach(),
-            parts=self.loss.parts(seen),
-            chosen_rewards=chosen,
-            rejected_rewards=rejected,
-        )
+        for collection in measured:
+            collection.update(
+                pairs=seen,
+                losses=losses.detach(),
+                parts=self.loss.parts(seen),
+                chosen_rewards=chosen,
+                rejected_rewards=rejected,
+            )
         return total
+
+    def _evaluate(self, batch: PairBatch, stage: str, loaders: Any, number: int) -> None:
+        """Measure a batch; where there are several sets, each by itself. `OptimizerSteps` logs all of them together."""
+        together: MetricCollection = getattr(self, f"{stage}_metrics")
+        measured, home, numbered = together, f"{stage}_metrics", False
+        if isinstance(loaders, Mapping | Sequence) and len(loaders) > 1:
+            name = list(loaders)[number] if isinstance(loaders, Mapping) else None
+            measured, home = self._set_metrics(together, stage, str(number) if name is None else f"{name}/")
+            numbered = name is None  # Lightning then adds the number
+            self._step(batch, measured, together)
+        else:
+            self._step(batch, together)
+        for name, metric in measured.items():
+            self.log(
+                name,
+                metric,
+                on_step=False,
+                on_epoch=True,
+                prog_bar=name == f"{stage}/reward_accuracy",
+                batch_size=1,
+                add_dataloader_idx=numbered,
+                metric_attribute=home,
+            )
+
+    def _set_metrics(self, together: MetricCollection, stage: str, name: str) -> tuple[MetricCollection, str]:
+        """Metrics of one of several sets, and where they are; a name that ends in `/` is part of theirs."""
+        key = f"{stage}_{name}".replace(".", "_")
+        if key not in self.eval_sets:
+            made = together.clone(prefix=f"{stage}/{name}" if name.endswith("/") else f"{stage}/")
+            made.reset()
+            self.eval_sets[key] = made.to(self.device)
+        found = self.eval_sets[key]
+        assert isinstance(found, MetricCollection)
+        return found, f"eval_sets.{key}"
 
     def _reads(self, name: str) -> bool:
         return name in self.loss.needs
-
-    def _log_epoch(self, measured: MetricCollection, shown: str) -> None:
-        for name, metric in measured.items():
-            self.log(name, metric, on_step=False, on_epoch=True, prog_bar=name == shown, batch_size=1)

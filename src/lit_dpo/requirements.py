@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lit_dpo.data.batch import ROW_FIELDS
-from lit_dpo.errors import DataError, PolicyError
+from lit_dpo.errors import DataError, PolicyError, TrainingError
 from lit_dpo.losses.base import PreferenceLoss
 from lit_dpo.references.adapter import NoReference, default_reference
 from lit_dpo.references.base import Reference
@@ -60,3 +60,39 @@ def check_rows(loss: PreferenceLoss, row_fields: Mapping[str, frozenset[str]]) -
             )
         if unread := sorted(there - wanted - {"weight"}):
             rank_zero_info(f"{split}: {name} does not read the rows' {', '.join(unread)}")
+
+
+def check_strategy(strategy: Any) -> None:
+    """Gradients are brought together over ranks, and parameters are whole.
+
+    Args:
+        strategy: the trainer's.
+
+    Raises:
+        TrainingError: for a strategy that shards, or leaves synchronising gradients to the module.
+    """
+    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+
+    # DeepSpeed's is a subclass of DDP's, and shards
+    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise TrainingError(
+            f"Expected a strategy with whole parameters on every rank (`auto`, `ddp`) but got "
+            f"{type(strategy).__name__}: it shards them, or leaves it to the module to bring gradients together, and "
+            "adapters would differ from rank to rank."
+        )
+
+
+def check_run(module: Any, trainer: Any) -> None:
+    """Find what is wrong with strategy, loss, policy and reference before a weight is read.
+
+    Raises:
+        TrainingError: for the strategy.
+        DataError: for rows that lack what the loss reads.
+        PolicyError: for a policy or reference that cannot be loaded.
+    """
+    check_strategy(trainer.strategy)
+    if not trainer.predicting:
+        check_rows(module.loss, getattr(getattr(trainer, "datamodule", None), "row_fields", {}))
+    if module.model is None:
+        module.policy.check()
+        module.reference.check(module.policy)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from lit_dpo.checkpoint import AdapterModule
 from lit_dpo.data.batch import PairBatch
+from lit_dpo.errors import TrainingError
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses import PreferenceLoss
 
@@ -142,6 +143,23 @@ class RowModule(AdapterModule):
         """Losses `(B,)` of a batch, or of a row."""
         raise NotImplementedError
 
+    def losses_of(self, pairs: PairLogps) -> Tensor:
+        """`compute_loss`, which must not be reduced: `(B,)`.
+
+        Raises:
+            TrainingError: naming both shapes; a mean would train with a part of the gradient.
+        """
+        losses = self.compute_loss(pairs)
+        expected, found = tuple(pairs.policy_chosen.total.shape), getattr(losses, "shape", None)
+        if found is None or tuple(found) != expected:
+            what = f"a {type(losses).__name__}" if found is None else f"the shape {tuple(found)}"
+            raise TrainingError(
+                f"Expected a loss for each pair, of shape {expected}, but {type(self.loss).__name__} and "
+                f"{type(self).__name__}.compute_loss gave {what}. Leave out the mean: the module takes it over all "
+                "pairs of an optimizer step."
+            )
+        return losses
+
     def batch_logps(self, batch: PairBatch) -> PairLogps:
         """`pair_logps` of a batch of any size, without gradients, one row at a time."""
         with torch.no_grad():
@@ -182,7 +200,7 @@ class RowModule(AdapterModule):
 
         def score(row: PairBatch) -> tuple[Tensor, PairLogps]:
             pairs = self.pair_logps(row)
-            return self.compute_loss(pairs), pairs
+            return self.losses_of(pairs), pairs
 
         scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self._trainer is not None else None
         trained = [p for p in self.parameters() if p.requires_grad]

@@ -5,5 +5,15 @@ from lit_dpo.callbacks.export import AdapterExport
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.predictions import PredictionWriter
+from lit_dpo.callbacks.resume import ExactResume
+from lit_dpo.callbacks.steps import OptimizerSteps
 
-__all__ = ["AdapterExport", "MemoryEstimate", "PredictionWriter", "SampleAnswers", "TrainingHealth"]
+__all__ = [
+    "AdapterExport",
+    "ExactResume",
+    "MemoryEstimate",
+    "OptimizerSteps",
+    "PredictionWriter",
+    "SampleAnswers",
+    "TrainingHealth",
+]

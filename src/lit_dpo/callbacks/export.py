@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_dpo.checkpoint import AdapterCheckpointIO, check_writable, save_adapter
+from lit_dpo.checkpoint import check_writable, save_adapter
 
 
 class AdapterExport(pl.Callback):
-    """Writes the policy as a PEFT directory with its tokenizer, at the end of `fit` and beside each checkpoint.
+    """Writes the policy as a PEFT directory with its tokenizer at the end of `fit`.
 
     `AutoPeftModelForCausalLM.from_pretrained(directory)` and `pipeline("text-generation", model=directory)` load it.
 
@@ -22,15 +23,9 @@ class AdapterExport(pl.Callback):
         self.directory = directory
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Have the checkpoint plugin write the directory too."""
+        """See that the directory can be written to."""
         if self.directory:
             check_writable(Path(self.directory))
-        strategy = trainer.strategy
-        if stage == "fit" and not isinstance(strategy.checkpoint_io, AdapterCheckpointIO):
-            strategy.checkpoint_io = AdapterCheckpointIO(
-                strategy.checkpoint_io,
-                lambda path: save_adapter(trainer.lightning_module.model, tokenizer_of(trainer), path),
-            )
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the last one."""
@@ -50,8 +45,18 @@ def tokenizer_of(trainer: Any) -> Any:
 
 
 def run_directory(trainer: Any) -> Path:
-    """Where this run writes: the logger's directory, or the trainer's root. All ranks ask together: it broadcasts."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """Where this run writes: the logger's directory, or the trainer's root. All ranks ask together: it broadcasts.
+
+    A logger that keeps its files elsewhere (Weights & Biases, MLflow) has one directory for all runs. The run's own is
+    made of its name and version: where `ModelCheckpoint` writes too.
+    """
+    logger = trainer.logger
+    found = Path(trainer.log_dir or trainer.default_root_dir)
+    if logger is None or isinstance(logger, TensorBoardLogger | CSVLogger):
+        return found
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    own = found / str(logger.name) / version
+    return Path(trainer.strategy.broadcast(str(own)))
 
 
 def _unused(directory: Path) -> Path:

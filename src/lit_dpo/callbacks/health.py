@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lit_dpo.errors import ResumeError, TrainingError
+
+log = logging.getLogger(__name__)
+warn = rank_zero_only(log.warning)
 
 _PATIENCE = 10  # steps without any gradient before the run counts as stuck
 
@@ -33,6 +38,8 @@ class TrainingHealth(pl.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check what trains."""
+        if pl_module.model is None:
+            raise TrainingError("Expected `configure_model` to load the policy: call `super().configure_model()`.")
         trainable = {name: p for name, p in pl_module.model.named_parameters() if p.requires_grad}
         if not trainable:
             raise TrainingError("Expected trainable adapters but no parameter of the policy requires gradients.")
@@ -45,7 +52,10 @@ class TrainingHealth(pl.Callback):
             )
         known = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
         if missing := [name for name, p in trainable.items() if id(p) not in known]:
-            raise TrainingError(f"Expected the optimizer to have every adapter but not {', '.join(missing[:5])}.")
+            raise TrainingError(
+                "Expected the optimizer of `configure_optimizers` to have every adapter but not "
+                f"{', '.join(missing[:5])}."
+            )
         if all(optimizer.defaults.get("lr") == 0 for optimizer in trainer.optimizers):
             raise TrainingError("Expected a learning rate > 0 but got 0, with which nothing trains.")
         if self._resumed:
@@ -75,14 +85,14 @@ class TrainingHealth(pl.Callback):
             return
         furthest = float(torch.cat([pairs.chosen_logratio / pairs.policy_chosen.length,
                                     pairs.rejected_logratio / pairs.policy_rejected.length]).abs().max())  # fmt: skip
-        loss = pl_module.compute_loss(pairs).mean()
-        at_zero = pl_module.compute_loss(
+        loss = pl_module.losses_of(pairs).mean()
+        at_zero = pl_module.losses_of(
             pairs._replace(reference_chosen=pairs.policy_chosen, reference_rejected=pairs.policy_rejected)
         ).mean()
         # 16 bits may round the two passes differently; adapters that do nothing yet still round their input
         exact = pl_module.model.get_base_model().dtype == torch.float32 and "32" in str(trainer.precision)
-        tolerance = 1e-4 if exact else 5e-2
-        if furthest > tolerance or abs(float(loss - at_zero)) > 0.05 * max(1.0, abs(float(at_zero))):
+        off = abs(float(loss - at_zero)) / max(1.0, abs(float(at_zero)))
+        if furthest > (1e-4 if exact else 5e-2) or off > 0.05:
             raise TrainingError(
                 f"Expected policy and reference to be the same before the first step but their log-probs differ by up "
                 f"to {furthest:.3g} nats per token (loss {float(loss):.4f}, at margin 0 {float(at_zero):.4f}).\n"
@@ -90,8 +100,21 @@ class TrainingHealth(pl.Callback):
                 "A policy that continues an adapter is compared with that adapter (AdapterReference)."
             )
 
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say if a policy was measured against itself."""
+        _say_if_the_same(trainer, pl_module, "val/")
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say if a policy was measured against itself."""
+        _say_if_the_same(trainer, pl_module, "test/")
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Count the steps that can move something: a warm-up begins at 0."""
+        if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+            raise TrainingError(
+                "Expected gradients before an optimizer step but there are none: a `training_step` or `backward` of "
+                f"{type(pl_module).__name__} returns without them."
+            )
         if self._before is not None and any(group["lr"] > 0 for group in optimizer.param_groups):
             self._steps += 1
 
@@ -115,6 +138,24 @@ class TrainingHealth(pl.Callback):
                 f"{[group['lr'] for optimizer in trainer.optimizers for group in optimizer.param_groups]}, "
                 f"loss {outputs}. Are chosen and rejected the same?"
             )
+
+
+def _say_if_the_same(trainer: Any, pl_module: Any, prefix: str) -> None:
+    """A policy that nothing was loaded into, or that is its own reference, gets 0.5 and the loss at margin 0."""
+    rewards = [trainer.callback_metrics.get(f"{prefix}{side}_reward") for side in ("chosen", "rejected")]
+    if trainer.state.fn != "fit" and not any(reward is None or reward != 0 for reward in rewards):
+        say_it_is_the_same(trainer, pl_module)
+
+
+def say_it_is_the_same(trainer: Any, pl_module: Any) -> None:
+    """Every reward was exactly 0: that is no result, but a policy that is its own reference."""
+    remedy = "give `--ckpt_path` a checkpoint of a run"
+    if pl_module.policy.adapter_path:
+        remedy = "to compare the adapter with its base, say `--model.reference BaseReference`"
+    warn(
+        f"{trainer.state.fn.value}: policy and reference ({pl_module.reference}) are the same, so that every reward is "
+        f"0 and the accuracy says nothing: {remedy}."
+    )
 
 
 def _compare_optimizers(optimizers: list[torch.optim.Optimizer]) -> None:

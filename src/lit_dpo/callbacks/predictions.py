@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.callbacks.export import run_directory
+from lit_dpo.callbacks.health import say_it_is_the_same
 
 
 class PredictionWriter(pl.Callback):
@@ -32,7 +33,9 @@ class PredictionWriter(pl.Callback):
 
     def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int,
                              dataloader_idx: int = 0) -> None:  # fmt: skip
-        """Keep the numbers, not the tensors."""
+        """Keep the numbers, not the tensors; those of a `predict_step` of one's own are its own affair."""
+        if not isinstance(outputs, dict) or "row" not in outputs:
+            return
         columns = {name: column.tolist() for name, column in outputs.items()}
         self._rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -45,8 +48,10 @@ class PredictionWriter(pl.Callback):
             rows = [row for part in gathered if part is not None for row in part]
         self._rows = []
         directory = run_directory(trainer)
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not rows:
             return
+        if not any(row["chosen_reward"] or row["rejected_reward"] for row in rows):
+            say_it_is_the_same(trainer, pl_module)
         path = Path(self.path) if self.path else directory / "predictions.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")

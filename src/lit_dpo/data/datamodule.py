@@ -34,7 +34,8 @@ class PreferenceDataModule(LightningDataModule):
     Args:
         train: training pairs: a `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or `.parquet` file, a pattern, a list of them, a
             hub data set as `organisation/name:split`, `lit-dpo/quickstart`, or a `datasets.Dataset`.
-        val: validation pairs, likewise. None: see `val_split`.
+        val: validation pairs, likewise, or several sets of them by name, which are then measured one by one as
+            `val/NAME/…` and together as `val/…`. None: see `val_split`.
         test: test pairs, likewise.
         predict: pairs for `predict`, likewise. None: those of `test`, or else of `val`.
         format: how a row becomes a preference: which columns, for instance.
@@ -64,8 +65,8 @@ class PreferenceDataModule(LightningDataModule):
     def __init__(
         self,
         train: Source | None = None,
-        val: Source | None = None,
-        test: Source | None = None,
+        val: Source | dict[str, Source] | None = None,
+        test: Source | dict[str, Source] | None = None,
         predict: Source | None = None,
         format: PreferenceFormat = Triples(),  # noqa: B008 - frozen
         tokenizer: str | None = None,
@@ -90,7 +91,7 @@ class PreferenceDataModule(LightningDataModule):
         if num_workers < 0 or seed < 0:
             raise ValueError(f"Expected `num_workers` and `seed` >= 0 but got {num_workers} and {seed}.")
         check_limits(max_length, max_prompt_length, truncation)
-        self.sources = {"train": train, "val": val, "test": test, "predict": predict}
+        self.sources = {"train": train, **_by_name("val", val), **_by_name("test", test), "predict": predict}
         self.format = format
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -121,14 +122,16 @@ class PreferenceDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Have the tables of a stage (`fit`, `validate`, `test` or `predict`)."""
         built = False
-        for split in _SPLITS[stage]:
+        splits = [one for split in _SPLITS[stage] for one in self._sets(split)]
+        for split in splits:
             if split not in self._tables:  # building `train` may make `val`
                 self._build(split)
                 built = True
         if built and stage == "fit":
             self._warn_of_leaks()
         if stage in ("validate", "test"):
-            self._table(_SPLITS[stage][0])
+            for split in splits:
+                self._table(split)
 
     def train_dataloader(self) -> PairLoader:
         """Shuffled batches, from the position of the checkpoint if one is resumed."""
@@ -139,16 +142,16 @@ class PreferenceDataModule(LightningDataModule):
             self._train_loader.start = lambda: self._first_position(table)
         return self._train_loader
 
-    def val_dataloader(self) -> DataLoader[PairBatch] | list[DataLoader[PairBatch]]:
-        """Batches in file order; no loader if there are no validation data."""
-        if self._tables.get("val") is None:
+    def val_dataloader(self) -> Any:
+        """Batches in file order, by name if there are several sets; no loader if there are no validation data."""
+        if all(self._tables.get(split) is None for split in self._sets("val")):
             warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # on purpose
             return []
-        return self._eval_loader("val")
+        return self._eval_loaders("val")
 
-    def test_dataloader(self) -> DataLoader[PairBatch]:
-        """Batches in file order."""
-        return self._eval_loader("test")
+    def test_dataloader(self) -> Any:
+        """Batches in file order, by name if there are several sets."""
+        return self._eval_loaders("test")
 
     def predict_dataloader(self) -> DataLoader[PairBatch]:
         """Batches in file order."""
@@ -184,11 +187,20 @@ class PreferenceDataModule(LightningDataModule):
     # --- for reports -----------------------------------------------------------------------------------------------
 
     def preference(self, split: str, row: int) -> Preference:
-        """The raw prompt and answers of a row number, as found in `batch.rows`, of a split (`train`, `val`, …)."""
+        """The raw prompt and answers of a row number, as found in `batch.rows`, of a split.
+
+        Splits are `train`, `val`, …, and `val/NAME` where there are several.
+        """
         return self._table(split).preference(row)
 
     def prompts(self, split: str, limit: int) -> list[tuple[int, list[int], Preference]]:
-        """The first `limit` different prompts of a split: row number, token ids as trained on, raw preference."""
+        """The first `limit` different prompts of a split: row number, token ids as trained on, raw preference.
+
+        Of several sets, equally many each.
+        """
+        sets = self._sets(split)
+        if sets != [split]:
+            return [one for name in sets for one in self.prompts(name, -(-limit // len(sets)))][:limit]
         table = self._table(split)
         first = np.sort(np.unique(table.prompt_keys, return_index=True)[1])[:limit]
         ids = table.encoded.select_columns("prompt_ids")[table.rows[first].tolist()]["prompt_ids"]
@@ -204,6 +216,10 @@ class PreferenceDataModule(LightningDataModule):
             raise DataError(f"Expected `{split}` data but there are none: set `--data.{split}`.")
         return table
 
+    def _sets(self, split: str) -> list[str]:
+        """The names of a split's sets: itself, or `val/NAME` for each."""
+        return [name for name in self.sources if name.startswith(f"{split}/")] or [split]
+
     def _build(self, split: str) -> None:
         if split == "train" or (split == "val" and self.sources["val"] is None and self.val_split):
             self._tables |= self._build_train()
@@ -216,14 +232,14 @@ class PreferenceDataModule(LightningDataModule):
         if self.sources["train"] is None:
             raise DataError("Expected training data but `train` is not set: name a file with `--data.train`.")
         table = self._encode("train")
-        if self.sources["val"] is not None or not self.val_split:
+        if self.sources.get("val") is not None or self._sets("val") != ["val"] or not self.val_split:
             return {"train": table}
         train, val = table.hold_out(self.val_split, self.seed)
         rank_zero_info(f"train: {train.size} pairs; val: {val.size} pairs (val_split={self.val_split}, by prompt)")
         return {"train": train, "val": val}
 
     def _build_predict(self) -> PairTable:
-        split = next((name for name in ("predict", "test", "val") if self.sources[name] is not None), None)
+        split = next((name for name in ("predict", "test", "val") if self.sources.get(name) is not None), None)
         if split is None and self.val_split and self.sources["train"] is not None:
             rank_zero_info("predict: no `predict` data are set, so those of `val_split` are used")
             held_out = self._build_train()["val"]
@@ -231,7 +247,7 @@ class PreferenceDataModule(LightningDataModule):
             return held_out
         if split is None:
             raise DataError(
-                "Expected data to predict but none of `predict`, `test`, `val` is set: use `--data.predict`."
+                "Expected data to predict but none of `predict`, `test`, `val` is one set: use `--data.predict`."
             )
         if split != "predict":
             rank_zero_info(f"predict: no `predict` data are set, so those of `{split}` are used")
@@ -240,7 +256,9 @@ class PreferenceDataModule(LightningDataModule):
     def _encode(self, split: str) -> PairTable:
         source = self.sources[split]
         assert source is not None
-        table = encode_table(load_pairs(source, self.format.columns, stage=split), self.format, self._get_encoder())
+        table = encode_table(
+            load_pairs(source, self.format.columns, stage=split.partition("/")[0]), self.format, self._get_encoder()
+        )
         report(split, table, self.truncation)
         self._check_budget(split, table)
         return table
@@ -280,12 +298,13 @@ class PreferenceDataModule(LightningDataModule):
             raise DataError(f"Expected a tokenizer at `{self.tokenizer}` but it cannot be loaded: {error}") from error
 
     def _warn_of_leaks(self) -> None:
-        train, val = self._table("train"), self._tables.get("val")
-        if val is None:
-            return
-        leaked = np.isin(val.prompt_keys, train.prompt_keys).sum()
-        if leaked:
-            warn(f"val: {leaked} of {val.size} pairs have a prompt that is in train too; validation looks too good")
+        train = self._table("train")
+        for split in self._sets("val"):
+            val = self._tables.get(split)
+            leaked = 0 if val is None else int(np.isin(val.prompt_keys, train.prompt_keys).sum())
+            if val is not None and leaked:
+                said = f"{split}: {leaked} of {val.size} pairs have a prompt that is in train too"
+                warn(f"{said}; validation looks too good")
 
     # --- loaders ---------------------------------------------------------------------------------------------------
 
@@ -296,6 +315,12 @@ class PreferenceDataModule(LightningDataModule):
             return BudgetSampler(table.lengths, self.max_tokens, batch_size, **order)
         assert batch_size is not None
         return PairSampler(table.lengths, batch_size, **order)
+
+    def _eval_loaders(self, split: str) -> Any:
+        sets = self._sets(split)
+        if sets == [split]:
+            return self._eval_loader(split)
+        return {name.partition("/")[2]: self._eval_loader(name) for name in sets}
 
     def _eval_loader(self, split: str) -> DataLoader[PairBatch]:
         table = self._table(split)
@@ -334,3 +359,16 @@ class PreferenceDataModule(LightningDataModule):
                 f"The checkpoint stopped after batch {state['batches']} of epoch {state['epoch']}, and the batches are "
                 f"others now: {', '.join(changed)}. Restore these settings, or resume from the end of an epoch."
             )
+
+
+def _by_name(split: str, source: Source | Mapping[str, Source] | None) -> dict[str, Source | None]:
+    """A split's sources by its own name, or several by `split/NAME`.
+
+    Raises:
+        DataError: for names that cannot be part of a metric's name.
+    """
+    if not isinstance(source, Mapping):
+        return {split: source}
+    if not source or not all(isinstance(name, str) and name and "/" not in name for name in source):
+        raise DataError(f"Expected names without `/` for the sets of `{split}` but got {list(source)}.")
+    return {f"{split}/{name}": one for name, one in source.items()}

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from torchmetrics import MetricCollection
+
+from lit_dpo.checkpoint import configuration, flatten
+
+_SHOWN = ("loss", "reward_accuracy", "reward_margin")
+
+
+class OptimizerSteps(pl.Callback):
+    """What happens after each optimizer step: a reference that moves follows, and what was measured is logged.
+
+    `train/*` are means over the pairs since the last logged row. Callbacks and schedulers find them after every step;
+    loggers get a row every `log_every_n_steps` steps, and what is left at the end of each epoch. At the end of `fit`
+    one line says how it went.
+    """
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Forget what an interrupted run, or a validation before this one, left half-counted."""
+        pl_module.window.reset()
+        for measured in (pl_module.train_metrics, pl_module.val_metrics, pl_module.test_metrics):
+            measured.reset()
+        self._began = time.monotonic()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Count from here."""
+        self._first = self._last = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Follow and log, unless the step goes on with another batch."""
+        if trainer.global_step == self._last:
+            return
+        self._last = trainer.global_step
+        pl_module.fresh = False
+        if pl_module.reference.moves:
+            pl_module.reference.update(pl_module.model, trainer.global_step)
+        _log(pl_module, pl_module.train_metrics)
+        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
+            pl_module.train_metrics.reset()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log the steps since the last row, so that short epochs, and tails, are seen too."""
+        _log(pl_module, pl_module.train_metrics, on_step=False, on_epoch=True)
+        pl_module.train_metrics.reset()
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Of several validation sets, log all pairs together too."""
+        _log_together(pl_module, pl_module.val_metrics, trainer.num_val_batches)
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Of several test sets, log all pairs together too."""
+        _log_together(pl_module, pl_module.test_metrics, trainer.num_test_batches)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Let TensorBoard compare runs: flat hyper-parameters beside the last validation's reward accuracy."""
+        accuracy = trainer.callback_metrics.get("val/reward_accuracy")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and accuracy is not None:
+                logger.log_hyperparams(flatten(configuration(pl_module)), {"hp_metric": float(accuracy)})
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say how it went."""
+        found = trainer.callback_metrics
+        names = [f"{stage}/{name}" for stage in ("train", "val") for name in _SHOWN if f"{stage}/{name}" in found]
+        measured = ", ".join(f"{name} {float(found[name]):.4g}" for name in names)
+        took = timedelta(seconds=round(time.monotonic() - self._began))
+        rank_zero_info(f"{self._last - self._first} steps in {took}" + (f": {measured}" if measured else ""))
+
+
+def _log(pl_module: Any, measured: MetricCollection, **when: Any) -> None:
+    """Log what was measured, if anything was: a `training_step` of one's own may measure something else."""
+    if all(metric.update_called for metric in measured.values()):
+        shown = f"{measured.prefix}reward_accuracy"
+        for name, value in measured.compute().items():
+            pl_module.log(name, value, prog_bar=name == shown, **when)
+
+
+def _log_together(pl_module: Any, measured: MetricCollection, batches: list[Any]) -> None:
+    if len(batches) > 1:
+        _log(pl_module, measured)
+        measured.reset()
