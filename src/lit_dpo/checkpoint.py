@@ -217,6 +217,10 @@ class AdapterModule(pl.LightningModule):
             state.update({f"{prefix}model.{name}": p.detach() for one in adapters for name, p in one.items()})
         return state
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(_frozen_is_not_missing)  # type: ignore[no-untyped-call]
+
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load adapters, strictly: every key must match.
 
@@ -239,6 +243,12 @@ class AdapterModule(pl.LightningModule):
         module = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         check_belongs(_read(checkpoint_path), describe(module), training=False)
         return module
+
+
+def _frozen_is_not_missing(module: torch.nn.Module, keys: Any) -> None:
+    """A module that is loaded inside another one (a callback's average) lacks what its `state_dict` never holds."""
+    held = tuple(module.state_dict())
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name.endswith(held)]
 
 
 def _read(path: Any) -> dict[str, Any]:

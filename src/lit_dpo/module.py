@@ -146,7 +146,10 @@ class DPOModule(RowModule):
             sides: Any = pair_logps_with_kl(self.model, batch, active, collision=collision)
         else:
             reference = self.reference.logps(self.model, batch)
-            sides = (*self(batch), *reference)
+            scored = self(batch)
+            if not isinstance(scored, tuple) or len(scored) != 2:
+                raise TrainingError(f"Expected `forward` to return chosen and rejected log-probs but got {scored!r}.")
+            sides = (*scored, *reference)
         return PairLogps(*sides)._replace(
             weight=batch.weight,
             score_margin=batch.score_margin,
@@ -163,6 +166,8 @@ class DPOModule(RowModule):
         """The optimizer on the adapters, and the learning rate's course per step."""
         from transformers import get_scheduler
 
+        if self.model is None:
+            raise TrainingError("Expected `configure_model` to load the policy: call `super().configure_model()`.")
         try:
             optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         except (TypeError, ValueError) as error:

@@ -161,10 +161,17 @@ class RowModule(AdapterModule):
         return losses
 
     def batch_logps(self, batch: PairBatch) -> PairLogps:
-        """`pair_logps` of a batch of any size, without gradients, one row at a time."""
-        with torch.no_grad():
-            rows = [batch] if self._may_couple_pairs else batch.cut(self.row_limit)
-            return join([self.pair_logps(row) for row in rows])
+        """`pair_logps` of a batch of any size, without gradients and dropout, one row at a time."""
+        training = self.model.training
+        if training:
+            self.model.eval()
+        try:
+            with torch.no_grad():
+                rows = [batch] if self._may_couple_pairs else batch.cut(self.row_limit)
+                return join([self.pair_logps(row) for row in rows])
+        finally:
+            if training:
+                self.model.train()
 
     @property
     def row_limit(self) -> int:

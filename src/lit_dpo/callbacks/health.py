@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lit_dpo.errors import ResumeError, TrainingError
@@ -68,19 +69,17 @@ class TrainingHealth(pl.Callback):
             )
         self._before = {name: p.detach().clone() for name, p in trainable.items() if "lora_B" in name}
         self._steps = self._seen = 0
+        self._start: int | None = trainer.global_step
+        self._rates = [one.scheduler.last_epoch for one in _stepped(trainer)]
+        _check_zero_grad(trainer, pl_module, next(iter(trainable.values())))
 
     @torch.no_grad()
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Compare policy and reference before a fresh policy's first step."""
         if not pl_module.fresh or not pl_module.reference.starts_at_policy:
             return
-        training = pl_module.model.training
-        pl_module.model.eval()
-        try:
-            with trainer.precision_plugin.train_step_context():
-                pairs = pl_module.batch_logps(batch)
-        finally:
-            pl_module.model.train(training)
+        with trainer.precision_plugin.train_step_context():
+            pairs = pl_module.batch_logps(batch)
         if pairs.reference_chosen is None or pairs.reference_rejected is None:
             return
         furthest = float(torch.cat([pairs.chosen_logratio / pairs.policy_chosen.length,
@@ -119,7 +118,8 @@ class TrainingHealth(pl.Callback):
             self._steps += 1
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After the first step that counts, every `lora_B` has moved."""
+        """There was a first step; after the first one that counts, every `lora_B` has moved."""
+        self._check_first_step(trainer, pl_module, batch, batch_idx)
         if self._before is None or self._steps == self._seen:
             return
         self._seen = self._steps
@@ -138,6 +138,44 @@ class TrainingHealth(pl.Callback):
                 f"{[group['lr'] for optimizer in trainer.optimizers for group in optimizer.param_groups]}, "
                 f"loss {outputs}. Are chosen and rejected the same?"
             )
+
+    def _check_first_step(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """What a hook that returns nothing would leave undone without a word."""
+        if self._start is None:
+            return
+        if trainer.global_step == self._start:
+            if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+                hooks = "`optimizer_step`"
+                if batch is None:
+                    hooks = "`on_before_batch_transfer`, `transfer_batch_to_device` or `on_after_batch_transfer`"
+                raise TrainingError(f"Expected an optimizer step but {hooks} of {type(pl_module).__name__} made none.")
+            return
+        self._start = None
+        if any(one.scheduler.last_epoch == rate for one, rate in zip(_stepped(trainer), self._rates, strict=False)):
+            raise TrainingError(
+                f"Expected a scheduler that moves after a step but `lr_scheduler_step` of {type(pl_module).__name__} "
+                "does not call its `step`."
+            )
+
+
+def _stepped(trainer: Any) -> list[Any]:
+    """Schedulers that move after every optimizer step."""
+    return [one for one in trainer.lr_scheduler_configs if (one.interval, one.frequency) == ("step", 1)
+            and not one.reduce_on_plateau]  # fmt: skip
+
+
+def _check_zero_grad(trainer: Any, pl_module: Any, parameter: Tensor) -> None:
+    """A step must not begin with the gradients of the last one."""
+    if not is_overridden("optimizer_zero_grad", pl_module) or parameter.grad is not None:
+        return
+    parameter.grad = torch.ones_like(parameter)
+    pl_module.optimizer_zero_grad(trainer.current_epoch, 0, trainer.optimizers[0])
+    kept = parameter.grad is not None and bool(parameter.grad.any())
+    parameter.grad = None
+    if kept:
+        raise TrainingError(
+            f"Expected `optimizer_zero_grad` of {type(pl_module).__name__} to clear gradients but it keeps them."
+        )
 
 
 def _say_if_the_same(trainer: Any, pl_module: Any, prefix: str) -> None:

@@ -33,6 +33,11 @@ class OptimizerSteps(pl.Callback):
         """Count from here."""
         self._first = self._last = trainer.global_step
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Train in training mode, whoever has evaluated before: else dropout and checkpointing would be off."""
+        if not pl_module.model.training:
+            pl_module.model.train()
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Follow and log, unless the step goes on with another batch."""
         if trainer.global_step == self._last:
