@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
@@ -21,7 +22,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.core import hooks
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import grad_norm
@@ -172,6 +173,19 @@ def test_a_hook_with_a_job_that_does_nothing_is_named(hook, tiny_model, pairs_fi
     with pytest.raises((TrainingError, MisconfigurationException), match=rf"`{hook}`"):
         trainer(tmp_path, accumulate_grad_batches=2).fit(_module(tiny_model, kind), data(pairs_file))
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_setup_of_one_s_own_leaves_hyper_parameters_that_loggers_take(tiny_model, pairs_file, tmp_path):
+    kind = _subclass("Sets", setup=_pass)
+    logger = TensorBoardLogger(tmp_path, name="board")
+    trainer(tmp_path, logger=logger, max_steps=1).fit(_module(tiny_model, kind), data(pairs_file))
+    assert "class_path: lit_dpo.losses.dpo.DPOLoss" in (Path(logger.log_dir) / "hparams.yaml").read_text()
+
+
+@pytest.mark.parametrize("given", [{"fast_dev_run": True}, {"barebones": True}, {"limit_train_batches": 0}])
+def test_trainers_that_log_or_train_nothing_end_well(tiny_model, pairs_file, tmp_path, given):
+    plain = {"default_root_dir": tmp_path, "accelerator": "cpu", "max_epochs": 1, "enable_progress_bar": False, **given}
+    Trainer(**plain).fit(_module(tiny_model), data(pairs_file))
 
 
 def test_a_hook_that_forgets_to_compare_does_not_let_another_run_in(tiny_model, pairs_file, tmp_path):

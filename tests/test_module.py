@@ -312,11 +312,15 @@ def test_a_subclass_sees_the_record(tiny_model, pairs_file, tmp_path):
     assert seen
 
 
-def _on(devices, tiny_model, pairs_file, tmp_path, *cache):
+def _on(devices, tiny_model, pairs_file, tmp_path, *cache, accumulate=1):
     script, out = Path(__file__).parent / "two_processes.py", tmp_path / f"{devices}.pt"
     # a seed that an earlier test left in the environment would be set again on two ranks only
     environment = {name: given for name, given in os.environ.items() if name != "PL_GLOBAL_SEED"}
-    command = [sys.executable, str(script), *map(str, (tiny_model, pairs_file, tmp_path, out, devices, *cache))]
+    command = [
+        sys.executable,
+        str(script),
+        *map(str, (tiny_model, pairs_file, tmp_path, out, devices, accumulate, *cache)),
+    ]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=script.parent, env=environment)
     assert run.returncode == 0, run.stderr[-6000:]
     return torch.load(out, weights_only=True)
@@ -328,10 +332,12 @@ def _assert_equal(one, two):
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-6)
 
 
-def test_two_processes_measure_and_train_like_one(tiny_model, pairs_file, tmp_path):
-    """An odd number of pairs on two ranks, each in several rows: the same metrics and the same adapter after a step."""
-    one, two = (_on(devices, tiny_model, pairs_file, tmp_path) for devices in (1, 2))
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_two_processes_measure_and_train_like_one(tiny_model, pairs_file, tmp_path, accumulate):
+    """An odd number of pairs on two ranks, each in several rows: the same metrics and the same adapter."""
+    one, two = (_on(devices, tiny_model, pairs_file, tmp_path, accumulate=accumulate) for devices in (1, 2))
     _assert_equal(one, two)
+    assert {"train/loss", "val/loss", "val/one/loss", "val/two/kl"} <= one["metrics"].keys()
 
 
 def test_two_processes_fill_one_cache_and_share_a_loss_s_memory(tiny_model, pairs_file, tmp_path):

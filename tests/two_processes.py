@@ -12,7 +12,7 @@ from lit_dpo.references import store
 from training import adapter, data, module, trainer
 
 if __name__ == "__main__":
-    model, pairs, root, out, devices, *cache = sys.argv[1:]
+    model, pairs, root, out, devices, accumulate, *cache = sys.argv[1:]
     ranks = int(devices)
     store._REREAD_SHARE = math.inf  # a missing pair is always looked for among the other rank's, on a busy machine too
     given = {"loss": BCOLoss(), "reference": CachedReference(directory=cache[0])} if cache else {}
@@ -20,8 +20,10 @@ if __name__ == "__main__":
     dpo = module(model, optimizer=functools.partial(torch.optim.SGD, lr=1.0), **given, **rows)
     epochs = 2 if cache else 1
     strategy = "ddp" if ranks > 1 else "auto"
-    run = trainer(root, devices=ranks, strategy=strategy, num_sanity_val_steps=0, max_epochs=epochs)
-    run.fit(dpo, data(pairs, val=pairs, batch_size=22 // ranks, eval_batch_size=3))
+    steps = {"max_epochs": epochs, "accumulate_grad_batches": int(accumulate), "log_every_n_steps": 50}
+    run = trainer(root, devices=ranks, strategy=strategy, num_sanity_val_steps=0, **steps)
+    size = 22 if accumulate == "1" else 6  # of all ranks together; the tail of 21 pairs is shared unevenly
+    run.fit(dpo, data(pairs, val={"one": pairs, "two": pairs}, batch_size=size // ranks, eval_batch_size=3))
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}
     if run.is_global_zero:
         torch.save({"metrics": metrics, "adapter": adapter(dpo)}, out)

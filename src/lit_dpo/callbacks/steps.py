@@ -27,10 +27,11 @@ class OptimizerSteps(pl.Callback):
         pl_module.window.reset()
         for measured in (pl_module.train_metrics, pl_module.val_metrics, pl_module.test_metrics):
             measured.reset()
+        self._first = self._last = trainer.global_step
         self._began = time.monotonic()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Count from here."""
+        """Count from here; a checkpoint's steps are known by now."""
         self._first = self._last = trainer.global_step
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -47,8 +48,8 @@ class OptimizerSteps(pl.Callback):
         if pl_module.reference.moves:
             pl_module.reference.update(pl_module.model, trainer.global_step)
         _log(pl_module, pl_module.train_metrics)
-        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
-            pl_module.train_metrics.reset()
+        if trainer.should_stop or (trainer.log_every_n_steps and self._last % trainer.log_every_n_steps == 0):
+            pl_module.train_metrics.reset()  # Lightning writes a row now
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the steps since the last row, so that short epochs, and tails, are seen too."""
@@ -81,7 +82,7 @@ class OptimizerSteps(pl.Callback):
 
 def _log(pl_module: Any, measured: MetricCollection, **when: Any) -> None:
     """Log what was measured, if anything was: a `training_step` of one's own may measure something else."""
-    if all(metric.update_called for metric in measured.values()):
+    if not pl_module.trainer.barebones and all(metric.update_called for metric in measured.values()):
         shown = f"{measured.prefix}reward_accuracy"
         for name, value in measured.compute().items():
             pl_module.log(name, value, prog_bar=name == shown, **when)
