@@ -292,7 +292,7 @@ class DPOModule(RowModule):
         if key not in self.eval_sets:
             made = together.clone(prefix=f"{stage}/{name}" if name.endswith("/") else f"{stage}/")
             made.reset()
-            self.eval_sets[key] = made.to(self.device)
+            self.eval_sets[key] = made.to(self.device).train()  # it is copied in the middle of an evaluation
         found = self.eval_sets[key]
         assert isinstance(found, MetricCollection)
         return found, f"eval_sets.{key}"
