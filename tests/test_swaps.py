@@ -20,8 +20,7 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, Namespace
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import lit_dpo.losses as losses
@@ -423,7 +422,6 @@ def test_a_format_a_logger_and_callbacks_too(command, tmp_path):
     first, second = found["trainer"]["callbacks"]
     assert first["init_args"]["patience"] == 9
     assert second["init_args"] == {**expected, "mode": "max"}
-    assert all(issubclass(one, object) for one in (EarlyStopping, LearningRateMonitor, Trainer))
 
 
 # ---- the model and the data class ----
@@ -492,6 +490,48 @@ def test_the_whole_command_swaps_every_loss(command, number):
     fragment = CONFIGS / "losses" / f"{before.__name__.removesuffix('Loss').lower()}.yaml"
     found = command("--model.policy.model=x", f"--model.loss={fragment}", f"--model.loss={after.__name__}")
     assert _arguments_of(found["model"]["init_args"]["loss"]) == _own_defaults(after)
+
+
+class Witness(Callback):
+    """Writes down with what a run trained."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        (group, *_), optimizer = trainer.optimizers[0].param_groups, type(trainer.optimizers[0])
+        moved = [bool(p.any()) for name, p in pl_module.model.named_parameters() if "lora_B" in name]
+        found = {"loss": repr(pl_module.loss), "optimizer": optimizer.__name__, "moved": all(moved)}
+        found["group"] = {key: value for key, value in group.items() if isinstance(value, int | float | tuple)}
+        Path("witness.json").write_text(json.dumps(found))
+
+
+Witness.__module__ = "test_swaps"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "defaults"),
+    [
+        ("torch.optim.Adafactor", {"initial_lr": 1e-2, "beta2_decay": -0.8, "weight_decay": 0.0, "d": 1.0}),
+        ("torch.optim.Muon", {"initial_lr": 1e-3, "weight_decay": 0.1, "momentum": 0.95, "ns_steps": 5}),
+        ("bitsandbytes.optim.Lion", {"initial_lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0}),
+    ],
+)
+def test_a_run_trains_with_the_defaults_of_the_loss_and_optimizer_that_were_named(
+    tiny_model, pairs_file, tmp_path, monkeypatch, optimizer, defaults
+):
+    """The file's AdamW and DPO leave nothing behind: SimPO trains at β 2, Adafactor makes its first step."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiment.yaml").write_text(
+        f"model:\n  policy: {{model: {tiny_model}, quantization: none}}\n  loss: {CONFIGS}/losses/dpo.yaml\n"
+        "  optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 3e-4, betas: [0.8, 0.9], eps: 1e-6}}\n"
+        f"data: {{train: {pairs_file}, batch_size: 4}}\n"
+        "trainer: {max_steps: 2, accelerator: cpu, enable_progress_bar: false, enable_checkpointing: false}\n"
+    )
+    main(["fit", "--config=experiment.yaml", "--model.loss=SimPOLoss", f"--model.optimizer={optimizer}",
+          "--trainer.callbacks+=test_swaps.Witness"])  # fmt: skip
+    found = json.loads((tmp_path / "witness.json").read_text())
+    assert found["loss"] == "SimPOLoss(beta=2.0, gamma=1.0, label_smoothing=0.0, link='sigmoid')"
+    assert found["optimizer"] == optimizer.rpartition(".")[2]
+    assert found["moved"]
+    assert {key: found["group"][key] for key in defaults} == defaults
 
 
 @pytest.mark.parametrize(("arguments", "beta"), [([], 0.7), (["--model.loss=SimPOLoss"], 2.0)])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from lightning.pytorch.utilities import rank_zero_info
 _EXTENDED = (pl.LightningModule, pl.LightningDataModule)
 _PARTS = ("init_args", "dict_kwargs")
 _ANCHORS = "x-"  # as in Compose files and OpenAPI
+_REQUIRED = re.compile(r"the following arguments are required: ([\w.]+).*")
+_KEYS = re.compile(r'Parser key "([\w.]+)"')
 _NOISE = ("Given value", "Expected a <class 'NoneType'>", "Union subtypes", "Subtypes:", "Errors:")
 
 
@@ -65,11 +68,20 @@ class Parser(LightningArgumentParser):
         """Without a page of usage above it and the whole configuration below it."""
         if not self.exit_on_error:  # jsonargparse is only trying something
             super().error(message, ex)
-        refuse(message + (": `--print_config` shows what is." if message.endswith("is not accepted") else ""))
+        if message.endswith("is not accepted"):
+            message += ": `--print_config` shows what is."
+        if "does not accept option" in message:  # of a file; where a command line has it, it is unrecognized
+            message += (
+                f": `--print_config` shows what it does. A key that only holds an anchor starts with `{_ANCHORS}`."
+            )
+        refuse(message)
 
 
 def refuse(message: str) -> NoReturn:
     """End the program: a mistake in the arguments."""
+    *_, required = ["", *_REQUIRED.findall(message)]
+    if keys := _KEYS.findall(message):  # as an option, from the outermost class in
+        message = _REQUIRED.sub(f"Expected `--{'.'.join([*keys, required])}` but it was not given.", message)
     wanted = [line.strip().removeprefix("- ") for line in message.splitlines() if not any(n in line for n in _NOISE)]
     sys.stderr.write("lit-dpo: error: " + "\n".join(line for line in wanted if line) + "\n")
     raise SystemExit(2)
