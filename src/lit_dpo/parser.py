@@ -27,7 +27,8 @@ from lightning.pytorch.utilities import rank_zero_info
 _EXTENDED = (pl.LightningModule, pl.LightningDataModule)
 _PARTS = ("init_args", "dict_kwargs")
 _ANCHORS = "x-"  # as in Compose files and OpenAPI
-_REQUIRED = re.compile(r"the following arguments are required: ([\w.]+).*")
+# two wordings of jsonargparse; a third would be shown as it is
+_REQUIRED = re.compile(r'(?:the following arguments are required: |Key "(?=[\w.]+" is required))([\w.]+).*')
 _KEYS = re.compile(r'Parser key "([\w.]+)"')
 _NOISE = ("Given value", "Expected a <class 'NoneType'>", "Union subtypes", "Subtypes:", "Errors:")
 
