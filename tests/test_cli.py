@@ -138,6 +138,87 @@ def test_a_shared_argument_survives_a_swap_when_typed_after_it(capsys, here):
     assert found["model"]["init_args"]["loss"]["init_args"]["beta"] == 0.7
 
 
+def test_a_logger_by_another_class_has_no_directory_that_nobody_typed(tiny_model, pairs_file, here, capsys):
+    """`CSVLogger` has no default for it: an error that names the option; with it, runs are numbered."""
+    swapped = _arguments(tiny_model, pairs_file, "--trainer.logger=CSVLogger", "--trainer.log_every_n_steps=1")
+    with pytest.raises(SystemExit) as stopped:
+        main(swapped)
+    assert stopped.value.code == 2
+    assert "Expected `--trainer.logger.save_dir`" in capsys.readouterr().err
+    assert not list(here.iterdir())
+    for number in range(2):
+        main([*swapped, "--trainer.logger.save_dir=csv"])
+        run = here / "csv" / "lightning_logs" / f"version_{number}"
+        assert {"config.yaml", "metrics.csv", "adapter"} <= {path.name for path in run.iterdir()}
+    assert [path.name for path in here.iterdir()] == ["csv"]
+
+
+def test_a_logger_with_three_names_gets_a_configuration_file_per_run(tiny_model, pairs_file, here):
+    """`save_dir`, `name` and `version` are all that W&B's and MLflow's have in common."""
+    arguments = _arguments(tiny_model, pairs_file, "--trainer.logger=remote.Remote", "--trainer.logger.save_dir=logs")
+    (here / "remote.py").write_text(
+        "from lightning.pytorch.loggers import Logger\n"
+        "class Remote(Logger):\n"
+        "    count = 0\n"
+        "    def __init__(self, save_dir: str, project: str = 'lab'):\n"
+        "        super().__init__()\n"
+        "        Remote.count += 1\n"
+        "        self._values = save_dir, project, f'run{Remote.count}'\n"
+        "    save_dir = property(lambda self: self._values[0])\n"
+        "    name = property(lambda self: self._values[1])\n"
+        "    version = property(lambda self: self._values[2])\n"
+        "    def log_metrics(self, metrics, step=None): pass\n"
+        "    def log_hyperparams(self, params, *args, **kwargs): pass\n"
+    )
+    for _ in range(2):
+        main(arguments)
+    files = sorted(path.relative_to(here) for path in here.glob("logs/**/config.yaml"))
+    assert [str(path) for path in files] == ["logs/lab/run1/config.yaml", "logs/lab/run2/config.yaml"]
+
+
+def test_a_run_that_would_write_over_another_stops_before_weights_load(tiny_model, pairs_file, here, capsys):
+    arguments = _arguments(tiny_model, pairs_file, "--trainer.logger.version=7")
+    main(arguments)
+    before = (here / "runs" / "version_7" / "config.yaml").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--seed_everything=1"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1
+    assert "runs/version_7/config.yaml is another's" in error
+    assert "parameters train" not in error
+    assert (here / "runs" / "version_7" / "config.yaml").read_bytes() == before
+
+
+def test_the_saved_configuration_is_the_run_itself(tiny_model, pairs_file, here, capsys):
+    """Of a resumed run too: the run from its start. And a second run by it is the same, in a directory of its own."""
+    typed = [*_arguments(tiny_model, pairs_file), "--trainer.log_every_n_steps=1", "--model.loss=SimPOLoss"]
+    main(typed)
+    (checkpoint,) = here.glob("runs/version_0/checkpoints/*.ckpt")
+    main([*typed, "--trainer.max_steps=4", "--ckpt_path", str(checkpoint)])
+    capsys.readouterr()
+    first, resumed = (here / "runs" / f"version_{number}" / "config.yaml" for number in range(2))
+    assert (
+        _printed(capsys, "fit", "--config", str(first)) == _printed(capsys, *typed) == yaml.safe_load(first.read_text())
+    )
+    longer = [*typed, "--trainer.max_steps=4"]
+    assert _printed(capsys, "fit", "--config", str(resumed)) == _printed(capsys, *longer)
+    assert resumed.read_text().startswith(f"# resumed from {checkpoint}\n")
+    assert not list(here.rglob(".config.yaml*"))
+    main(["fit", "--config", str(first)])
+    adapters = [here / "runs" / run / "adapter" / "adapter_model.safetensors" for run in ("version_0", "version_2")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    main(["validate", "--config", str(first), f"--data.val={pairs_file}", "--ckpt_path", str(checkpoint)])
+    measured = yaml.safe_load((here / "runs" / "version_3" / "config.yaml").read_text())
+    assert measured["ckpt_path"] == str(checkpoint)
+
+
+def test_a_random_seed_is_saved_as_the_one_that_was_used(tiny_model, pairs_file, here):
+    main(_arguments(tiny_model, pairs_file, "--seed_everything=true"))
+    saved = yaml.safe_load((here / "runs" / "version_0" / "config.yaml").read_text())
+    assert type(saved["seed_everything"]) is int
+
+
 def test_a_downstream_package_adds_a_loss_a_metric_and_a_module(tiny_model, pairs_file, here, monkeypatch):
     """As a user would: from the project's folder, by class path, nothing registered."""
     project = Path(__file__).parent / "downstream"

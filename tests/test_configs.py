@@ -83,3 +83,49 @@ def test_opt_350m_is_the_tutorial(capsys):
     assert (data["batch_size"], found["trainer"]["accumulate_grad_batches"]) == (2, 2)
     assert (data["max_prompt_length"], data["max_length"]) == (128, 256)
     assert found["trainer"]["max_epochs"] == 3
+
+
+ANCHORED = """
+x-rate: &rate 3e-3
+x-parts:
+  loss: &loss {class_path: IPOLoss, init_args: {beta: 0.3}}
+  _other: [1, {class_path: nowhere}]
+model:
+  policy: {model: x}
+  loss: *loss
+  optimizer: {class_path: torch.optim.AdamW, init_args: {lr: *rate}}
+"""
+
+
+def test_a_key_that_holds_anchors_is_one_that_starts_with_x(capsys, tmp_path):
+    """And any other that is unknown stays an error, which says so."""
+    (tmp_path / "good.yaml").write_text(ANCHORED)
+    found = _config(capsys, "--config", str(tmp_path / "good.yaml"))
+    assert found["model"]["init_args"]["loss"]["init_args"]["beta"] == 0.3
+    assert found["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 3e-3
+    assert not [key for key in found if key.startswith("x-")]
+    for wrong in ("common", "_parts", "xparts"):
+        (tmp_path / "bad.yaml").write_text(ANCHORED.replace("x-parts", wrong))
+        with pytest.raises(SystemExit) as stopped:
+            main(["fit", "--config", str(tmp_path / "bad.yaml")])
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert f"does not accept option '{wrong}" in error
+        assert "`x-`" in error
+
+
+def test_a_fragments_paths_are_relative_to_the_file_that_names_them(capsys, tmp_path, monkeypatch):
+    (tmp_path / "parts" / "losses").mkdir(parents=True)
+    (tmp_path / "parts" / "losses" / "inner.yaml").write_text("class_path: IPOLoss\ninit_args: {beta: 0.3}\n")
+    (tmp_path / "parts" / "outer.yaml").write_text("class_path: LDDPOLoss\ninit_args: {loss: losses/inner.yaml}\n")
+    (tmp_path / "experiment.yaml").write_text("model:\n  policy: {model: x}\n  loss: parts/outer.yaml\n")
+    given = [
+        ["--config", "experiment.yaml"],
+        ["--model.policy.model=x", "--model.loss=parts/outer.yaml"],
+        ["--config", "experiment.yaml", "--model.loss=SimPOLoss", "--model.loss=parts/outer.yaml"],
+        ["--config", "experiment.yaml", "--model.loss.loss=SimPOLoss", "--model.loss.loss=parts/losses/inner.yaml"],
+    ]
+    monkeypatch.chdir(tmp_path)
+    for arguments in given:
+        loss = _config(capsys, *arguments)["model"]["init_args"]["loss"]
+        assert loss["init_args"]["loss"]["init_args"] == {"beta": 0.3, "average": "mean"}

@@ -35,6 +35,7 @@ LAYERS = {
     "lit_dpo.window": 2,
     "lit_dpo.module": 3,
     "lit_dpo.data": 3,
+    "lit_dpo.parser": 4,
     "lit_dpo.cli": 4,
     "lit_dpo.lightning_cli": 4,
     "lit_dpo.tools": 4,

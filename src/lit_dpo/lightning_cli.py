@@ -3,44 +3,28 @@
 from __future__ import annotations
 
 import logging
-import sys
+import os
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from lit_dpo.callbacks.export import run_directory
 from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.errors import LitDPOError, ResumeError, TrainingError
 from lit_dpo.module import DPOModule
+from lit_dpo.parser import Parser, refuse
 
 _LOGGER = {
     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
     # `default_hp_metric` would log -1 before anything was measured
     "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
 }
-
-
-class _Parser(LightningArgumentParser):
-    """Ends with the sentence that matters, not with a page of usage above and the whole configuration below it."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # jsonargparse is only trying something
-            super().error(message, ex)
-        _refuse(message + (": `--print_config` shows what is." if message.endswith("is not accepted") else ""))
-
-
-_NOISE = ("Given value", "Expected a <class 'NoneType'>", "Union subtypes", "Subtypes:", "Errors:")
-
-
-def _refuse(message: str) -> NoReturn:
-    wanted = [line.strip().removeprefix("- ") for line in message.splitlines() if not any(n in line for n in _NOISE)]
-    sys.stderr.write("lit-dpo: error: " + "\n".join(line for line in wanted if line) + "\n")
-    raise SystemExit(2)
 
 
 class _ProgressBar(RichProgressBar):
@@ -50,6 +34,40 @@ class _ProgressBar(RichProgressBar):
         shown = super().get_metrics(trainer, pl_module)
         shown.pop("v_num", None)
         return {name.replace("reward_", ""): value for name, value in shown.items()}
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Keeps the configuration in the run's own directory, so that the file gives the same run again.
+
+    Lightning's goes to `trainer.log_dir`, which with most loggers is the same for all runs.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write the file, whole or not at all, and never over another run's.
+
+        Raises:
+            TrainingError: if there is one.
+        """
+        if self.already_saved:
+            return
+        self.already_saved = True
+        path = run_directory(trainer) / self.config_filename
+        if trainer.strategy.broadcast(path.exists()):
+            raise TrainingError(
+                f"Expected a new directory for this run but {path} is another's: let the logger number it."
+            )
+        if trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text(self._text(stage), encoding="utf-8")
+            os.replace(temporary, path)
+
+    def _text(self, stage: str) -> str:
+        config, resumed = self.config.clone(), None
+        if stage == "fit":  # the whole run, from its start; the other commands measure a checkpoint and must name it
+            resumed, config.ckpt_path = config.ckpt_path, None
+        text = str(self.parser.dump(config, skip_none=False))
+        return f"# resumed from {resumed}\n{text}" if resumed else text
 
 
 class LitDPOCLI(LightningCLI):
@@ -66,17 +84,20 @@ class LitDPOCLI(LightningCLI):
         super().__init__(
             DPOModule,
             PreferenceDataModule,
+            save_config_callback=_SaveConfig,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=42,
             auto_configure_optimizers=False,
             args=args,
             parser_kwargs={"prog": "lit-dpo"},
-            parser_class=_Parser,
+            parser_class=Parser,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Defaults: our module and data, and run directories with versions."""
+        assert isinstance(parser, Parser)
+        parser.is_command = True
         parser.set_defaults(
             {
                 "model": {"class_path": "lit_dpo.module.DPOModule"},
@@ -118,7 +139,7 @@ class LitDPOCLI(LightningCLI):
         except LitDPOError:
             raise
         except (ValueError, MisconfigurationException, ModuleNotFoundError) as error:
-            _refuse(str(error))
+            refuse(str(error))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Rich progress bar unless there is another or none is wanted."""

@@ -1,0 +1,155 @@
+"""How arguments and files become one configuration, without a number that nobody typed.
+
+- A value holds for the class that it was typed for. Another class, named later and in whatever spelling, starts from
+  its own defaults; a line says which typed values it does not take over. Naming the class that stands there already
+  changes nothing.
+- A model or a data class extends its base: it takes over what was typed for arguments that both classes have from
+  their nearest common base, and nothing else.
+- Nobody typed a default, so none is taken over, not by a subclass either. Defaults come last: those of the class, and
+  where it is the very class of a parameter's default, those of that default (`DPOModule`'s AdamW has lr 1e-5).
+"""
+
+from __future__ import annotations
+
+import functools
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace, _typehints
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_info
+
+_EXTENDED = (pl.LightningModule, pl.LightningDataModule)
+_PARTS = ("init_args", "dict_kwargs")
+_ANCHORS = "x-"  # as in Compose files and OpenAPI
+# two wordings of jsonargparse; a third would be shown as it is
+_REQUIRED = re.compile(r'(?:the following arguments are required: |Key "(?=[\w.]+" is required))([\w.]+).*')
+_KEYS = re.compile(r'Parser key "([\w.]+)"')
+_NOISE = ("Given value", "Expected a <class 'NoneType'>", "Union subtypes", "Subtypes:", "Errors:")
+
+
+class Parser(LightningArgumentParser):
+    """Keeps what was typed apart from defaults, and ends with the sentence that matters."""
+
+    is_command = False
+    """True for the parser of a whole command, such as `fit`; the others parse the arguments of one class."""
+
+    def parse_args(  # type: ignore[override]
+        self,
+        args: Sequence[str] | None = None,
+        namespace: Namespace | None = None,
+        env: bool | None = None,
+        defaults: bool = True,
+        **kwargs: Any,
+    ) -> Namespace:
+        """First all that was typed, then the defaults below it."""
+        if not (self.is_command and defaults):
+            return super().parse_args(args, namespace, env, defaults, **kwargs)
+        said: dict[str, None] = {}  # in order, and each once
+        with _on_another_class(lambda before, after: said.update(_drop_typed(before, after))):
+            typed = super().parse_args(args, namespace, env, False, **kwargs)
+        for line in said:
+            rank_zero_info(line)
+        with _on_another_class(_drop_all):
+            return super().parse_args([], typed, False, True, **kwargs)
+
+    def parse_string(self, *args: Any, **kwargs: Any) -> Namespace:
+        """The content of a file, without the keys that only hold anchors: they start with `x-`."""
+        content: Namespace = super().parse_string(*args, **kwargs)
+        for name in [name for name in vars(content) if name.startswith(_ANCHORS)]:
+            delattr(content, name)
+        return content
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Without a page of usage above it and the whole configuration below it."""
+        if not self.exit_on_error:  # jsonargparse is only trying something
+            super().error(message, ex)
+        if message.endswith("is not accepted"):
+            message += ": `--print_config` shows what is."
+        if "does not accept option" in message:  # of a file; where a command line has it, it is unrecognized
+            message += (
+                f": `--print_config` shows what it does. A key that only holds an anchor starts with `{_ANCHORS}`."
+            )
+        refuse(message)
+
+
+def refuse(message: str) -> NoReturn:
+    """End the program: a mistake in the arguments."""
+    *_, required = ["", *_REQUIRED.findall(message)]
+    if keys := _KEYS.findall(message):  # as an option, from the outermost class in
+        message = _REQUIRED.sub(f"Expected `--{'.'.join([*keys, required])}` but it was not given.", message)
+    wanted = [line.strip().removeprefix("- ") for line in message.splitlines() if not any(n in line for n in _NOISE)]
+    sys.stderr.write("lit-dpo: error: " + "\n".join(line for line in wanted if line) + "\n")
+    raise SystemExit(2)
+
+
+@contextmanager
+def _on_another_class(drop: Callable[[Namespace, str], Any]) -> Iterator[None]:
+    """Within it, `drop(before, after)` takes from a class's entry what another class, of path `after`, shall not have.
+
+    jsonargparse keeps whatever the other class accepts, and has no setting for it. Everything that compares class
+    paths (arguments, files over files, all of them over defaults) calls this one function.
+    """
+
+    def discard(_: Any, before: Any, after: Any) -> None:
+        if before and _load(before["class_path"]) is not _load(after["class_path"]):
+            drop(before, after["class_path"])
+
+    theirs = _typehints.discard_init_args_on_class_path_change
+    _typehints.discard_init_args_on_class_path_change = discard
+    try:
+        yield
+    finally:
+        _typehints.discard_init_args_on_class_path_change = theirs
+
+
+def _drop_all(before: Namespace, _: str) -> None:
+    for part in _PARTS:
+        before.pop(part, None)
+
+
+def _drop_typed(before: Namespace, after: str) -> dict[str, None]:
+    """Drop it, and give the line that says so."""
+    shared = _shared_arguments(_load(before["class_path"]), _load(after))
+    dropped = []
+    for part in _PARTS:
+        values = before.get(part) or {}
+        for name in list(values.as_dict() if isinstance(values, Namespace) else values):
+            if name not in shared:
+                dropped.append(_show(name, values.pop(name)))
+    if not dropped:
+        return {}
+    old, new = (path.rpartition(".")[2] for path in (before["class_path"], after))
+    return {f"{new} has its own defaults: dropped {', '.join(dropped)}, given for {old}": None}
+
+
+def _shared_arguments(old: Any, new: Any) -> set[str]:
+    """What a model or data class takes over from another: arguments of both that their nearest common base has."""
+    if not isinstance(old, type) or not isinstance(new, type):
+        return set()
+    base: Any = next(base for base in new.__mro__ if issubclass(old, base))
+    if not issubclass(base, _EXTENDED):
+        return set()
+    return _arguments(base) & _arguments(old) & _arguments(new)
+
+
+@functools.cache
+def _arguments(of: type) -> set[str]:
+    return {name.partition(".")[0] for name in Parser().add_class_arguments(of, fail_untyped=False)}
+
+
+def _load(class_path: str) -> Any:
+    """The class, whichever of its paths is given."""
+    try:
+        return pkgutil.resolve_name(class_path)
+    except (ImportError, AttributeError, ValueError):
+        return class_path
+
+
+def _show(name: str, value: Any) -> str:
+    return f"{name}={value}" if isinstance(value, str | int | float | None) else name
