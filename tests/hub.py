@@ -159,11 +159,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _api(self, kind: str, name: str, repository: Repository, rest: list[str], query: Any, body: bytes) -> None:
         what, *rest = rest or ["revision", "main"]
         if what == "refs":
-            found = {
-                f"{plural}": [{"name": n, "ref": f"refs/{where}/{n}", "targetCommit": sha} for n, sha in refs.items()]
-                for plural, where, refs in (("branches", "heads", repository.branches), ("tags", "tags", repository.tags))
-            }
-            return self._json({**found, "converts": [], "pullRequests": []})
+            branches, tags = (
+                [{"name": name, "ref": f"refs/{where}/{name}", "targetCommit": sha} for name, sha in refs.items()]
+                for where, refs in (("heads", repository.branches), ("tags", repository.tags))
+            )
+            return self._json({"branches": branches, "tags": tags, "converts": [], "pullRequests": []})
         if what == "discussions":
             return self._json(_discussions(name, repository.conversion))
         # a revision with slashes comes quoted, and so is one part
@@ -173,13 +173,10 @@ class _Handler(BaseHTTPRequestHandler):
         files, path = repository.commits[sha], "/".join(rest[1:])
         entries = [_entry(one, files[one]) for one in sorted(files)]
         if what == "revision":
-            siblings = [
-                {"rfilename": e["path"], "size": e["size"], "blobId": e["oid"], **({"lfs": e["lfs"]} if "lfs" in e else {})}
-                for e in entries
-            ]
+            siblings = [{**e, "rfilename": e["path"], "blobId": e["oid"]} for e in entries]
             gated = "manual" if repository.access == "gated" else False
             about = {"id": name, "sha": sha, "gated": gated, "private": repository.access == "private"}
-            return self._json({**about, "disabled": False, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
+            return self._json({**about, "disabled": False, "tags": [], "siblings": siblings})
         if what == "tree":
             inside = [e for e in entries if not path or e["path"].startswith(f"{path}/")]
             if path and not inside:
