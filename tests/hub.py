@@ -49,7 +49,7 @@ class Hub:
 
     Attributes:
         log: method and path of each request.
-        breaks: how many more times a file of this name is cut off after half of its bytes.
+        breaks: how many more times a file of this name is cut off after half of its bytes; `GET /mend` ends it.
     """
 
     def __init__(self) -> None:
@@ -138,13 +138,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.log.append(f"{self.command} {self.path}")
         url = urlsplit(self.path)
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
+        if parts == ["mend"]:
+            self.hub.breaks.clear()
+            return self._json({})
         is_api = parts[0] == "api"
         parts = parts[is_api:]
         kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
         name, rest = "/".join(parts[:2]), parts[2:]
         repository = self.hub.repositories.get((kind, name))
         allowed = "Bearer" in self.headers.get("Authorization", "")
-        if repository is None or (repository.access == "private" and not allowed):
+        if len(parts) < 2:
+            self._error(404, "EntryNotFound", "no such page")
+        elif repository is None or (repository.access == "private" and not allowed):
             # who is not logged in is not told whether it exists
             self._error(404 if allowed else 401, "RepoNotFound", "Repository not found")
         elif is_api:
@@ -155,6 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(repository, rest[1], "/".join(rest[2:]))
         else:
             self._error(404, "EntryNotFound", "no such page")
+        return None
 
     def _api(self, kind: str, name: str, repository: Repository, rest: list[str], query: Any, body: bytes) -> None:
         what, *rest = rest or ["revision", "main"]

@@ -12,7 +12,7 @@ from lit_dpo import hub
 from lit_dpo.errors import PolicyError
 from lit_dpo.fingerprints import sampled_digest
 from lit_dpo.hub import Place
-from lit_dpo.policy_checks import first_line, listing
+from lit_dpo.policy_checks import first_line
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def check_lora(place: Place) -> Any:
     folder = place.folder
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise PolicyError(f"Expected a PEFT adapter in {place} but it has no {name}: {listing(folder)}.")
+            raise PolicyError(f"Expected a PEFT adapter in {place} but it has no {name}: {hub.listing(place)}.")
     try:
         adapter = read_adapter(folder)
     except (OSError, ValueError) as error:

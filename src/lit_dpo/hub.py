@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,6 +142,17 @@ def fetch_weights(place: Place) -> None:
             )
 
 
+def listing(place: Place) -> str:
+    """What a place holds, for a message."""
+    names = [found.name for found in place.folder.iterdir()] if place.folder.is_dir() else []
+    if place.commit is not None:
+        from huggingface_hub import HfApi
+
+        with suppress(Exception):  # the cache has a part of it
+            names = HfApi().list_repo_files(place.name, revision=place.commit)
+    return ", ".join(sorted(names)[:12]) or "nothing"
+
+
 def same_files(one: Place, other: Place) -> bool:
     """Whether two hub ids have the same configuration and weights at their commits: the hub has their digests."""
     from huggingface_hub import HfApi
@@ -247,11 +258,10 @@ def _is_of_network(error: BaseException) -> bool:
 def _revisions(name: str, kind: str) -> str:
     from huggingface_hub import HfApi
 
-    try:
+    with suppress(Exception):  # it only would help
         refs = HfApi().list_repo_refs(name, repo_type=kind)
-    except Exception:  # it only would have helped
-        return ""
-    return "; it has " + ", ".join([*(one.name for one in refs.branches), *(one.name for one in refs.tags)][:20])
+        return "; it has " + ", ".join([*(one.name for one in refs.branches), *(one.name for one in refs.tags)][:20])
+    return ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -327,7 +327,7 @@ class QLoRAPolicy:
             advice = ""
             if (place.folder / "adapter_config.json").is_file():
                 advice = " That is an adapter: give it to `policy.adapter_path`, and its base to `policy.model`."
-            there = checks.listing(place.folder)
+            there = hub.listing(place)
             raise PolicyError(f"Expected a model in {place} but it has no config.json; it holds {there}.{advice}")
         try:
             return AutoConfig.from_pretrained(place.folder, trust_remote_code=self.trust_remote_code)

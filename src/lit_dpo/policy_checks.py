@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_dpo.errors import PolicyError
-from lit_dpo.hub import Place
+from lit_dpo.hub import Place, listing
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def check_weights(place: Place) -> None:
             f"Expected safetensors weights in {folder} but it has only {', '.join(pickled)}, which can run code as "
             "it loads. Convert it once: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)."
         )
-    raise PolicyError(f"Expected *.safetensors weights in {folder} but it holds {listing(folder)}.")
+    raise PolicyError(f"Expected *.safetensors weights in {place} but it holds {listing(place)}.")
 
 
 def check_causal(config: Any, model: str) -> None:
@@ -192,11 +192,6 @@ def _takes_adapter(module: Any) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D)
-
-
-def listing(folder: Path) -> str:
-    """What a folder holds, for a message."""
-    return ", ".join(sorted(found.name for found in folder.iterdir())[:12]) or "nothing"
 
 
 def first_line(error: Exception) -> str:

@@ -88,8 +88,8 @@ class ModelReference(Reference):
         """Of the model and its adapter."""
         mine = self._loader
         base = mine.identity()
-        model = {name: base[name] for name in ("fingerprint", "commit") if name in base}
-        return {"model": model, "adapter": mine.start()}
+        commit = {"commit": base["commit"]} if "commit" in base else {}
+        return {"model": base["fingerprint"], **commit, "adapter": mine.start()}
 
     def identity(self, policy: QLoRAPolicy) -> dict[str, Any]:
         """Its content, quantisation and dtype, and its adapter's content."""
