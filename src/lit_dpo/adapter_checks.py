@@ -38,24 +38,16 @@ def check_adapter(policy: Any, place: Place) -> Any:
     return adapter.target_modules
 
 
-def read_adapter(folder: Path) -> Any:
-    """The configuration of an adapter."""
-    from peft import PeftConfig
-
-    # a user agent of one's own: to make PEFT's, the hub is asked for a list
-    return PeftConfig.from_pretrained(str(folder), user_agent="lit_dpo")
-
-
 def check_lora(place: Place) -> Any:
     """The place holds a LoRA adapter that changes nothing but its layers; returns its configuration."""
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftConfig
 
     folder = place.folder
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise PolicyError(f"Expected a PEFT adapter in {place} but it has no {name}: {hub.listing(place)}.")
     try:
-        adapter = read_adapter(folder)
+        adapter = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
         raise PolicyError(f"No adapter at `{place.option}` {place.name!r}: {first_line(error)}") from error
     if not isinstance(adapter, LoraConfig):

@@ -21,6 +21,12 @@ _SMALL = ("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken", "*.spm"
 _ADAPTER = "adapter_model.safetensors"
 _CONVERTED = ("SFconvertbot", "Adding `safetensors` variant of this model")  # whom and what transformers trusts, too
 
+GATED = "is gated: accept its licence on its page, then log in with that account (`hf auth login`, or HF_TOKEN)."
+ABSENT = (
+    "is not on the hub, or is private: check the name, or log in with an account that may read it (`hf auth login`, or "
+    "HF_TOKEN)."
+)
+
 
 class Place(NamedTuple):
     """Where a model or an adapter is.
@@ -64,6 +70,11 @@ def locate(name: str, revision: str | None, option: str) -> Place:
                 f"A revision has no effect on a directory: leave {revision!r} out, `{option}` is {local.absolute()}."
             )
         return Place(local.resolve(), str(local.resolve()), None, option)
+    if "@" in name and looks_like_id(name):
+        raise PolicyError(
+            f"Expected `{option}` without a revision but got {name!r}: give that in "
+            f"`{option.partition('.')[0]}.revision`."
+        )
     if not looks_like_id(name):
         raise PolicyError(f"Expected `{option}` to be a directory or a hub id, but there is no {name!r}.")
     folder = _snapshot(name, revision, option, [*_SMALL, "additional_chat_templates/*"])
@@ -206,22 +217,16 @@ def explain(error: BaseException, name: str, revision: str | None, kind: str = "
         revision: that was asked for.
         kind: `model` or `dataset`.
     """
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, errors.GatedRepoError):
-            return (
-                "is gated: accept its licence on its page, then log in with that account (`hf auth login`, or "
-                "HF_TOKEN)."
-            )
+            return GATED
         if isinstance(found, errors.RevisionNotFoundError):
             return f"has no revision {revision!r}{_revisions(name, kind)}."
         if isinstance(found, errors.RepositoryNotFoundError):
-            return (
-                "is not on the hub, or is private: check the name, or log in with an account that may read it "
-                "(`hf auth login`, or HF_TOKEN)."
-            )
+            return ABSENT
         if isinstance(found, errors.OfflineModeIsEnabled):
             return _uncached(name, revision)
         if isinstance(found, errors.HfHubHTTPError):
@@ -229,6 +234,8 @@ def explain(error: BaseException, name: str, revision: str | None, kind: str = "
         if isinstance(found, errors.LocalEntryNotFoundError) and found.__cause__ is None:
             return _uncached(name, revision)
         if _is_of_network(found):
+            if constants.HF_HUB_OFFLINE:
+                return _uncached(name, revision)
             return (
                 f"did not come through: the connection to the hub failed ({type(found).__name__}: "
                 f"{_first_line(found)}). Run the same command again; what has arrived is kept."

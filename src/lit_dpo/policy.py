@@ -182,9 +182,7 @@ class QLoRAPolicy:
 
         config = self._config()
         checks.turn_off_dropout(config)
-        quantization = self._quantization_config(dtype)
-        if getattr(config, "quantization_config", None):  # it says how the weights are, we how they compute
-            quantization = checks.as_saved(config, dtype)
+        quantization = checks.as_saved(config, dtype) or self._quantization_config(dtype)
         with checks.as_policy_error(f"the model {self.model!r}"):
             base, info = AutoModelForCausalLM.from_pretrained(
                 self.path,
@@ -207,9 +205,7 @@ class QLoRAPolicy:
 
         folder = self.adapter_place.folder
         with checks.as_policy_error(f"the adapter {self.adapter_path!r}"):
-            model = PeftModel.from_pretrained(
-                base, folder, is_trainable=trainable, config=adapters.read_adapter(folder)
-            )
+            model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
         adapters.check_adapter_keys(model, folder)
         return model
 
@@ -250,20 +246,12 @@ class QLoRAPolicy:
 
     @cached_property
     def adapter_place(self) -> hub.Place:
-        """Where the adapter of `adapter_path` is.
-
-        Raises:
-            PolicyError: if there is no such directory, repository or revision.
-        """
+        """Where the adapter of `adapter_path` is, likewise."""
         assert self.adapter_path is not None
         return hub.locate_adapter(self.adapter_path, "policy.adapter_path")
 
     def fetch(self) -> None:
-        """Download a hub id's weights, unless they are there.
-
-        Raises:
-            PolicyError: if they do not come through.
-        """
+        """Download a hub id's weights, unless they are there; a PolicyError says why they do not come through."""
         hub.fetch_weights(self.place)
 
     def torch_dtype(self, device: torch.device, auto: torch.dtype | None = None) -> torch.dtype:
@@ -288,8 +276,7 @@ class QLoRAPolicy:
             "revision": self.revision,
             **({} if place.commit is None else {"commit": place.commit}),
             "fingerprint": sampled_digest(place.folder),
-            "quantization": self.quantization,
-            "double_quantization": self.quantization == "nf4" and self.double_quantization,
+            **self._quantised(),
         }
 
     def content(self) -> dict[str, Any]:
@@ -297,9 +284,12 @@ class QLoRAPolicy:
         place = self.place
         return {
             "weights": whole_digest(place.folder) if place.commit is None else f"commit {place.commit}",
-            "quantization": self.quantization,
-            "double_quantization": self.quantization == "nf4" and self.double_quantization,
+            **self._quantised(),
         }
+
+    def _quantised(self) -> dict[str, Any]:
+        double = self.quantization == "nf4" and self.double_quantization
+        return {"quantization": self.quantization, "double_quantization": double}
 
     def adapter_content(self, path: str) -> str:
         """A digest of every byte of an adapter, in a directory or of a hub id.

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from lit_dpo.errors import PolicyError
@@ -94,10 +93,12 @@ def check_prequantized(policy: Any, config: Any) -> None:
 
 
 def as_saved(config: Any, dtype: Any) -> Any:
-    """How the weights of a checkpoint are quantised, computing in the policy's dtype."""
+    """How the weights of a checkpoint are quantised, computing in the policy's dtype; None if they are not."""
     from transformers import BitsAndBytesConfig
 
-    saved = config.quantization_config
+    saved = getattr(config, "quantization_config", None)
+    if not saved:
+        return None
     saved = dict(saved if isinstance(saved, dict) else saved.to_dict())
     if saved.get("load_in_4bit"):
         saved["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from lit_dpo.errors import DataError
-from lit_dpo.hub import explain, split_revision
+from lit_dpo.hub import ABSENT, GATED, explain, split_revision
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -221,6 +221,7 @@ def _parse(name: str) -> _Named:
 
 def _load_named(name: str) -> PairSource:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
 
     named = _parse(name)
     _refuse_paths(name, named.path)
@@ -231,6 +232,8 @@ def _load_named(name: str) -> PairSource:
         raise
     except Exception as error:  # hub, network and builder errors have no common base
         what = explain(error, named.path, named.revision, "dataset")
+        if what is None and isinstance(error, DatasetNotFoundError):  # raised without its cause
+            what = GATED if "gated" in str(error) else ABSENT
         raise DataError(
             f"`{name}`: {named.path} {what}"
             if what
@@ -251,7 +254,9 @@ def _completed(named: _Named) -> _Named:
         return named  # `datasets` finds what it has loaded before, and lists nothing
     configurations = get_dataset_config_names(named.path, revision=named.revision)
     if named.configuration is None and "default" not in configurations and len(configurations) > 1:
-        example = named._replace(configuration=configurations[0], split=named.split or "train")
+        # the one name that was given may be the configuration
+        given = (named.split, "train") if named.split in configurations else (configurations[0], named.split or "train")
+        example = named._replace(configuration=given[0], split=given[1])
         raise DataError(
             f"Expected a configuration, such as `{example}`; `{named.path}` has {', '.join(configurations)}."
         )

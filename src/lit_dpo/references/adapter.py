@@ -70,10 +70,10 @@ class AdapterReference(Reference):
     def attach(self, model: Any, policy: QLoRAPolicy) -> None:
         """Load the copy."""
         place = self._place(policy)
-        check_base(policy, config := check_lora(place), place)
+        check_base(policy, check_lora(place), place)
         training = model.training
         try:
-            model.load_adapter(place.folder, adapter_name=NAME, is_trainable=False, peft_config=config)
+            model.load_adapter(place.folder, adapter_name=NAME, is_trainable=False)
         except (OSError, ValueError, RuntimeError) as error:
             raise PolicyError(f"No adapter for the reference at {place}: {error}") from error
         check_adapter_keys(model, place.folder, NAME)
