@@ -267,3 +267,55 @@ def _discussions(name: str, conversion: int | None) -> dict[str, Any]:
         "createdAt": "2024-01-01T00:00:00.000Z",
     }
     return {"discussions": [one], "count": 1, "start": 0}
+
+
+# Runs commands one after the other and notes how each ended; `noted` is printed as the last line.
+PRELUDE = """
+import contextlib, glob, io, json, logging, os, traceback, urllib.request
+from lit_dpo import AdapterReference, CachedReference, ModelReference, QLoRAPolicy
+from lit_dpo.cli import main
+from lit_dpo.data.sources import load_pairs
+from lit_dpo.errors import LitDPOError
+
+noted, FIT = {}, "--trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.num_sanity_val_steps 0"
+
+def check(name, policy, reference=None):
+    \"\"\"What `fit` does before it loads weights.\"\"\"
+    try:
+        policy.check()
+        if reference is not None:
+            reference.check(policy)
+        noted[name] = None
+    except LitDPOError as error:
+        noted[name] = str(error)
+
+def pairs(source):
+    try:
+        noted[source] = load_pairs(source, ["prompt", "chosen", "rejected"])[0].rows[0]["chosen"]
+    except LitDPOError as error:
+        noted[source] = str(error)
+
+def command(name, line):
+    output = io.StringIO()
+    for logger in None, "lightning.pytorch", "lightning.fabric":
+        for handler in logging.getLogger(logger).handlers:
+            handler.setStream(output)
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+        try:
+            main([*line.split(), *FIT.split()])
+            code = 0
+        except SystemExit as error:
+            code = error.code
+        except Exception:
+            code = "traceback"
+            traceback.print_exc()
+    text = output.getvalue()
+    errors = [one for one in text.splitlines() if one.startswith("lit-dpo: error: ")]
+    noted[name] = {"code": code, "error": text[text.find(errors[0]) :].strip() if errors else "", "text": text}
+"""
+
+
+def walk(script: str, cwd: Path, env: dict[str, str]) -> dict:
+    done = python(f"{PRELUDE}{script}\nprint()\nprint(json.dumps(noted))", cwd, env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])

@@ -226,7 +226,7 @@ def explain(error: BaseException, name: str, revision: str | None, kind: str = "
         if isinstance(found, errors.RevisionNotFoundError):
             return f"has no revision {revision!r}{_revisions(name, kind)}."
         if isinstance(found, errors.RepositoryNotFoundError):
-            return ABSENT
+            return f"{ABSENT} There is no directory {Path(name).absolute()} either."
         if isinstance(found, errors.OfflineModeIsEnabled):
             return _uncached(name, revision)
         if isinstance(found, errors.HfHubHTTPError):

@@ -182,14 +182,14 @@ class QLoRAPolicy:
 
         config = self._config()
         checks.turn_off_dropout(config)
-        quantization = checks.as_saved(config, dtype) or self._quantization_config(dtype)
+        quantization = self._quantization_config(dtype)
         with checks.as_policy_error(f"the model {self.model!r}"):
             base, info = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 config=config,
                 dtype=dtype,
                 device_map={"": device},
-                quantization_config=quantization,
+                quantization_config=None if checks.keep_quantized(config, dtype) else quantization,
                 use_safetensors=True,
                 output_loading_info=True,
                 **({} if self.attention in ("auto", "pairs") else {"attn_implementation": self.attention}),

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -59,7 +59,9 @@ def check_bitsandbytes(quantization: str) -> None:
 def check_no_adapter_inside(place: Place) -> None:
     """A model and an adapter in one folder: transformers puts them together, PEFT and we do not."""
     if (place.folder / "adapter_config.json").is_file():
-        base = json.loads((place.folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        base = None
+        with suppress(ValueError, KeyError, TypeError):  # it only would help
+            base = json.loads((place.folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         raise PolicyError(
             f"Expected a model at `{place.option}` but {place} holds a model and an adapter, and it does not say which "
             f"of them is meant. To continue the adapter, give {place.name} to `policy.adapter_path` and its base"
@@ -92,18 +94,15 @@ def check_prequantized(policy: Any, config: Any) -> None:
         )
 
 
-def as_saved(config: Any, dtype: Any) -> Any:
-    """How the weights of a checkpoint are quantised, computing in the policy's dtype; None if they are not."""
-    from transformers import BitsAndBytesConfig
-
+def keep_quantized(config: Any, dtype: Any) -> bool:
+    """Whether the weights are quantised already: as their configuration says, but computing in the policy's dtype."""
     saved = getattr(config, "quantization_config", None)
     if not saved:
-        return None
-    saved = dict(saved if isinstance(saved, dict) else saved.to_dict())
-    if saved.get("load_in_4bit"):
-        saved["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-    config.quantization_config = saved
-    return BitsAndBytesConfig.from_dict(saved)
+        return False
+    config.quantization_config = dict(saved if isinstance(saved, dict) else saved.to_dict())
+    if config.quantization_config.get("load_in_4bit"):
+        config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    return True
 
 
 def check_targets(config: Any, targets: Any, trust_remote_code: bool) -> None:
