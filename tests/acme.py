@@ -35,7 +35,9 @@ def acme(root: Path) -> Iterator[hub.Hub]:
     gpt2 = tiny.directory(root / "gpt2", "gpt2", n_embd=64)
     adapter = tiny.lora(tiny.model(**sizes), seed=3, targets=["q_proj", "v_proj"])
     adapter.save_pretrained(root / "adapter")
-    folders = {"old": old, "new": new, "gpt2": gpt2, "adapter": root / "adapter"}
+    tiny.model(**sizes).save_pretrained(root / "sharded", max_shard_size="150KB")
+    (root / "sharded" / "consolidated.safetensors").write_bytes(b"the same weights as another program wants them")
+    folders = {"old": old, "new": new, "gpt2": gpt2, "adapter": root / "adapter", "sharded": root / "sharded"}
     with hub.serve() as found:
         found.folders = folders
         found.old = found.commit("acme/tiny", folders["old"], tag="v1")
@@ -49,6 +51,8 @@ def acme(root: Path) -> Iterator[hub.Hub]:
         found.commit("acme/adapter", {"README.md": b"moved"})
         found.commit("acme/both", {**_files(folders["old"]), **_files(folders["adapter"])})
         found.commit("acme/mirror", folders["old"])
+        found.commit("acme/sharded", folders["sharded"])
+        found.commit("acme/custom", {**_files(folders["old"]), **_custom(folders["old"])})
         found.commit("acme/gated", folders["old"], access="gated")
         found.commit("acme/secret", folders["old"], access="private")
         found.commit("acme/breaks", folders["old"])
@@ -67,3 +71,22 @@ def acme(root: Path) -> Iterator[hub.Hub]:
 
 def _files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def _custom(folder: Path) -> dict[str, bytes]:
+    """Code that comes with a model."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "acme",
+        "auto_map": {"AutoConfig": "acme_model.AcmeConfig", "AutoModelForCausalLM": "acme_model.AcmeForCausalLM"},
+    }
+    code = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class AcmeConfig(LlamaConfig):
+    model_type = "acme"
+
+class AcmeForCausalLM(LlamaForCausalLM):
+    config_class = AcmeConfig
+"""
+    return {"config.json": json.dumps(config).encode(), "acme_model.py": code.encode()}

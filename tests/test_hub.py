@@ -63,6 +63,12 @@ noted["identities"] = [one.identity() for one in (a, b, c, QLoRAPolicy(COPY))]
 noted["contents"] = [one.content() for one in (a, b, c)]
 noted["adapters"] = [a.adapter_content(at) for at in ("acme/adapter@v1", ADAPTER)]
 
+sharded = QLoRAPolicy("acme/sharded", r=2)
+sharded.load()
+noted["sharded"] = [sharded.identity()["fingerprint"], QLoRAPolicy(SHARDED).identity()["fingerprint"]]
+check("custom", QLoRAPolicy("acme/custom"))
+noted["custom, trusted"] = type(QLoRAPolicy("acme/custom", trust_remote_code=True).load().get_base_model()).__name__
+
 exported, ids = "runs/version_0/adapter", torch.arange(3, 40)[None]
 base = AutoModelForCausalLM.from_pretrained(COPY)
 with torch.no_grad():
@@ -85,6 +91,7 @@ def home(tmp_path_factory):
 def online(hub, home, tmp_path_factory):
     cwd, folders = tmp_path_factory.mktemp("online"), hub.folders
     places = {"OLD": hub.old, "COPY": folders["old"], "OTHER": folders["new"], "ADAPTER": folders["adapter"]}
+    places["SHARDED"] = folders["sharded"]
     script = "".join(f"{name} = {str(value)!r}\n" for name, value in places.items())
     hub.breaks["model.safetensors"] = 1
     return walk(script + ONLINE, cwd, environment(home, HF_ENDPOINT=hub.url))
@@ -113,6 +120,24 @@ def test_another_commit_is_refused_with_both(online, hub, name):
 def test_a_cached_reference_of_a_hub_id_is_found_again(online):
     assert "reference cache: 0 pairs" in online["cached 1"]["text"]
     assert "reference cache: 8 pairs" in online["cached 2"]["text"]
+
+
+def test_a_check_downloads_no_weights(online, hub):
+    """The adapter's base was compared with the mirror's by the digests that the hub has."""
+    assert online["on a mirror"] is None
+    assert hub.asked("acme/mirror", "config.json")
+    assert not hub.asked("acme/mirror", "safetensors")
+
+
+def test_shards_are_loaded_and_nothing_else(online, hub):
+    assert len(hub.asked("GET", "acme/sharded", "/model-0")) > 1
+    assert not hub.asked("consolidated")
+    assert online["sharded"][0] == online["sharded"][1]
+
+
+def test_code_that_comes_with_a_model_runs_only_if_trusted(online):
+    assert "'acme/custom' comes with code of its own" in online["custom"]
+    assert online["custom, trusted"] == "AcmeForCausalLM"
 
 
 def test_a_conversion_to_safetensors_is_found_and_said(online):

@@ -322,6 +322,11 @@ class QLoRAPolicy:
         try:
             return AutoConfig.from_pretrained(place.folder, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise PolicyError(
+                    f"{self.model!r} comes with code of its own, in {place.folder}: read it, then set "
+                    "`policy.trust_remote_code` to run it."
+                ) from error
             raise PolicyError(f"No model configuration for {self.model!r}: {checks.first_line(error)}") from error
 
     def _quantization_config(self, dtype: torch.dtype) -> Any:
