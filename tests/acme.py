@@ -42,6 +42,7 @@ def acme(root: Path) -> Iterator[hub.Hub]:
         found.folders = folders
         found.old = found.commit("acme/tiny", folders["old"], tag="v1")
         found.new = found.commit("acme/tiny", folders["new"])
+        found.commit("acme/tiny", {**_files(folders["old"]), "README.md": b"better said"}, branch="readme")
         found.commit("acme/gpt2", folders["gpt2"])
         path = folders["adapter"] / "adapter_config.json"
         path.write_text(
@@ -59,7 +60,7 @@ def acme(root: Path) -> Iterator[hub.Hub]:
         files = _files(folders["old"])
         weights = files.pop("model.safetensors")
         found.commit("acme/pickled", {**files, "pytorch_model.bin": b"pickle"})
-        found.commit("acme/converted", {**files, "pytorch_model.bin": b"pickle"}, conversion=3)
+        found.commit("acme/converted", {**files, "pytorch_model.bin": b"pickle"}, tag="v1", conversion=3)
         found.commit("acme/converted", {**files, "model.safetensors": weights}, branch="refs/pr/3")
         found.commit("acme/pairs", {"train.jsonl": _rows(), "val.jsonl": _rows(3)}, kind="datasets", tag="v1")
         found.commit("acme/pairs", {"train.jsonl": _rows(right="of course")}, kind="datasets")

@@ -48,6 +48,7 @@ command("converted", f"fit --model.policy.model acme/converted {train} --trainer
 trained = {"adapter_path": "acme/adapter@v1"}
 check("on a copy", QLoRAPolicy(COPY, **trained))
 check("on a mirror", QLoRAPolicy("acme/mirror", **trained))
+check("on a commit that changes a text", QLoRAPolicy("acme/tiny", revision="readme", **trained))
 check("on another commit", QLoRAPolicy("acme/tiny", **trained))
 check("on another commit, told", QLoRAPolicy("acme/tiny", **trained, adapter_base="any"))
 check("on another model", QLoRAPolicy("acme/gpt2", **trained))
@@ -166,7 +167,9 @@ def test_an_exported_adapter_is_loaded_onto_the_commit_it_was_trained_on(online,
     assert online["on main"] > 1
 
 
-@pytest.mark.parametrize("name", ["on a copy", "on a mirror", "on another commit, told", "reference"])
+@pytest.mark.parametrize(
+    "name", ["on a copy", "on a mirror", "on a commit that changes a text", "on another commit, told", "reference"]
+)
 def test_an_adapter_goes_onto_its_base_wherever_that_lies(online, name):
     assert online[name] is None
 

@@ -32,6 +32,16 @@ adapter = "--model.policy.adapter_path runs/version_0/adapter"
 command("local, continued", f"{fit} {adapter} --model.reference CachedReference")
 command("local, other reference", f"{fit} --model.reference ModelReference --model.reference.model {MODEL}")
 (saved,) = glob.glob("runs/version_0/checkpoints/*.ckpt")
+config = json.load(open("runs/version_0/adapter/adapter_config.json"))
+os.mkdir("named")
+for name in os.listdir("runs/version_0/adapter"):
+    os.link(f"runs/version_0/adapter/{name}", f"named/{name}")
+os.unlink("named/adapter_config.json")
+json.dump({**config, "base_model_name_or_path": "acme/tiny"}, open("named/adapter_config.json", "w"))
+check("adapter that names a hub id", QLoRAPolicy(MODEL, adapter_path="named"))
+os.makedirs("folder")
+os.link(PAIRS, "folder/train.jsonl")
+pairs("folder:train")
 command("local predict", f"predict {files} --model.policy.model {MODEL} --ckpt_path {saved}")
 noted["asked"], watching = asked, False
 """
@@ -41,6 +51,7 @@ REFUSED = """
 for name in "gated", "secret", "nothing", "both", "tiny@v1", "pickled":
     check(name, QLoRAPolicy(f"acme/{name}"))
 check("adapter as a model", QLoRAPolicy("acme/adapter", revision="v1"))
+check("converted, pinned", QLoRAPolicy("acme/converted", revision="v1"))
 check("revision", QLoRAPolicy("acme/tiny", revision="v7"))
 check("directory's revision", QLoRAPolicy(".", revision="v7"))
 for name in "gated", "nothing", "adapter@v7", "adapter":
@@ -80,6 +91,8 @@ def test_what_is_local_asks_no_network(refused):
     local = {name: one["code"] for name, one in refused.items() if name.startswith("local")}
     assert local == dict.fromkeys(local, 0), refused
     assert len(local) == 4
+    assert refused["adapter that names a hub id"] is None
+    assert refused["folder:train"] == " Exactly 0."
 
 
 GATED = "is gated: accept its licence on its page, then log in with that account"
@@ -101,7 +114,7 @@ ABSENT = "is not on the hub, or is private: check the name, or log in"
             "adapter as a model",
             "it holds README.md, adapter_config.json, adapter_model.safetensors. That is an adapter",
         ),
-        ("revision", "`policy.model`: acme/tiny has no revision 'v7'; it has main, v1."),
+        ("revision", "`policy.model`: acme/tiny has no revision 'v7'; it has main, readme, v1."),
         ("directory's revision", "A revision has no effect on a directory: leave 'v7' out"),
         ("gated adapter", f"`policy.adapter_path`: acme/gated {GATED}"),
         ("nothing adapter", f"`policy.adapter_path`: acme/nothing {ABSENT}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from functools import lru_cache
 from pathlib import Path
@@ -73,6 +74,7 @@ def check_base(policy: Any, adapter: Any, place: Place) -> None:
     Raises:
         PolicyError: if it was trained on another one and `adapter_base` is `same`.
     """
+    same: bool | None
     named, revision, mine = adapter.base_model_name_or_path, adapter.revision, policy.place
     if policy.adapter_base == "any" or (named, revision) == (mine.name, mine.commit):
         return
@@ -80,14 +82,18 @@ def check_base(policy: Any, adapter: Any, place: Place) -> None:
         base = named or "a base that it does not name"
         _say(f"the adapter {place} was trained on {base}, which is not here to compare with the policy's")
         return
+    asks = mine.commit is not None  # what is local asks no hub
     try:
-        theirs = hub.locate(named, None if Path(named).expanduser().is_dir() else revision, "base_model_name_or_path")
-        same = _same_base(mine, theirs)
+        at = None if Path(named).expanduser().is_dir() else revision
+        theirs = hub.locate(named, at, "base_model_name_or_path", ask=asks)
     except PolicyError as error:
-        if named == mine.name or mine.commit is None:
-            _say(f"the adapter {place} names a base that cannot be compared: {error}")
+        if not asks or named == mine.name:
+            why = str(error) if asks else "it is not on this machine"
+            _say(f"the adapter {place} was trained on {named}, which cannot be compared with the policy's base: {why}")
             return
         theirs, same = hub.Place(Path(), named, revision, place.option), False
+    else:
+        same = _same_base(mine, theirs)
     if same is None:
         if hub.has_weights(mine.folder):
             _say(f"the adapter {place} names {theirs} as its base, whose weights are not here to compare")
@@ -105,11 +111,13 @@ def _same_base(mine: Place, theirs: Place) -> bool | None:
     """By the content of their files; None if what would tell is not on this machine."""
     if mine.folder == theirs.folder:
         return True
+    both = mine.commit is not None and theirs.commit is not None
+    if both:
+        with suppress(PolicyError):  # without the hub, what is in its cache decides
+            return hub.same_files(mine, theirs)
     if hub.has_weights(mine.folder) and hub.has_weights(theirs.folder):
         return sampled_digest(mine.folder) == sampled_digest(theirs.folder)
-    if mine.commit is not None and theirs.commit is not None:
-        return mine.name != theirs.name and hub.same_files(mine, theirs)
-    return None
+    return False if both else None
 
 
 @lru_cache(maxsize=256)

@@ -52,13 +52,14 @@ def looks_like_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
-def locate(name: str, revision: str | None, option: str) -> Place:
+def locate(name: str, revision: str | None, option: str, *, ask: bool = True) -> Place:
     """A directory, or what a hub id's commit has beside weights, downloaded unless the cache has it.
 
     Args:
         name: a directory or a hub id.
         revision: branch, tag or commit of a hub id.
         option: that named it.
+        ask: the hub, too, and not only its cache.
 
     Raises:
         PolicyError: if there is no such directory, repository or revision, or it may not be read: with what to do.
@@ -77,7 +78,7 @@ def locate(name: str, revision: str | None, option: str) -> Place:
         )
     if not looks_like_id(name):
         raise PolicyError(f"Expected `{option}` to be a directory or a hub id, but there is no {name!r}.")
-    folder = _snapshot(name, revision, option, [*_SMALL, "additional_chat_templates/*"])
+    folder = _snapshot(name, revision, option, [*_SMALL, "additional_chat_templates/*"], ask=ask)
     return Place(folder, name, folder.name, option)
 
 
@@ -102,8 +103,12 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return (name, None) if not at or Path(name).expanduser().exists() else (path, revision)
 
 
-def locate_weights(place: Place) -> Place:
+def locate_weights(place: Place, revision: str | None) -> Place:
     """The same, or where a bot has converted a hub id's weights to safetensors, as transformers looks for them.
+
+    Args:
+        place: of a model.
+        revision: that was asked for; a conversion stands in for the main branch only.
 
     Raises:
         PolicyError: if there are neither safetensors nor a conversion.
@@ -123,10 +128,11 @@ def locate_weights(place: Place) -> Place:
             if one.title == title and one.author == author and one.git_reference
         ]
     pickled = ", ".join(name for name in names if name.endswith((".bin", ".pt", ".pth"))) or ", ".join(names[:12])
-    if not made:
+    if not made or revision not in (None, "main"):
+        there = f" The main branch has a conversion: revision {made[0]}." if made else ""
         raise PolicyError(
             f"Expected safetensors weights in {place} but it has only {pickled}, which can run code as it loads. "
-            "Convert it once: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)."
+            f"Convert it once: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…).{there}"
         )
     found = locate(place.name, made[0], place.option)
     log.info("%s has only %s: taking the safetensors of %s, commit %s", place.name, pickled, made[0], found.commit)
@@ -177,7 +183,9 @@ def same_files(one: Place, other: Place) -> bool:
         return digests(one) == digests(other)
 
 
-def _snapshot(name: str, revision: str | None, option: str, files: Sequence[str], *, bar: bool = False) -> Path:
+def _snapshot(
+    name: str, revision: str | None, option: str, files: Sequence[str], *, bar: bool = False, ask: bool = True
+) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -186,7 +194,8 @@ def _snapshot(name: str, revision: str | None, option: str, files: Sequence[str]
         disable_progress_bars()
     try:
         with explained(option, name, revision):
-            return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
+            found = snapshot_download(name, revision=revision, allow_patterns=list(files), local_files_only=not ask)
+            return Path(found)
     finally:
         if quiet:
             enable_progress_bars()

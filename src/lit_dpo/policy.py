@@ -42,8 +42,7 @@ class QLoRAPolicy:
             for all linear layers but the head.
         adapter_path: a trained LoRA adapter to continue: a PEFT directory, or `organisation/name` or
             `organisation/name@revision` of the hub; its own rank, scale and layers then hold.
-        adapter_base: `same` refuses adapters, a reference's too, that were trained on another base than this one, as
-            far as that can be seen; `any` takes them.
+        adapter_base: `same` refuses adapters, a reference's too, that were trained on another base; `any` takes them.
         dtype: of everything that is not quantised, and of computation; `auto` is float32 on a CPU (bfloat16 products
             are tens of times slower there) and bfloat16 on a GPU. Adapters and log-probs are float32 in any case.
         gradient_checkpointing: recompute each layer in the backward pass, for memory.
@@ -232,17 +231,13 @@ class QLoRAPolicy:
 
     @cached_property
     def place(self) -> hub.Place:
-        """Where the model is. A hub id is resolved once, so that all parts of a run see one commit.
-
-        Raises:
-            PolicyError: if there is no such directory, repository or revision.
-        """
+        """Where the model is. A hub id is resolved once, so that all parts of a run see one commit."""
         name = self.model
         if name == QUICKSTART:
             from lit_dpo.quickstart import quickstart_directory
 
             name = str(quickstart_directory() / "model")
-        return hub.locate_weights(hub.locate(name, self.revision, "policy.model"))
+        return hub.locate_weights(hub.locate(name, self.revision, "policy.model"), self.revision)
 
     @cached_property
     def adapter_place(self) -> hub.Place:

@@ -58,10 +58,8 @@ class ModelReference(Reference):
     def check(self, policy: QLoRAPolicy) -> None:
         """It can be loaded, and reads the same tokens."""
         mine = self._loader
-        try:
+        with _as_reference():
             mine.check()
-        except PolicyError as error:
-            raise PolicyError(str(error).replace("`policy.", "`reference.")) from None
         ours, theirs = policy.load_tokenizer().get_vocab(), mine.load_tokenizer().get_vocab()
         if different := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
             raise PolicyError(
@@ -72,7 +70,8 @@ class ModelReference(Reference):
     def attach(self, model: Any, policy: QLoRAPolicy) -> None:
         """Load it where the policy is."""
         device = next(model.parameters()).device
-        found = self._loader.load_frozen(device)
+        with _as_reference():
+            found = self._loader.load_frozen(device)
         choose_layout(found, self.attention)
         keep(model, "reference", found)
 
@@ -111,3 +110,12 @@ class ModelReference(Reference):
             attention=self.attention,
             trust_remote_code=self.trust_remote_code,
         )
+
+
+@contextmanager
+def _as_reference() -> Iterator[None]:
+    """What a policy says of its own options, these have."""
+    try:
+        yield
+    except PolicyError as error:
+        raise PolicyError(str(error).replace("`policy.", "`reference.")) from None
