@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 
-from lit_dpo.errors import PolicyError
 from lit_dpo.fingerprints import sampled_digest, whole_digest
-from lit_dpo.policy import QLoRAPolicy
 
 
 @pytest.fixture
@@ -46,7 +45,20 @@ def test_configuration_and_code_count_and_a_readme_does_not(folder, name):
     assert whole_digest(folder) != before
 
 
-def test_a_hub_id_without_a_commit_has_no_content(monkeypatch):
-    monkeypatch.setattr(QLoRAPolicy, "_config", lambda self: type("Config", (), {"_commit_hash": None}))
-    with pytest.raises(PolicyError, match="commit of 'some/model' is not known"):
-        QLoRAPolicy("some/model").content()
+@pytest.mark.parametrize("digest", [sampled_digest, whole_digest])
+def test_weights_that_are_not_loaded_do_not_count(folder, digest):
+    """A repository may hold them twice, and a cache only some of its files."""
+    before = digest(folder)
+    (folder / "consolidated.safetensors").write_bytes(b"twice")
+    assert digest(folder) == before
+
+
+@pytest.mark.parametrize("digest", [sampled_digest, whole_digest])
+def test_every_shard_counts(folder, digest):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model-00002-of-00002.safetensors").write_bytes(b"b")
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    before = digest(folder)
+    (folder / "model-00002-of-00002.safetensors").write_bytes(b"c")
+    assert digest(folder) != before

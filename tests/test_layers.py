@@ -18,10 +18,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {
     "lit_dpo.errors": 0,
     "lit_dpo.fingerprints": 0,
+    "lit_dpo.hub": 0,
     "lit_dpo.quickstart": 0,  # needs nothing of the package; imported inside functions only
     "lit_dpo.quickstart_text": 0,
     "lit_dpo.logps": 1,
     "lit_dpo.data.batch": 1,
+    "lit_dpo.adapter_checks": 2,
     "lit_dpo.policy": 2,
     "lit_dpo.policy_checks": 2,
     "lit_dpo.references": 2,

@@ -42,7 +42,10 @@ def describe(module: Any) -> dict[str, Any]:
 
 
 # Fields of the policy that do not change what is computed, beyond rounding, or that its identity says better.
-_MAY_CHANGE = ("gradient_checkpointing", "attention", "trust_remote_code", "model", "revision", "adapter_path")
+_MAY_CHANGE = (
+    *("gradient_checkpointing", "attention", "trust_remote_code"),
+    *("model", "revision", "adapter_path", "adapter_base"),
+)
 
 
 def compare(saved: Mapping[str, Any], current: Mapping[str, Any], *, training: bool) -> None:
@@ -62,6 +65,8 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], *, training: b
     if saved.get("reference", {}).get("content"):
         ignored |= {f"reference.init_args.{name}" for name in (*_MAY_CHANGE, "path")}
     there, here = (flatten({part: side.get(part, {}) for part in parts}) for side in (saved, current))
+    # commits are compared where both sides are of a hub; a directory is known by its content
+    ignored |= {name for name in there.keys() ^ here.keys() if name.endswith(".commit")}
     different = [
         f"  {name}: {there.get(name)!r} in the checkpoint, {here.get(name)!r} now"
         for name in sorted(there.keys() | here.keys())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -25,9 +26,20 @@ def whole_digest(folder: Path) -> str:
         return _digest(zip((file.name for file in files), parts, strict=True))
 
 
+def weight_names(folder: Path) -> list[str]:
+    """The files that transformers loads: a repository may hold weights twice, and a cache only some of its files."""
+    index = folder / "model.safetensors.index.json"
+    if not (folder / "model.safetensors").is_file() and index.is_file():
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return ["model.safetensors"]
+
+
 def _files(folder: Path) -> list[Path]:
-    found = [folder / "config.json", folder / "adapter_config.json", *sorted(folder.glob("*.safetensors"))]
-    return [file for file in found if file.is_file()]
+    named = ["config.json", "adapter_config.json", "adapter_model.safetensors", *weight_names(folder)]
+    found = [file for name in named if (file := folder / name).is_file()]
+    if any(file.suffix == ".safetensors" for file in found):
+        return found
+    return [*found, *sorted(folder.glob("*.safetensors"))]
 
 
 def _digest(parts: Iterator[tuple[object, ...]]) -> str:

@@ -6,12 +6,12 @@ The only file that knows how bitsandbytes and peft load.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from lit_dpo import adapter_checks as adapters
+from lit_dpo import hub
 from lit_dpo import policy_checks as checks
 from lit_dpo.errors import PolicyError
 from lit_dpo.fingerprints import sampled_digest, whole_digest
@@ -32,7 +32,7 @@ class QLoRAPolicy:
     Args:
         model: hub id or directory of a causal language model in safetensors; `lit-dpo/quickstart` is built in.
         revision: branch, tag or commit of a hub id.
-        quantization: `nf4` (4 bits), `int8`, or `none`.
+        quantization: `nf4` (4 bits), `int8`, or `none`. A checkpoint that bitsandbytes has quantised must say the same.
         double_quantization: quantise the NF4 scales too, 0.37 bits less per weight. False is refused where there are
             no such scales.
         r: LoRA rank.
@@ -40,7 +40,9 @@ class QLoRAPolicy:
         dropout: on the adapters' input while training. The base's own dropouts are always off.
         target_modules: names (or suffixes) of the layers that get an adapter, a regular expression, or `all-linear`
             for all linear layers but the head.
-        adapter_path: a trained LoRA adapter (a PEFT directory) to continue; its own rank, scale and layers then hold.
+        adapter_path: a trained LoRA adapter to continue: a PEFT directory, or `organisation/name` or
+            `organisation/name@revision` of the hub; its own rank, scale and layers then hold.
+        adapter_base: `same` refuses adapters, a reference's too, that were trained on another base; `any` takes them.
         dtype: of everything that is not quantised, and of computation; `auto` is float32 on a CPU (bfloat16 products
             are tens of times slower there) and bfloat16 on a GPU. Adapters and log-probs are float32 in any case.
         gradient_checkpointing: recompute each layer in the backward pass, for memory.
@@ -65,6 +67,7 @@ class QLoRAPolicy:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     adapter_path: str | None = None
+    adapter_base: Literal["same", "any"] = "same"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     gradient_checkpointing: bool = False
     attention: str = "auto"
@@ -75,6 +78,7 @@ class QLoRAPolicy:
         for name, allowed in (
             ("quantization", ("nf4", "int8", "none")),
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
+            ("adapter_base", ("same", "any")),
         ):
             if getattr(self, name) not in allowed:
                 raise PolicyError(f"Expected `{name}` among {', '.join(allowed)} but got {getattr(self, name)!r}.")
@@ -91,20 +95,22 @@ class QLoRAPolicy:
             )
 
     def check(self) -> None:
-        """Find what would fail while loading, in seconds and without loading weights.
+        """Find what would fail while loading, in seconds: weights are neither loaded nor downloaded.
 
         Raises:
             PolicyError: naming the directory, file, field or layer, and what there is instead.
         """
         config = self._config()
-        checks.check_weights(Path(self.path))
+        checks.check_weights(self.place)
         checks.check_causal(config, self.model)
+        checks.check_no_adapter_inside(self.place)
+        checks.check_prequantized(self, config)
         checks.check_attention(self.attention)
         if self.quantization != "none":
             checks.check_bitsandbytes(self.quantization)
         targets: Any = self.target_modules
         if self.adapter_path is not None:
-            targets = checks.check_adapter(self, Path(self.adapter_path))
+            targets = adapters.check_adapter(self, self.adapter_place)
         if targets != "all-linear":
             checks.check_targets(config, targets, self.trust_remote_code)
 
@@ -123,9 +129,10 @@ class QLoRAPolicy:
         """
         import torch
 
-        self.check()
+        self.fetch()
+        self.check()  # with the weights there, their content can be compared with what an adapter names
         dtype = self.torch_dtype(torch.device(device), dtype)
-        with _default_dtype(torch.float32):  # Lightning's "true" precisions change it, and would round new adapters
+        with checks.default_dtype(torch.float32):  # else new adapters would be rounded
             return self._load(torch.device(device), dtype)
 
     def load_frozen(self, device: torch.device | str = "cpu") -> Any:
@@ -136,8 +143,9 @@ class QLoRAPolicy:
         """
         import torch
 
+        self.fetch()
         self.check()
-        with _default_dtype(torch.float32):
+        with checks.default_dtype(torch.float32):
             model = self._load_base(torch.device(device), self.torch_dtype(torch.device(device)))
             if self.adapter_path is not None:
                 model = self._load_adapter(model, trainable=False)
@@ -161,8 +169,11 @@ class QLoRAPolicy:
             )
             model = get_peft_model(base, lora)
         checks.check_quantized(model, self.quantization)
+        # an exported adapter names what it was trained on, at the commit: AutoPeftModel loads that
+        model.peft_config["default"].base_model_name_or_path = self.place.name
+        model.peft_config["default"].revision = self.place.commit
         if self.gradient_checkpointing:
-            _enable_checkpointing(base)
+            checks.enable_checkpointing(base)
         return model.train()
 
     def _load_base(self, device: torch.device, dtype: torch.dtype) -> Any:
@@ -170,29 +181,31 @@ class QLoRAPolicy:
 
         config = self._config()
         checks.turn_off_dropout(config)
+        quantization = self._quantization_config(dtype)
         with checks.as_policy_error(f"the model {self.model!r}"):
             base, info = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 config=config,
                 dtype=dtype,
                 device_map={"": device},
-                quantization_config=self._quantization_config(dtype),
+                quantization_config=None if checks.keep_quantized(config, dtype) else quantization,
                 use_safetensors=True,
                 output_loading_info=True,
                 **({} if self.attention in ("auto", "pairs") else {"attn_implementation": self.attention}),
-                **self._hub(),
+                trust_remote_code=self.trust_remote_code,
             )
         checks.check_complete(info, self.model)
         checks.keep_trainable(base)
+        base.name_or_path = base.config.name_or_path = self.place.name  # for model cards: not a folder of the cache
         return base
 
     def _load_adapter(self, base: Any, *, trainable: bool) -> Any:
         from peft import PeftModel
 
-        assert self.adapter_path is not None
+        folder = self.adapter_place.folder
         with checks.as_policy_error(f"the adapter {self.adapter_path!r}"):
-            model = PeftModel.from_pretrained(base, self.adapter_path, is_trainable=trainable)
-        checks.check_adapter_keys(model, Path(self.adapter_path))
+            model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+        adapters.check_adapter_keys(model, folder)
         return model
 
     def load_tokenizer(self) -> Any:
@@ -201,24 +214,40 @@ class QLoRAPolicy:
 
         self._config()
         # a directory that is no model is a clearer message than one without a tokenizer
-        checks.check_weights(Path(self.path))
-        adapter = self.adapter_path
-        if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(adapter, trust_remote_code=self.trust_remote_code)
+        checks.check_weights(self.place)
+        if self.adapter_path is not None:
+            adapter = self.adapter_place.folder
+            if (adapter / "tokenizer_config.json").is_file():
+                return AutoTokenizer.from_pretrained(adapter, trust_remote_code=self.trust_remote_code)
         try:
-            return AutoTokenizer.from_pretrained(self.path, **self._hub())
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError) as error:
             raise PolicyError(f"No tokenizer for {self.model!r}: {checks.first_line(error)}") from error
 
     @property
     def path(self) -> str:
-        """What transformers is given: the hub id, or an absolute directory."""
-        if self.model == QUICKSTART:
+        """What transformers is given: a directory, of a hub id that of its commit in the cache."""
+        return str(self.place.folder)
+
+    @cached_property
+    def place(self) -> hub.Place:
+        """Where the model is. A hub id is resolved once, so that all parts of a run see one commit."""
+        name = self.model
+        if name == QUICKSTART:
             from lit_dpo.quickstart import quickstart_directory
 
-            return str(quickstart_directory() / "model")
-        local = Path(self.model).expanduser()
-        return str(local.resolve()) if local.is_dir() else self.model
+            name = str(quickstart_directory() / "model")
+        return hub.locate_weights(hub.locate(name, self.revision, "policy.model"), self.revision)
+
+    @cached_property
+    def adapter_place(self) -> hub.Place:
+        """Where the adapter of `adapter_path` is, likewise."""
+        assert self.adapter_path is not None
+        return hub.locate_adapter(self.adapter_path, "policy.adapter_path")
+
+    def fetch(self) -> None:
+        """Download a hub id's weights, unless they are there; a PolicyError says why they do not come through."""
+        hub.fetch_weights(self.place)
 
     def torch_dtype(self, device: torch.device, auto: torch.dtype | None = None) -> torch.dtype:
         """The dtype of computation on `device`."""
@@ -231,63 +260,69 @@ class QLoRAPolicy:
         return auto or (torch.float32 if device.type == "cpu" else torch.bfloat16)
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint of adapters must be put back onto: the base's content (not its place) and quantisation."""
+        """What a checkpoint of adapters must be put back onto: the base's content (not its place) and quantisation.
+
+        A hub id and a copy of it in a directory have one fingerprint; two commits of a hub id differ in any case.
+        """
+        self.fetch()
+        place = self.place
         return {
             "model": self.model,
             "revision": self.revision,
-            "fingerprint": self._fingerprint(),
-            "quantization": self.quantization,
-            "double_quantization": self.quantization == "nf4" and self.double_quantization,
+            **({} if place.commit is None else {"commit": place.commit}),
+            "fingerprint": sampled_digest(place.folder),
+            **self._quantised(),
         }
 
     def content(self) -> dict[str, Any]:
-        """What decides the base's log-probs beside dtypes: every byte of it (or its commit), and quantisation.
-
-        Raises:
-            PolicyError: if a hub id has no known commit.
-        """
-        folder = Path(self.path)
-        digest = whole_digest(folder) if folder.is_dir() else self._fingerprint()
-        if digest == "commit None":
-            raise PolicyError(f"The commit of {self.model!r} is not known, so nothing can be cached for it.")
+        """What decides the base's log-probs beside dtypes: every byte of it, or a hub id's commit, and quantisation."""
+        place = self.place
         return {
-            "weights": digest,
-            "quantization": self.quantization,
-            "double_quantization": self.quantization == "nf4" and self.double_quantization,
+            "weights": whole_digest(place.folder) if place.commit is None else f"commit {place.commit}",
+            **self._quantised(),
         }
 
+    def _quantised(self) -> dict[str, Any]:
+        double = self.quantization == "nf4" and self.double_quantization
+        return {"quantization": self.quantization, "double_quantization": double}
+
     def adapter_content(self, path: str) -> str:
-        """A digest of every byte of an adapter.
+        """A digest of every byte of an adapter, in a directory or of a hub id.
 
         Raises:
-            PolicyError: if it is not a directory: a hub id may change.
+            PolicyError: if it has no safetensors.
         """
-        if not any(Path(path).glob("*.safetensors")):
+        folder = hub.locate_adapter(path, "adapter_path").folder
+        if not any(folder.glob("*.safetensors")):
             raise PolicyError(
                 f"Expected the adapter {path!r} to be a directory with *.safetensors: of anything else the content is "
                 "not known, so nothing can be cached."
             )
-        return whole_digest(Path(path))
+        return whole_digest(folder)
 
     def start(self) -> str | None:
         """A digest of the adapter that is continued; None for a fresh one."""
-        return None if self.adapter_path is None else sampled_digest(Path(self.adapter_path))
+        return None if self.adapter_path is None else sampled_digest(self.adapter_place.folder)
 
     def _config(self) -> Any:
         from transformers import AutoConfig
 
-        path = self.path
-        if not Path(path).is_dir() and (self.model.count("/") != 1 or self.model.startswith((".", "/", "~"))):
-            raise PolicyError(f"Expected `policy.model` to be a directory or a hub id, but there is no {path!r}.")
-        if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-            raise PolicyError(
-                f"Expected a model in {path} but it has no config.json; it holds {checks.listing(Path(path))}."
-            )
+        place = self.place
+        if not (place.folder / "config.json").is_file():
+            advice = ""
+            if (place.folder / "adapter_config.json").is_file():
+                advice = " That is an adapter: give it to `policy.adapter_path`, and its base to `policy.model`."
+            there = hub.listing(place)
+            raise PolicyError(f"Expected a model in {place} but it has no config.json; it holds {there}.{advice}")
         try:
-            return AutoConfig.from_pretrained(path, **self._hub())
+            return AutoConfig.from_pretrained(place.folder, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError) as error:
-            hint = "" if Path(path).is_dir() else f"; there is no directory {Path(path).absolute()} either"
-            raise PolicyError(f"No model configuration for {self.model!r}{hint}: {checks.first_line(error)}") from error
+            if "trust_remote_code" in str(error):
+                raise PolicyError(
+                    f"{self.model!r} comes with code of its own, in {place.folder}: read it, then set "
+                    "`policy.trust_remote_code` to run it."
+                ) from error
+            raise PolicyError(f"No model configuration for {self.model!r}: {checks.first_line(error)}") from error
 
     def _quantization_config(self, dtype: torch.dtype) -> Any:
         if self.quantization == "none":
@@ -305,38 +340,7 @@ class QLoRAPolicy:
             bnb_4bit_compute_dtype=dtype,
         )
 
-    def _hub(self) -> dict[str, Any]:
-        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
-
-    def _fingerprint(self) -> str:
-        """Commit of a hub id; else a digest of configuration and weights (sizes and samples of the content)."""
-        folder = Path(self.path)
-        if not folder.is_dir():
-            return f"commit {self._config()._commit_hash}"
-        return sampled_digest(folder)
-
 
 def adapter_parameters(model: Any, adapter: str = "default") -> dict[str, torch.nn.Parameter]:
     """The parameters of one of a policy's adapters by name, in the model's order; `default` is what is trained."""
     return {name: p for name, p in model.named_parameters() if "lora_" in name and f".{adapter}." in f"{name}."}
-
-
-def _enable_checkpointing(base: Any) -> None:
-    # reentrant checkpoints need inputs that require gradients, and embeddings are frozen
-    keywords = {"use_reentrant": False}
-    if hasattr(base, "activation_checkpointing_enable"):  # the name from transformers 5.20 on
-        base.activation_checkpointing_enable(keywords)
-    else:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keywords)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    import torch
-
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from lit_dpo.errors import PolicyError
+from lit_dpo.hub import Place, listing
 
 log = logging.getLogger(__name__)
 
-_LORA_FIELDS = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
 
-
-def check_weights(folder: Path) -> None:
-    """A directory has safetensors weights; a hub id is not looked at."""
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+def check_weights(place: Place) -> None:
+    """A directory has safetensors weights; of a hub id `locate_weights` has seen to it."""
+    folder = place.folder
+    if place.commit is not None or any(folder.glob("*.safetensors")):
         return
     pickled = sorted(found.name for found in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     if pickled:
@@ -28,7 +27,7 @@ def check_weights(folder: Path) -> None:
             f"Expected safetensors weights in {folder} but it has only {', '.join(pickled)}, which can run code as "
             "it loads. Convert it once: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)."
         )
-    raise PolicyError(f"Expected *.safetensors weights in {folder} but it holds {listing(folder)}.")
+    raise PolicyError(f"Expected *.safetensors weights in {place} but it holds {listing(place)}.")
 
 
 def check_causal(config: Any, model: str) -> None:
@@ -57,57 +56,53 @@ def check_bitsandbytes(quantization: str) -> None:
         raise PolicyError(f"quantization={quantization} needs bitsandbytes: pip install bitsandbytes (or use none).")
 
 
-def check_adapter(policy: Any, folder: Path) -> Any:
-    """The adapter is one that can be continued and compared with; returns the layers that it is for."""
-    adapter = check_lora(folder, "policy.adapter_path")
-    for field in fields(policy):
-        if field.name not in _LORA_FIELDS or field.default is MISSING:
-            continue
-        mine, theirs = getattr(policy, field.name), getattr(adapter, _LORA_FIELDS[field.name])
-        theirs = sorted(theirs) if isinstance(theirs, set | list) else theirs
-        mine = sorted(mine) if isinstance(mine, list) else mine
-        if mine not in (field.default, theirs):
-            raise PolicyError(
-                f"Expected `policy.{field.name}` to be left out with `adapter_path` but got {mine!r}: "
-                f"the adapter in {folder} has {theirs!r}, and continues with it."
-            )
-    return adapter.target_modules
-
-
-def check_lora(folder: Path, option: str) -> Any:
-    """The directory holds a LoRA adapter that changes nothing but its layers; returns its configuration.
-
-    Args:
-        folder: a PEFT directory, or a hub id, of which less is known.
-        option: that named it, for messages.
-    """
-    from peft import LoraConfig, PeftConfig
-
-    looks_like_path = str(folder).startswith((".", "/", "~")) or str(folder).count("/") != 1
-    if not folder.is_dir() and looks_like_path:
-        raise PolicyError(f"No adapter at `{option}` {str(folder)!r}: there is no such directory.")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if folder.is_dir() and not (folder / name).is_file():
-            raise PolicyError(f"Expected a PEFT adapter in {folder} but it has no {name}: {listing(folder)}.")
-    try:
-        adapter = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise PolicyError(f"No adapter at `{option}` {str(folder)!r}: {first_line(error)}") from error
-    if not isinstance(adapter, LoraConfig):
-        raise PolicyError(f"Expected a LoRA adapter in {folder} but it is {adapter.peft_type}.")
-    if adapter.bias != "none" or adapter.modules_to_save:
+def check_no_adapter_inside(place: Place) -> None:
+    """A model and an adapter in one folder: transformers puts them together, PEFT and we do not."""
+    if (place.folder / "adapter_config.json").is_file():
+        base = None
+        with suppress(ValueError, KeyError, TypeError):  # it only would help
+            base = json.loads((place.folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         raise PolicyError(
-            f"The adapter in {folder} also trained biases or whole modules (bias={adapter.bias!r}, "
-            f"modules_to_save={adapter.modules_to_save}), which turning adapters off does not undo. Merge it into "
-            "its base first."
+            f"Expected a model at `{place.option}` but {place} holds a model and an adapter, and it does not say which "
+            f"of them is meant. To continue the adapter, give {place.name} to `policy.adapter_path` and its base"
+            f"{f' ({base})' if base else ''} to `policy.model`; for the model alone, give a copy without "
+            "adapter_config.json."
         )
-    if adapter.init_lora_weights not in (True, False, "gaussian"):
+
+
+def check_prequantized(policy: Any, config: Any) -> None:
+    """Weights that are quantised already are so in the way that the policy says."""
+    saved = getattr(config, "quantization_config", None)
+    if not saved:
+        return
+    saved = saved if isinstance(saved, dict) else saved.to_dict()
+    if (method := str(saved.get("quant_method", "bitsandbytes"))).partition("_")[0] != "bitsandbytes":
         raise PolicyError(
-            f"The adapter in {folder} changes its base as it loads (init_lora_weights={adapter.init_lora_weights!r}), "
-            "so policy and reference would share another base. Convert it to a plain LoRA first, see PEFT's "
-            "`path_initial_model_for_weight_conversion`."
+            f"The weights of {policy.model!r} are quantised with {method}, which is neither trained on nor undone "
+            "here: name the model that they were made of in `policy.model`."
         )
-    return adapter
+    mine = (policy.quantization, policy.quantization == "nf4" and policy.double_quantization)
+    theirs = ("int8", False)
+    if saved.get("load_in_4bit"):
+        theirs = (str(saved.get("bnb_4bit_quant_type", "fp4")), bool(saved.get("bnb_4bit_use_double_quant")))
+    if mine != theirs:
+        names = ("quantization", "double_quantization")
+        said, asked = (", ".join(f"{n}={v}" for n, v in zip(names, side, strict=True)) for side in (theirs, mine))
+        raise PolicyError(
+            f"The weights of {policy.model!r} are quantised already, with {said}, but the policy says {asked}. Set "
+            "the policy to what they are, or name the model that they were made of."
+        )
+
+
+def keep_quantized(config: Any, dtype: Any) -> bool:
+    """Whether the weights are quantised already: as their configuration says, but computing in the policy's dtype."""
+    saved = getattr(config, "quantization_config", None)
+    if not saved:
+        return False
+    config.quantization_config = dict(saved if isinstance(saved, dict) else saved.to_dict())
+    if config.quantization_config.get("load_in_4bit"):
+        config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    return True
 
 
 def check_targets(config: Any, targets: Any, trust_remote_code: bool) -> None:
@@ -141,22 +136,6 @@ def check_complete(info: Any, model: str) -> None:
         raise PolicyError(
             f"The weights of {model!r} lack {len(lacking)} tensors of its architecture, to be made up "
             f"at random: {', '.join(lacking[:3])}."
-        )
-
-
-def check_adapter_keys(model: Any, folder: Path, adapter: str = "default") -> None:
-    """What a file lacks, peft fills with fresh weights and a warning."""
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    if not folder.is_dir():
-        return
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        given = set(file.keys())
-    there = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    if different := sorted(given ^ set(there)):
-        raise PolicyError(
-            f"The adapter in {folder} does not fit the model: {', '.join(different[:3])} on one side only."
         )
 
 
@@ -215,11 +194,6 @@ def _takes_adapter(module: Any) -> bool:
     return isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D)
 
 
-def listing(folder: Path) -> str:
-    """What a folder holds, for a message."""
-    return ", ".join(sorted(found.name for found in folder.iterdir())[:12]) or "nothing"
-
-
 def first_line(error: Exception) -> str:
     """What a library's error begins with."""
     return str(error).strip().split("\n")[0]
@@ -235,3 +209,26 @@ def turn_off_dropout(config: Any) -> None:
                 setattr(part, name, 0.0)
     if found:
         log.info("dropout of the base is off: %s", ", ".join(f"{name} {given}" for name, given in found.items()))
+
+
+def enable_checkpointing(base: Any) -> None:
+    """Recompute each layer in the backward pass."""
+    # reentrant checkpoints need inputs that require gradients, and embeddings are frozen
+    keywords = {"use_reentrant": False}
+    if hasattr(base, "activation_checkpointing_enable"):  # the name from transformers 5.20 on
+        base.activation_checkpointing_enable(keywords)
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keywords)
+
+
+@contextmanager
+def default_dtype(dtype: Any) -> Iterator[None]:
+    """New tensors are of this dtype, whatever Lightning's "true" precisions have set."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

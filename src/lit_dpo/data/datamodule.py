@@ -19,7 +19,8 @@ from lit_dpo.data.loader import PairDataset, PairLoader, loader_options
 from lit_dpo.data.sampler import PairSampler
 from lit_dpo.data.sources import Source, load_pairs
 from lit_dpo.data.table import PairTable, encode_table, report, warn
-from lit_dpo.errors import DataError, ResumeError
+from lit_dpo.errors import DataError, PolicyError, ResumeError
+from lit_dpo.hub import locate, split_revision
 
 _SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 _BATCH_SIZE = 8
@@ -39,7 +40,8 @@ class PreferenceDataModule(LightningDataModule):
         test: test pairs, likewise.
         predict: pairs for `predict`, likewise. None: those of `test`, or else of `val`.
         format: how a row becomes a preference: which columns, for instance.
-        tokenizer: a folder or hub id. None: the tokenizer of the module's policy.
+        tokenizer: a folder, or `organisation/name` or `organisation/name@revision` of the hub. None: the tokenizer of
+            the module's policy.
         max_length: most tokens of a prompt and one answer together. None: no limit.
         max_prompt_length: most tokens of a prompt. None: no limit of its own.
         truncation: what happens to longer pairs: `drop`, `truncate_prompt`, `truncate_response`, `truncate_both` or
@@ -293,8 +295,9 @@ class PreferenceDataModule(LightningDataModule):
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.tokenizer)
-        except (OSError, ValueError) as error:
+            folder = locate(*split_revision(self.tokenizer), "data.tokenizer").folder
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (PolicyError, OSError, ValueError) as error:
             raise DataError(f"Expected a tokenizer at `{self.tokenizer}` but it cannot be loaded: {error}") from error
 
     def _warn_of_leaks(self) -> None:

@@ -7,11 +7,13 @@ import difflib
 import glob
 import gzip
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from lit_dpo.errors import DataError
+from lit_dpo.hub import ABSENT, GATED, explain, split_revision
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,7 +52,8 @@ def load_pairs(source: Source, columns: Sequence[str], *, stage: str = "train") 
     Args:
         source: one of
             a `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or `.parquet` file, a pattern (`data/*.jsonl`), or a list of them;
-            `organisation/name:split`, a data set of the Hugging Face hub (or a folder that `datasets` can load);
+            `organisation/name:split`, a data set of the Hugging Face hub (or a folder that `datasets` can load), in
+            full `organisation/name@revision:configuration:split`, where the revision is a branch, tag or commit;
             `lit-dpo/quickstart`, the built-in data;
             a `datasets.Dataset`.
         columns: the columns that are needed; others are left out.
@@ -58,7 +61,8 @@ def load_pairs(source: Source, columns: Sequence[str], *, stage: str = "train") 
 
     Raises:
         DataError: for a file that does not exist, is empty or cannot be parsed (with the line), a column that is not
-            there (with those that are), a split that has to be chosen (with those there are).
+            there (with those that are), a configuration or split that has to be chosen or does not exist (with those
+            there are), a data set that does not exist or may not be read (with what to do).
     """
     if not isinstance(source, str) and hasattr(source, "column_names"):
         return [_checked(PairSource("the `datasets.Dataset` given", source), columns)]
@@ -111,7 +115,7 @@ def _similar(path: Path) -> str:
 
 
 def _load_file(path: Path) -> Dataset:
-    from datasets import load_dataset
+    from datasets import Dataset
 
     suffix = _suffix(path)
     if suffix is None:
@@ -121,7 +125,9 @@ def _load_file(path: Path) -> Dataset:
         raise DataError(f"`{path}` is empty.")
     options = _csv_options(path) if suffix == ".csv" else {}
     try:
-        rows = load_dataset(_LOADERS[suffix], data_files=glob.escape(str(path)), split="train", **options)
+        # not `load_dataset`, which tells the hub of every local file
+        read = {"json": Dataset.from_json, "csv": Dataset.from_csv, "parquet": Dataset.from_parquet}[_LOADERS[suffix]]
+        rows = read(glob.escape(str(path)), **options)
     except Exception as error:  # `datasets` wraps whatever its readers raise, and leaks StopIteration for empty files
         raise DataError(f"`{path}` cannot be read: {_diagnosis(path, suffix, error)}") from error
     if len(rows) == 0:
@@ -191,21 +197,83 @@ def _open(path: Path) -> Any:
 # --- hub and folders -------------------------------------------------------------------------------------------------
 
 
-def _load_named(name: str) -> PairSource:
-    """A hub data set or a folder: `id:split`."""
-    from datasets import get_dataset_split_names, load_dataset
+class _Named(NamedTuple):
+    """A hub data set or a folder: `path@revision:configuration:split`, of which only the path has to be there."""
 
-    path, _, split = name.partition(":")
-    _refuse_paths(name, path)
+    path: str
+    revision: str | None
+    configuration: str | None
+    split: str | None
+
+    def __str__(self) -> str:
+        at = f"@{self.revision}" if self.revision else ""
+        return ":".join([self.path + at, *filter(None, (self.configuration, self.split))])
+
+
+def _parse(name: str) -> _Named:
+    """A part of a split, `train[:100]`, has a colon of its own."""
+    place, _, rest = name.partition(":")
+    path, revision = split_revision(place)
+    parts = re.fullmatch(r"(?:([^:\[\]]+):)?(.*)", rest)
+    configuration, split = parts.groups() if parts else (None, rest)
+    return _Named(path, revision, configuration, split or None)
+
+
+def _load_named(name: str) -> PairSource:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    named = _parse(name)
+    _refuse_paths(name, named.path)
     try:
-        splits = [split] if split else get_dataset_split_names(path)
-        if len(splits) == 1:
-            return PairSource(f"{path}:{splits[0]}", load_dataset(path, split=splits[0]))
+        named = _completed(named)
+        rows = load_dataset(named.path, named.configuration, split=named.split, revision=named.revision)
+    except DataError:
+        raise
     except Exception as error:  # hub, network and builder errors have no common base
+        what = explain(error, named.path, named.revision, "dataset")
+        if what is None and isinstance(error, DatasetNotFoundError):  # raised without its cause
+            what = GATED if "gated" in str(error) else ABSENT
         raise DataError(
-            f"`{name}` cannot be loaded: no local file with a known suffix, and `datasets` says: {error}"
+            f"`{name}`: {named.path} {what}"
+            if what
+            else f"`{name}` cannot be loaded: no local file with a known suffix, and `datasets` says: {error}"
         ) from error
-    raise DataError(f"Expected a split, such as `{path}:{splits[0]}`; `{path}` has {', '.join(splits)}.")
+    return PairSource(str(named), rows)
+
+
+def _completed(named: _Named) -> _Named:
+    """With the configuration and the split, if there is only one; from the cache where the hub may not be asked.
+
+    Raises:
+        DataError: for one that has to be chosen, or does not exist, with those there are.
+    """
+    from datasets import config, get_dataset_config_names, get_dataset_split_names
+
+    if config.HF_HUB_OFFLINE and named.split and not Path(named.path).is_dir():
+        return named  # `datasets` finds what it has loaded before, and lists nothing
+    configurations = get_dataset_config_names(named.path, revision=named.revision)
+    if named.configuration is None and "default" not in configurations and len(configurations) > 1:
+        # the one name that was given may be the configuration
+        given = (named.split, "train") if named.split in configurations else (configurations[0], named.split or "train")
+        example = named._replace(configuration=given[0], split=given[1])
+        raise DataError(
+            f"Expected a configuration, such as `{example}`; `{named.path}` has {', '.join(configurations)}."
+        )
+    if named.configuration not in (None, *configurations):
+        raise DataError(
+            f"`{named.path}` has no configuration `{named.configuration}`; it has {', '.join(configurations)}."
+        )
+    if named.split is not None and not re.fullmatch(r"\w+", named.split):
+        return named  # an expression
+    splits = get_dataset_split_names(named.path, named.configuration, revision=named.revision)
+    if named.split is None and len(splits) > 1:
+        raise DataError(
+            f"Expected a split, such as `{named._replace(split=splits[0])}`; `{named.path}` has {', '.join(splits)}."
+        )
+    if named.split not in (None, *splits):
+        raise DataError(f"`{named.path}` has no split `{named.split}`; it has {', '.join(splits)}.")
+    return named._replace(split=named.split or splits[0])
 
 
 def _refuse_paths(name: str, path: str) -> None:

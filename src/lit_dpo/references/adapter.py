@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from lit_dpo.adapter_checks import check_adapter_keys, check_base, check_lora
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError
 from lit_dpo.fingerprints import sampled_digest
-from lit_dpo.policy_checks import check_adapter_keys, check_lora
+from lit_dpo.hub import Place, locate_adapter
 from lit_dpo.references.base import Reference
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class AdapterReference(Reference):
     """A frozen copy of a trained adapter on the policy's base. Costs one adapter of memory.
 
     Args:
-        path: a PEFT directory; by default `policy.adapter_path`, where the policy starts.
+        path: a PEFT directory, or `organisation/name` or `organisation/name@revision` of the hub; by default
+            `policy.adapter_path`, where the policy starts.
 
     Raises:
         PolicyError: on attaching, if there is neither.
@@ -62,17 +64,19 @@ class AdapterReference(Reference):
 
     def check(self, policy: QLoRAPolicy) -> None:
         """There is an adapter."""
-        check_lora(Path(self._path(policy)), "reference.path")
+        place = self._place(policy)
+        check_base(policy, check_lora(place), place)
 
     def attach(self, model: Any, policy: QLoRAPolicy) -> None:
         """Load the copy."""
-        path = self._path(policy)
+        place = self._place(policy)
+        check_base(policy, check_lora(place), place)
         training = model.training
         try:
-            model.load_adapter(path, adapter_name=NAME, is_trainable=False)
+            model.load_adapter(place.folder, adapter_name=NAME, is_trainable=False)
         except (OSError, ValueError, RuntimeError) as error:
-            raise PolicyError(f"No adapter for the reference at {path!r}: {error}") from error
-        check_adapter_keys(model, Path(path), NAME)
+            raise PolicyError(f"No adapter for the reference at {place}: {error}") from error
+        check_adapter_keys(model, place.folder, NAME)
         freeze_second_adapter(model, training)
 
     @contextmanager
@@ -83,20 +87,26 @@ class AdapterReference(Reference):
 
     def content(self, policy: QLoRAPolicy) -> dict[str, Any]:
         """Of the adapter."""
-        return {"adapter": sampled_digest(Path(self._path(policy)))}
+        return {"adapter": sampled_digest(self._place(policy).folder)}
 
     def identity(self, policy: QLoRAPolicy) -> dict[str, Any]:
         """The base's content and quantisation, and the adapter's content."""
-        return {"base": policy.content(), "adapter": policy.adapter_content(self._path(policy))}
+        return {"base": policy.content(), "adapter": policy.adapter_content(str(self._place(policy).folder))}
 
-    def _path(self, policy: QLoRAPolicy) -> str:
-        path = self.path or policy.adapter_path
-        if path is None:
-            raise PolicyError(
-                "Expected `reference.path` or `policy.adapter_path` with AdapterReference but got neither. A policy "
-                "with a fresh adapter is compared with its base: BaseReference."
-            )
-        return path
+    def _place(self, policy: QLoRAPolicy) -> Place:
+        if self.path is not None:
+            return self._own_place
+        if policy.adapter_path is not None:
+            return policy.adapter_place
+        raise PolicyError(
+            "Expected `reference.path` or `policy.adapter_path` with AdapterReference but got neither. A policy "
+            "with a fresh adapter is compared with its base: BaseReference."
+        )
+
+    @cached_property
+    def _own_place(self) -> Place:
+        """Resolved once, so that a hub id stays at one commit."""
+        return locate_adapter(str(self.path), "reference.path")
 
 
 @dataclass(frozen=True)

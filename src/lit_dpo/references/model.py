@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from lit_dpo.errors import PolicyError
@@ -25,7 +26,8 @@ class ModelReference(Reference):
         revision: branch, tag or commit of a hub id.
         quantization: `nf4`, `int8` or `none`, whatever the policy's is.
         double_quantization: as in the policy.
-        adapter_path: a trained LoRA adapter on it.
+        adapter_path: a trained LoRA adapter on it, as in the policy.
+        adapter_base: as in the policy.
         dtype: as in the policy.
         attention: as in the policy.
         trust_remote_code: run code that comes with the model.
@@ -39,13 +41,14 @@ class ModelReference(Reference):
     quantization: Literal["nf4", "int8", "none"] = "nf4"
     double_quantization: bool = True
     adapter_path: str | None = None
+    adapter_base: Literal["same", "any"] = "same"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: str = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields as the policy's are."""
-        self._loader()
+        assert self._loader is not None
 
     @property
     def starts_at_policy(self) -> bool:
@@ -54,11 +57,9 @@ class ModelReference(Reference):
 
     def check(self, policy: QLoRAPolicy) -> None:
         """It can be loaded, and reads the same tokens."""
-        mine = self._loader()
-        try:
+        mine = self._loader
+        with _as_reference():
             mine.check()
-        except PolicyError as error:
-            raise PolicyError(str(error).replace("`policy.", "`reference.")) from None
         ours, theirs = policy.load_tokenizer().get_vocab(), mine.load_tokenizer().get_vocab()
         if different := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
             raise PolicyError(
@@ -69,7 +70,8 @@ class ModelReference(Reference):
     def attach(self, model: Any, policy: QLoRAPolicy) -> None:
         """Load it where the policy is."""
         device = next(model.parameters()).device
-        found = self._loader().load_frozen(device)
+        with _as_reference():
+            found = self._loader.load_frozen(device)
         choose_layout(found, self.attention)
         keep(model, "reference", found)
 
@@ -83,23 +85,37 @@ class ModelReference(Reference):
 
     def content(self, policy: QLoRAPolicy) -> dict[str, Any]:
         """Of the model and its adapter."""
-        mine = self._loader()
-        return {"model": mine.identity()["fingerprint"], "adapter": mine.start()}
+        mine = self._loader
+        base = mine.identity()
+        commit = {"commit": base["commit"]} if "commit" in base else {}
+        return {"model": base["fingerprint"], **commit, "adapter": mine.start()}
 
     def identity(self, policy: QLoRAPolicy) -> dict[str, Any]:
         """Its content, quantisation and dtype, and its adapter's content."""
-        mine = self._loader()
-        adapter = None if self.adapter_path is None else mine.adapter_content(self.adapter_path)
+        mine = self._loader
+        adapter = None if self.adapter_path is None else mine.adapter_content(str(mine.adapter_place.folder))
         return {"base": mine.content(), "dtype": self.dtype, "adapter": adapter}
 
+    @cached_property
     def _loader(self) -> QLoRAPolicy:
+        """One, so that a hub id stays at one commit."""
         return QLoRAPolicy(
             self.model,
             revision=self.revision,
             quantization=self.quantization,
             double_quantization=self.double_quantization,
             adapter_path=self.adapter_path,
+            adapter_base=self.adapter_base,
             dtype=self.dtype,
             attention=self.attention,
             trust_remote_code=self.trust_remote_code,
         )
+
+
+@contextmanager
+def _as_reference() -> Iterator[None]:
+    """What a policy says of its own options, these have."""
+    try:
+        yield
+    except PolicyError as error:
+        raise PolicyError(str(error).replace("`policy.", "`reference.")) from None

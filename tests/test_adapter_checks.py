@@ -1,0 +1,153 @@
+"""An adapter goes onto the base that it was trained on, wherever that lies, and onto another only if that is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import tiny
+from lit_dpo import AdapterReference, ModelReference
+from lit_dpo.adapter_checks import _say
+from lit_dpo.errors import PolicyError
+from lit_dpo.policy import QLoRAPolicy
+from training import data, module, trainer
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two models of the same shapes."""
+    root = tmp_path_factory.mktemp("models")
+    return tiny.directory(root / "mine"), tiny.directory(root / "other", seed=1)
+
+
+@pytest.fixture(scope="module")
+def adapter(folders):
+    """Trained on the first; it names that directory."""
+    model = tiny.lora(AutoModelForCausalLM.from_pretrained(folders[0]), seed=3)
+    model.save_pretrained(folders[0].parent / "adapter")
+    return folders[0].parent / "adapter"
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Reading weights fails the test."""
+
+    def fail(*_, **__):
+        pytest.fail("weights were read")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+
+
+def _renamed(adapter, to, **changes):
+    shutil.copytree(adapter, to)
+    path = to / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return to
+
+
+def _lines(policy):
+    _say.cache_clear()
+    with tiny.records("lit_dpo.adapter_checks") as lines:
+        policy.check()
+        policy.check()
+    return [line.getMessage() for line in lines]
+
+
+def test_an_adapter_goes_onto_its_base_and_onto_a_copy_of_it(folders, adapter, tmp_path):
+    shutil.copytree(folders[0], tmp_path / "copy")
+    for folder in (folders[0], tmp_path / "copy"):
+        assert _lines(QLoRAPolicy(str(folder), adapter_path=str(adapter))) == []
+
+
+@pytest.mark.parametrize("attribute", ["check", "load", "load_frozen"])
+def test_an_adapter_of_another_base_is_refused_before_weights_load(folders, adapter, no_weights, attribute):
+    policy = QLoRAPolicy(str(folders[1]), adapter_path=str(adapter))
+    with pytest.raises(
+        PolicyError, match=r"another base: .*/mine; the policy is .*/other.*`policy.adapter_base` to any"
+    ):
+        getattr(policy, attribute)()
+
+
+def test_it_is_taken_if_that_is_said(folders, adapter):
+    policy = QLoRAPolicy(str(folders[1]), quantization="none", adapter_path=str(adapter), adapter_base="any")
+    config = policy.load().peft_config["default"]
+    assert config.base_model_name_or_path == str(folders[1]), "what it is exported as from here"
+
+
+def test_a_references_adapter_is_held_to_the_same(folders, adapter, no_weights):
+    reference = AdapterReference(str(adapter))
+    reference.check(QLoRAPolicy(str(folders[0])))
+    with pytest.raises(PolicyError, match=r"`reference.path`.*another base"):
+        reference.check(QLoRAPolicy(str(folders[1])))
+    reference.check(QLoRAPolicy(str(folders[1]), adapter_base="any"))
+
+
+def test_a_model_references_adapter_is_held_to_its_model(folders, adapter, no_weights):
+    policy = QLoRAPolicy(str(folders[1]))
+    ModelReference(str(folders[0]), adapter_path=str(adapter)).check(policy)
+    with pytest.raises(PolicyError, match=r"`reference.adapter_path`.*another base.*`reference.adapter_base` to any"):
+        ModelReference(str(folders[1]), adapter_path=str(adapter)).check(policy)
+    ModelReference(str(folders[1]), adapter_path=str(adapter), adapter_base="any").check(policy)
+
+
+@pytest.mark.parametrize(
+    ("base", "said"), [("/gone/model", "/gone/model"), (None, "does not name"), ("gone/model", "cannot be compared")]
+)
+def test_a_base_that_is_nowhere_is_said_once_and_training_goes_on(folders, adapter, tmp_path, base, said):
+    found = _renamed(adapter, tmp_path / "adapter", base_model_name_or_path=base)
+    (line,) = _lines(QLoRAPolicy(str(folders[1]), adapter_path=str(found)))
+    assert said in line
+    assert str(found) in line
+
+
+def test_an_adapter_that_was_exported_names_the_base_it_was_trained_on(tiny_model, pairs_file, tmp_path):
+    """Also where it continued an adapter whose base lay elsewhere, and is loaded right."""
+    shutil.copytree(tiny_model, tmp_path / "moved")
+    runs = [(tiny_model, {}), (tmp_path / "moved", {"adapter_path": str(tmp_path / "0" / "adapter")})]
+    for number, (folder, options) in enumerate(runs):
+        dpo = module(folder, policy={"r": 16, **options})
+        trainer(tmp_path / str(number), max_steps=1).fit(dpo, data(pairs_file))
+        exported = tmp_path / str(number) / "adapter"
+        assert json.loads((exported / "adapter_config.json").read_text())["base_model_name_or_path"] == str(folder)
+
+
+def test_a_model_and_an_adapter_in_one_folder_are_refused_with_both_remedies(folders, adapter, tmp_path, no_weights):
+    both = tmp_path / "both"
+    shutil.copytree(folders[0], both)
+    shutil.copytree(adapter, both, dirs_exist_ok=True)
+    with pytest.raises(
+        PolicyError, match=f"a model and an adapter.*{both} to `policy.adapter_path`.*{folders[0]}"
+    ) as error:
+        QLoRAPolicy(str(both)).check()
+    assert "a copy without adapter_config.json" in str(error.value)
+    QLoRAPolicy(str(folders[0]), adapter_path=str(both)).check()
+    with pytest.raises(PolicyError, match="a model and an adapter"):
+        ModelReference(str(both)).check(QLoRAPolicy(str(folders[0])))
+
+
+def test_an_adapter_given_as_the_model_is_told_where_it_belongs(adapter):
+    with pytest.raises(PolicyError, match=r"has no config.json.*That is an adapter: give it to `policy.adapter_path`"):
+        QLoRAPolicy(str(adapter)).check()
+
+
+def test_a_revision_of_a_directory_is_refused(folders):
+    with pytest.raises(PolicyError, match="no effect on a directory: leave 'v1' out"):
+        QLoRAPolicy(str(folders[0]), revision="v1").check()
+
+
+def test_logits_of_the_same_adapter_differ_between_the_two_bases(folders, adapter):
+    """So that what is refused above would have shown."""
+    from peft import PeftModel
+
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        one, other = (
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter)(ids).logits
+            for folder in folders
+        )
+    assert (one - other).abs().max() > 1
