@@ -275,9 +275,9 @@ def test_gradient_checkpointing_changes_no_number(name, monkeypatch):
 
             monkeypatch.setattr(checkpointing, "checkpoint", counted)
             monkeypatch.setattr(transformers.modeling_utils, "checkpoint", counted, raising=False)
-            from lit_dpo.policy import _enable_checkpointing
+            from lit_dpo.policy_checks import enable_checkpointing
 
-            _enable_checkpointing(model.get_base_model())
+            enable_checkpointing(model.get_base_model())
         chosen, rejected = pair_logps(model, batch)
         totals = torch.cat([chosen.total, rejected.total])
         tiny.weighted(totals).backward()
