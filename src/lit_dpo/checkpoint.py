@@ -337,8 +337,8 @@ def _is_adapter(directory: Path) -> bool:
 def save_adapter(model: Any, tokenizer: Any, directory: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
     """A PEFT directory with the tokenizer, whole or not at all.
 
-    `AutoPeftModelForCausalLM.from_pretrained(directory)` and `pipeline("text-generation", model=directory)` load it, the
-    former onto the commit of the base that it was trained on, the latter onto the main branch unless given `revision=`.
+    `AutoPeftModelForCausalLM.from_pretrained(directory)` and `pipeline("text-generation", model=directory)` load it.
+    The former loads the commit of the base that it was trained on, the latter the main branch unless given `revision=`.
 
     Args:
         model: the policy.

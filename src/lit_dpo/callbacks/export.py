@@ -13,8 +13,8 @@ from lit_dpo.checkpoint import check_writable, save_adapter
 class AdapterExport(pl.Callback):
     """Writes the policy as a PEFT directory with its tokenizer at the end of `fit`.
 
-    `AutoPeftModelForCausalLM.from_pretrained(directory)` and `pipeline("text-generation", model=directory)` load it, the
-    former onto the commit of the base that it was trained on, the latter onto the main branch unless given `revision=`.
+    `AutoPeftModelForCausalLM.from_pretrained(directory)` and `pipeline("text-generation", model=directory)` load it.
+    The former loads the commit of the base that it was trained on, the latter the main branch unless given `revision=`.
 
     Args:
         directory: where the last one goes; `adapter/` in the run's directory by default.
