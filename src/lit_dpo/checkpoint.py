@@ -125,9 +125,13 @@ def _of_training(name: str) -> bool:
     return name == "loss_state" or ".reference." in f"{name}."
 
 
-def random_states(world_size: int) -> list[dict[str, Any]]:
-    """The random state of every rank, so that dropout masks continue too. All ranks ask together."""
-    mine = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+def random_state() -> dict[str, Any]:
+    """Of one rank, so that dropout masks continue too."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def gather(mine: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
+    """Of every rank; all of them ask together."""
     if world_size == 1:
         return [mine]
     gathered: list[Any] = [None] * world_size

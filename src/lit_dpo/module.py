@@ -27,6 +27,7 @@ from lit_dpo.logps.records import PairLogps, SequenceLogps
 from lit_dpo.logps.score import choose_layout, pair_logps, pair_logps_with_kl
 from lit_dpo.losses import DPOLoss, PreferenceLoss
 from lit_dpo.policy import QLoRAPolicy
+from lit_dpo.position import Standing
 from lit_dpo.references import Reference
 from lit_dpo.requirements import check_run, resolve_reference
 from lit_dpo.rows import RowModule
@@ -98,6 +99,8 @@ class DPOModule(RowModule):
         self.test_metrics = self.configure_metrics().clone(prefix="test/")
         self.eval_sets = torch.nn.ModuleDict()  # metrics of each validation or test set, where there are several
         self.window = Window()
+        self.unlogged = False  # whether the training metrics have counted something since the last row
+        self.standing: Standing | None = None  # after the last step
         self.checked = False  # until `prepare_data` has looked at this run
 
     # ---- what subclasses override ----
@@ -206,6 +209,7 @@ class DPOModule(RowModule):
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """A batch's mean loss, as `Trainer` divides it by `accumulate_grad_batches`; see `Window` for its gradient."""
         total = self._step(batch, self.train_metrics, training=True)
+        self.unlogged = True
         parameters = [p for p in self.parameters() if p.requires_grad]
         return self.window.loss(total, batch.size, batch_idx, self.trainer, parameters)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import MetricCollection
 
 from lit_dpo.checkpoint import configuration, flatten
+from lit_dpo.position import remeasure, standing
 
 _SHOWN = ("loss", "reward_accuracy", "reward_margin")
 
@@ -25,6 +27,7 @@ class OptimizerSteps(pl.Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Forget what an interrupted run, or a validation before this one, left half-counted."""
         pl_module.window.reset()
+        pl_module.standing, pl_module.unlogged = None, False
         for measured in (pl_module.train_metrics, pl_module.val_metrics, pl_module.test_metrics):
             measured.reset()
         self._first = self._last = trainer.global_step
@@ -38,6 +41,9 @@ class OptimizerSteps(pl.Callback):
         """Train in training mode, whoever has evaluated before: else dropout and checkpointing would be off."""
         if not pl_module.model.training:
             pl_module.model.train()
+        if pl_module.standing is None:
+            pl_module.standing = standing(trainer, pl_module, {})
+        pl_module.standing.inside = True
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Follow and log, unless the step goes on with another batch."""
@@ -47,14 +53,25 @@ class OptimizerSteps(pl.Callback):
         pl_module.fresh = False
         if pl_module.reference.moves:
             pl_module.reference.update(pl_module.model, trainer.global_step)
-        _log(pl_module, pl_module.train_metrics)
-        if trainer.should_stop or (trainer.log_every_n_steps and self._last % trainer.log_every_n_steps == 0):
-            pl_module.train_metrics.reset()  # Lightning writes a row now
+        row = {}
+        if pl_module.unlogged:
+            values = _log(pl_module, pl_module.train_metrics)
+            if trainer.should_stop or (trainer.log_every_n_steps and self._last % trainer.log_every_n_steps == 0):
+                row = {name: float(value) for name, value in values.items()} | {"epoch": trainer.current_epoch}
+                _reset(pl_module)  # Lightning writes the row now
+        pl_module.standing = standing(trainer, pl_module, row)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the steps since the last row, so that short epochs, and tails, are seen too."""
-        _log(pl_module, pl_module.train_metrics, on_step=False, on_epoch=True)
-        pl_module.train_metrics.reset()
+        there = pl_module.standing
+        if not trainer.is_last_batch and there is not None and there.inside:  # batches of a step that was not made
+            remeasure(pl_module.train_metrics, there.measured)
+            pl_module.unlogged = bool(there.measured)
+        if pl_module.unlogged:
+            _log(pl_module, pl_module.train_metrics, on_step=False, on_epoch=True)
+        if trainer.is_last_batch:  # an epoch that was stopped may go on, with the row that it had begun
+            _reset(pl_module)
+            pl_module.standing = standing(trainer, pl_module, {})
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Of several validation sets, log all pairs together too."""
@@ -80,15 +97,23 @@ class OptimizerSteps(pl.Callback):
         rank_zero_info(f"{self._last - self._first} steps in {took}" + (f": {measured}" if measured else ""))
 
 
-def _log(pl_module: Any, measured: MetricCollection, **when: Any) -> None:
-    """Log what was measured, if anything was: a `training_step` of one's own may measure something else."""
-    if not pl_module.trainer.barebones and all(metric.update_called for metric in measured.values()):
-        shown = f"{measured.prefix}reward_accuracy"
-        for name, value in measured.compute().items():
-            pl_module.log(name, value, prog_bar=name == shown, **when)
+def _log(pl_module: Any, measured: MetricCollection, **when: Any) -> dict[str, Any]:
+    if pl_module.trainer.barebones:
+        return {}
+    with warnings.catch_warnings():  # what a checkpoint brought was no `update`
+        warnings.filterwarnings("ignore", message=".*was called before the ``update`` method.*")
+        values: dict[str, Any] = measured.compute()
+    for name, value in values.items():
+        pl_module.log(name, value, prog_bar=name == f"{measured.prefix}reward_accuracy", **when)
+    return values
+
+
+def _reset(pl_module: Any) -> None:
+    pl_module.train_metrics.reset()
+    pl_module.unlogged = False
 
 
 def _log_together(pl_module: Any, measured: MetricCollection, batches: list[Any]) -> None:
-    if len(batches) > 1:
+    if len(batches) > 1 and all(metric.update_called for metric in measured.values()):
         _log(pl_module, measured)
         measured.reset()

@@ -172,7 +172,11 @@ class PreferenceDataModule(LightningDataModule):
         return {"epoch": epoch, "batches": batches, **self._order_facts(table)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continue training there; evaluation does not care."""
+        """Continue training there; evaluation does not care.
+
+        `ExactResume` adds what Lightning's loops do not tell: that it stands `between` two epochs, or that one is
+        `finished` but for its end.
+        """
         if self.trainer is None or self.trainer.state.fn == "fit":
             self._resume = state_dict
 
@@ -340,7 +344,11 @@ class PreferenceDataModule(LightningDataModule):
             return self.trainer.fit_loop.epoch_progress.current.processed, 0  # type: ignore[attr-defined]
         if not self.trainer.fit_loop.restarting:  # Lightning starts an epoch, even if the last one was cut short
             return state["epoch"] + (state["batches"] > 0), 0
-        self._check_resume(state, table)
+        if state.get("finished"):  # what is left of its epoch is validation, whatever its batches were
+            assert self._train_loader is not None
+            return state["epoch"], len(self._train_loader)
+        if not state.get("between"):
+            self._check_resume(state, table)
         return state["epoch"], state["batches"]
 
     def _order_facts(self, table: PairTable) -> dict[str, int | None]:

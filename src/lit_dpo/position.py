@@ -1,0 +1,101 @@
+"""Where a run stands: the last optimizer step that was made, and how Lightning's loops go on from there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from lit_dpo.checkpoint import random_state
+
+
+@dataclass
+class Standing:
+    """How things stood after the last optimizer step: what a run that goes on from it needs beside weights.
+
+    Attributes:
+        step: how many were made.
+        random: this rank's random state.
+        loss_state: what the loss remembers.
+        measured: what the training metrics have counted since the last logged row.
+        row: the row that the step wrote, if it did.
+        inside: whether a batch of the next step has begun.
+    """
+
+    step: int
+    random: dict[str, Any]
+    loss_state: Tensor | None
+    measured: dict[str, dict[str, Any]]
+    row: dict[str, float]
+    inside: bool = False
+
+
+def standing(trainer: Any, module: Any, row: dict[str, float]) -> Standing:
+    """How things stand now."""
+    state = None if module.loss_state is None else module.loss_state.clone()
+    counted = measured(module.train_metrics) if module.unlogged else {}
+    return Standing(trainer.global_step, random_state(), state, counted, row)
+
+
+def rewind(loops: dict[str, Any], epoch: int, batches: int, of: int, *, validated: bool) -> None:
+    """Let a run go on inside its epoch, after the batches of the last optimizer step that was made.
+
+    Lightning takes an epoch that was stopped for a finished one, and starts the next; and what it accumulated towards a
+    step is lost with the gradients.
+
+    Args:
+        loops: of a checkpoint; changed.
+        epoch: of the data, from 0.
+        batches: of it that went into optimizer steps.
+        of: batches of an epoch; 0 if that is not known.
+        validated: whether the validation that is due after that batch, if one is, has been made.
+    """
+    fit = loops["fit_loop"]
+    epochs, done = fit["epoch_progress"], fit["epoch_loop.batch_progress"]
+    if batches == 0 and epochs["current"]["ready"] <= epoch:
+        return  # the epoch before is finished, and this one was not begun
+    begun = int(batches > 0)
+    last = batches > 0 and batches == of
+    ahead = done["current"]["ready"] - batches
+    for part, count in (("total", done["total"]["ready"] - ahead), ("current", batches)):
+        # as it is written after a training batch, if validation shall not begin again, or after a validation
+        done[part] = dict.fromkeys(done[part], count)
+        done[part]["completed"] -= int(begun and validated and not last)
+        epochs[part] = {"ready": epoch + begun, "started": epoch + begun, "processed": epoch, "completed": epoch}
+    done["is_last_batch"] = last
+    step = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    fit["epoch_loop.state_dict"]["_batches_that_stepped"] = step["total"]["completed"] - 1
+    validation = fit["epoch_loop.val_loop.batch_progress"]
+    count = validation["total"]["completed"]
+    begun = int(
+        begun and not validated
+    )  # as if it had been interrupted in its first batch: then Lightning begins it again
+    for part, completed in (("total", count), ("current", 0)):
+        validation[part] = {
+            "ready": completed + begun,
+            "started": completed + begun,
+            "processed": completed,
+            "completed": completed,
+        }
+    validation["is_last_batch"] = False
+
+
+def measured(metrics: MetricCollection) -> dict[str, dict[str, Any]]:
+    """What the metrics have counted, in tensors and lists of them."""
+    return {name: {key: _copy(state) for key, state in metric.metric_state.items()} for name, metric in metrics.items()}
+
+
+def remeasure(metrics: MetricCollection, states: dict[str, dict[str, Any]]) -> None:
+    """Go on counting from there."""
+    for name, metric in metrics.items():
+        for key, state in states.get(name, {}).items():
+            setattr(metric, key, _copy(state, metric.device))
+
+
+def _copy(state: Tensor | list[Tensor], device: torch.device | None = None) -> Any:
+    if isinstance(state, list):
+        return [_copy(one, device) for one in state]
+    return state.detach().clone().to(device or state.device)
