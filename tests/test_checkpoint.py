@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import shutil
 from pathlib import Path
 
@@ -9,8 +11,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_dpo import CDPOLoss, DPOLoss, DPOModule, IPOLoss
-from lit_dpo.callbacks import AdapterExport
+import tiny
+from lit_dpo import CDPOLoss, DPOLoss, DPOModule, IPOLoss, QLoRAPolicy
+from lit_dpo.callbacks import AdapterExport, ExactResume
 from lit_dpo.data.batch import EncodedPair, collate_pairs
 from lit_dpo.errors import ResumeError, TrainingError
 from lit_dpo.logps.score import pair_logps
@@ -216,3 +219,180 @@ def test_starting_again_from_the_adapter_is_a_new_run(straight, tiny_model, pair
     assert type(dpo.reference).__name__ == "AdapterReference"
     assert all(torch.isfinite(p).all() for p in weights.values())
     assert Path(tmp_path / "adapter").is_dir()
+
+
+# ---- what a run that goes on must agree in ----
+
+
+def _lines(pairs_file, change):
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    return "".join(json.dumps(change(row)) + "\n" for row in rows)
+
+
+class Charged(DPOModule):
+    def __init__(self, *args, charge: float = 0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.charge = charge
+
+
+def _run(model, pairs_file, root, *, kind=DPOModule, ckpt_path=None, source=None, policy=None, lr=1e-2,
+         optimizer=torch.optim.AdamW, changes=None, extra=None, **kwargs):  # fmt: skip
+    """An epoch of six steps, a checkpoint at every one, with a schedule."""
+    callbacks = [ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)]
+    callbacks += [] if changes is None else [ExactResume(changes=changes)]
+    run = trainer(root, callbacks=callbacks, enable_checkpointing=True, **kwargs)
+    torch.manual_seed(0)
+    given = {"quantization": "none", "r": 4, **(policy or {})}
+    dpo = kind(QLoRAPolicy(str(model), **given), optimizer=functools.partial(optimizer, lr=lr), **(extra or {}))
+    run.fit(dpo, source or data(pairs_file), ckpt_path=ckpt_path)
+    return run, dpo
+
+
+@pytest.fixture(scope="module")
+def begun(tiny_model, pairs_file, tmp_path_factory):
+    root = tmp_path_factory.mktemp("begun")
+    _run(tiny_model, pairs_file, root, extra={"warmup_ratio": 0.5})
+    return root / "step=3.ckpt"
+
+
+CHANGES = {
+    "more epochs": ({"max_epochs": 2}, r"schedule had 6 steps but has 12 now"),
+    "more steps": ({"max_epochs": -1, "max_steps": 9}, r"schedule had 6 steps but has 9 now"),
+    "another schedule": (
+        {"extra": {"lr_scheduler": "cosine", "warmup_ratio": 0.5}},
+        r"training.lr_scheduler: 'linear'",
+    ),
+    "a warm-up": ({"extra": {"warmup_ratio": 0.2}}, r"training.warmup_ratio: 0.5 in the checkpoint, 0.2 now"),
+    "accumulation": ({"accumulate_grad_batches": 2}, r"training.accumulate_grad_batches: 1 in the checkpoint, 2 now"),
+    "fewer batches": ({"limit_train_batches": 5}, r"training.limit_train_batches: 1.0 in the checkpoint, 5 now"),
+    "clipping": ({"gradient_clip_val": 1.0}, r"training.gradient_clip_val: None in the checkpoint, 1.0 now"),
+    "another clipping": (
+        {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
+        r"training.gradient_clip_algorithm: None in the checkpoint, 'value' now",
+    ),
+    "precision": ({"precision": "bf16-mixed"}, r"training.precision: '32-true' in the checkpoint, 'bf16-mixed' now"),
+    "another optimizer": ({"optimizer": torch.optim.RAdam}, r"trained with torch.optim.adamw.AdamW but .*RAdam"),
+    "another rate": ({"lr": 1e-3}, r"trained with lr=0.01 but the configuration says 0.001"),
+    "a subclass": ({"kind": Charged}, r"module._class_path: .*DPOModule' in the checkpoint, .*Charged' now"),
+    "another loss": ({"extra": {"loss": CDPOLoss(), "warmup_ratio": 0.5}}, r"loss.class_path"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_the_course_of_training_is_compared(begun, tiny_model, pairs_file, tmp_path, change):
+    given, message = CHANGES[change]
+    given = {"extra": {"warmup_ratio": 0.5}, **given}
+    with pytest.raises(ResumeError, match=message) as refused:
+        _run(tiny_model, pairs_file, tmp_path, ckpt_path=begun, **given)
+    assert "--trainer.callbacks.changes=accept" in str(refused.value)
+
+
+DATA = {
+    "swapped sides": lambda row: row | {"chosen": row["rejected"], "rejected": row["chosen"]},
+    "another word": lambda row: row | {"prompt": row["prompt"].replace("20", "21")},
+}
+
+
+@pytest.mark.parametrize("change", [*DATA, "reversed rows", "truncation", "another seed"])
+def test_other_data_are_refused(begun, tiny_model, pairs_file, tmp_path, change):
+    other, options = tmp_path / "other.jsonl", {}
+    other.write_text(_lines(pairs_file, DATA.get(change, dict)))
+    if change == "reversed rows":
+        other.write_text("".join(reversed(pairs_file.read_text().splitlines(keepends=True))))
+    if change == "truncation":
+        options = {"max_length": 30, "truncation": "truncate_prompt"}
+    if change == "another seed":
+        options = {"seed": 1}
+    with pytest.raises(ResumeError, match=r"training\.data: |seed 0 -> 1"):
+        _run(tiny_model, pairs_file, tmp_path, ckpt_path=begun, source=data(other, **options),
+             extra={"warmup_ratio": 0.5})  # fmt: skip
+
+
+def test_the_same_data_elsewhere_are_the_same(begun, tiny_model, pairs_file, tmp_path):
+    copied = tmp_path / "copy.jsonl"
+    shutil.copyfile(pairs_file, copied)
+    run, _ = _run(tiny_model, pairs_file, tmp_path, ckpt_path=begun, source=data(copied), extra={"warmup_ratio": 0.5})
+    assert run.global_step == 6
+
+
+@pytest.mark.parametrize("change", sorted(CHANGES.keys() - {"precision", "accumulation", "fewer batches"}))
+def test_accepted_changes_hold_and_are_said(begun, tiny_model, pairs_file, tmp_path, change):
+    given, _ = CHANGES[change]
+    with tiny.records("lightning.pytorch.utilities.rank_zero") as said:
+        run, dpo = _run(tiny_model, pairs_file, tmp_path, ckpt_path=begun, changes="accept",
+                        **{"extra": {"warmup_ratio": 0.5}, **given})  # fmt: skip
+    assert any("going on under other settings: " in record.getMessage() for record in said)
+    assert run.global_step == {"more epochs": 12, "more steps": 9}.get(change, 6)
+    group = run.optimizers[0].param_groups[0]
+    assert group["initial_lr"] == given.get("lr", 1e-2)
+    assert type(run.optimizers[0]) is given.get("optimizer", torch.optim.AdamW)
+    assert group["lr"] == pytest.approx(0.0), "the new schedule ends where the new run does"
+    assert dpo.loss == given.get("extra", {}).get("loss", DPOLoss())
+
+
+def test_another_base_is_never_accepted(begun, tiny_model, pairs_file, tmp_path):
+    with pytest.raises(ResumeError, match=r"base\.quantization"):
+        _run(tiny_model, pairs_file, tmp_path, ckpt_path=begun, changes="accept", policy={"quantization": "nf4"})
+    with pytest.raises(ResumeError, match=r"Expected `changes` to be refuse or accept but got 'perhaps'"):
+        ExactResume(changes="perhaps")
+
+
+OPTIMIZERS = [
+    *(name for name in ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "Muon", "NAdam", "RAdam",
+                        "RMSprop", "Rprop", "SGD") if hasattr(torch.optim, name)),
+]  # fmt: skip
+EIGHT_BITS = ["AdamW8bit", "PagedAdamW8bit", "PagedAdamW32bit", "Lion8bit", "Lion32bit"]
+
+
+class Mine(torch.optim.Optimizer):
+    """An optimizer of a user's own, without `differentiable` or the like among its defaults."""
+
+    def __init__(self, params, lr=1e-2, keep=0.9):
+        super().__init__(params, {"lr": lr, "keep": keep})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    seen = self.state[p].setdefault("seen", torch.zeros_like(p))
+                    seen.mul_(group["keep"]).add_(p.grad)
+                    p.add_(seen, alpha=-group["lr"])
+        return loss
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *EIGHT_BITS, "Mine"])
+def test_every_optimizer_goes_on_to_the_bit(tiny_model, pairs_file, tmp_path, name):
+    import bitsandbytes.optim
+
+    kind = Mine if name == "Mine" else getattr(torch.optim, name, None) or getattr(bitsandbytes.optim, name)
+    extra = {"optimizer": kind, "lr": 1e-3, "extra": {"lr_scheduler": "constant"}}
+    _, straight = _run(tiny_model, pairs_file, tmp_path / "a", **extra)
+    _, resumed = _run(tiny_model, pairs_file, tmp_path / "b", ckpt_path=tmp_path / "a" / "step=3.ckpt", **extra)
+    assert all(torch.equal(p, adapter(resumed)[name]) for name, p in adapter(straight).items())
+
+
+def test_weights_alone_cannot_be_continued(tiny_model, pairs_file, tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="weights", save_weights_only=True)
+    trainer(tmp_path, callbacks=[keep], enable_checkpointing=True).fit(module(tiny_model), data(pairs_file))
+    with pytest.raises(ResumeError, match="holds weights alone"):
+        trainer(tmp_path).fit(module(tiny_model), data(pairs_file), ckpt_path=tmp_path / "weights.ckpt")
+
+
+def test_other_batches_may_follow_the_last_of_an_epoch(tiny_model, pairs_file, tmp_path):
+    """Even if the checkpoint was written before the epoch had ended."""
+    constant = {"extra": {"lr_scheduler": "constant"}}
+    _run(tiny_model, pairs_file, tmp_path / "a", **constant)
+    for step, message in ((5, "batch_size 4 -> 7"), (6, None)):
+        given = {"ckpt_path": tmp_path / "a" / f"step={step}.ckpt", "max_epochs": 2, **constant}
+        given["source"] = data(pairs_file, batch_size=7)
+        if message:
+            with pytest.raises(ResumeError, match=message):
+                _run(tiny_model, pairs_file, tmp_path / "b", **given)
+        else:
+            run, _ = _run(tiny_model, pairs_file, tmp_path / "b", **given)
+            assert run.global_step == 6 + 3

@@ -99,9 +99,10 @@ def test_validate_test_and_predict_read_a_run_back(tiny_model, pairs_file, here,
 
 
 def test_typed_values_win_over_the_checkpoint_and_contradictions_stop(tiny_model, pairs_file, here, capsys):
-    main(_arguments(tiny_model, pairs_file))
+    constant = "--model.lr_scheduler=constant"
+    main(_arguments(tiny_model, pairs_file, constant))
     (checkpoint,) = here.glob("runs/version_0/checkpoints/*.ckpt")
-    again = _arguments(tiny_model, pairs_file, "--trainer.max_steps=5", "--ckpt_path", str(checkpoint))
+    again = _arguments(tiny_model, pairs_file, constant, "--trainer.max_steps=5", "--ckpt_path", str(checkpoint))
     main(again)
     assert list(here.glob("runs/version_1/checkpoints/*step=5.ckpt"))
     with pytest.raises(SystemExit) as stopped:

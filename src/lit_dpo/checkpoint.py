@@ -6,7 +6,7 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,13 @@ from lit_dpo.policy import adapter_parameters
 KEY = "lit_dpo"
 """Where a checkpoint holds what `describe` says."""
 
+REMEDY = (
+    "To continue that run, give these values as they were. To go on from it under the new ones, let the trainer have "
+    "the callback `ExactResume(changes='accept')`: `--trainer.callbacks+=ExactResume "
+    "--trainer.callbacks.changes=accept`. To start a new run from its adapter, give `policy.adapter_path` the "
+    "directory beside the checkpoint instead of --ckpt_path."
+)
+
 
 def describe(module: Any) -> dict[str, Any]:
     """What a checkpoint's adapters belong to, in builtins only, so that `torch.load(weights_only=True)` reads it."""
@@ -30,9 +37,11 @@ def describe(module: Any) -> dict[str, Any]:
     if policy.dropout:  # masks are drawn for each row
         course |= {"row_tokens": module.row_tokens}
     if trainer is not None:
-        course |= {"gradient_clip_val": trainer.gradient_clip_val, "precision": str(trainer.precision)}
+        course |= {"precision": str(trainer.precision), "data": getattr(trainer.datamodule, "train_digest", None)}
+        course |= {name: _plain(getattr(trainer, name)) for name in _OF_TRAINER}
     return {
         "training": course,
+        "module": {name: value for name, value in configuration(module).items() if name not in _SAID_ELSEWHERE},
         "version": 1,
         "base": policy.identity(),
         "policy": {k: v for k, v in to_builtins(policy).items() if k not in _MAY_CHANGE} | {"adapter": policy.start()},
@@ -41,6 +50,21 @@ def describe(module: Any) -> dict[str, Any]:
     }
 
 
+# What the trainer says that changes the course of training.
+_OF_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches", "limit_train_batches")
+
+# Hyper-parameters of a module that stand in other parts; the rest is its class, and what a subclass brings.
+_SAID_ELSEWHERE = (
+    "policy",
+    "loss",
+    "reference",
+    "optimizer",
+    "lr_scheduler",
+    "warmup_ratio",
+    "row_tokens",
+    "_instantiator",
+)
+
 # Fields of the policy that do not change what is computed, beyond rounding, or that its identity says better.
 _MAY_CHANGE = (
     *("gradient_checkpointing", "attention", "trust_remote_code"),
@@ -48,18 +72,67 @@ _MAY_CHANGE = (
 )
 
 
-def compare(saved: Mapping[str, Any], current: Mapping[str, Any], *, training: bool) -> None:
+def describe_steps(module: Any) -> dict[str, Any]:
+    """How the steps of a run are made: its optimizer as it was configured, and the length of its schedule.
+
+    Asked for before a checkpoint's state is put into the optimizer, which would overwrite what was configured.
+    """
+    (optimizer,) = module.trainer.optimizers[:1] or (None,)
+    groups = [] if optimizer is None else optimizer.param_groups
+    return {
+        "optimizer": _path(type(getattr(optimizer, "optimizer", optimizer))),
+        "groups": [
+            {name: _plain(given) for name, given in group.items() if name not in ("params", "lr", "initial_lr")}
+            | {"lr": _plain(group.get("initial_lr", group.get("lr")))}
+            for group in groups
+        ],
+        "schedule": module.schedule_steps,
+    }
+
+
+def _plain(given: Any) -> Any:
+    given = getattr(given, "value", given)  # of an enum
+    return given.tolist() if isinstance(given, torch.Tensor) else to_builtins(given)
+
+
+def compare_steps(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """What differs in how steps are made, a sentence each; of the optimizer's settings those that both sides have."""
+    found = []
+    if saved["optimizer"] != current["optimizer"]:
+        found.append(f"it was trained with {saved['optimizer']} but the configuration says {current['optimizer']}")
+    elif len(saved["groups"]) != len(current["groups"]):
+        found.append(f"its optimizer had {len(saved['groups'])} groups but has {len(current['groups'])} now")
+    else:
+        for there, here in zip(saved["groups"], current["groups"], strict=True):
+            found += [
+                f"it was trained with {name}={there[name]} but the configuration says {here[name]}"
+                for name in there.keys() & here.keys()
+                if there[name] != here[name]
+            ]
+    if saved["schedule"] != current["schedule"]:
+        found.append(
+            f"its learning rate's schedule had {saved['schedule']} steps but has {current['schedule']} now "
+            "(`max_epochs`, `max_steps`, `lr_scheduler`)"
+        )
+    return found
+
+
+def compare(
+    saved: Mapping[str, Any], current: Mapping[str, Any], *, training: bool, parts: Sequence[str] | None = None
+) -> None:
     """Stop where adapters would be put onto another base, or a run be continued as another one.
 
     Args:
         saved: `describe` of the checkpoint.
         current: `describe` of what it is loaded into.
         training: a resumed `fit` must agree in loss, reference and adapters too; evaluation may differ in loss.
+        parts: what to compare, by default all of it.
 
     Raises:
         ResumeError: listing each difference with both values.
     """
-    parts = ("base", "policy", "loss", "reference", "training") if training else ("base",)
+    if parts is None:
+        parts = ("base", "policy", "loss", "reference", "training", "module") if training else ("base",)
     # the same content under another path is the same base
     ignored = {"base.model", "base.revision"}
     if saved.get("reference", {}).get("content"):
@@ -73,15 +146,12 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], *, training: b
         if name not in ignored and there.get(name) != here.get(name)
     ]
     if different:
-        raise ResumeError(
-            "The checkpoint belongs to another run:\n"
-            + "\n".join(different)
-            + "\nTo continue that run, give these values as they were. To start a new run from its adapter, give "
-            "`policy.adapter_path` the directory beside the checkpoint instead of --ckpt_path."
-        )
+        raise ResumeError("The checkpoint belongs to another run:\n" + "\n".join(different) + f"\n{REMEDY}")
 
 
-def check_belongs(checkpoint: Mapping[str, Any], here: Mapping[str, Any], *, training: bool) -> None:
+def check_belongs(
+    checkpoint: Mapping[str, Any], here: Mapping[str, Any], *, training: bool, parts: Sequence[str] | None = None
+) -> None:
     """`compare` a file with what it is loaded into.
 
     Raises:
@@ -89,7 +159,7 @@ def check_belongs(checkpoint: Mapping[str, Any], here: Mapping[str, Any], *, tra
     """
     if KEY not in checkpoint:
         raise ResumeError("Expected a checkpoint of lit_dpo but it does not say what its weights belong to.")
-    compare(checkpoint[KEY], here, training=training)
+    compare(checkpoint[KEY], here, training=training, parts=parts)
 
 
 def load_strictly(known: Mapping[str, torch.Tensor], given: dict[str, torch.Tensor], *, training: bool) -> None:
@@ -211,6 +281,8 @@ class AdapterModule(pl.LightningModule):
     policy: Any
     reference: Any
     fresh: bool
+    accepts_changes = False
+    """Whether what is loaded may be of a run with another loss or reference."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The policy's adapter and whatever a subclass added."""
@@ -237,7 +309,7 @@ class AdapterModule(pl.LightningModule):
             ResumeError: listing keys that are missing, unknown or of another shape.
         """
         self.configure_model()
-        training = self._trainer is not None and self.trainer.state.fn == "fit"
+        training = self._trainer is not None and self.trainer.state.fn == "fit" and not self.accepts_changes
         load_strictly(self.state_dict(keep_vars=True), dict(state_dict), training=training)
         self.fresh = False
         return torch.nn.modules.module._IncompatibleKeys([], [])

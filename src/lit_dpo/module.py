@@ -100,6 +100,7 @@ class DPOModule(RowModule):
         self.eval_sets = torch.nn.ModuleDict()  # metrics of each validation or test set, where there are several
         self.window = Window()
         self.unlogged = False  # whether the training metrics have counted something since the last row
+        self.schedule_steps: int | None = None  # of a learning rate that changes, by `configure_optimizers`
         self.standing: Standing | None = None  # after the last step
         self.checked = False  # until `prepare_data` has looked at this run
 
@@ -175,11 +176,12 @@ class DPOModule(RowModule):
             optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         except (TypeError, ValueError) as error:
             raise TrainingError(f"The optimizer refuses its arguments: {error}") from error
+        self.schedule_steps = None
         if self.lr_scheduler == "constant" and not self.warmup_ratio:
             return optimizer
         if math.isinf(total := self.trainer.estimated_stepping_batches):
             raise TrainingError("Expected `max_epochs` or `max_steps`: a falling rate needs an end. Or use `constant`.")
-        steps = int(total)
+        steps = self.schedule_steps = int(total)
         warm_up = round(self.warmup_ratio * steps)
         # transformers' plain "constant" ignores the warm-up
         course = "constant_with_warmup" if self.lr_scheduler == "constant" and warm_up else self.lr_scheduler

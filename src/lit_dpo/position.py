@@ -83,6 +83,35 @@ def rewind(loops: dict[str, Any], epoch: int, batches: int, of: int, *, validate
     validation["is_last_batch"] = False
 
 
+def take_settings(checkpoint: dict[str, Any], trainer: Any, *, same: bool) -> None:
+    """Let a checkpoint's optimizer and schedulers go on under the settings of the trainer's.
+
+    Args:
+        checkpoint: changed, before it is put into them.
+        trainer: has the optimizer and the schedulers as they are configured.
+        same: whether the optimizer is of the same class; another one begins without a memory.
+    """
+    fresh = [optimizer.state_dict() for optimizer in trainer.optimizers]
+    if same:
+        for saved, here in zip(checkpoint["optimizer_states"], fresh, strict=True):
+            for group, wanted in zip(saved["param_groups"], here["param_groups"], strict=True):
+                group.update({name: given for name, given in wanted.items() if name in group and name != "params"})
+    else:
+        checkpoint["optimizer_states"] = fresh
+    saved_schedulers = checkpoint["lr_schedulers"]
+    checkpoint["lr_schedulers"] = []
+    for place, config in enumerate(trainer.lr_scheduler_configs):
+        scheduler = config.scheduler
+        state = scheduler.state_dict()
+        if place < len(saved_schedulers) and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):  # ours are
+            steps = saved_schedulers[place]["last_epoch"]
+            rates = [base * of(steps) for base, of in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+            state |= {"last_epoch": steps, "_step_count": saved_schedulers[place]["_step_count"], "_last_lr": rates}
+            for group, rate in zip(checkpoint["optimizer_states"][0]["param_groups"], rates, strict=True):
+                group["lr"] = rate
+        checkpoint["lr_schedulers"].append(state)
+
+
 def measured(metrics: MetricCollection) -> dict[str, dict[str, Any]]:
     """What the metrics have counted, in tensors and lists of them."""
     return {name: {key: _copy(state) for key, state in metric.metric_state.items()} for name, metric in metrics.items()}

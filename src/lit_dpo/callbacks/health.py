@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from lit_dpo.errors import ResumeError, TrainingError
+from lit_dpo.errors import TrainingError
 
 log = logging.getLogger(__name__)
 warn = rank_zero_only(log.warning)
@@ -22,20 +22,14 @@ class TrainingHealth(pl.Callback):
 
     At the start: only adapters train, in float32, and the optimizer has them all. At step 0: policy and reference are
     the same, so that every reward is 0 and the loss is its value at margin 0. After the first step that had a gradient
-    and a learning rate: every `lora_B` moved. On resuming: the optimizer's settings are those of the checkpoint.
+    and a learning rate: every `lora_B` moved.
 
     Raises:
         TrainingError: naming the tensors, or the policy and the reference.
-        ResumeError: naming the settings that differ.
     """
 
     def __init__(self) -> None:
         self._before: dict[str, Tensor] | None = None
-        self._resumed = False
-
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Remember that this run goes on."""
-        self._resumed = trainer.state.fn == "fit"
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check what trains."""
@@ -59,8 +53,6 @@ class TrainingHealth(pl.Callback):
             )
         if all(optimizer.defaults.get("lr") == 0 for optimizer in trainer.optimizers):
             raise TrainingError("Expected a learning rate > 0 but got 0, with which nothing trains.")
-        if self._resumed:
-            _compare_optimizers(trainer.optimizers)
         every, steps = getattr(pl_module.reference, "every", 1), trainer.estimated_stepping_batches
         if pl_module.reference.moves and every > steps:
             raise TrainingError(
@@ -194,20 +186,3 @@ def say_it_is_the_same(trainer: Any, pl_module: Any) -> None:
         f"{trainer.state.fn.value}: policy and reference ({pl_module.reference}) are the same, so that every reward is "
         f"0 and the accuracy says nothing: {remedy}."
     )
-
-
-def _compare_optimizers(optimizers: list[torch.optim.Optimizer]) -> None:
-    """Loading an optimizer's state overwrites what was configured; say so instead."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for name, configured in optimizer.defaults.items():
-                restored = group.get("initial_lr", group["lr"]) if name == "lr" else group.get(name)
-                if isinstance(configured, int | float | tuple | list) and _plain(restored) != _plain(configured):
-                    raise ResumeError(
-                        f"The checkpoint was trained with {name}={restored} but the configuration says {configured}. "
-                        "Give the old value to continue that run, or start a new one with `policy.adapter_path`."
-                    )
-
-
-def _plain(given: Any) -> Any:
-    return tuple(given) if isinstance(given, list | tuple) else given

@@ -2,26 +2,33 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.callbacks.export import tokenizer_of
 from lit_dpo.checkpoint import (
     KEY,
+    REMEDY,
     AdapterCheckpointIO,
     check_belongs,
+    compare,
+    compare_steps,
     configuration,
     describe,
+    describe_steps,
     gather,
     random_state,
     restore_random_state,
     save_adapter,
 )
 from lit_dpo.errors import ResumeError
-from lit_dpo.position import remeasure, rewind
+from lit_dpo.position import remeasure, rewind, take_settings
 from lit_dpo.requirements import check_run
+
+_FITS = ("base", "policy")  # what adapters and the optimizer's state can be put onto
 
 
 class ExactResume(pl.Callback):
@@ -33,6 +40,11 @@ class ExactResume(pl.Callback):
 
     None of it is in a hook of the module, which is the user's to override.
 
+    Args:
+        changes: what happens if the checkpoint's run had another loss, data, optimizer, schedule or the like: `refuse`
+            names them; `accept` goes on from its weights, its optimizer's state and its step under the new ones, and
+            says so in a line. Another base or another adapter is refused in any case.
+
     Raises:
         PolicyError, DataError, TrainingError: before weights load, for a run that cannot work.
         ResumeError: on loading a file that belongs to another run.
@@ -41,27 +53,34 @@ class ExactResume(pl.Callback):
     _validated = -1
     _ended = False
 
-    def __init__(self) -> None:
+    def __init__(self, changes: Literal["refuse", "accept"] = "refuse") -> None:
+        if changes not in ("refuse", "accept"):
+            raise ResumeError(f"Expected `changes` to be refuse or accept but got {changes!r}.")
+        self.changes = changes
         self._resumed: dict[str, Any] | None = None
+        self._loaded: dict[str, Any] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Know what the run is before weights load, and put it into every file."""
         if not pl_module.checked:  # another rank, or another `prepare_data`
             check_run(pl_module, trainer)
         pl_module.checked = False
-        self._resumed = None
+        self._resumed, self._loaded = None, {}
         # hyper-parameters in builtins, so that loggers and checkpoints take them as they are
         pl_module._set_hparams(configuration(pl_module))
         pl_module._hparams_initial = copy.deepcopy(pl_module._hparams)
-        belongs = describe(pl_module)
+        pl_module.accepts_changes = self.changes == "accept"
+        self._belongs = belongs = describe(pl_module)
 
         def on_save(checkpoint: dict[str, Any]) -> None:
             checkpoint[KEY] = belongs
 
         def on_load(checkpoint: dict[str, Any]) -> None:
-            check_belongs(checkpoint, belongs, training=stage == "fit")
-            if stage == "fit":
+            fitting = stage == "fit"
+            check_belongs(checkpoint, belongs, training=fitting, parts=_FITS if self.changes == "accept" else None)
+            if fitting:
                 self._go_back(checkpoint, type(trainer.datamodule).__qualname__)
+                self._say_changes(checkpoint[KEY], belongs)
 
         def beside(checkpoint: dict[str, Any], directory: Path) -> None:
             save_adapter(pl_module.model, tokenizer_of(trainer), directory, checkpoint["state_dict"])
@@ -73,8 +92,35 @@ class ExactResume(pl.Callback):
         if any(isinstance(one, StochasticWeightAveraging) for one in trainer.callbacks):
             pl_module.configure_model()  # it copies the module in `setup`: a module without weights averages nothing
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Compare the optimizer and the schedule before a checkpoint's state is put into them."""
+        here = self._belongs["steps"] = describe_steps(pl_module)
+        there = self._loaded.get(KEY, {}).get("steps")
+        if there is None or not (found := compare_steps(there, here)):
+            return
+        if self.changes == "refuse":
+            raise ResumeError(f"The checkpoint belongs to another run: {'; '.join(found)}.\n{REMEDY}")
+        rank_zero_info(f"going on under other settings: {'; '.join(found)}")
+        take_settings(self._loaded, trainer, same=there["optimizer"] == here["optimizer"])
+
+    def _say_changes(self, there: dict[str, Any], here: dict[str, Any]) -> None:
+        """Under other settings one line says so; what cannot be put together has been refused."""
+        if self.changes == "refuse":
+            return
+        try:
+            compare(there, here, training=True)
+        except ResumeError as error:
+            changed = [line.strip() for line in str(error).splitlines() if line.startswith("  ")]
+            rank_zero_info(f"going on under other settings: {'; '.join(changed)}")
+
     def _go_back(self, checkpoint: dict[str, Any], datamodule: str) -> None:
         """Let Lightning's loops, and the data, go on after the last optimizer step; remember the rest until they do."""
+        if "optimizer_states" not in checkpoint:
+            raise ResumeError(
+                "The checkpoint holds weights alone, so that no run can be continued from it. To start a new run from "
+                "its adapter, give `policy.adapter_path` the directory beside it, not --ckpt_path."
+            )
+        self._loaded = checkpoint
         if f"{KEY}_run" not in checkpoint:
             return
         self._resumed = run = checkpoint[f"{KEY}_run"]

@@ -186,6 +186,12 @@ class PreferenceDataModule(LightningDataModule):
         return self._get_encoder().tokenizer
 
     @property
+    def train_digest(self) -> str | None:
+        """Of the training pairs as they are encoded, by which a run that goes on knows them; None before `setup`."""
+        table = self._tables.get("train")
+        return None if table is None else table.digest
+
+    @property
     def row_fields(self) -> dict[str, frozenset[str]]:
         """By split of this run, what its rows say beside their three parts: some of `ROW_FIELDS`."""
         return {split: frozenset(table.fields) for split, table in self._tables.items() if table is not None}

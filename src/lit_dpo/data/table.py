@@ -86,6 +86,18 @@ class PairTable(NamedTuple):
         """How many rows were dropped, by reason."""
         return Counter(reason for reason in self.encoded.select_columns("dropped")[:]["dropped"] if reason)
 
+    @property
+    def digest(self) -> str:
+        """Of what the rows that are used say, in their order: lengths and columns of all, token ids of up to 4096."""
+        digest = hashlib.blake2b(self.part_lengths.tobytes(), digest_size=16)
+        for name in self.fields:
+            digest.update(self._facts(name)[self.rows].tobytes())
+        places = np.unique(np.linspace(0, self.size - 1, min(self.size, 4096)).astype(np.int64))
+        columns = self.encoded.select_columns(list(_IDS))[self.rows[places].tolist()]
+        for ids in (one for name in _IDS for one in columns[name]):
+            digest.update(np.array(ids, np.int32).tobytes())
+        return digest.hexdigest()
+
     def batch(self, indices: Sequence[int]) -> PairBatch:
         """The pairs at these indices, in one row."""
         rows = self.rows[list(indices)].tolist()
