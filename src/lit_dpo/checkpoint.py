@@ -191,6 +191,20 @@ def load_strictly(known: Mapping[str, torch.Tensor], given: dict[str, torch.Tens
             tensor.copy_(given[name])
 
 
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Nothing is written that is worthless.
+
+    Raises:
+        TrainingError: naming the first tensor that holds NaN or an infinity.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise TrainingError(
+                f"Expected finite weights but {name} is not, so that nothing was written: what was saved before is as "
+                "it was. Lower the learning rate."
+            )
+
+
 def _of_training(name: str) -> bool:
     return name == "loss_state" or ".reference." in f"{name}."
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -30,8 +31,8 @@ start here:
 def main(args: Sequence[str] | None = None) -> None:
     """Run `lit-dpo`; tests call it with a list of arguments.
 
-    Exits with 1 after an error that the user can put right, printed without a traceback, and with 2 after a mistake in
-    the arguments.
+    Exits with 1 after an error that the user can put right, printed without a traceback, with 2 after a mistake in the
+    arguments, and with 143 after SIGTERM, as a shell says it.
     """
     given = list(sys.argv[1:] if args is None else args)
     if not given or given[0] in ("-h", "--help"):
@@ -54,6 +55,10 @@ def main(args: Sequence[str] | None = None) -> None:
     except LitDPOError as error:
         sys.stderr.write(f"lit-dpo: error: {error}\n")
         raise SystemExit(1) from None
+    except SystemExit as stop:  # Lightning's for SIGTERM has no status, and would look like success
+        if type(stop).__name__ == "SIGTERMException":
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise
 
 
 def _import_quickly() -> None:

@@ -13,8 +13,10 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.callbacks.export import run_directory
+from lit_dpo.callbacks.last import LastCheckpoint
 from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.errors import LitDPOError, ResumeError, TrainingError
 from lit_dpo.module import DPOModule
@@ -113,12 +115,16 @@ class LitDPOCLI(LightningCLI):
 
         What was typed holds; where it contradicts the checkpoint, loading it stops (`lit_dpo.checkpoint.compare`).
         """
-        given = self.config[self.config["subcommand"]].get("ckpt_path")
+        config = self.config[self.config["subcommand"]]
+        given = config.get("ckpt_path")
         if not given or "://" in given:
             return
-        path = Path(given)
-        if given in ("last", "best"):  # every run has a directory of its own, where there is nothing yet
+        if given == "best":  # every run has a directory of its own, where there is nothing yet
             raise ResumeError(f"Expected a file at `--ckpt_path` but got {given!r}: name one of runs/*/checkpoints/.")
+        if given == "last":
+            config["ckpt_path"] = given = str(_last(_root(config["trainer"])))
+            rank_zero_info(f"--ckpt_path last is {given}")
+        path = Path(given)
         if path.is_dir():
             raise ResumeError(
                 f"Expected a file at `--ckpt_path` but {path} is a directory. To resume, give {path}.ckpt; to start a "
@@ -142,15 +148,38 @@ class LitDPOCLI(LightningCLI):
             refuse(str(error))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """A Rich progress bar unless there is another or none is wanted."""
+        """A Rich progress bar and a last checkpoint, unless there is another or none is wanted."""
         config = self.config_init[self.config_init["subcommand"]]["trainer"]
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if config.get("logger") is False:
             self.save_config_callback = None  # there is no run directory to keep it in
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            kwargs["callbacks"] = [*callbacks, _ProgressBar()]
-        return super().instantiate_trainer(**kwargs)
+            callbacks = [*callbacks, _ProgressBar()]
+        if config.get("enable_checkpointing") is not False and not any(
+            isinstance(c, LastCheckpoint) for c in callbacks
+        ):
+            callbacks = [*callbacks, LastCheckpoint()]
+        return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
+
+
+def _root(trainer: Any) -> Path:
+    """Where the runs of a configuration are."""
+    logger = trainer.get("logger")
+    saved = logger.init_args.get("save_dir") if hasattr(logger, "init_args") else None
+    return Path(saved or trainer.get("default_root_dir") or ".")
+
+
+def _last(root: Path) -> Path:
+    """The newest `last.ckpt` of any run.
+
+    Raises:
+        ResumeError: if there is none.
+    """
+    found = [*root.glob("last.ckpt"), *root.glob("*/last.ckpt"), *root.glob("*/*/last.ckpt")]
+    if not found:
+        raise ResumeError(f"Expected a run with a `last.ckpt` in {root.absolute()} but there is none.")
+    return max(found, key=lambda file: file.stat().st_mtime_ns)
 
 
 def _hush() -> None:

@@ -210,10 +210,12 @@ class DPOModule(RowModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """A batch's mean loss, as `Trainer` divides it by `accumulate_grad_batches`; see `Window` for its gradient."""
-        total = self._step(batch, self.train_metrics, training=True)
+        total, losses = self._step(batch, self.train_metrics, training=True)
         self.unlogged = True
         parameters = [p for p in self.parameters() if p.requires_grad]
-        return self.window.loss(total, batch.size, batch_idx, self.trainer, parameters)
+        mean = self.window.loss(total, batch.size, batch_idx, self.trainer, parameters)
+        self.window.note(batch_idx, batch.rows, losses)
+        return mean
 
     def validation_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure."""
@@ -245,8 +247,8 @@ class DPOModule(RowModule):
 
     # ---- helpers ----
 
-    def _step(self, batch: PairBatch, *measured: MetricCollection, training: bool = False) -> Tensor:
-        """Measure a batch; the sum of its losses."""
+    def _step(self, batch: PairBatch, *measured: MetricCollection, training: bool = False) -> tuple[Tensor, Tensor]:
+        """Measure a batch; the sum of its losses, and the losses."""
         if training and len(rows := self.training_rows(batch)) > 1:
             total, losses, seen = self.row_by_row(rows)
         else:
@@ -267,7 +269,7 @@ class DPOModule(RowModule):
                 chosen_rewards=chosen,
                 rejected_rewards=rejected,
             )
-        return total
+        return total, losses
 
     def _evaluate(self, batch: PairBatch, stage: str, loaders: Any, number: int) -> None:
         """Measure a batch; where there are several sets, each by itself. `OptimizerSteps` logs all of them together."""

@@ -25,6 +25,7 @@ class Window:
         """Forget a step that was begun and not made."""
         self._step = -1
         self._pairs: dict[int, float | Tensor] = {}
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def loss(self, total: Tensor, pairs: int, batch_idx: int, trainer: Any, parameters: Iterable[Tensor]) -> Tensor:
         """What `training_step` returns for a batch.
@@ -56,6 +57,18 @@ class Window:
         divisor = trainer.accumulate_grad_batches
         found: Tensor = _Weighed.apply(total, divisor / pairs, divisor / after)  # type: ignore[no-untyped-call]
         return found
+
+    def note(self, batch_idx: int, rows: Tensor, losses: Tensor) -> None:
+        """Remember a batch's rows and losses, for `nonfinite`."""
+        self._seen[batch_idx] = (rows, losses.detach())
+
+    def rows(self) -> list[int]:
+        """Row numbers of the step's pairs on this rank."""
+        return [row for rows, _ in self._seen.values() for row in rows.tolist()]
+
+    def nonfinite(self) -> list[int]:
+        """Row numbers of those whose loss is not a finite number."""
+        return [row for rows, losses in self._seen.values() for row in rows[~losses.isfinite().cpu()].tolist()]
 
 
 class _Weighed(torch.autograd.Function):

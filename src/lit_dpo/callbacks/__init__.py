@@ -1,8 +1,9 @@
-"""Callbacks; `DPOModule` brings all but `SampleAnswers` with it."""
+"""Callbacks; `DPOModule` brings all but `SampleAnswers` and `LastCheckpoint` with it."""
 
 from lit_dpo.callbacks.answers import SampleAnswers
 from lit_dpo.callbacks.export import AdapterExport
 from lit_dpo.callbacks.health import TrainingHealth
+from lit_dpo.callbacks.last import LastCheckpoint
 from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.resume import ExactResume
@@ -11,6 +12,7 @@ from lit_dpo.callbacks.steps import OptimizerSteps
 __all__ = [
     "AdapterExport",
     "ExactResume",
+    "LastCheckpoint",
     "MemoryEstimate",
     "OptimizerSteps",
     "PredictionWriter",

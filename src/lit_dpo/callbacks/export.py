@@ -7,7 +7,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_dpo.checkpoint import check_writable, save_adapter
+from lit_dpo.checkpoint import check_finite, check_writable, save_adapter
+from lit_dpo.policy import adapter_parameters
 
 
 class AdapterExport(pl.Callback):
@@ -32,6 +33,7 @@ class AdapterExport(pl.Callback):
         """Write the last one."""
         directory = run_directory(trainer)
         if trainer.is_global_zero and not trainer.fast_dev_run:
+            check_finite(adapter_parameters(pl_module.model))
             directory = Path(self.directory) if self.directory else _unused(directory / "adapter")
             save_adapter(pl_module.model, tokenizer_of(trainer), directory)
             rank_zero_info(f"The trained adapter and its tokenizer are in {directory}")

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lit_dpo.errors import TrainingError
+from lit_dpo.position import remeasure
 
 log = logging.getLogger(__name__)
 warn = rank_zero_only(log.warning)
@@ -22,13 +23,19 @@ class TrainingHealth(pl.Callback):
 
     At the start: only adapters train, in float32, and the optimizer has them all. At step 0: policy and reference are
     the same, so that every reward is 0 and the loss is its value at margin 0. After the first step that had a gradient
-    and a learning rate: every `lora_B` moved.
+    and a learning rate: every `lora_B` moved. Before each step: gradients are finite.
+
+    Args:
+        nonfinite: what happens where they are not: `stop` names the rows; `skip` leaves the step out, and says so.
 
     Raises:
         TrainingError: naming the tensors, or the policy and the reference.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nonfinite: Literal["stop", "skip"] = "stop") -> None:
+        if nonfinite not in ("stop", "skip"):
+            raise TrainingError(f"Expected `nonfinite` to be stop or skip but got {nonfinite!r}.")
+        self.nonfinite = nonfinite
         self._before: dict[str, Tensor] | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -60,7 +67,7 @@ class TrainingHealth(pl.Callback):
                 "Lower `reference.every`."
             )
         self._before = {name: p.detach().clone() for name, p in trainable.items() if "lora_B" in name}
-        self._steps = self._seen = 0
+        self._steps = self._seen = self.skipped = 0
         self._start: int | None = trainer.global_step
         self._rates = [one.scheduler.last_epoch for one in _stepped(trainer)]
         _check_zero_grad(trainer, pl_module, next(iter(trainable.values())))
@@ -83,7 +90,7 @@ class TrainingHealth(pl.Callback):
         # 16 bits may round the two passes differently; adapters that do nothing yet still round their input
         exact = pl_module.model.get_base_model().dtype == torch.float32 and "32" in str(trainer.precision)
         off = abs(float(loss - at_zero)) / max(1.0, abs(float(at_zero)))
-        if furthest > (1e-4 if exact else 5e-2) or off > 0.05:
+        if not (furthest <= (1e-4 if exact else 5e-2) and off <= 0.05):  # NaN too
             raise TrainingError(
                 f"Expected policy and reference to be the same before the first step but their log-probs differ by up "
                 f"to {furthest:.3g} nats per token (loss {float(loss):.4f}, at margin 0 {float(at_zero):.4f}).\n"
@@ -106,6 +113,7 @@ class TrainingHealth(pl.Callback):
                 "Expected gradients before an optimizer step but there are none: a `training_step` or `backward` of "
                 f"{type(pl_module).__name__} returns without them."
             )
+        self._check_finite(trainer, pl_module, optimizer)
         if self._before is not None and any(group["lr"] > 0 for group in optimizer.param_groups):
             self._steps += 1
 
@@ -131,6 +139,35 @@ class TrainingHealth(pl.Callback):
                 f"loss {outputs}. Are chosen and rejected the same?"
             )
 
+    def _check_finite(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """A step with a gradient that is not finite would leave nothing that is."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if bool(torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()):
+            return
+        if getattr(trainer.precision_plugin, "scaler", None) is not None and not pl_module.window.nonfinite():
+            return  # float16: the scaler skips the step, and takes a smaller scale
+        where = _rows(trainer, pl_module.window.nonfinite() or pl_module.window.rows())
+        what = "loss" if pl_module.window.nonfinite() else "gradient"
+        if self.nonfinite == "stop":
+            raise TrainingError(
+                f"The {what} of step {trainer.global_step + 1} is not finite, from {where}. Look at these rows, lower "
+                "the learning rate, or leave such steps out: `TrainingHealth(nonfinite='skip')`. What was saved before "
+                "is as it was."
+            )
+        self.skipped += 1
+        warn(
+            f"step {trainer.global_step + 1} is left out, {self.skipped} by now: its {what} is not finite, from {where}"
+        )
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        there = pl_module.standing
+        if there.loss_state is not None:
+            pl_module.loss_state.copy_(there.loss_state)
+        pl_module.train_metrics.reset()
+        remeasure(pl_module.train_metrics, there.measured)
+        pl_module.unlogged = bool(there.measured)
+
     def _check_first_step(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """What a hook that returns nothing would leave undone without a word."""
         if self._start is None:
@@ -148,6 +185,18 @@ class TrainingHealth(pl.Callback):
                 f"Expected a scheduler that moves after a step but `lr_scheduler_step` of {type(pl_module).__name__} "
                 "does not call its `step`."
             )
+
+
+def _rows(trainer: Any, rows: list[int]) -> str:
+    """Where rows of the data set are, as far as the data can say."""
+    if not rows:
+        return "a batch of a `training_step` of one's own"
+    shown = rows[:5]
+    if hasattr(trainer.datamodule, "place"):
+        places = [trainer.datamodule.place("train", row) for row in shown]
+    else:
+        places = [f"row {row}" for row in shown]
+    return "; ".join(places) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
 
 
 def _stepped(trainer: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from lit_dpo.checkpoint import (
     REMEDY,
     AdapterCheckpointIO,
     check_belongs,
+    check_finite,
     compare,
     compare_steps,
     configuration,
@@ -73,6 +74,7 @@ class ExactResume(pl.Callback):
         self._belongs = belongs = describe(pl_module)
 
         def on_save(checkpoint: dict[str, Any]) -> None:
+            check_finite(checkpoint["state_dict"])
             checkpoint[KEY] = belongs
 
         def on_load(checkpoint: dict[str, Any]) -> None:

@@ -205,6 +205,10 @@ class PreferenceDataModule(LightningDataModule):
         """
         return self._table(split).preference(row)
 
+    def place(self, split: str, row: int) -> str:
+        """The file of a row number of a split, and the number in that file."""
+        return self._table(split).place(row)
+
     def prompts(self, split: str, limit: int) -> list[tuple[int, list[int], Preference]]:
         """The first `limit` different prompts of a split: row number, token ids as trained on, raw preference.
 

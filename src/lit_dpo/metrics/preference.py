@@ -77,6 +77,8 @@ class LossPart(Mean):
 class RewardAccuracy(Mean):
     """Share of pairs whose chosen completion has the higher reward. A tie counts ½: where nothing moved it is 0.5.
 
+    NaN if a reward is: such a pair is neither won nor lost.
+
     Example:
         >>> accuracy = RewardAccuracy()
         >>> accuracy.update(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 0.0, 3.0]))
@@ -88,8 +90,8 @@ class RewardAccuracy(Mean):
 
     def update(self, chosen_rewards: Tensor, rejected_rewards: Tensor) -> None:
         """Add rewards, `(B,)` each."""
-        wins = (chosen_rewards > rejected_rewards).double()
-        self.add(wins + 0.5 * (chosen_rewards == rejected_rewards).double())
+        wins = (chosen_rewards > rejected_rewards).double() + 0.5 * (chosen_rewards == rejected_rewards).double()
+        self.add(torch.where((chosen_rewards - rejected_rewards).isnan(), torch.nan, wins))
 
 
 class RewardMargin(Mean):
