@@ -396,3 +396,10 @@ def test_other_batches_may_follow_the_last_of_an_epoch(tiny_model, pairs_file, t
         else:
             run, _ = _run(tiny_model, pairs_file, tmp_path / "b", **given)
             assert run.global_step == 6 + 3
+
+
+def test_a_last_checkpoint_that_is_a_link_has_its_folder(tiny_model, pairs_file, tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1, save_last="link")
+    trainer(tmp_path, callbacks=[keep], enable_checkpointing=True).fit(module(tiny_model), data(pairs_file))
+    assert (tmp_path / "last").resolve() == tmp_path / "step=6"
+    assert (tmp_path / "last" / "adapter_config.json").is_file()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,6 +141,7 @@ class ExactResume(pl.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Continue as late as possible, so that nothing comes between."""
+        _link_folders(trainer)
         self._continue(trainer, pl_module)
         self._ended = False
 
@@ -147,6 +149,10 @@ class ExactResume(pl.Callback):
         """Continue, if the end of the epoch was all that was left of it."""
         self._continue(trainer, pl_module)
         self._ended = True
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the last link with its folder."""
+        _link_folders(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Remember that it was made."""
@@ -189,3 +195,17 @@ class ExactResume(pl.Callback):
                 logger.log_metrics(row, trainer.global_step - 1)
                 logger.save()
         self._resumed = None
+
+
+def _link_folders(trainer: Any) -> None:
+    """Beside a `last.ckpt` that is a link (`save_last="link"`) is a link to the folder of the same checkpoint."""
+    for keeper in trainer.checkpoint_callbacks if trainer.is_global_zero else ():
+        last = Path(getattr(keeper, "last_model_path", ""))
+        if getattr(keeper, "save_last", None) != "link" or not last.is_symlink():
+            continue
+        folder, target = last.with_suffix(""), last.resolve().with_suffix("")
+        if target.is_dir() and folder.resolve() != target:
+            temporary = folder.with_name(f".{folder.name}.link")
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(os.path.relpath(target, folder.parent))
+            os.replace(temporary, folder)
