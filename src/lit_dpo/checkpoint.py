@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
 from lit_dpo.errors import ResumeError, TrainingError
 from lit_dpo.policy import adapter_parameters
+from lit_dpo.writing import beside, put_in_place, refusals, remove, written_whole
 
 KEY = "lit_dpo"
 """Where a checkpoint holds what `describe` says."""
@@ -285,19 +284,33 @@ class AdapterCheckpointIO(CheckpointIO):
         self.inner, self.on_save, self.on_load, self.export = inner, on_save, on_load, export
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write to a temporary name, then rename."""
+        """Write both to temporary names, then rename: a folder that is there goes, the file comes, its folder comes.
+
+        Raises:
+            TrainingError: if the disk refuses; what was there is as it was.
+        """
         self.on_save(checkpoint)
         if "://" in str(path):  # a remote store: its own writes are whole
             self.inner.save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
+        folder = _beside(path)
         if isinstance(self.inner, AsyncCheckpointIO):  # it writes later, and whole
             self.inner.save_checkpoint(checkpoint, path, storage_options)
-        else:
-            temporary = path.with_name(f".{path.name}.tmp")
-            self.inner.save_checkpoint(checkpoint, temporary, storage_options)
-            os.replace(temporary, path)
-        self.export(checkpoint, _beside(path))
+            self.export(checkpoint, folder)
+            return
+        check_writable(folder)
+        with refusals(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary, fresh = beside(path, "tmp"), beside(folder, "tmp")
+            try:
+                self.export(checkpoint, fresh)
+                self.inner.save_checkpoint(checkpoint, temporary, storage_options)
+                # the file, which is all that a run needs, is there at any moment; its folder only when it is its own
+                put_in_place({path: temporary, folder: fresh})
+            finally:
+                remove(temporary)
+                remove(fresh)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
         """Load; nothing but tensors and builtins is ever in it."""
@@ -348,16 +361,11 @@ def save_adapter(model: Any, tokenizer: Any, directory: Path, state: Mapping[str
             callback saves averages.
 
     Raises:
-        TrainingError: if something else than an adapter is in the directory.
+        TrainingError: if something else than an adapter is in the directory, or the disk refuses.
     """
     check_writable(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
-        fresh = Path(scratch) / "new"
+    with written_whole(directory) as fresh:
         # the embeddings are frozen; "auto" would ask the hub whether the vocabulary grew
         weights = None if state is None else {name.removeprefix("model."): tensor for name, tensor in state.items()}
         model.save_pretrained(fresh, selected_adapters=["default"], save_embedding_layers=False, state_dict=weights)
         tokenizer.save_pretrained(fresh)
-        if directory.exists():
-            os.replace(directory, Path(scratch) / "old")
-        os.replace(fresh, directory)
