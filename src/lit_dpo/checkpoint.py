@@ -12,6 +12,7 @@ from typing import Any
 import fsspec
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core.saving import load_hparams_from_yaml
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
 from lit_dpo.errors import ResumeError, TrainingError
@@ -40,9 +41,11 @@ def describe(module: Any) -> dict[str, Any]:
     }
 
 
+_TRUST = "trust_remote_code"
+
 # Fields of the policy that do not change what is computed, beyond rounding, or that its identity says better.
 _MAY_CHANGE = (
-    *("gradient_checkpointing", "attention", "trust_remote_code"),
+    *("gradient_checkpointing", "attention", _TRUST),
     *("model", "revision", "adapter_path", "adapter_base"),
 )
 
@@ -241,12 +244,34 @@ class AdapterModule(pl.LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """A module as a checkpoint says it was, with its adapter; see Lightning.
 
+        But no file says that code is run: `trust_remote_code` is false unless it is given here, within `policy=` or
+        `reference=`.
+
         Raises:
             ResumeError: if the base that is there now is not the one that the adapter belongs to.
+            PolicyError: if that base comes with code of its own.
         """
+        file = kwargs.get("hparams_file", args[1] if len(args) > 1 else None)
+        stored = _read(checkpoint_path).get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}) if file is None else _hparams(file)
+        kwargs = {name: _without_trust(value) for name, value in stored.items() if _trusts(value)} | kwargs
         module = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         check_belongs(_read(checkpoint_path), describe(module), training=False)
         return module
+
+
+def _trusts(given: Any) -> bool:
+    return bool(given != _without_trust(given))
+
+
+def _without_trust(given: Any) -> Any:
+    """The same, but `trust_remote_code` is false wherever it stands."""
+    if isinstance(given, Mapping):
+        return {key: key != _TRUST and _without_trust(value) for key, value in given.items()}
+    return [_without_trust(value) for value in given] if isinstance(given, list | tuple) else given
+
+
+def _hparams(file: Any) -> dict[str, Any]:
+    return dict(load_hparams_from_yaml(file) if str(file).endswith(("yml", "yaml")) else {})
 
 
 def _frozen_is_not_missing(module: torch.nn.Module, keys: Any) -> None:
@@ -259,7 +284,9 @@ def _read(path: Any) -> dict[str, Any]:
     """A checkpoint from wherever Lightning can read one."""
     if hasattr(path, "read"):
         path.seek(0)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        found = dict(torch.load(path, map_location="cpu", weights_only=True))
+        path.seek(0)
+        return found
     with fsspec.open(str(path), "rb") as stream:
         return dict(torch.load(stream, map_location="cpu", weights_only=True))
 
