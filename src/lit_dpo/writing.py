@@ -17,6 +17,9 @@ _REMEDIES = {
     errno.EROFS: "It is read-only: name another place.",
     errno.EACCES: "You may not write there: name another place.",
     errno.EPERM: "You may not write there: name another place.",
+    errno.ENOTDIR: "A file is in the way: name another place.",
+    errno.EEXIST: "A file is in the way: name another place.",
+    errno.EIO: "The disk fails: name another place.",
 }
 
 
@@ -91,7 +94,7 @@ def refusals(path: Path | str) -> Iterator[None]:
     """Say in a sentence that a disk refuses.
 
     Raises:
-        TrainingError: for an `OSError` about a disk, whichever library it came through.
+        TrainingError: naming the folder; whichever library it came through.
     """
     try:
         yield
@@ -101,18 +104,15 @@ def refusals(path: Path | str) -> Iterator[None]:
         found = _cause(error)
         if found is None:
             raise
-        remedy = _REMEDIES.get(found.errno or 0, "")
-        raise TrainingError(f"Cannot write to {Path(path).parent}: {found.strerror or found}. {remedy}".rstrip()) from error
+        raise TrainingError(f"Cannot write to {Path(path).parent}: {os.strerror(found)}. {_REMEDIES[found]}") from error
 
 
-def _cause(error: BaseException) -> OSError | None:
-    """The error of the operating system, or None; safetensors and PyTorch say it in their own words."""
+def _cause(error: BaseException) -> int | None:
+    """The number of a disk's refusal, or None; safetensors and PyTorch say it in their own words."""
     if isinstance(error, OSError):
-        return error
-    for number in _REMEDIES:
-        if os.strerror(number) in str(error) or f"os error {number}" in str(error):
-            return OSError(number, os.strerror(number))
-    return None
+        return error.errno if error.errno in _REMEDIES else None
+    said = (n for n in _REMEDIES if os.strerror(n) in str(error) or f"os error {n})" in str(error))
+    return next(said, None)
 
 
 def _flush(path: Path) -> None:

@@ -15,10 +15,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from numpy.typing import NDArray
 
 from lit_dpo.data.batch import ROW_FIELDS, EncodedPair, PairBatch, collate_pairs
+from lit_dpo.data.digests import code_digest
 from lit_dpo.data.encode import Dropped, PairEncoder
 from lit_dpo.data.formats.base import Preference, PreferenceFormat
 from lit_dpo.data.sources import PairSource
 from lit_dpo.errors import DataError
+from lit_dpo.writing import refusals
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -123,7 +125,9 @@ class PairTable(NamedTuple):
 
 
 def encode_table(sources: Sequence[PairSource], format: PreferenceFormat, encoder: PairEncoder) -> PairTable:
-    """Read, check and encode every row; files that `datasets` has on disk are encoded once and then memory-mapped.
+    """Read, check and encode every row; what is on disk is encoded once and then memory-mapped.
+
+    Once, that is, for the same content (wherever it lies), format with its code, tokenizer and limits.
 
     Raises:
         DataError: for the first row that cannot be used, with its file and number (from 0).
@@ -154,16 +158,20 @@ def _encode_source(source: PairSource, format: PreferenceFormat, encoder: PairEn
     ids = List(Value("int32"))
     facts = {"length": Value("int32"), "prompt_key": Value("int64"), "identical": Value("bool")}
     facts |= dict.fromkeys(ROW_FIELDS, Value("float64"))
-    key = [source.rows._fingerprint, encoder.fingerprint, type(format).__module__, repr(format)]
-    return source.rows.map(
-        lambda columns, numbers: _encode_rows(source.name, columns, numbers, format, encoder),
-        batched=True,
-        with_indices=True,
-        remove_columns=source.rows.column_names,
-        features=Features({**dict.fromkeys(_IDS, ids), **facts, "dropped": Value("string")}),
-        new_fingerprint=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
-        desc=f"Encoding {source.name}",
-    )
+    code = code_digest(_encode_rows, type(encoder), own=[type(format)])
+    key = [source.content or source.rows._fingerprint, encoder.fingerprint, code, repr(format)]
+    fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    with refusals(source.cache):
+        return source.rows.map(
+            lambda columns, numbers: _encode_rows(source.name, columns, numbers, format, encoder),
+            batched=True,
+            with_indices=True,
+            remove_columns=source.rows.column_names,
+            features=Features({**dict.fromkeys(_IDS, ids), **facts, "dropped": Value("string")}),
+            new_fingerprint=fingerprint,
+            cache_file_name=str(source.cache / f"{fingerprint}.arrow") if source.content else None,
+            desc=f"Encoding {source.name}",
+        )
 
 
 def _encode_rows(
