@@ -188,6 +188,29 @@ class PreferenceDataModule(LightningDataModule):
         """By split of this run, what its rows say beside their three parts: some of `ROW_FIELDS`."""
         return {split: frozenset(table.fields) for split, table in self._tables.items() if table is not None}
 
+    def check_tokens(self, vocabulary: int, context: int | None, made_for: int | None, model: str) -> None:
+        """See that a model can read every pair of this run; say once if some are longer than what it was made for.
+
+        Raises:
+            DataError: for the first pair that it cannot, with file and row.
+        """
+        for split, table in self._tables.items():
+            if table is None:
+                continue
+            if found := table.first_beyond(vocabulary, context):
+                raise DataError(
+                    f"{found}, but {model} has {vocabulary} token ids and reads "
+                    + ("any length. " if context is None else f"up to {context} tokens. ")
+                    + "Use its own tokenizer"
+                    + ("." if context is None else f", and `--data.max_length {context}` at most.")
+                )
+            longer = int((table.side_lengths > made_for).sum()) if made_for and context is None else 0
+            if longer:
+                warn(
+                    f"{split}: {longer} of {table.size} pairs are longer than the {made_for} tokens that {model} was "
+                    "made for (`max_position_embeddings`); kept, but it may not read them well"
+                )
+
     # --- for reports -----------------------------------------------------------------------------------------------
 
     def preference(self, split: str, row: int) -> Preference:
