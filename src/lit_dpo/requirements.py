@@ -98,9 +98,10 @@ def check_run(module: Any, trainer: Any) -> None:
     if module.model is None:
         module.policy.check()
         module.reference.check(module.policy)
-    if hasattr(data := getattr(trainer, "datamodule", None), "check_tokens"):
+    check_tokens = getattr(getattr(trainer, "datamodule", None), "check_tokens", None)
+    if check_tokens is not None:
         for name, found in _limits(module):
-            data.check_tokens(*found, model=name)
+            check_tokens(*found, model=name)
 
 
 def _limits(module: Any) -> Iterator[tuple[str, Limits]]:

@@ -97,7 +97,7 @@ def test_an_edited_format_reads_anew(lab, jsonl, tmp_path, tokenizer_folder, fil
 
 def test_a_file_that_is_edited_but_not_loaded_does_not_name_the_old_reading(lab, tmp_path, tokenizer_folder):
     """As in a notebook: the next process, which loads it, must not find what this one read."""
-    edit, load = lab
+    _, load = lab
     (tmp_path / "pairs.jsonl").write_text(_rows("hello"))
     source, format = str(tmp_path / "pairs.jsonl"), load()
     new = FORMAT.replace('"Q: "', '"N: "')
@@ -108,11 +108,11 @@ def test_a_file_that_is_edited_but_not_loaded_does_not_name_the_old_reading(lab,
 
 def test_code_has_the_same_digest_in_every_process(lab, tmp_path):
     """Sets have another order in each, and nothing of memory may count."""
-    edit, load = lab
+    edit, _ = lab
     edit("cleaning.py", "return text.strip()", 'return text.strip() if text not in {"a", "b", "c", "d"} else ""')
     code = (
-        "from lit_dpo.data.digests import code_digest as d\nfrom lit_dpo.data.formats import Triples\nimport lab_format\n"
-        "print(d(Triples, own=[lab_format.Mine]))"
+        "from lit_dpo.data.digests import code_digest\nfrom lit_dpo.data.formats import Triples\n"
+        "import lab_format\nprint(code_digest(Triples, own=[lab_format.Mine]))"
     )
     path = os.pathsep.join([str(tmp_path), *sys.path])
     said = {

@@ -52,8 +52,8 @@ def test_a_second_model_is_measured_on_its_own_ids(tiny_model, characters, pairs
     alone = data(pairs_file, val=str(pairs_file), test=str(pairs_file))
     trainer(tmp_path / "fit", max_steps=1).fit(_module(tiny_model), pairs)
     measured = [getattr(trainer(tmp_path), stage)(_module(characters), one) for one in (pairs, alone)]
-    numbers = [one[0]["chosen_logps"] if stage == "predict" else one[0][f"{stage[:4]}/chosen_logps".replace("vali", "val")]
-               for one in measured]  # fmt: skip
+    name = {"validate": "val/chosen_logps", "test": "test/chosen_logps", "predict": "chosen_logps"}[stage]
+    numbers = [one[0][name] for one in measured]
     torch.testing.assert_close(torch.as_tensor(numbers[0]), torch.as_tensor(numbers[1]))
 
 

@@ -74,8 +74,8 @@ def claim_versions(trainer: Any) -> None:
         root = str(getattr(logger, "root_dir", "://"))
         if isinstance(logger, TensorBoardLogger | CSVLogger) and "://" not in root:
             # the one place where both find a number, and no sooner than it is needed
-            found = type(logger)._get_next_version
-            logger._get_next_version = partial(_claimed, Path(root), partial(found, logger))  # type: ignore[method-assign]
+            listed: Any = type(logger)._get_next_version
+            logger._get_next_version = partial(_claimed, Path(root), partial(listed, logger))  # type: ignore[method-assign]
 
 
 def _claimed(root: Path, next_free: Callable[[], int]) -> int:

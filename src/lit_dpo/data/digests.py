@@ -18,8 +18,10 @@ _EMPTY = types.CellType()
 
 
 def content_digest(files: Iterable[Path]) -> str:
-    """Of every byte of some files, in order, about a second per gigabyte. Paths and times do not count: `rsync -t`
-    and `cp -p` put other bytes under the same ones."""
+    """Of every byte of some files, in order, about a second per gigabyte.
+
+    Paths and times do not count: `rsync -t` and `cp -p` put other bytes under the same ones.
+    """
     digest = hashlib.blake2b(digest_size=20)
     for file in files:
         with file.open("rb") as stream:

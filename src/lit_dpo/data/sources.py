@@ -151,7 +151,8 @@ def _cache(content: str) -> Path:
     """Where `datasets` keeps what it makes of this content: it knows files by path and time of change."""
     from datasets import config
 
-    return Path(config.HF_DATASETS_CACHE) / "lit_dpo" / hashlib.sha256(f"{content} {version('datasets')}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{content} {version('datasets')}".encode()).hexdigest()
+    return Path(config.HF_DATASETS_CACHE) / "lit_dpo" / key[:32]
 
 
 def _csv_options(path: Path) -> dict[str, Any]:
