@@ -19,6 +19,7 @@ LAYERS = {
     "lit_dpo.errors": 0,
     "lit_dpo.fingerprints": 0,
     "lit_dpo.hub": 0,
+    "lit_dpo.writing": 0,
     "lit_dpo.quickstart": 0,  # needs nothing of the package; imported inside functions only
     "lit_dpo.quickstart_text": 0,
     "lit_dpo.logps": 1,
@@ -31,6 +32,7 @@ LAYERS = {
     "lit_dpo.metrics": 2,
     "lit_dpo.callbacks": 2,
     "lit_dpo.checkpoint": 2,
+    "lit_dpo.limits": 2,
     "lit_dpo.memory": 2,
     "lit_dpo.requirements": 2,
     "lit_dpo.position": 2,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -14,10 +12,12 @@ from typing import Any
 import fsspec
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core.saving import load_hparams_from_yaml
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
 from lit_dpo.errors import ResumeError, TrainingError
 from lit_dpo.policy import adapter_parameters
+from lit_dpo.writing import beside, put_in_place, refusals, remove, written_whole
 
 KEY = "lit_dpo"
 """Where a checkpoint holds what `describe` says."""
@@ -65,9 +65,11 @@ _SAID_ELSEWHERE = (
     "_instantiator",
 )
 
+_TRUST = "trust_remote_code"
+
 # Fields of the policy that do not change what is computed, beyond rounding, or that its identity says better.
 _MAY_CHANGE = (
-    *("gradient_checkpointing", "attention", "trust_remote_code"),
+    *("gradient_checkpointing", "attention", _TRUST),
     *("model", "revision", "adapter_path", "adapter_base"),
 )
 
@@ -332,12 +334,34 @@ class AdapterModule(pl.LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """A module as a checkpoint says it was, with its adapter; see Lightning.
 
+        But no file says that code is run: `trust_remote_code` is false unless it is given here, within `policy=` or
+        `reference=`.
+
         Raises:
             ResumeError: if the base that is there now is not the one that the adapter belongs to.
+            PolicyError: if that base comes with code of its own.
         """
+        file = kwargs.get("hparams_file", args[1] if len(args) > 1 else None)
+        stored = _read(checkpoint_path).get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}) if file is None else _hparams(file)
+        kwargs = {name: _without_trust(value) for name, value in stored.items() if _trusts(value)} | kwargs
         module = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         check_belongs(_read(checkpoint_path), describe(module), training=False)
         return module
+
+
+def _trusts(given: Any) -> bool:
+    return bool(given != _without_trust(given))
+
+
+def _without_trust(given: Any) -> Any:
+    """The same, but `trust_remote_code` is false wherever it stands."""
+    if isinstance(given, Mapping):
+        return {key: key != _TRUST and _without_trust(value) for key, value in given.items()}
+    return [_without_trust(value) for value in given] if isinstance(given, list | tuple) else given
+
+
+def _hparams(file: Any) -> dict[str, Any]:
+    return dict(load_hparams_from_yaml(file) if str(file).endswith(("yml", "yaml")) else {})
 
 
 def _frozen_is_not_missing(module: torch.nn.Module, keys: Any) -> None:
@@ -350,7 +374,9 @@ def _read(path: Any) -> dict[str, Any]:
     """A checkpoint from wherever Lightning can read one."""
     if hasattr(path, "read"):
         path.seek(0)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        found = dict(torch.load(path, map_location="cpu", weights_only=True))
+        path.seek(0)
+        return found
     with fsspec.open(str(path), "rb") as stream:
         return dict(torch.load(stream, map_location="cpu", weights_only=True))
 
@@ -375,19 +401,33 @@ class AdapterCheckpointIO(CheckpointIO):
         self.inner, self.on_save, self.on_load, self.export = inner, on_save, on_load, export
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write to a temporary name, then rename."""
+        """Write both to temporary names, then rename: a folder that is there goes, the file comes, its folder comes.
+
+        Raises:
+            TrainingError: if the disk refuses; what was there is as it was.
+        """
         self.on_save(checkpoint)
         if "://" in str(path):  # a remote store: its own writes are whole
             self.inner.save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
+        folder = _beside(path)
         if isinstance(self.inner, AsyncCheckpointIO):  # it writes later, and whole
             self.inner.save_checkpoint(checkpoint, path, storage_options)
-        else:
-            temporary = path.with_name(f".{path.name}.tmp")
-            self.inner.save_checkpoint(checkpoint, temporary, storage_options)
-            os.replace(temporary, path)
-        self.export(checkpoint, _beside(path))
+            self.export(checkpoint, folder)
+            return
+        check_writable(folder)
+        with refusals(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary, fresh = beside(path, "tmp"), beside(folder, "tmp")
+            try:
+                self.export(checkpoint, fresh)
+                self.inner.save_checkpoint(checkpoint, temporary, storage_options)
+                # the file, which is all that a run needs, is there at any moment; its folder only when it is its own
+                put_in_place({path: temporary, folder: fresh})
+            finally:
+                remove(temporary)
+                remove(fresh)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
         """Load; nothing but tensors and builtins is ever in it."""
@@ -438,16 +478,11 @@ def save_adapter(model: Any, tokenizer: Any, directory: Path, state: Mapping[str
             callback saves averages.
 
     Raises:
-        TrainingError: if something else than an adapter is in the directory.
+        TrainingError: if something else than an adapter is in the directory, or the disk refuses.
     """
     check_writable(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
-        fresh = Path(scratch) / "new"
+    with written_whole(directory) as fresh:
         # the embeddings are frozen; "auto" would ask the hub whether the vocabulary grew
         weights = None if state is None else {name.removeprefix("model."): tensor for name, tensor in state.items()}
         model.save_pretrained(fresh, selected_adapters=["default"], save_embedding_layers=False, state_dict=weights)
         tokenizer.save_pretrained(fresh)
-        if directory.exists():
-            os.replace(directory, Path(scratch) / "old")
-        os.replace(fresh, directory)

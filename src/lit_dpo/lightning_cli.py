@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 import zipfile
 from pathlib import Path
@@ -21,6 +20,7 @@ from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.errors import LitDPOError, ResumeError, TrainingError
 from lit_dpo.module import DPOModule
 from lit_dpo.parser import Parser, refuse
+from lit_dpo.writing import written_whole
 
 _LOGGER = {
     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -59,10 +59,8 @@ class _SaveConfig(SaveConfigCallback):
                 f"Expected a new directory for this run but {path} is another's: let the logger number it."
             )
         if trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(self._text(stage), encoding="utf-8")
-            os.replace(temporary, path)
+            with written_whole(path) as temporary:
+                temporary.write_text(self._text(stage), encoding="utf-8")
 
     def _text(self, stage: str) -> str:
         config, resumed = self.config.clone(), None

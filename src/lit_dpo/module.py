@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lit_dpo import metrics
-from lit_dpo.callbacks.export import AdapterExport
+from lit_dpo.callbacks.export import AdapterExport, claim_versions
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.predictions import PredictionWriter
@@ -202,6 +202,7 @@ class DPOModule(RowModule):
         if trainer is not None and trainer.lightning_module is self:
             brought = [kind() for kind in _BROUGHT if not any(isinstance(one, kind) for one in trainer.callbacks)]
             trainer.callbacks = [*brought, *trainer.callbacks]
+            claim_versions(trainer)
 
     def prepare_data(self) -> None:
         """Find what is wrong before a directory is made; where this is overridden, before a weight is read."""

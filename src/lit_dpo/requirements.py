@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lit_dpo.data.batch import ROW_FIELDS
 from lit_dpo.errors import DataError, PolicyError, TrainingError
+from lit_dpo.limits import Limits, limits
 from lit_dpo.losses.base import PreferenceLoss
 from lit_dpo.references.adapter import NoReference, default_reference
 from lit_dpo.references.base import Reference
 from lit_dpo.references.cache import CachedReference
+from lit_dpo.references.model import ModelReference
 
 if TYPE_CHECKING:
     from lit_dpo.policy import QLoRAPolicy
@@ -87,7 +89,7 @@ def check_run(module: Any, trainer: Any) -> None:
 
     Raises:
         TrainingError: for the strategy.
-        DataError: for rows that lack what the loss reads.
+        DataError: for rows that lack what the loss reads, or tokens that policy or reference cannot read.
         PolicyError: for a policy or reference that cannot be loaded.
     """
     check_strategy(trainer.strategy)
@@ -96,3 +98,17 @@ def check_run(module: Any, trainer: Any) -> None:
     if module.model is None:
         module.policy.check()
         module.reference.check(module.policy)
+    check_tokens = getattr(getattr(trainer, "datamodule", None), "check_tokens", None)
+    if check_tokens is not None:
+        for name, found in _limits(module):
+            check_tokens(*found, model=name)
+
+
+def _limits(module: Any) -> Iterator[tuple[str, Limits]]:
+    """Of the policy, and of a reference that is a model of its own."""
+    if module.model is not None:
+        yield repr(module.policy.model), limits(module.model)
+    else:
+        yield repr(module.policy.model), module.policy.limits()
+    if isinstance(module.reference.bare, ModelReference):
+        yield f"the reference {module.reference.bare.model!r}", module.reference.bare.limits()

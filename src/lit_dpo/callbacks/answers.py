@@ -1,20 +1,30 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
+from lit_dpo.callbacks.alone import alone
 from lit_dpo.callbacks.export import run_directory, tokenizer_of
 from lit_dpo.errors import TrainingError
+from lit_dpo.limits import limits
 from lit_dpo.logps.attention import plain_attention
+from lit_dpo.writing import written_whole
+
+# C0 but for tab and newline, DEL, C1, and marks that turn the direction of text
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 class SampleAnswers(pl.Callback):
     """Answers held-out prompts before and after `fit`, prints a few side by side, and writes all to `answers.jsonl`.
+
+    Whatever fails here fails alone, in a line: it shows, and costs nothing that was trained.
 
     Args:
         prompts: how many held-out prompts are answered; the first ones of `val`, else of `train`.
@@ -36,7 +46,7 @@ class SampleAnswers(pl.Callback):
     ) -> None:
         self.prompts, self.shown, self.seed = prompts, shown, seed
         self.max_new_tokens, self.temperature, self.classify = max_new_tokens, temperature, classify
-        self._before: list[str] = []
+        self._before: list[str] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """See that there are prompts to take."""
@@ -45,26 +55,28 @@ class SampleAnswers(pl.Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Answer with the policy as it comes."""
-        split = "val" if trainer.datamodule.val_dataloader() else "train"
-        self._questions = [
-            (_question(pair.prompt), ids) for _, ids, pair in trainer.datamodule.prompts(split, self.prompts)
-        ]
-        if trainer.is_global_zero:
+        self._before = None
+        if not trainer.is_global_zero:
+            return
+        with alone("SampleAnswers"):
+            split = "val" if trainer.datamodule.val_dataloader() else "train"
+            self._questions = [
+                (_question(pair.prompt), ids) for _, ids, pair in trainer.datamodule.prompts(split, self.prompts)
+            ]
             self._before = self._answer(trainer, pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Answer again, and compare."""
         directory = run_directory(trainer)
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if self._before is None or trainer.fast_dev_run:
             return
-        after = self._answer(trainer, pl_module)
-        questions = [question for question, _ in self._questions]
-        path = directory / "answers.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as stream:
-            for row in zip(questions, self._before, after, strict=True):
-                stream.write(json.dumps(dict(zip(("prompt", "before", "after"), row, strict=True))) + "\n")
-        self._print(questions, after)
+        with alone("SampleAnswers"):
+            after = self._answer(trainer, pl_module)
+            questions = [question for question, _ in self._questions]
+            with written_whole(directory / "answers.jsonl") as path, path.open("w", encoding="utf-8") as stream:
+                for row in zip(questions, self._before, after, strict=True):
+                    stream.write(json.dumps(dict(zip(("prompt", "before", "after"), row, strict=True))) + "\n")
+            self._print(questions, self._before, after)
 
     def _answer(self, trainer: Any, pl_module: Any) -> list[str]:
         return sample_answers(
@@ -76,23 +88,31 @@ class SampleAnswers(pl.Callback):
             seed=self.seed,
         )
 
-    def _print(self, questions: list[str], after: list[str]) -> None:
+    def _print(self, questions: list[str], before: list[str], after: list[str]) -> None:
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table("held-out prompt", "before", "after", title="Answers, sampled", show_lines=True)
-        for row in list(zip(questions, self._before, after, strict=True))[: self.shown]:
-            table.add_row(*(text.replace("[", r"\[") for text in row))
         console = Console()
+        columns = (Column(name, overflow="fold") for name in ("held-out prompt", "before", "after"))
+        table = Table(*columns, title="Answers, sampled", show_lines=True)
+        for row in list(zip(questions, before, after, strict=True))[: self.shown]:
+            table.add_row(*(_shown(text, console.encoding) for text in row))
         console.print(table)
         if self.classify is not None:
             shares = [
-                Counter(self.classify(question, answer) for question, answer in zip(questions, answers, strict=True))
-                for answers in (self._before, after)
+                Counter(str(self.classify(*pair)) for pair in zip(questions, answers, strict=True))
+                for answers in (before, after)
             ]
             for label in sorted(shares[0] | shares[1]):
-                before, now = (share[label] / len(questions) for share in shares)
-                console.print(f"share of {label} answers: {before:.2f} before, {now:.2f} after")
+                was, now = (share[label] / len(questions) for share in shares)
+                console.print(_shown(f"share of {label} answers: {was:.2f} before, {now:.2f} after", console.encoding))
+
+
+def _shown(text: str, encoding: str) -> Any:
+    """Text for a terminal as it is: no markup, nothing that steers the terminal, only what its encoding has."""
+    from rich.text import Text
+
+    return Text(_STEERING.sub("", text).encode(encoding, "replace").decode(encoding))
 
 
 def _question(prompt: Any) -> str:
@@ -101,6 +121,11 @@ def _question(prompt: Any) -> str:
         return prompt
     said = [message["content"] for message in prompt if message["role"] == "user"]
     return str(said[-1] if said else prompt[-1]["content"])
+
+
+def _until(ends: set[int], row: list[int]) -> list[int]:
+    """A row without what was put after its end."""
+    return row[: next((place for place, token in enumerate(row) if token in ends), len(row))]
 
 
 @torch.no_grad()
@@ -119,14 +144,24 @@ def sample_answers(
     Args:
         model: a policy in training or not; left as it was, like the global random state.
         tokenizer: turns the answers into text.
-        prompts: token ids.
+        prompts: token ids; where the model's context is too short their beginning is cut.
         max_new_tokens: length limit.
         temperature: of sampling.
         seed: of sampling.
         batch_size: prompts answered at once.
     """
     device = model.get_input_embeddings().weight.device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    vocabulary, context, _ = limits(model)
+    if context is not None:
+        max_new_tokens = min(max_new_tokens, context - 1)
+        if any(len(row) + max_new_tokens > context for row in prompts):
+            rank_zero_info(f"answers: prompts keep the last {context - max_new_tokens} tokens; the model has {context}")
+        prompts = [row[max(0, len(row) + max_new_tokens - context) :] for row in prompts]
+    # a pad token may be one that the model never had
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    pad = next(token for token in pads if token is not None and token < vocabulary)
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
     training, answers = model.training, []
     model.eval()
     try:
@@ -146,7 +181,8 @@ def sample_answers(
                     max_new_tokens=max_new_tokens,
                     pad_token_id=pad,
                 )
-                answers += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+                written = [_until(ends, row) for row in out[:, width:].tolist()]
+                answers += tokenizer.batch_decode(written, skip_special_tokens=True)
     finally:
         model.train(training)
     return [answer.strip() for answer in answers]

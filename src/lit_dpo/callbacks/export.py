@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.checkpoint import check_finite, check_writable, save_adapter
 from lit_dpo.policy import adapter_parameters
+from lit_dpo.writing import refusals
 
 
 class AdapterExport(pl.Callback):
@@ -60,6 +64,31 @@ def run_directory(trainer: Any) -> Path:
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     own = found / str(logger.name) / version
     return Path(trainer.strategy.broadcast(str(own)))
+
+
+def claim_versions(trainer: Any) -> None:
+    """Have loggers that number their runs take a number by making its directory: runs may start together.
+
+    Lightning's list the directories when the number is first asked for, and several runs then find the same one free.
+    Only the first rank's number is used: it tells the others.
+    """
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        root = str(getattr(logger, "root_dir", "://"))
+        if isinstance(logger, TensorBoardLogger | CSVLogger) and "://" not in root:
+            # the one place where both find a number, and no sooner than it is needed
+            listed: Any = type(logger)._get_next_version
+            logger._get_next_version = partial(_claimed, Path(root), partial(listed, logger))  # type: ignore[method-assign]
+
+
+def _claimed(root: Path, next_free: Callable[[], int]) -> int:
+    with refusals(root / "version"):
+        root.mkdir(parents=True, exist_ok=True)
+        number = next_free()
+        while True:
+            with suppress(FileExistsError):
+                (root / f"version_{number}").mkdir()
+                return number
+            number += 1
 
 
 def _unused(directory: Path) -> Path:

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_dpo.callbacks.alone import alone
 from lit_dpo.memory import StepMemory, estimate_step
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ class MemoryEstimate(pl.Callback):
         largest = getattr(trainer.train_dataloader, "largest_rows", None)
         if largest is None or not trainer.is_global_zero:
             return
-        try:
+        with alone("The estimate of a step's memory"):
             rows, several = largest(math.inf if pl_module.why_one_row else pl_module.row_limit)
             step = estimate_step(
                 pl_module.model,
@@ -34,14 +35,10 @@ class MemoryEstimate(pl.Callback):
                 with_kl="kl" in pl_module.loss.needs,
                 context=trainer.precision_plugin.train_step_context,
             )
-        except (RuntimeError, AttributeError, TypeError, ValueError) as error:  # no reason not to train
-            log.warning("no estimate of a step's memory: %s", str(error).split("\n")[0])
-            return
-        room = _room(pl_module.device)
-        rank_zero_info(f"a step needs about {step}" + (f"; the device has {room / 2**30:.2f} GiB" if room else ""))
-        if room and step.total > room:
-            alone = max(map(len, rows)) == 1
-            log.warning(_remedy(step, room, pl_module, alone))
+            room = _room(pl_module.device)
+            rank_zero_info(f"a step needs about {step}" + (f"; the device has {room / 2**30:.2f} GiB" if room else ""))
+            if room and step.total > room:
+                log.warning(_remedy(step, room, pl_module, one_pair=max(map(len, rows)) == 1))
 
 
 def _room(device: torch.device) -> int | None:
@@ -51,10 +48,10 @@ def _room(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
-def _remedy(step: StepMemory, room: int, pl_module: Any, alone: bool) -> str:
+def _remedy(step: StepMemory, room: int, pl_module: Any, one_pair: bool) -> str:
     again = "" if pl_module.policy.gradient_checkpointing else "set `--model.policy.gradient_checkpointing true`, or "
     pairs = "`--data.max_tokens` (or `--data.batch_size`) or " if pl_module.why_one_row else "`--model.row_tokens` or "
     return (
         f"A step will not fit: it needs about {step.total / 2**30:.2f} GiB and the device has {room / 2**30:.2f}; "
-        f"{again}lower {'' if alone else pairs}`--data.max_length`."
+        f"{again}lower {'' if one_pair else pairs}`--data.max_length`."
     )

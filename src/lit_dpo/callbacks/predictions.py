@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.callbacks.export import run_directory
 from lit_dpo.callbacks.health import say_it_is_the_same
+from lit_dpo.writing import written_whole
 
 
 class PredictionWriter(pl.Callback):
@@ -40,7 +40,11 @@ class PredictionWriter(pl.Callback):
         self._rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file, whole or not at all.
+
+        Raises:
+            TrainingError: if the disk refuses.
+        """
         rows = self._rows
         if trainer.world_size > 1:
             gathered: list[list[dict[str, float]] | None] = [None] * trainer.world_size
@@ -53,9 +57,6 @@ class PredictionWriter(pl.Callback):
         if not any(row["chosen_reward"] or row["rejected_reward"] for row in rows):
             say_it_is_the_same(trainer, pl_module)
         path = Path(self.path) if self.path else directory / "predictions.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("w") as stream:
+        with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["row"]))
-        os.replace(temporary, path)
         rank_zero_info(f"Rewards and margins of {len(rows)} pairs are in {path}")

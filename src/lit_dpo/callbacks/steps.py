@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import MetricCollection
 
+from lit_dpo.callbacks.alone import alone
 from lit_dpo.checkpoint import configuration, flatten
 from lit_dpo.position import remeasure, standing
 
@@ -86,15 +87,17 @@ class OptimizerSteps(pl.Callback):
         accuracy = trainer.callback_metrics.get("val/reward_accuracy")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and accuracy is not None:
-                logger.log_hyperparams(flatten(configuration(pl_module)), {"hp_metric": float(accuracy)})
+                with alone("The list of hyper-parameters"):
+                    logger.log_hyperparams(flatten(configuration(pl_module)), {"hp_metric": float(accuracy)})
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Say how it went."""
-        found = trainer.callback_metrics
-        names = [f"{stage}/{name}" for stage in ("train", "val") for name in _SHOWN if f"{stage}/{name}" in found]
-        measured = ", ".join(f"{name} {float(found[name]):.4g}" for name in names)
-        took = timedelta(seconds=round(time.monotonic() - self._began))
-        rank_zero_info(f"{self._last - self._first} steps in {took}" + (f": {measured}" if measured else ""))
+        with alone("The summary of the run"):
+            found = trainer.callback_metrics
+            names = [f"{stage}/{name}" for stage in ("train", "val") for name in _SHOWN if f"{stage}/{name}" in found]
+            measured = ", ".join(f"{name} {float(found[name]):.4g}" for name in names)
+            took = timedelta(seconds=round(time.monotonic() - self._began))
+            rank_zero_info(f"{self._last - self._first} steps in {took}" + (f": {measured}" if measured else ""))
 
 
 def _log(pl_module: Any, measured: MetricCollection, **when: Any) -> dict[str, Any]:

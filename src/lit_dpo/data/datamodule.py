@@ -108,6 +108,7 @@ class PreferenceDataModule(LightningDataModule):
         self.chat_template_kwargs = chat_template_kwargs or {}
         self._tables: dict[str, PairTable | None] = {}
         self._encoder: PairEncoder | None = None
+        self._policy: Any = None  # that the encoder is of
         self._train_loader: PairLoader | None = None
         self._resume: Mapping[str, int] | None = None
 
@@ -123,6 +124,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Have the tables of a stage (`fit`, `validate`, `test` or `predict`)."""
+        self._follow_policy()
         built = False
         splits = [one for split in _SPLITS[stage] for one in self._sets(split)]
         for split in splits:
@@ -195,6 +197,29 @@ class PreferenceDataModule(LightningDataModule):
     def row_fields(self) -> dict[str, frozenset[str]]:
         """By split of this run, what its rows say beside their three parts: some of `ROW_FIELDS`."""
         return {split: frozenset(table.fields) for split, table in self._tables.items() if table is not None}
+
+    def check_tokens(self, vocabulary: int, context: int | None, made_for: int | None, model: str) -> None:
+        """See that a model can read every pair of this run; say once if some are longer than what it was made for.
+
+        Raises:
+            DataError: for the first pair that it cannot, with file and row.
+        """
+        for split, table in self._tables.items():
+            if table is None:
+                continue
+            if found := table.first_beyond(vocabulary, context):
+                raise DataError(
+                    f"{found}, but {model} has {vocabulary} token ids and reads "
+                    + ("any length. " if context is None else f"up to {context} tokens. ")
+                    + "Use its own tokenizer"
+                    + ("." if context is None else f", and `--data.max_length {context}` at most.")
+                )
+            longer = int((table.side_lengths > made_for).sum()) if made_for and context is None else 0
+            if longer:
+                warn(
+                    f"{split}: {longer} of {table.size} pairs are longer than the {made_for} tokens that {model} was "
+                    "made for (`max_position_embeddings`); kept, but it may not read them well"
+                )
 
     # --- for reports -----------------------------------------------------------------------------------------------
 
@@ -291,18 +316,36 @@ class PreferenceDataModule(LightningDataModule):
 
     def _get_encoder(self) -> PairEncoder:
         if self._encoder is None:
-            self._encoder = PairEncoder(
-                self._load_tokenizer(),
-                max_length=self.max_length,
-                max_prompt_length=self.max_prompt_length,
-                truncation=self.truncation,
-                chat_template_kwargs=self.chat_template_kwargs,
-            )
+            self._policy = self._policy_now
+            self._encoder = self._make_encoder()
         return self._encoder
+
+    def _make_encoder(self) -> PairEncoder:
+        return PairEncoder(
+            self._load_tokenizer(),
+            max_length=self.max_length,
+            max_prompt_length=self.max_prompt_length,
+            truncation=self.truncation,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+    @property
+    def _policy_now(self) -> Any:
+        """The policy whose tokenizer encodes, if it is a policy's."""
+        return None if self.tokenizer else getattr(self.trainer and self.trainer.lightning_module, "policy", None)
+
+    def _follow_policy(self) -> None:
+        """Encode for the policy that is trained now: the module may have been used with another one before."""
+        policy = self._policy_now
+        if self._encoder is None or policy is None or policy == self._policy:
+            return
+        before, self._encoder, self._policy = self._encoder, self._make_encoder(), policy
+        if self._encoder.fingerprint != before.fingerprint:
+            self._tables = {}
 
     def _load_tokenizer(self) -> Any:
         if self.tokenizer is None:
-            policy = getattr(self.trainer and self.trainer.lightning_module, "policy", None)
+            policy = self._policy_now
             if policy is None:
                 raise DataError("Expected `tokenizer` to be set, because there is no module whose policy has one.")
             return policy.load_tokenizer()

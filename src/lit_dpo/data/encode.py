@@ -16,9 +16,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from lit_dpo.data.batch import EncodedPair
+from lit_dpo.data.digests import code_digest, content_digest
 from lit_dpo.data.formats.base import Message, Preference
 from lit_dpo.errors import DataError
 
@@ -26,9 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Truncation: TypeAlias = Literal["drop", "truncate_prompt", "truncate_response", "truncate_both", "error"]
-
-# Goes into the name of the cached encodings: a change of what this file computes must count it up.
-VERSION = 2
 
 _ANCHOR = "\n"
 
@@ -108,9 +107,8 @@ class PairEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of all that decides the ids: equal fingerprints encode a preference alike."""
+        """Hex digest of all that decides the ids, beside this code: equal ones encode a preference alike."""
         parts = [
-            VERSION,
             _tokenizer_content(self.tokenizer),
             [self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.chat_template],
             [self.max_length, self.max_prompt_length, self.truncation, dict(self.chat_template_kwargs)],
@@ -299,14 +297,17 @@ def _cut_answers(pair: EncodedPair, room: int) -> EncodedPair:
 
 def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> Any:
     """All of the tokenizer but its padding and truncation, which calls switch on and off."""
+    code = code_digest(type(tokenizer))
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items())]
+    if backend is None:  # written in Python: merges and scores are in its files
+        named = (getattr(tokenizer, name, None) for name in tokenizer.vocab_files_names)
+        files = [Path(file) for file in named if isinstance(file, str) and Path(file).is_file()]
+        return [code, content_digest(files), sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs]
     padding, truncation = backend.padding, backend.truncation
     backend.no_padding()
     backend.no_truncation()
     try:
-        return backend.to_str()
+        return [code, backend.to_str()]
     finally:
         if padding is not None:
             backend.enable_padding(**padding)

@@ -6,12 +6,15 @@ import csv
 import difflib
 import glob
 import gzip
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from lit_dpo.data.digests import content_digest
 from lit_dpo.errors import DataError
 from lit_dpo.hub import ABSENT, GATED, explain, split_revision
 
@@ -40,10 +43,18 @@ class PairSource(NamedTuple):
     Attributes:
         name: what errors call it: a file's path, a hub id with its split.
         rows: the rows, with the columns that were asked for.
+        content: a digest of the bytes that they were read from, where these are on this machine. Else `""`: `rows`
+            then knows the commit that it came from, or is in memory.
     """
 
     name: str
     rows: Dataset
+    content: str = ""
+
+    @property
+    def cache(self) -> Path:
+        """The folder of all that is made of this content."""
+        return _cache(self.content)
 
 
 def load_pairs(source: Source, columns: Sequence[str], *, stage: str = "train") -> list[PairSource]:
@@ -83,7 +94,7 @@ def _load(name: str, stage: str) -> Iterator[PairSource]:
         yield _load_named(name)
         return
     for file in _files(path):
-        yield PairSource(str(file), _load_file(file))
+        yield _load_file(file)
 
 
 # --- local files -----------------------------------------------------------------------------------------------------
@@ -114,7 +125,7 @@ def _similar(path: Path) -> str:
     return f" Similar files there: {_quoted(close)}." if close else " That folder has no data files."
 
 
-def _load_file(path: Path) -> Dataset:
+def _load_file(path: Path) -> PairSource:
     from datasets import Dataset
 
     suffix = _suffix(path)
@@ -123,16 +134,25 @@ def _load_file(path: Path) -> Dataset:
         raise DataError(f"Expected a file that ends in one of {known} but got `{path}`.")
     if path.stat().st_size == 0:
         raise DataError(f"`{path}` is empty.")
+    content = content_digest([path])
     options = _csv_options(path) if suffix == ".csv" else {}
     try:
         # not `load_dataset`, which tells the hub of every local file
         read = {"json": Dataset.from_json, "csv": Dataset.from_csv, "parquet": Dataset.from_parquet}[_LOADERS[suffix]]
-        rows = read(glob.escape(str(path)), **options)
+        rows = read(glob.escape(str(path)), cache_dir=str(_cache(content)), **options)
     except Exception as error:  # `datasets` wraps whatever its readers raise, and leaks StopIteration for empty files
         raise DataError(f"`{path}` cannot be read: {_diagnosis(path, suffix, error)}") from error
     if len(rows) == 0:
         raise DataError(f"`{path}` has no rows.")
-    return rows
+    return PairSource(str(path), rows, content)
+
+
+def _cache(content: str) -> Path:
+    """Where `datasets` keeps what it makes of this content: it knows files by path and time of change."""
+    from datasets import config
+
+    key = hashlib.sha256(f"{content} {version('datasets')}".encode()).hexdigest()
+    return Path(config.HF_DATASETS_CACHE) / "lit_dpo" / key[:32]
 
 
 def _csv_options(path: Path) -> dict[str, Any]:
@@ -225,9 +245,14 @@ def _load_named(name: str) -> PairSource:
 
     named = _parse(name)
     _refuse_paths(name, named.path)
+    folder, content, options = Path(named.path), "", {}
+    if folder.is_dir():
+        files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+        content = content_digest(files)
+        options = {"cache_dir": str(_cache(content))}
     try:
         named = _completed(named)
-        rows = load_dataset(named.path, named.configuration, split=named.split, revision=named.revision)
+        rows = load_dataset(named.path, named.configuration, split=named.split, revision=named.revision, **options)
     except DataError:
         raise
     except Exception as error:  # hub, network and builder errors have no common base
@@ -239,7 +264,7 @@ def _load_named(name: str) -> PairSource:
             if what
             else f"`{name}` cannot be loaded: no local file with a known suffix, and `datasets` says: {error}"
         ) from error
-    return PairSource(str(named), rows)
+    return PairSource(str(named), rows, content and f"{content} {named.configuration} {named.split}")
 
 
 def _completed(named: _Named) -> _Named:

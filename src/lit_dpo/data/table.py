@@ -15,10 +15,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from numpy.typing import NDArray
 
 from lit_dpo.data.batch import ROW_FIELDS, EncodedPair, PairBatch, collate_pairs
+from lit_dpo.data.digests import code_digest
 from lit_dpo.data.encode import Dropped, PairEncoder
 from lit_dpo.data.formats.base import Preference, PreferenceFormat
 from lit_dpo.data.sources import PairSource
 from lit_dpo.errors import DataError
+from lit_dpo.writing import refusals
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -107,11 +109,50 @@ class PairTable(NamedTuple):
 
     def preference(self, row: int) -> Preference:
         """The raw preference of a row number."""
+        number, inside = self._find(row)
+        return self.format.read(self.sources[number].rows[inside])
+
+    def _find(self, row: int) -> tuple[int, int]:
+        """The number of a row's source, and its own in there."""
         starts = np.cumsum([0, *(len(source.rows) for source in self.sources)]).tolist()
         if not 0 <= row < starts[-1]:
             raise IndexError(f"Expected a row in [0, {starts[-1]}) but got {row}.")
         number = bisect_right(starts, row) - 1
-        return self.format.read(self.sources[number].rows[row - starts[number]])
+        return number, row - starts[number]
+
+    def first_beyond(self, vocabulary: int, context: int | None) -> str | None:
+        """Where the first used pair is that a model with these limits cannot read, and why; None if there is none.
+
+        Args:
+            vocabulary: ids from 0 that the model knows.
+            context: most tokens of a prompt and one answer. None: no limit.
+        """
+        from pyarrow.compute import max as largest
+
+        chunks = [chunk for name in _IDS for chunk in self.encoded.data.column(name).chunks]
+        highest = max(largest(chunk.flatten()).as_py() or 0 for chunk in chunks)
+        lengths = self.side_lengths
+        if highest < vocabulary and (context is None or lengths.max(initial=0) <= context):
+            return None
+        for row, length in zip(self.rows.tolist(), lengths.tolist(), strict=True):
+            beyond = max(max(self.encoded[row][name]) for name in _IDS)
+            if beyond >= vocabulary:
+                return f"{self.place(row)}: token id {beyond}"
+            if context is not None and length > context:
+                return f"{self.place(row)}: {length} tokens"
+        return None
+
+    def place(self, row: int) -> str:
+        """The file of a row number, and the number in it."""
+        number, inside = self._find(row)
+        return f"{self.sources[number].name}, row {inside} (from 0)"
+
+    @property
+    def side_lengths(self) -> NDArray[np.int64]:
+        """`(N,)` tokens of the prompt with the longer answer."""
+        parts = self.part_lengths
+        longest: NDArray[np.int64] = parts[:, 0] + parts[:, 1:].max(axis=1)
+        return longest
 
     def hold_out(self, fraction: float, seed: int) -> tuple[PairTable, PairTable]:
         """Two tables with no prompt in common; the second has a fraction of the prompts, at least one.
@@ -135,7 +176,9 @@ class PairTable(NamedTuple):
 
 
 def encode_table(sources: Sequence[PairSource], format: PreferenceFormat, encoder: PairEncoder) -> PairTable:
-    """Read, check and encode every row; files that `datasets` has on disk are encoded once and then memory-mapped.
+    """Read, check and encode every row; what is on disk is encoded once and then memory-mapped.
+
+    Once, that is, for the same content (wherever it lies), format with its code, tokenizer and limits.
 
     Raises:
         DataError: for the first row that cannot be used, with its file and number (from 0).
@@ -166,16 +209,20 @@ def _encode_source(source: PairSource, format: PreferenceFormat, encoder: PairEn
     ids = List(Value("int32"))
     facts = {"length": Value("int32"), "prompt_key": Value("int64"), "identical": Value("bool")}
     facts |= dict.fromkeys(ROW_FIELDS, Value("float64"))
-    key = [source.rows._fingerprint, encoder.fingerprint, type(format).__module__, repr(format)]
-    return source.rows.map(
-        lambda columns, numbers: _encode_rows(source.name, columns, numbers, format, encoder),
-        batched=True,
-        with_indices=True,
-        remove_columns=source.rows.column_names,
-        features=Features({**dict.fromkeys(_IDS, ids), **facts, "dropped": Value("string")}),
-        new_fingerprint=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
-        desc=f"Encoding {source.name}",
-    )
+    code = code_digest(_encode_rows, type(encoder), own=[type(format)])
+    key = [source.content or source.rows._fingerprint, encoder.fingerprint, code, repr(format)]
+    fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    with refusals(source.cache):
+        return source.rows.map(
+            lambda columns, numbers: _encode_rows(source.name, columns, numbers, format, encoder),
+            batched=True,
+            with_indices=True,
+            remove_columns=source.rows.column_names,
+            features=Features({**dict.fromkeys(_IDS, ids), **facts, "dropped": Value("string")}),
+            new_fingerprint=fingerprint,
+            cache_file_name=str(source.cache / f"{fingerprint}.arrow") if source.content else None,
+            desc=f"Encoding {source.name}",
+        )
 
 
 def _encode_rows(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 import uuid
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from lit_dpo.logps.score import base_model
 from lit_dpo.references.adapter import NoReference, default_reference
 from lit_dpo.references.base import Reference, keep, kept
 from lit_dpo.references.store import LogpStore, Stored
+from lit_dpo.writing import written_whole
 
 if TYPE_CHECKING:
     from lit_dpo.policy import QLoRAPolicy
@@ -199,7 +199,5 @@ def _describe(folder: Path, text: str) -> None:
     """For people: what the folder belongs to."""
     path = folder / "reference.json"
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{uuid.uuid4().hex}.tmp"
-        temporary.write_text(text + "\n")
-        os.replace(temporary, path)
+        with written_whole(path, uuid.uuid4().hex) as temporary:  # ranks and runs may come together
+            temporary.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,132 @@
+"""What cached rows depend on: the bytes that were read, and the code that read them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import sys
+import sysconfig
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+_VERSIONS = ("datasets", "pyarrow", "tokenizers", "transformers")
+_EMPTY = types.CellType()
+
+
+def content_digest(files: Iterable[Path]) -> str:
+    """Of every byte of some files, in order, about a second per gigabyte.
+
+    Paths and times do not count: `rsync -t` and `cp -p` put other bytes under the same ones.
+    """
+    digest = hashlib.blake2b(digest_size=20)
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def code_digest(*things: Any, own: Sequence[type] = ()) -> str:
+    """Of functions and classes as they are loaded, with all that they use; of libraries the versions alone.
+
+    It is the compiled code, not a file's text, that counts: a file may have been edited since it was imported, and a
+    notebook has none. What code reads from elsewhere (a file, the network) is not seen.
+
+    Args:
+        things: functions and classes.
+        own: classes whose package is read too, even if it is installed as a library is.
+    """
+    walk = _Walk({"lit_dpo", "__main__", *(one.__module__.partition(".")[0] for one in own)})
+    lines = [*map(version, _VERSIONS), *(line for thing in (*things, *own) for line in walk.lines(thing))]
+    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
+
+
+class _Walk:
+    """Lines that are equal for equal code, in any process; what was seen gives none the second time."""
+
+    def __init__(self, own: set[str]) -> None:
+        self.libraries = _libraries() - own
+        self.seen: dict[int, Any] = {}  # kept, so that no other thing gets its id
+
+    def lines(self, thing: Any) -> Iterator[str]:
+        if isinstance(thing, str | bytes | int | float | complex | None):
+            yield repr(thing)
+        elif isinstance(thing, re.Pattern):  # its repr is cut
+            yield f"{thing.pattern!r} {thing.flags}"
+        elif id(thing) not in self.seen:
+            self.seen[id(thing)] = thing
+            yield from self._inside(thing)
+
+    def _all(self, things: Iterable[Any]) -> Iterator[str]:
+        for thing in things:
+            yield from self.lines(thing)
+
+    def _inside(self, thing: Any) -> Iterator[str]:
+        if isinstance(thing, types.CodeType):
+            yield f"{thing.co_code!r} {thing.co_names} {thing.co_varnames}"
+            yield from self._all(thing.co_consts)
+        elif isinstance(thing, set | frozenset):  # in an order of their own in each process
+            yield from sorted(self._all(thing))
+        elif isinstance(thing, Mapping):
+            yield from self._all(one for item in thing.items() for one in item)
+        elif isinstance(thing, list | tuple):
+            yield from self._all(thing)
+        elif not isinstance(thing, types.FunctionType | type) and (inner := _unwrapped(thing)):
+            yield type(thing).__qualname__
+            yield from self._all(inner)
+        elif self._of_a_library(thing):
+            yield f"{thing.__module__} {getattr(thing, '__qualname__', type(thing).__qualname__)}"
+        elif isinstance(thing, types.FunctionType):
+            yield from self._function(thing)
+        elif isinstance(thing, type):
+            yield thing.__qualname__
+            for name, value in vars(thing).items():
+                if callable(value) or _unwrapped(value) or not name.startswith("__"):
+                    yield name
+                    yield from self.lines(value)
+            yield from self._all(thing.__bases__)
+        else:
+            yield from self._all((type(thing), getattr(thing, "__dict__", None)))
+
+    def _function(self, thing: types.FunctionType) -> Iterator[str]:
+        yield from self._all((thing.__code__, thing.__defaults__, thing.__kwdefaults__))
+        yield from self._all(cell.cell_contents for cell in thing.__closure__ or () if cell != _EMPTY)
+        names = sorted(_names(thing.__code__))
+        for name in names:
+            value = thing.__globals__.get(name)
+            if not isinstance(value, types.ModuleType):
+                yield name
+                yield from self.lines(value)
+            elif not self._is_library(value.__name__):  # `helpers.clean(…)`: both names are there
+                yield from self._all(getattr(value, inner, None) for inner in names)
+
+    def _of_a_library(self, thing: Any) -> bool:
+        name = getattr(thing, "__module__", None)
+        return isinstance(name, str) and self._is_library(name)
+
+    def _is_library(self, module: str) -> bool:
+        return module.partition(".")[0] in self.libraries
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _unwrapped(thing: Any) -> list[Any]:
+    """The functions behind a property, a static or cached one, a partial."""
+    found = [getattr(thing, name, None) for name in ("fget", "__func__", "func", "__wrapped__")]
+    if isinstance(thing, functools.partial):
+        found += [thing.args, thing.keywords]
+    return [one for one in found if one is not None]
+
+
+@functools.cache
+def _libraries() -> frozenset[str]:
+    """The names of what lies where packages are installed, and of what comes with Python."""
+    folders = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
+    installed = (path.name.partition(".")[0] for folder in folders if folder.is_dir() for path in folder.iterdir())
+    return frozenset({"builtins", *sys.stdlib_module_names, *installed})

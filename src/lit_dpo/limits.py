@@ -1,0 +1,64 @@
+"""How many tokens a model knows, and how far it can read."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class Limits(NamedTuple):
+    """What a model's tables hold.
+
+    Attributes:
+        vocabulary: ids from 0 that have an embedding and an output.
+        context: most tokens of a sequence, by the tables of positions. None: positions are computed.
+        made_for: most tokens of a sequence that the model was made for, as its configuration says. None: it does not.
+    """
+
+    vocabulary: int
+    context: int | None
+    made_for: int | None
+
+
+def limits(model: Any) -> Limits:
+    """Of a model, with weights or on the meta device, seen in its tables and not in its name.
+
+    Args:
+        model: a transformers model for causal language modelling, or a PEFT model of one.
+    """
+    config = model.config.get_text_config()
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    sizes = [_rows(inputs), getattr(outputs, "out_features", None)]
+    made_for = getattr(config, "max_position_embeddings", None)
+    made_for = made_for if isinstance(made_for, int) and made_for > 0 else None
+    found = [] if made_for is None else _position_tables(model, inputs, made_for)
+    return Limits(min(size for size in sizes if size), min(found, default=None), made_for)
+
+
+def skeleton_limits(config: Any, trust_remote_code: bool = False) -> Limits:
+    """Of the model that a configuration describes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return limits(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+
+
+def _rows(table: Any) -> int | None:
+    return int(table.weight.shape[0]) if getattr(table, "weight", None) is not None else None
+
+
+def _position_tables(model: Any, inputs: Any, made_for: int) -> list[int]:
+    """How many positions each table of the model has: learned ones, and what is worked out ahead and kept."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not inputs:
+            # OPT leaves the first rows out, and RoBERTa those up to its padding
+            offset = getattr(module, "offset", 0) or (module.padding_idx or -1) + 1
+            if module.num_embeddings - offset <= made_for <= module.num_embeddings:
+                found.append(module.num_embeddings - offset)
+        for name, table in module.named_buffers(recurse=False):  # sines by position; those of RoPE grow
+            if table.ndim > 1 and table.shape[0] == made_for and not name.lstrip("_").startswith(("cos", "sin")):
+                found.append(made_for)
+    return found

@@ -1,0 +1,132 @@
+"""Files and folders that appear whole or not at all, and that are on the disk when they appear."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lit_dpo.errors import LitDPOError, TrainingError
+
+_REMEDIES = {
+    errno.ENOSPC: "The disk is full: make room.",
+    errno.EDQUOT: "Your quota is used up: make room.",
+    errno.EROFS: "It is read-only: name another place.",
+    errno.EACCES: "You may not write there: name another place.",
+    errno.EPERM: "You may not write there: name another place.",
+    errno.ENOTDIR: "A file is in the way: name another place.",
+    errno.EEXIST: "A file is in the way: name another place.",
+    errno.EIO: "The disk fails: name another place.",
+}
+
+
+@contextmanager
+def written_whole(path: Path, kind: str = "tmp") -> Iterator[Path]:
+    """A name beside `path` to write a file or a folder to; it takes the place of `path` when it is whole, and flushed.
+
+    Whatever happens before, `path` is as it was; the other name is gone, or after a kill made again by the next call.
+
+    Args:
+        path: where it goes.
+        kind: of the other name; several processes that write the same path each have one of their own.
+
+    Raises:
+        TrainingError: if the disk refuses: which path, why, and what to do.
+    """
+    with refusals(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = beside(path, kind)
+        try:
+            yield temporary
+            put_in_place({path: temporary})
+        finally:
+            remove(temporary)
+
+
+def put_in_place(made: dict[Path, Path]) -> None:
+    """Give what was made its names, in this order, after all of it is on the disk.
+
+    A folder cannot replace another in one step. So folders that are in the way go first, all of them: what is then
+    found at any moment, beside what came from this call or stood there before, is nothing.
+
+    Args:
+        made: where each goes, and what; in one parent folder.
+    """
+    for temporary in made.values():
+        _flush(temporary)
+    old = {path: beside(path, "old") for path in made}
+    old = {path: away for path, away in old.items() if path.is_dir()}
+    for path, away in old.items():
+        os.replace(path, away)
+    try:
+        for path, temporary in made.items():
+            os.replace(temporary, path)
+        for folder in {path.parent for path in made}:
+            _flush_entry(folder)
+    finally:
+        for path, away in old.items():
+            if all(temporary.exists() for temporary in made.values()):  # nothing has its name
+                os.replace(away, path)
+            remove(away)
+
+
+def beside(path: Path, kind: str) -> Path:
+    """A hidden name in the same folder, free of what an earlier, killed process left there."""
+    found = path.with_name(f".{path.name}.{kind}")
+    remove(found)
+    return found
+
+
+def remove(path: Path) -> None:
+    """Whatever is there, if anything is; a disk that refuses has refused something else before."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def refusals(path: Path | str) -> Iterator[None]:
+    """Say in a sentence that a disk refuses.
+
+    Raises:
+        TrainingError: naming the folder; whichever library it came through.
+    """
+    try:
+        yield
+    except LitDPOError:
+        raise
+    except Exception as error:
+        found = _cause(error)
+        if found is None:
+            raise
+        raise TrainingError(f"Cannot write to {Path(path).parent}: {os.strerror(found)}. {_REMEDIES[found]}") from error
+
+
+def _cause(error: BaseException) -> int | None:
+    """The number of a disk's refusal, or None; safetensors and PyTorch say it in their own words."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in _REMEDIES else None
+    said = (n for n in _REMEDIES if os.strerror(n) in str(error) or f"os error {n})" in str(error))
+    return next(said, None)
+
+
+def _flush(path: Path) -> None:
+    """A file, or all files of a folder and its entries."""
+    for inner in path.rglob("*") if path.is_dir() else ():
+        _flush_entry(inner)
+    _flush_entry(path)
+
+
+def _flush_entry(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # a folder cannot be opened there
+        return
+    number = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,198 @@
+"""Laws of writing: whole or not at all, on the disk, and where the disk refuses a sentence and nothing left behind."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from safetensors.torch import load_file
+
+from lit_dpo.callbacks import PredictionWriter
+from lit_dpo.checkpoint import AdapterCheckpointIO, save_adapter
+from lit_dpo.errors import TrainingError
+from lit_dpo.writing import written_whole
+from training import data, module, trainer
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model):
+    """A loaded policy and its tokenizer."""
+    dpo = module(tiny_model)
+    dpo.configure_model()
+    return dpo, dpo.policy.load_tokenizer()
+
+
+def _saver(policy) -> AdapterCheckpointIO:
+    dpo, tokenizer = policy
+
+    def export(checkpoint: dict, directory: Path) -> None:
+        save_adapter(dpo.model, tokenizer, directory, checkpoint["state_dict"])
+
+    return AdapterCheckpointIO(TorchCheckpointIO(), lambda _: None, lambda _: None, export)
+
+
+def _save(policy, number: int, path: Path) -> None:
+    dpo, _ = policy
+    state = {name: torch.full_like(p, number) for name, p in dpo.state_dict().items()}
+    _saver(policy).save_checkpoint({"state_dict": state}, path)
+
+
+def _numbers(folder: Path) -> set[float]:
+    """The numbers that an adapter consists of."""
+    return {float(n) for p in load_file(folder / "adapter_model.safetensors").values() for n in p.unique()}
+
+
+@contextmanager
+def _disk(at: Path, *options: str):
+    """A file system of its own: a full or read-only one stops the administrator too."""
+    at.mkdir(exist_ok=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(at)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", "-l", str(at)], check=True)
+
+
+@contextmanager
+def _full(at: Path):
+    with _disk(at, "-o", "size=256k"):
+        (at / "filler").write_bytes(b"x" * 200 * 1024)
+        yield at
+
+
+@contextmanager
+def _read_only(at: Path):
+    with _disk(at, "-o", "size=4m"):
+        subprocess.run(["mount", "-o", "remount,ro", str(at)], check=True)
+        yield at
+
+
+WRITERS = {
+    "checkpoint": lambda policy, folder: _save(policy, 1, folder / "a.ckpt"),
+    "adapter": lambda policy, folder: save_adapter(policy[0].model, policy[1], folder / "a"),
+}
+DISKS = {"full": (_full, "The disk is full: make room"), "read-only": (_read_only, "read-only: name another place")}
+
+
+@pytest.mark.parametrize("disk", DISKS)
+@pytest.mark.parametrize("what", WRITERS)
+def test_a_disk_that_refuses_is_said_in_a_sentence_and_keeps_nothing_of_it(policy, tmp_path, disk, what):
+    made, words = DISKS[disk]
+    with made(tmp_path / "disk") as folder:
+        before = sorted(folder.iterdir())
+        with pytest.raises(TrainingError, match=words) as error:
+            WRITERS[what](policy, folder)
+        assert f"Cannot write to {folder}: " in str(error.value)
+        assert "\n" not in str(error.value)
+        assert sorted(folder.iterdir()) == before
+
+
+def test_a_pair_stays_where_its_successor_does_not_fit(policy, tmp_path):
+    with _disk(tmp_path / "disk", "-o", "size=4m") as folder:
+        _save(policy, 1, folder / "a.ckpt")
+        room = os.statvfs(folder)
+        (folder / "filler").write_bytes(b"x" * (room.f_bavail * room.f_bsize - 64 * 1024))
+        with pytest.raises(TrainingError, match="disk is full"):
+            _save(policy, 2, folder / "a.ckpt")
+        assert sorted(found.name for found in folder.iterdir()) == ["a", "a.ckpt", "filler"]
+        assert _numbers(folder / "a") == {1.0}
+
+
+@pytest.mark.parametrize("disk", DISKS)
+def test_a_run_that_cannot_save_ends_in_a_sentence(tiny_model, pairs_file, tmp_path, disk):
+    made, words = DISKS[disk]
+    with made(tmp_path / "disk") as folder:
+        before = sorted(folder.iterdir())
+        run = trainer(tmp_path, callbacks=[ModelCheckpoint(folder / "c")], enable_checkpointing=True, max_steps=1)
+        with pytest.raises((TrainingError, OSError)) as error:
+            run.fit(module(tiny_model), data(pairs_file))
+        if disk == "full":  # the folder itself is made by `ModelCheckpoint`
+            assert words in str(error.value)
+            assert not [found for found in folder.rglob("*") if found.name.startswith(".")]
+            before.append(folder / "c")
+        assert sorted(folder.iterdir()) == sorted(before)
+
+
+def test_predictions_are_whole_or_not_there(tiny_model, pairs_file, tmp_path):
+    with _full(tmp_path / "disk") as folder:
+        (folder / "more").write_bytes(b"x" * 56 * 1024)
+        run = trainer(tmp_path, callbacks=[PredictionWriter(str(folder / "predictions.jsonl"))])
+        with pytest.raises(TrainingError, match="disk is full"):
+            run.predict(module(tiny_model), data(pairs_file, predict=str(pairs_file)))
+        run = trainer(tmp_path, callbacks=[PredictionWriter(str(tmp_path / "predictions.jsonl"))])
+        run.predict(module(tiny_model), data(pairs_file, predict=str(pairs_file)))
+        assert sorted(found.name for found in folder.iterdir()) == ["filler", "more"]
+    assert len([json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]) == 21
+
+
+def test_a_kill_at_any_moment_leaves_a_file_that_loads_and_a_folder_that_is_its_own(policy, tmp_path):
+    """Each child saves over the same name until it is killed."""
+    path, drawn, found = tmp_path / "last.ckpt", random.Random(0), set()
+    for first in range(1, 21):
+        before = path.stat().st_ino if path.exists() else None
+        child = os.fork()
+        if child == 0:
+            try:
+                for number in itertools.count(1000 * first):
+                    _save(policy, number, path)
+            finally:
+                os._exit(1)
+        deadline = time.monotonic() + 20
+        while (not path.exists() or path.stat().st_ino == before) and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        time.sleep(drawn.uniform(0.0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        state = torch.load(path, weights_only=True)["state_dict"]
+        numbers = {float(n) for p in state.values() for n in p.unique()}
+        assert len(numbers) == 1
+        if (tmp_path / "last").exists():
+            assert _numbers(tmp_path / "last") == numbers
+        found |= numbers
+    assert len(found) == 20
+    _save(policy, 1, path)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["last", "last.ckpt"], "what was left is cleared away"
+
+
+def test_what_is_written_is_flushed_before_it_has_its_name(tmp_path):
+    """Seen from outside, in the system calls of a process: every file, then the rename, then the folder."""
+    if subprocess.run(["which", "strace"], capture_output=True).returncode:
+        pytest.skip("no strace here")
+    code = (
+        "from pathlib import Path\nfrom lit_dpo.writing import written_whole\n"
+        f"with written_whole(Path({str(tmp_path)!r}) / 'a') as new:\n    new.write_text('x')\n"
+    )
+    trace = ["strace", "-f", "-y", "-e", "trace=fsync,rename", sys.executable, "-c", code]
+    said = subprocess.run(trace, capture_output=True, text=True, check=True).stderr
+    calls = [line for line in said.splitlines() if str(tmp_path) in line]
+    assert [call.partition("(")[0].split()[-1] for call in calls] == ["fsync", "rename", "fsync"]
+
+
+def test_a_failure_leaves_what_was_there(tmp_path):
+    for path in (tmp_path / "file", tmp_path / "folder"):
+        for content in ("old", None):
+            try:
+                with written_whole(path) as new:
+                    target = new if path.name == "file" else new / "a"
+                    target.parent.mkdir(exist_ok=True)
+                    target.write_text(content or "new")
+                    if content is None:
+                        raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                pass
+        assert (path if path.is_file() else path / "a").read_text() == "old"
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["file", "folder"]
