@@ -35,7 +35,6 @@ LAYERS = {
     "lit_dpo.limits": 2,
     "lit_dpo.memory": 2,
     "lit_dpo.requirements": 2,
-    "lit_dpo.position": 2,
     "lit_dpo.rows": 2,
     "lit_dpo.window": 2,
     "lit_dpo.module": 3,

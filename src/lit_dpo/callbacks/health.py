@@ -9,8 +9,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from lit_dpo.checkpoint import remeasure
 from lit_dpo.errors import TrainingError
-from lit_dpo.position import remeasure
 
 log = logging.getLogger(__name__)
 warn = rank_zero_only(log.warning)

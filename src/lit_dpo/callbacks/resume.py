@@ -23,11 +23,13 @@ from lit_dpo.checkpoint import (
     describe_steps,
     gather,
     random_state,
+    remeasure,
     restore_random_state,
+    rewind,
     save_adapter,
+    take_settings,
 )
 from lit_dpo.errors import ResumeError
-from lit_dpo.position import remeasure, rewind, take_settings
 from lit_dpo.requirements import check_run
 
 _FITS = ("base", "policy")  # what adapters and the optimizer's state can be put onto

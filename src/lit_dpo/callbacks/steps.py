@@ -11,8 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import MetricCollection
 
 from lit_dpo.callbacks.alone import alone
-from lit_dpo.checkpoint import configuration, flatten
-from lit_dpo.position import remeasure, standing
+from lit_dpo.checkpoint import configuration, flatten, remeasure, standing
 
 _SHOWN = ("loss", "reward_accuracy", "reward_margin")
 

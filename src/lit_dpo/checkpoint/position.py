@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from lit_dpo.checkpoint import random_state
+from lit_dpo.checkpoint.random import random_state
 
 
 @dataclass

@@ -1,0 +1,44 @@
+"""Checkpoints of adapters: what is in them, what they belong to, and the PEFT directory beside each."""
+
+from lit_dpo.checkpoint.identity import (
+    KEY,
+    REMEDY,
+    check_belongs,
+    compare,
+    compare_steps,
+    configuration,
+    describe,
+    describe_steps,
+    flatten,
+    to_builtins,
+)
+from lit_dpo.checkpoint.io import AdapterCheckpointIO, check_finite, check_writable, save_adapter
+from lit_dpo.checkpoint.module import AdapterModule
+from lit_dpo.checkpoint.position import Standing, remeasure, rewind, standing, take_settings
+from lit_dpo.checkpoint.random import gather, random_state, restore_random_state
+
+__all__ = [
+    "KEY",
+    "REMEDY",
+    "AdapterCheckpointIO",
+    "AdapterModule",
+    "Standing",
+    "check_belongs",
+    "check_finite",
+    "check_writable",
+    "compare",
+    "compare_steps",
+    "configuration",
+    "describe",
+    "describe_steps",
+    "flatten",
+    "gather",
+    "random_state",
+    "remeasure",
+    "restore_random_state",
+    "rewind",
+    "save_adapter",
+    "standing",
+    "take_settings",
+    "to_builtins",
+]

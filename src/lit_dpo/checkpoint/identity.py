@@ -1,0 +1,208 @@
+"""What a checkpoint belongs to, in builtins, and where two runs differ."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+
+from lit_dpo.errors import ResumeError
+
+KEY = "lit_dpo"
+"""Where a checkpoint holds what `describe` says."""
+
+REMEDY = (
+    "To continue that run, give these values as they were. To go on from it under the new ones, let the trainer have "
+    "the callback `ExactResume(changes='accept')`: `--trainer.callbacks+=ExactResume "
+    "--trainer.callbacks.changes=accept`. To start a new run from its adapter, give `policy.adapter_path` the "
+    "directory beside the checkpoint instead of --ckpt_path."
+)
+
+# What the trainer says that changes the course of training.
+_OF_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches", "limit_train_batches")
+
+# Hyper-parameters of a module that stand in other parts; the rest is its class, and what a subclass brings.
+_SAID_ELSEWHERE = (
+    "policy",
+    "loss",
+    "reference",
+    "optimizer",
+    "lr_scheduler",
+    "warmup_ratio",
+    "row_tokens",
+    "_instantiator",
+)
+
+TRUST = "trust_remote_code"
+
+# Fields of the policy that do not change what is computed, beyond rounding, or that its identity says better.
+_MAY_CHANGE = (
+    *("gradient_checkpointing", "attention", TRUST),
+    *("model", "revision", "adapter_path", "adapter_base"),
+)
+
+
+def describe(module: Any) -> dict[str, Any]:
+    """What a checkpoint's adapters belong to, in builtins only, so that `torch.load(weights_only=True)` reads it."""
+    policy, loss, reference, trainer = module.policy, module.loss, module.reference, module._trainer
+    course = {"lr_scheduler": module.lr_scheduler, "warmup_ratio": module.warmup_ratio}
+    if policy.dropout:  # masks are drawn for each row
+        course |= {"row_tokens": module.row_tokens}
+    if trainer is not None:
+        course |= {"precision": str(trainer.precision), "data": getattr(trainer.datamodule, "train_digest", None)}
+        course |= {name: _plain(getattr(trainer, name)) for name in _OF_TRAINER}
+    return {
+        "training": course,
+        "module": {name: value for name, value in configuration(module).items() if name not in _SAID_ELSEWHERE},
+        "version": 1,
+        "base": policy.identity(),
+        "policy": {k: v for k, v in to_builtins(policy).items() if k not in _MAY_CHANGE} | {"adapter": policy.start()},
+        "loss": to_builtins(loss),
+        "reference": {**to_builtins(reference.bare), "content": reference.bare.content(policy)},
+    }
+
+
+def describe_steps(module: Any) -> dict[str, Any]:
+    """How the steps of a run are made: its optimizer as it was configured, and the length of its schedule.
+
+    Asked for before a checkpoint's state is put into the optimizer, which would overwrite what was configured.
+    """
+    (optimizer,) = module.trainer.optimizers[:1] or (None,)
+    groups = [] if optimizer is None else optimizer.param_groups
+    return {
+        "optimizer": _path(type(getattr(optimizer, "optimizer", optimizer))),
+        "groups": [
+            {name: _plain(given) for name, given in group.items() if name not in ("params", "lr", "initial_lr")}
+            | {"lr": _plain(group.get("initial_lr", group.get("lr")))}
+            for group in groups
+        ],
+        "schedule": module.schedule_steps,
+    }
+
+
+def _plain(given: Any) -> Any:
+    given = getattr(given, "value", given)  # of an enum
+    return given.tolist() if isinstance(given, torch.Tensor) else to_builtins(given)
+
+
+def compare_steps(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """What differs in how steps are made, a sentence each; of the optimizer's settings those that both sides have."""
+    found = []
+    if saved["optimizer"] != current["optimizer"]:
+        found.append(f"it was trained with {saved['optimizer']} but the configuration says {current['optimizer']}")
+    elif len(saved["groups"]) != len(current["groups"]):
+        found.append(f"its optimizer had {len(saved['groups'])} groups but has {len(current['groups'])} now")
+    else:
+        for there, here in zip(saved["groups"], current["groups"], strict=True):
+            found += [
+                f"it was trained with {name}={there[name]} but the configuration says {here[name]}"
+                for name in there.keys() & here.keys()
+                if there[name] != here[name]
+            ]
+    if saved["schedule"] != current["schedule"]:
+        found.append(
+            f"its learning rate's schedule had {saved['schedule']} steps but has {current['schedule']} now "
+            "(`max_epochs`, `max_steps`, `lr_scheduler`)"
+        )
+    return found
+
+
+def compare(
+    saved: Mapping[str, Any], current: Mapping[str, Any], *, training: bool, parts: Sequence[str] | None = None
+) -> None:
+    """Stop where adapters would be put onto another base, or a run be continued as another one.
+
+    Args:
+        saved: `describe` of the checkpoint.
+        current: `describe` of what it is loaded into.
+        training: a resumed `fit` must agree in loss, reference and adapters too; evaluation may differ in loss.
+        parts: what to compare, by default all of it.
+
+    Raises:
+        ResumeError: listing each difference with both values.
+    """
+    if parts is None:
+        parts = ("base", "policy", "loss", "reference", "training", "module") if training else ("base",)
+    # the same content under another path is the same base
+    ignored = {"base.model", "base.revision"}
+    if saved.get("reference", {}).get("content"):
+        ignored |= {f"reference.init_args.{name}" for name in (*_MAY_CHANGE, "path")}
+    there, here = (flatten({part: side.get(part, {}) for part in parts}) for side in (saved, current))
+    # commits are compared where both sides are of a hub; a directory is known by its content
+    ignored |= {name for name in there.keys() ^ here.keys() if name.endswith(".commit")}
+    different = [
+        f"  {name}: {there.get(name)!r} in the checkpoint, {here.get(name)!r} now"
+        for name in sorted(there.keys() | here.keys())
+        if name not in ignored and there.get(name) != here.get(name)
+    ]
+    if different:
+        raise ResumeError("The checkpoint belongs to another run:\n" + "\n".join(different) + f"\n{REMEDY}")
+
+
+def check_belongs(
+    checkpoint: Mapping[str, Any], here: Mapping[str, Any], *, training: bool, parts: Sequence[str] | None = None
+) -> None:
+    """`compare` a file with what it is loaded into.
+
+    Raises:
+        ResumeError: listing what differs, or if the file does not say.
+    """
+    if KEY not in checkpoint:
+        raise ResumeError("Expected a checkpoint of lit_dpo but it does not say what its weights belong to.")
+    compare(checkpoint[KEY], here, training=training, parts=parts)
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested names joined by dots."""
+    flat: dict[str, Any] = {}
+    for name, given in nested.items():
+        if isinstance(given, Mapping):
+            flat |= flatten(given, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = given
+    return flat
+
+
+def configuration(module: Any) -> dict[str, Any]:
+    """A module's hyper-parameters as the command line would have written them, wherever it was built.
+
+    A lambda has no name to write; where one was given, a reload takes the default.
+    """
+    given = dict(module.hparams)
+    if "_instantiator" in given:
+        return given
+    named = {name: to_builtins(value) for name, value in given.items() if not _is_lambda(value)}
+    named["_class_path"] = f"{type(module).__module__}.{type(module).__qualname__}"
+    return named | {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
+
+
+def _is_lambda(given: Any) -> bool:
+    return getattr(given, "__name__", "") == "<lambda>"
+
+
+def to_builtins(given: Any) -> Any:
+    """Strategies, classes and partials as configuration, `{class_path, init_args}`; the rest as it is or by name."""
+    if is_dataclass(given) and not isinstance(given, type):
+        arguments = {field.name: to_builtins(getattr(given, field.name)) for field in fields(given) if field.init}
+        # the policy is named by its place in the signature, strategies by their class
+        if type(given).__name__ == "QLoRAPolicy":
+            return arguments
+        return {"class_path": _path(type(given)), "init_args": arguments}
+    if isinstance(given, functools.partial):
+        # jsonargparse wraps a class that it parsed: partial(call, instantiator, Class, **arguments)
+        made = next((part for part in reversed(given.args) if isinstance(part, type)), given.func)
+        return {"class_path": _path(made), "init_args": {k: to_builtins(v) for k, v in given.keywords.items()}}
+    if isinstance(given, Mapping):
+        return {str(key): to_builtins(value) for key, value in given.items()}
+    if isinstance(given, list | tuple | set):
+        return [to_builtins(value) for value in given]
+    if given is None or isinstance(given, str | int | float | bool):
+        return given
+    return _path(given) if hasattr(given, "__qualname__") else repr(given)
+
+
+def _path(given: Any) -> str:
+    return f"{given.__module__}.{given.__qualname__}"

@@ -1,0 +1,135 @@
+"""Checkpoints and adapters on disk: whole, in pairs, and finite."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
+
+from lit_dpo.errors import TrainingError
+from lit_dpo.writing import beside, put_in_place, refusals, remove, written_whole
+
+
+class AdapterCheckpointIO(CheckpointIO):
+    """Writes each checkpoint whole or not at all, and a PEFT directory of the same name beside it.
+
+    Args:
+        inner: the strategy's own plugin.
+        on_save: adds to a checkpoint what every file shall say.
+        on_load: looks at what a file says.
+        export: writes the PEFT directory of a checkpoint.
+    """
+
+    def __init__(
+        self,
+        inner: CheckpointIO,
+        on_save: Callable[[dict[str, Any]], None],
+        on_load: Callable[[dict[str, Any]], None],
+        export: Callable[[dict[str, Any], Path], None],
+    ) -> None:
+        self.inner, self.on_save, self.on_load, self.export = inner, on_save, on_load, export
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write both to temporary names, then rename: a folder that is there goes, the file comes, its folder comes.
+
+        Raises:
+            TrainingError: if the disk refuses; what was there is as it was.
+        """
+        self.on_save(checkpoint)
+        if "://" in str(path):  # a remote store: its own writes are whole
+            self.inner.save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        folder = _beside(path)
+        if isinstance(self.inner, AsyncCheckpointIO):  # it writes later, and whole
+            self.inner.save_checkpoint(checkpoint, path, storage_options)
+            self.export(checkpoint, folder)
+            return
+        check_writable(folder)
+        with refusals(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary, fresh = beside(path, "tmp"), beside(folder, "tmp")
+            try:
+                self.export(checkpoint, fresh)
+                self.inner.save_checkpoint(checkpoint, temporary, storage_options)
+                # the file, which is all that a run needs, is there at any moment; its folder only when it is its own
+                put_in_place({path: temporary, folder: fresh})
+            finally:
+                remove(temporary)
+                remove(fresh)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
+        """Load; nothing but tensors and builtins is ever in it."""
+        checkpoint = self.inner.load_checkpoint(path, map_location, weights_only=True)
+        self.on_load(checkpoint)
+        return checkpoint
+
+    def teardown(self) -> None:
+        """Let the inner plugin finish."""
+        self.inner.teardown()
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove both."""
+        self.inner.remove_checkpoint(path)
+        if "://" not in str(path) and _is_adapter(_beside(Path(path))):
+            shutil.rmtree(_beside(Path(path)), ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix == ".ckpt" else path.with_name(f"{path.name}-adapter")
+
+
+def check_writable(directory: Path) -> None:
+    """An adapter may replace an adapter, and nothing else.
+
+    Raises:
+        TrainingError: if the directory holds something else.
+    """
+    if directory.exists() and not _is_adapter(directory) and not (directory.is_dir() and not any(directory.iterdir())):
+        raise TrainingError(f"Expected to write the adapter to {directory}, but something else is there. Name another.")
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Nothing is written that is worthless.
+
+    Raises:
+        TrainingError: naming the first tensor that holds NaN or an infinity.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise TrainingError(
+                f"Expected finite weights but {name} is not, so that nothing was written: what was saved before is as "
+                "it was. Lower the learning rate."
+            )
+
+
+def _is_adapter(directory: Path) -> bool:
+    return (directory / "adapter_config.json").is_file()
+
+
+def save_adapter(model: Any, tokenizer: Any, directory: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+    """A PEFT directory with the tokenizer, whole or not at all.
+
+    `AutoPeftModelForCausalLM.from_pretrained(directory)` and `pipeline("text-generation", model=directory)` load it.
+    The former loads the commit of the base that it was trained on, the latter the main branch unless given `revision=`.
+
+    Args:
+        model: the policy.
+        tokenizer: goes along.
+        directory: where; an adapter that is there is replaced.
+        state: the adapter's weights, as in a module's `state_dict`. None: as they are in `model`. They differ where a
+            callback saves averages.
+
+    Raises:
+        TrainingError: if something else than an adapter is in the directory, or the disk refuses.
+    """
+    check_writable(directory)
+    with written_whole(directory) as fresh:
+        # the embeddings are frozen; "auto" would ask the hub whether the vocabulary grew
+        weights = None if state is None else {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        model.save_pretrained(fresh, selected_adapters=["default"], save_embedding_layers=False, state_dict=weights)
+        tokenizer.save_pretrained(fresh)
