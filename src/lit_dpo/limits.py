@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from lit_dpo.policy import QLoRAPolicy
 
 
 class Limits(NamedTuple):
@@ -34,6 +37,14 @@ def limits(model: Any) -> Limits:
     made_for = made_for if isinstance(made_for, int) and made_for > 0 else None
     found = [] if made_for is None else _position_tables(model, inputs, made_for)
     return Limits(min(size for size in sizes if size), min(found, default=None), made_for)
+
+
+def policy_limits(policy: QLoRAPolicy) -> Limits:
+    """Of the model that a policy would load, by its configuration: without weights."""
+    from transformers import AutoConfig
+
+    trusted = policy.trust_remote_code
+    return skeleton_limits(AutoConfig.from_pretrained(policy.path, trust_remote_code=trusted), trusted)
 
 
 def skeleton_limits(config: Any, trust_remote_code: bool = False) -> Limits:
