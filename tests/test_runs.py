@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lit_dpo.callbacks.export import claim_versions
+from lit_dpo.callbacks.export import _unused, claim_versions, unnumbered
 from lit_dpo.errors import TrainingError
+from test_writing import _read_only
 from training import data, module, trainer
 
 
@@ -39,10 +40,12 @@ def test_commands_that_start_at_once_each_leave_a_whole_run(tiny_model, pairs_fi
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
 def test_loggers_that_are_asked_at_once_have_a_number_each(tmp_path, kind):
     loggers, together = [kind(tmp_path, name="here") for _ in range(8)], Barrier(8)
-    claim_versions(SimpleNamespace(loggers=loggers, is_global_zero=True))
+    assert unnumbered(SimpleNamespace(loggers=loggers)) == loggers
+    assert {logger.version for logger in loggers} == {0}  # Lightning asks before there is data
 
     def ask(logger) -> int:
         together.wait()
+        claim_versions([logger])
         return logger.version
 
     with ThreadPoolExecutor(8) as pool:
@@ -50,9 +53,25 @@ def test_loggers_that_are_asked_at_once_have_a_number_each(tmp_path, kind):
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == [f"version_{n}" for n in range(8)]
 
 
+def test_adapters_of_runs_without_a_directory_of_their_own_have_a_name_each(tmp_path):
+    together = Barrier(8)
+
+    def name(_) -> str:
+        together.wait()
+        return _unused(tmp_path / "adapter").name
+
+    with ThreadPoolExecutor(8) as pool:
+        found = sorted(pool.map(name, range(8)))
+    assert found == ["adapter", *(f"adapter-{number}" for number in range(1, 8))]
+
+
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
-def test_lightning_has_the_name_that_numbers_runs(kind):
-    assert callable(kind._get_next_version)
+def test_lightning_has_the_names_that_number_runs(kind, tmp_path):
+    logger = kind(tmp_path, name="")
+    assert logger._version is None
+    assert logger._get_next_version() == 0
+    logger._version = 5
+    assert logger.version == 5
 
 
 def test_a_trainer_in_python_claims_too_and_a_number_that_is_given_stays(tiny_model, pairs_file, tmp_path):
@@ -64,14 +83,19 @@ def test_a_trainer_in_python_claims_too_and_a_number_that_is_given_stays(tiny_mo
     assert (tmp_path / "version_1" / "metrics.csv").is_file()
 
 
-def test_a_place_that_takes_no_directory_is_named(tmp_path):
+@pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
+def test_a_place_that_takes_no_directory_is_named(tmp_path, kind):
     (tmp_path / "runs").write_text("a file")
-    logger = TensorBoardLogger(tmp_path / "runs", name="")
-    claim_versions(SimpleNamespace(loggers=[logger], is_global_zero=True))
-    with pytest.raises(TrainingError, match=f"Cannot write to {tmp_path}/runs"):
-        assert logger.version
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "at all")
-    logger = CSVLogger(tmp_path / "link", name="")
-    claim_versions(SimpleNamespace(loggers=[logger], is_global_zero=True))
-    with pytest.raises(TrainingError, match="Cannot write to"):
-        assert logger.version
+    for place in ("runs", "link"):
+        with pytest.raises(TrainingError, match=f"Cannot write to {tmp_path}/{place}"):
+            claim_versions([kind(tmp_path / place, name="")])
+
+
+def test_a_disk_that_takes_no_run_is_said_before_weights_load(tiny_model, pairs_file, tmp_path):
+    with _read_only(tmp_path / "disk") as folder:
+        dpo = module(tiny_model)
+        run = trainer(tmp_path, logger=TensorBoardLogger(folder, name=""), max_steps=1)
+        with pytest.raises(TrainingError, match="read-only: name another place"):
+            run.fit(dpo, data(pairs_file))
+        assert dpo.model is None

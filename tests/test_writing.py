@@ -182,6 +182,29 @@ def test_what_is_written_is_flushed_before_it_has_its_name(tmp_path):
     assert [call.partition("(")[0].split()[-1] for call in calls] == ["fsync", "rename", "fsync"]
 
 
+def test_processes_that_write_the_same_path_do_not_meet(tmp_path):
+    """One of them is there in the end, whole."""
+    path, children = tmp_path / "folder", []
+    for number in range(4):
+        if not (child := os.fork()):
+            try:
+                for _ in range(20):
+                    with written_whole(tmp_path / "file") as new:
+                        new.write_text(str(number) * 1000)
+                with written_whole(path / str(number)) as new:
+                    new.mkdir()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    text = (tmp_path / "file").read_text()
+    assert len(text) == 1000
+    assert len(set(text)) == 1
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["file", "folder"]
+    assert sorted(one.name for one in path.iterdir()) == ["0", "1", "2", "3"]
+
+
 def test_a_failure_leaves_what_was_there(tmp_path):
     for path in (tmp_path / "file", tmp_path / "folder"):
         for content in ("old", None):

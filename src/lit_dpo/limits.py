@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from lit_dpo.policy import QLoRAPolicy
 
 
 class Limits(NamedTuple):
@@ -36,6 +39,14 @@ def limits(model: Any) -> Limits:
     return Limits(min(size for size in sizes if size), min(found, default=None), made_for)
 
 
+def policy_limits(policy: QLoRAPolicy) -> Limits:
+    """Of the model that a policy would load, by its configuration: without weights."""
+    from transformers import AutoConfig
+
+    trusted = policy.trust_remote_code
+    return skeleton_limits(AutoConfig.from_pretrained(policy.path, trust_remote_code=trusted), trusted)
+
+
 def skeleton_limits(config: Any, trust_remote_code: bool = False) -> Limits:
     """Of the model that a configuration describes."""
     import torch
@@ -53,7 +64,7 @@ def _position_tables(model: Any, inputs: Any, made_for: int) -> list[int]:
     """How many positions each table of the model has: learned ones, and what is worked out ahead and kept."""
     found = []
     for module in model.modules():
-        if isinstance(module, nn.Embedding) and module is not inputs:
+        if isinstance(module, nn.Embedding) and module not in (inputs, getattr(inputs, "base_layer", None)):
             # OPT leaves the first rows out, and RoBERTa those up to its padding
             offset = getattr(module, "offset", 0) or (module.padding_idx or -1) + 1
             if module.num_embeddings - offset <= made_for <= module.num_embeddings:

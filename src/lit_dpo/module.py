@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lit_dpo import metrics
-from lit_dpo.callbacks.export import AdapterExport, claim_versions
+from lit_dpo.callbacks.export import AdapterExport, claim_versions, unnumbered
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.predictions import PredictionWriter
@@ -202,12 +202,14 @@ class DPOModule(RowModule):
         if trainer is not None and trainer.lightning_module is self:
             brought = [kind() for kind in _BROUGHT if not any(isinstance(one, kind) for one in trainer.callbacks)]
             trainer.callbacks = [*brought, *trainer.callbacks]
-            claim_versions(trainer)
+            self._unnumbered = unnumbered(trainer)
 
     def prepare_data(self) -> None:
-        """Find what is wrong before a directory is made; where this is overridden, before a weight is read."""
+        """Find what is wrong before the run's directory is made; where this is overridden, before a weight is read."""
         check_run(self, self.trainer)
         self.checked = True
+        if self.trainer.is_global_zero:
+            claim_versions(self._unnumbered)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """A batch's mean loss, as `Trainer` divides it by `accumulate_grad_batches`; see `Window` for its gradient."""

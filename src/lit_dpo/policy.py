@@ -19,8 +19,6 @@ from lit_dpo.fingerprints import sampled_digest, whole_digest
 if TYPE_CHECKING:
     import torch
 
-    from lit_dpo.limits import Limits
-
 QUICKSTART = "lit-dpo/quickstart"
 """The built-in model id: made on first use, see `lit_dpo.quickstart`."""
 
@@ -115,12 +113,6 @@ class QLoRAPolicy:
             targets = adapters.check_adapter(self, self.adapter_place)
         if targets != "all-linear":
             checks.check_targets(config, targets, self.trust_remote_code)
-
-    def limits(self) -> Limits:
-        """How many token ids and positions the model has, seen on a skeleton without weights."""
-        from lit_dpo.limits import skeleton_limits
-
-        return skeleton_limits(self._config(), self.trust_remote_code)
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
         """The policy with its adapters, in training mode, on `device`.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_dpo.data.batch import ROW_FIELDS
 from lit_dpo.errors import DataError, PolicyError, TrainingError
-from lit_dpo.limits import Limits, limits
+from lit_dpo.limits import Limits, limits, policy_limits
 from lit_dpo.losses.base import PreferenceLoss
 from lit_dpo.references.adapter import NoReference, default_reference
 from lit_dpo.references.base import Reference
@@ -106,9 +106,7 @@ def check_run(module: Any, trainer: Any) -> None:
 
 def _limits(module: Any) -> Iterator[tuple[str, Limits]]:
     """Of the policy, and of a reference that is a model of its own."""
-    if module.model is not None:
-        yield repr(module.policy.model), limits(module.model)
-    else:
-        yield repr(module.policy.model), module.policy.limits()
+    loaded = module.model is not None
+    yield repr(module.policy.model), limits(module.model) if loaded else policy_limits(module.policy)
     if isinstance(module.reference.bare, ModelReference):
         yield f"the reference {module.reference.bare.model!r}", module.reference.bare.limits()

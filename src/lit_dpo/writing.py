@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from socket import gethostname
 
 from lit_dpo.errors import LitDPOError, TrainingError
 
@@ -24,21 +26,17 @@ _REMEDIES = {
 
 
 @contextmanager
-def written_whole(path: Path, kind: str = "tmp") -> Iterator[Path]:
+def written_whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file or a folder to; it takes the place of `path` when it is whole, and flushed.
 
-    Whatever happens before, `path` is as it was; the other name is gone, or after a kill made again by the next call.
-
-    Args:
-        path: where it goes.
-        kind: of the other name; several processes that write the same path each have one of their own.
+    Whatever happens before, `path` is as it was. The other name is gone then, or after a kill with the next call.
 
     Raises:
         TrainingError: if the disk refuses: which path, why, and what to do.
     """
     with refusals(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = beside(path, kind)
+        temporary = beside(path, "tmp")
         try:
             yield temporary
             put_in_place({path: temporary})
@@ -74,10 +72,25 @@ def put_in_place(made: dict[Path, Path]) -> None:
 
 
 def beside(path: Path, kind: str) -> Path:
-    """A hidden name in the same folder, free of what an earlier, killed process left there."""
-    found = path.with_name(f".{path.name}.{kind}")
-    remove(found)
-    return found
+    """A hidden name in the same folder, of this process; what killed ones left under theirs is removed."""
+    start = f".{path.name}.{gethostname()}-"
+    for found in path.parent.glob(f"{glob.escape(start)}*.{kind}"):
+        process = found.name.removeprefix(start).removesuffix(f".{kind}")
+        if process.isdigit() and (int(process) == os.getpid() or not _runs(int(process))):
+            remove(found)
+    return path.with_name(f"{start}{os.getpid()}.{kind}")
+
+
+def _runs(process: int) -> bool:
+    if os.name == "nt":  # where 0 would be a signal
+        return True
+    try:
+        os.kill(process, 0)  # asks only
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def remove(path: Path) -> None:
@@ -104,7 +117,8 @@ def refusals(path: Path | str) -> Iterator[None]:
         found = _cause(error)
         if found is None:
             raise
-        raise TrainingError(f"Cannot write to {Path(path).parent}: {os.strerror(found)}. {_REMEDIES[found]}") from error
+        folder = next(one for one in Path(path).parents if not one.name.endswith(".tmp"))  # a pair is made in one
+        raise TrainingError(f"Cannot write to {folder}: {os.strerror(found)}. {_REMEDIES[found]}") from error
 
 
 def _cause(error: BaseException) -> int | None:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +37,11 @@ class AdapterExport(pl.Callback):
         if trainer.is_global_zero and not trainer.fast_dev_run:
             check_finite(adapter_parameters(pl_module.model))
             directory = Path(self.directory) if self.directory else _unused(directory / "adapter")
-            save_adapter(pl_module.model, tokenizer_of(trainer), directory)
+            try:
+                save_adapter(pl_module.model, tokenizer_of(trainer), directory)
+            finally:
+                with suppress(OSError):
+                    directory.rmdir()  # if nothing came into it
             rank_zero_info(f"The trained adapter and its tokenizer are in {directory}")
 
 
@@ -66,35 +68,48 @@ def run_directory(trainer: Any) -> Path:
     return Path(trainer.strategy.broadcast(str(own)))
 
 
-def claim_versions(trainer: Any) -> None:
-    """Have loggers that number their runs take a number by making its directory: runs may start together.
+def unnumbered(trainer: Any) -> list[Any]:
+    """The loggers that number their runs and have not yet: a number that the user gave stays as it is.
 
-    Lightning's list the directories when the number is first asked for, and several runs then find the same one free.
-    Only the first rank's number is used: it tells the others.
+    To be asked before the run: Lightning wants to know the directory before there is data.
     """
-    for logger in trainer.loggers if trainer.is_global_zero else ():
-        root = str(getattr(logger, "root_dir", "://"))
-        if isinstance(logger, TensorBoardLogger | CSVLogger) and "://" not in root:
-            # the one place where both find a number, and no sooner than it is needed
-            listed: Any = type(logger)._get_next_version
-            logger._get_next_version = partial(_claimed, Path(root), partial(listed, logger))  # type: ignore[method-assign]
+    kinds = TensorBoardLogger | CSVLogger
+    found = [logger for logger in trainer.loggers if isinstance(logger, kinds) and "://" not in logger.root_dir]
+    return [logger for logger in found if logger._version is None]
 
 
-def _claimed(root: Path, next_free: Callable[[], int]) -> int:
-    with refusals(root / "version"):
-        root.mkdir(parents=True, exist_ok=True)
-        number = next_free()
-        while True:
-            with suppress(FileExistsError):
-                (root / f"version_{number}").mkdir()
-                return number
-            number += 1
+def claim_versions(loggers: list[Any]) -> None:
+    """Number a run by making its directory, on the first rank, whose number is the one that all use.
+
+    Lightning's loggers list what is there and take the next number, and runs that start together take the same one.
+
+    Raises:
+        TrainingError: if no directory can be made there.
+    """
+    for logger in loggers:
+        root, number = Path(logger.root_dir), logger._get_next_version()
+        with refusals(root / "version"):
+            root.mkdir(parents=True, exist_ok=True)
+            while not _made(root / f"version_{number}"):
+                number += 1
+        logger._version = number
+
+
+def _made(directory: Path) -> bool:
+    """Whether it was made, by us: False if it was there."""
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def _unused(directory: Path) -> Path:
-    """A run without a logger has no directory of its own; it still does not overwrite another's."""
+    """A run without a logger has no directory of its own; it still does not overwrite another's, nor its name."""
     number, found = 1, directory
-    while found.exists():
-        found = directory.with_name(f"{directory.name}-{number}")
-        number += 1
+    with refusals(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        while not _made(found):
+            found = directory.with_name(f"{directory.name}-{number}")
+            number += 1
     return found

@@ -52,15 +52,14 @@ class AdapterCheckpointIO(CheckpointIO):
         check_writable(folder)
         with refusals(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary, fresh = beside(path, "tmp"), beside(folder, "tmp")
+            scratch = beside(path, "tmp")
             try:
-                self.export(checkpoint, fresh)
-                self.inner.save_checkpoint(checkpoint, temporary, storage_options)
+                self.export(checkpoint, scratch / folder.name)
+                self.inner.save_checkpoint(checkpoint, scratch / path.name, storage_options)
                 # the file, which is all that a run needs, is there at any moment; its folder only when it is its own
-                put_in_place({path: temporary, folder: fresh})
+                put_in_place({path: scratch / path.name, folder: scratch / folder.name})
             finally:
-                remove(temporary)
-                remove(fresh)
+                remove(scratch)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
         """Load; nothing but tensors and builtins is ever in it."""

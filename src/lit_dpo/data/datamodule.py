@@ -18,7 +18,7 @@ from lit_dpo.data.formats import Preference, PreferenceFormat, Triples
 from lit_dpo.data.loader import PairDataset, PairLoader, loader_options
 from lit_dpo.data.sampler import PairSampler
 from lit_dpo.data.sources import Source, load_pairs
-from lit_dpo.data.table import PairTable, encode_table, report, warn
+from lit_dpo.data.table import PairTable, check_tokens, encode_table, report, warn
 from lit_dpo.errors import DataError, PolicyError, ResumeError
 from lit_dpo.hub import locate, split_revision
 
@@ -205,21 +205,8 @@ class PreferenceDataModule(LightningDataModule):
             DataError: for the first pair that it cannot, with file and row.
         """
         for split, table in self._tables.items():
-            if table is None:
-                continue
-            if found := table.first_beyond(vocabulary, context):
-                raise DataError(
-                    f"{found}, but {model} has {vocabulary} token ids and reads "
-                    + ("any length. " if context is None else f"up to {context} tokens. ")
-                    + "Use its own tokenizer"
-                    + ("." if context is None else f", and `--data.max_length {context}` at most.")
-                )
-            longer = int((table.side_lengths > made_for).sum()) if made_for and context is None else 0
-            if longer:
-                warn(
-                    f"{split}: {longer} of {table.size} pairs are longer than the {made_for} tokens that {model} was "
-                    "made for (`max_position_embeddings`); kept, but it may not read them well"
-                )
+            if table is not None:
+                check_tokens(split, table, vocabulary, context, made_for, model)
 
     # --- for reports -----------------------------------------------------------------------------------------------
 

@@ -276,6 +276,28 @@ def report(split: str, table: PairTable, truncation: str) -> None:
         warn(f"{split}: {table.identical} of {table.size} pairs have two equal answers; kept, but they teach nothing")
 
 
+def check_tokens(
+    split: str, table: PairTable, vocabulary: int, context: int | None, made_for: int | None, model: str
+) -> None:
+    """See that a model can read every pair; one line for pairs that are longer than what it was made for.
+
+    Raises:
+        DataError: for the first pair that it cannot read.
+    """
+    if found := table.first_beyond(vocabulary, context):
+        reach = "any length" if context is None else f"up to {context} tokens"
+        remedy = "" if context is None else f", and `--data.max_length {context}` at most"
+        raise DataError(
+            f"{found}, but {model} has {vocabulary} token ids and reads {reach}. Use its own tokenizer{remedy}."
+        )
+    longer = int((table.side_lengths > made_for).sum()) if made_for and context is None else 0
+    if longer:
+        warn(
+            f"{split}: {longer} of {table.size} pairs are longer than the {made_for} tokens that {model} was made for "
+            "(`max_position_embeddings`); kept, but it may not read them well"
+        )
+
+
 @rank_zero_only
 def warn(message: str) -> None:
     """Say it once, not once per process."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-import uuid
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -199,5 +198,5 @@ def _describe(folder: Path, text: str) -> None:
     """For people: what the folder belongs to."""
     path = folder / "reference.json"
     if not path.is_file():
-        with written_whole(path, uuid.uuid4().hex) as temporary:  # ranks and runs may come together
+        with written_whole(path) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from lit_dpo.errors import PolicyError
-from lit_dpo.limits import Limits
+from lit_dpo.limits import Limits, policy_limits
 from lit_dpo.logps.score import choose_layout
 from lit_dpo.policy import QLoRAPolicy
 from lit_dpo.references.base import Reference, keep, kept
@@ -86,7 +86,7 @@ class ModelReference(Reference):
 
     def limits(self) -> Limits:
         """How many token ids and positions the model has."""
-        return self._loader.limits()
+        return policy_limits(self._loader)
 
     def content(self, policy: QLoRAPolicy) -> dict[str, Any]:
         """Of the model and its adapter."""
