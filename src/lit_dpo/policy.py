@@ -195,6 +195,7 @@ class QLoRAPolicy:
                 trust_remote_code=self.trust_remote_code,
             )
         checks.check_complete(info, self.model)
+        checks.turn_off_dropout_layers(base)
         checks.keep_trainable(base)
         base.name_or_path = base.config.name_or_path = self.place.name  # for model cards: not a folder of the cache
         return base

@@ -12,6 +12,7 @@ from typing import Any
 
 from lit_dpo.errors import PolicyError
 from lit_dpo.hub import Place, listing
+from lit_dpo.settings import rope_limit, settings
 
 log = logging.getLogger(__name__)
 
@@ -202,13 +203,40 @@ def first_line(error: Exception) -> str:
 def turn_off_dropout(config: Any) -> None:
     """A policy and a reference under different dropout masks do not compare: rewards at step 0 would be noise."""
     found = {}
-    for part in (config, config.get_text_config()):
-        for name, given in part.to_dict().items():
-            if re.search(r"drop(out)?($|_)|jitter", name) and isinstance(given, int | float) and given > 0:
-                found[name] = given
-                setattr(part, name, 0.0)
+    for one in settings(config):
+        if one.is_number and one.value > 0 and re.search(r"drop(out)?($|_)|jitter", one.name):
+            found[one.path] = one.value
+            one.change(type(one.value)(0))  # some configurations hold an entry to its type
     if found:
         log.info("dropout of the base is off: %s", ", ".join(f"{name} {given}" for name, given in found.items()))
+
+
+def turn_off_dropout_layers(base: Any) -> None:
+    """Those that the model's code makes by itself; what is random in other ways the start-up probe refuses."""
+    from torch.nn.modules.dropout import _DropoutNd  # private, the one base of Dropout, Dropout1d, AlphaDropout, …
+
+    found = {name: layer for name, layer in base.named_modules() if isinstance(layer, _DropoutNd) and layer.p > 0}
+    if found:
+        kinds = sorted({f"{name.rsplit('.', 1)[-1]} {layer.p}" for name, layer in found.items()})
+        log.info("dropout that is not in the base's configuration is off: %s", ", ".join(kinds))
+    for layer in found.values():
+        layer.p = 0.0
+
+
+def check_longest(config: Any, longest: int, where: str) -> None:
+    """Pairs are within the length up to which a pair's positions are its own, see `rope_limit`.
+
+    Args:
+        config: of the model.
+        longest: tokens of the longest prompt with one completion.
+        where: what to call it in the error, such as a split.
+    """
+    limit = rope_limit(config.get_text_config())
+    if limit is not None and longest > limit.tokens:
+        raise PolicyError(
+            f"{where}: expected pairs of up to {limit.tokens} tokens but one has {longest}: beyond that this model's "
+            f"positions (rope_type={limit.kind}) depend on its batch mates. Set `data.max_length` to {limit.tokens}."
+        )
 
 
 def enable_checkpointing(base: Any) -> None:
