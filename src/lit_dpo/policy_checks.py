@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -123,12 +124,30 @@ def check_targets(config: Any, targets: Any, trust_remote_code: bool) -> None:
             raise PolicyError(
                 f"Expected `target_modules` to be a regular expression but {targets!r}: {error}."
             ) from None
-        unknown = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-    else:
-        unknown = [one for one in sorted(targets) if not any(name == one or name.endswith(f".{one}") for name in names)]
-    if unknown:
+    wanted = [targets] if isinstance(targets, str) else sorted(targets)
+    found = {one: [name for name in names if _is_target(one, name, isinstance(targets, str))] for one in wanted}
+    if unknown := [one for one in wanted if not found[one]]:
         there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
         raise PolicyError(f"Expected `target_modules` among {there} (or all-linear) but got {', '.join(unknown)}.")
+    if getattr(config.get_text_config(), "tie_word_embeddings", False):
+        shared = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+        tied = {name for hits in found.values() for name in hits if skeleton.get_submodule(name) in shared}
+        _say_tied(", ".join(sorted(tied)))
+
+
+def _is_target(one: str, name: str, is_pattern: bool) -> bool:
+    return bool(re.fullmatch(one, name)) if is_pattern else name == one or name.endswith(f".{one}")
+
+
+@lru_cache(maxsize=256)
+def _say_tied(names: str) -> None:
+    """Once in a process: checks run before training and while loading."""
+    if names:
+        log.warning(
+            "%s will have an adapter, but embeddings and head share one weight in this model: merged into it, the "
+            "adapter would change both, so do not merge what comes of this run; or leave it out of `target_modules`",
+            names,
+        )
 
 
 def check_complete(info: Any, model: str) -> None:

@@ -48,7 +48,7 @@ def _reach(config: Any) -> int:
     marks = [one.value for one in settings(config) if one.is_number and _WINDOWS.search(one.name)]
     wanted = max((int(mark) for mark in marks if 0 < mark <= _FURTHEST), default=0) + _CHOSEN
     limit = rope_limit(config)
-    most = [getattr(config, "max_position_embeddings", None), limit and limit.tokens]
+    most: list[int | None] = [getattr(config, "max_position_embeddings", None), limit and limit.tokens]
     return max(_SHORT, min([wanted, *filter(None, most)]))
 
 
