@@ -1,4 +1,4 @@
-"""What is computed in training mode is what is computed in evaluation mode: dropouts are off, or the model is refused."""
+"""Training mode computes what evaluation mode does: dropouts are off, or the model is refused."""
 
 from __future__ import annotations
 
