@@ -19,6 +19,7 @@ LAYERS = {
     "lit_dpo.errors": 0,
     "lit_dpo.fingerprints": 0,
     "lit_dpo.hub": 0,
+    "lit_dpo.settings": 0,
     "lit_dpo.quickstart": 0,  # needs nothing of the package; imported inside functions only
     "lit_dpo.quickstart_text": 0,
     "lit_dpo.logps": 1,

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_dpo import hub
-from lit_dpo.errors import PolicyError
+from lit_dpo.errors import PolicyError, first_line
 from lit_dpo.fingerprints import sampled_digest
 from lit_dpo.hub import Place
-from lit_dpo.policy_checks import first_line
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
-from lit_dpo.errors import PolicyError
+from lit_dpo.errors import PolicyError, first_line
 from lit_dpo.hub import Place, listing
 from lit_dpo.settings import rope_limit, settings
 
@@ -212,11 +212,6 @@ def _takes_adapter(module: Any) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D)
-
-
-def first_line(error: Exception) -> str:
-    """What a library's error begins with."""
-    return str(error).strip().split("\n")[0]
 
 
 def turn_off_dropout(config: Any) -> None:

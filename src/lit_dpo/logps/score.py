@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_dpo.data.batch import PairBatch
-from lit_dpo.errors import PolicyError, UnsupportedAttentionError
+from lit_dpo.errors import PolicyError, UnsupportedAttentionError, first_line
 from lit_dpo.logps.attention import (
     MissingLayoutError,
     PairLayout,
@@ -33,7 +33,6 @@ from lit_dpo.logps.probe import (
     without_outliers,
 )
 from lit_dpo.logps.records import SequenceLogps
-from lit_dpo.policy_checks import first_line
 from lit_dpo.settings import rope_limit
 
 log = logging.getLogger(__name__)
