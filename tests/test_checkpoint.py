@@ -113,6 +113,25 @@ def test_continuing_with_another_loss_stops_and_names_it(straight, tiny_model, p
             _fit(tiny_model, pairs_file, tmp_path, ckpt_path=straight[0] / "step=3.ckpt", **{"policy": policy} | change)
 
 
+@pytest.mark.parametrize(
+    ("option", "was", "now"),
+    [("gradient_clip_val", 0.5, 0.25), ("gradient_clip_val", None, 0.25), ("precision", "32-true", "bf16-mixed")],
+)
+def test_continuing_with_another_clipping_or_precision_stops_and_names_it(
+    tiny_model, pairs_file, tmp_path, option, was, now
+):
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    run = trainer(tmp_path, max_steps=1, callbacks=[keep], enable_checkpointing=True, **{option: was})
+    run.fit(module(tiny_model), data(pairs_file))
+    for value in (now, was):
+        resumed = trainer(tmp_path, max_steps=1, **{option: value})
+        if value == was:
+            resumed.fit(module(tiny_model), data(pairs_file), ckpt_path=tmp_path / "step=1.ckpt")
+            continue
+        with pytest.raises(ResumeError, match=rf"{option}: {was!r} in the checkpoint, {now!r} now"):
+            resumed.fit(module(tiny_model), data(pairs_file), ckpt_path=tmp_path / "step=1.ckpt")
+
+
 def test_adapters_do_not_go_onto_another_base(straight, tiny_model, pairs_file, tmp_path):
     """A moved directory is the same base; the same directory with other weights is not."""
     from safetensors.torch import load_file, save_file

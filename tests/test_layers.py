@@ -20,6 +20,7 @@ LAYERS = {
     "lit_dpo.fingerprints": 0,
     "lit_dpo.hub": 0,
     "lit_dpo.writing": 0,
+    "lit_dpo.settings": 0,
     "lit_dpo.quickstart": 0,  # needs nothing of the package; imported inside functions only
     "lit_dpo.quickstart_text": 0,
     "lit_dpo.logps": 1,

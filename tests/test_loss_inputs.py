@@ -177,7 +177,7 @@ def test_a_batch_is_remembered_before_its_own_losses(tiny_model, pairs_file, tmp
     class Look(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             pairs = pl_module.pair_logps(batch).detach()
-            state = BCOLoss().next_state(pl_module.loss_state, pairs)
+            state = BCOLoss().next_state(pl_module.loss_state, BCOLoss().sums(pairs))
             seen.append(float(BCOLoss()(pairs._replace(state=state)).mean()))
 
     _, trace = _fit(tiny_model, pairs_file, tmp_path, loss=BCOLoss(), callbacks=[Look()])

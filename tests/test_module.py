@@ -340,14 +340,17 @@ def test_two_processes_measure_and_train_like_one(tiny_model, pairs_file, tmp_pa
     assert {"train/loss", "val/loss", "val/one/loss", "val/two/kl"} <= one["metrics"].keys()
 
 
-def test_two_processes_fill_one_cache_and_share_a_loss_s_memory(tiny_model, pairs_file, tmp_path):
+@pytest.mark.parametrize("loss", ["BCOLoss", "BetaDPOLoss"])
+def test_two_processes_fill_one_cache_and_share_a_loss_s_memory(tiny_model, pairs_file, tmp_path, loss):
     """Every pair is computed once by one of them; a later run on one process finds them all, and trains the same."""
     cache = tmp_path / "cache"
-    two = _on(2, tiny_model, pairs_file, tmp_path, cache)
+    two = _on(2, tiny_model, pairs_file, tmp_path, cache, loss)
     sizes = {file: file.stat().st_size for file in cache.glob("*/*.index")}
     assert len(sizes) == 2
     assert sum(sizes.values()) == 21 * 40
-    _assert_equal(_on(1, tiny_model, pairs_file, tmp_path, cache), two)
+    _assert_equal(one := _on(1, tiny_model, pairs_file, tmp_path, cache, loss), two)
+    assert one["state"].abs().min() > 0
+    torch.testing.assert_close(two["state"], one["state"], rtol=1e-4, atol=0)
     assert {file: file.stat().st_size for file in cache.glob("*/*.index")} == sizes
 
 

@@ -19,7 +19,7 @@ from lit_dpo.errors import PolicyError
 from lit_dpo.logps.score import choose_layout
 from lit_dpo.losses import AOTLoss, BCOLoss, LDDPOLoss, MixtureLoss, SFTLoss, TDPOLoss, WPOLoss
 from lit_dpo.memory import LiveBytes
-from lit_dpo.rows import join, row_by_row, why_one_row
+from lit_dpo.rows import RowModule, join, row_by_row, why_one_row
 from training import Trace, adapter, data, module, trainer
 
 WHOLE = 10**9
@@ -186,6 +186,33 @@ def test_training_validation_and_predictions_are_those_of_one_row(tiny_model, pa
     rows = _train(tiny_model, pairs_file, tmp_path, 100, given, **options)
     for found, expected in zip(rows, whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+class _Half(RowModule):
+    """Its gradient passes through float16, where 1e-8 is 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.loss, self.row_tokens = torch.nn.Parameter(torch.ones(())), DPOLoss(), None
+
+    def pair_logps(self, batch):
+        return tiny.at_margin(*[0.0] * batch.size)
+
+    def compute_loss(self, pairs):
+        return (self.weight.half().expand(len(pairs.margin)).float() * 1e-8).double()
+
+
+@pytest.mark.parametrize("scale", [None, 2.0**16, 2.0**12])
+def test_a_rows_gradients_are_taken_at_the_scale_of_the_trainers_scaler(scale, tmp_path):
+    """As `16-mixed` does on a GPU: the gradient of a row is there before Lightning scales the loss."""
+    module = _Half()
+    run = trainer(tmp_path)
+    run.precision_plugin.scaler = scale and torch.amp.GradScaler("cpu", init_scale=scale)
+    module._trainer = run
+    total, losses, _ = module.row_by_row(collate_pairs(tiny.pairs(*LENGTHS)).cut(40))
+    total.backward()
+    torch.testing.assert_close(losses, torch.full((5,), 1e-8, dtype=torch.float64))
+    torch.testing.assert_close(module.weight.grad, torch.tensor(0.0 if scale is None else 5e-8), rtol=1e-2, atol=0)
 
 
 def test_a_loss_that_couples_pairs_keeps_them_together_and_says_so_once(tiny_model, pairs_file, tmp_path):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
 from lit_dpo.logps import PairLogps, SequenceLogps
+from lit_dpo.logps.probe import eager_attention
 
 VOCABULARY = 97
 SIZES: dict[str, Any] = {
@@ -85,6 +86,9 @@ FLAT: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere-logit-scale": ("CohereConfig", {**SIZES, "logit_scale": 0.3}),
     "granite-logits-scaling": ("GraniteConfig", {**SIZES, "logits_scaling": 3.0, "residual_multiplier": 0.5}),
     "olmo2": ("Olmo2Config", SIZES),
+    "olmo3": ("Olmo3Config", {**SIZES, "sliding_window": 6}),
+    "afmoe": ("AfmoeConfig", {**SIZES, "head_dim": 8, "sliding_window": 6}),
+    "modernbert-decoder": ("ModernBertDecoderConfig", {**SIZES, "local_attention": 6}),
 }
 PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": ("GptOssConfig", {**SIZES, "head_dim": 8, "num_local_experts": 4, "sliding_window": 6}),
@@ -92,6 +96,10 @@ PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-alibi": ("FalconConfig", {**_OWN_SIZES, "num_hidden_layers": 2, "alibi": True}),
     "bloom": ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "lfm2-conv": ("Lfm2Config", {**SIZES, "layer_types": ["conv", "full_attention"]}),
+    "llama4": (
+        "Llama4TextConfig",
+        {**SIZES, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 32, "attention_chunk_size": 6},
+    ),
     "mamba": ("MambaConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
 }
 
@@ -175,7 +183,16 @@ def randomize(adapted: Any, seed: int = 0, scale: float = 0.1) -> None:
 
 
 def one_at_a_time(scored: Any, given: list[EncodedPair]) -> list[Tensor]:
-    """The definition: each sequence alone through the whole model; log-probs of all chosen, then all rejected."""
+    """The definition: each sequence alone through the whole model; log-probs of all chosen, then all rejected.
+
+    Under `eager`: `sdpa` ignores the soft-cap in transformers 5.17.
+    """
+    base = scored.get_base_model() if hasattr(scored, "get_base_model") else scored
+    with eager_attention(base):
+        return _one_at_a_time(scored, given)
+
+
+def _one_at_a_time(scored: Any, given: list[EncodedPair]) -> list[Tensor]:
     found = []
     for side in ("chosen", "rejected"):
         for pair in given:

@@ -6,16 +6,16 @@ import sys
 
 import torch
 
-from lit_dpo import CachedReference
-from lit_dpo.losses import BCOLoss
+from lit_dpo import CachedReference, losses
 from lit_dpo.references import store
 from training import adapter, data, module, trainer
 
 if __name__ == "__main__":
-    model, pairs, root, out, devices, accumulate, *cache = sys.argv[1:]
+    model, pairs, root, out, devices, accumulate, *others = sys.argv[1:]
     ranks = int(devices)
     store._REREAD_SHARE = math.inf  # a missing pair is always looked for among the other rank's, on a busy machine too
-    given = {"loss": BCOLoss(), "reference": CachedReference(directory=cache[0])} if cache else {}
+    cache, loss = others or (None, "DPOLoss")
+    given = {"loss": getattr(losses, loss)(), "reference": CachedReference(directory=cache)} if cache else {}
     rows = {"row_tokens": 200} if ranks > 1 else {}
     dpo = module(model, optimizer=functools.partial(torch.optim.SGD, lr=1.0), **given, **rows)
     epochs = 2 if cache else 1
@@ -26,4 +26,4 @@ if __name__ == "__main__":
     run.fit(dpo, data(pairs, val={"one": pairs, "two": pairs}, batch_size=size // ranks, eval_batch_size=3))
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}
     if run.is_global_zero:
-        torch.save({"metrics": metrics, "adapter": adapter(dpo)}, out)
+        torch.save({"metrics": metrics, "adapter": adapter(dpo), "state": dpo.loss_state}, out)

@@ -10,14 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from lit_dpo import hub
-from lit_dpo.errors import PolicyError
+from lit_dpo.errors import PolicyError, first_line
 from lit_dpo.fingerprints import sampled_digest
 from lit_dpo.hub import Place
-from lit_dpo.policy_checks import first_line
 
 log = logging.getLogger(__name__)
 
 _LORA_FIELDS = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
+
+
+# Of PEFT's `LoraConfig`: what names and describes, and features of a layer, which act wherever it is called and are off
+# with the adapter. Everything else must be as it is by default, also what a later PEFT brings.
+_PLAIN_FIELDS = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "runtime_config", "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora"),
+    *("lora_dropout", "lora_bias", "fan_in_fan_out", "target_modules", "exclude_modules", "target_parameters"),
+    *("layers_to_transform", "layers_pattern", "init_lora_weights", "loftq_config", "eva_config"),
+    *("megatron_core", "qalora_group_size"),  # not read without fields that are refused
+    *("bias", "modules_to_save"),  # refused above, in words of their own
+}
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")  # how it began; others change the base
 
 
 def check_adapter(policy: Any, place: Place) -> Any:
@@ -51,7 +63,7 @@ def check_lora(place: Place) -> Any:
         adapter = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
         raise PolicyError(f"No adapter at `{place.option}` {place.name!r}: {first_line(error)}") from error
-    if not isinstance(adapter, LoraConfig):
+    if type(adapter) is not LoraConfig:  # AdaLoRA's is a subclass
         raise PolicyError(f"Expected a LoRA adapter in {folder} but it is {adapter.peft_type}.")
     if adapter.bias != "none" or adapter.modules_to_save:
         raise PolicyError(
@@ -59,13 +71,58 @@ def check_lora(place: Place) -> Any:
             f"modules_to_save={adapter.modules_to_save}), which turning adapters off does not undo. Merge it into "
             "its base first."
         )
-    if adapter.init_lora_weights not in (True, False, "gaussian"):
+    if adapter.init_lora_weights not in _PLAIN_INITS:
         raise PolicyError(
             f"The adapter in {folder} changes its base as it loads (init_lora_weights={adapter.init_lora_weights!r}), "
             "so policy and reference would share another base. Convert it to a plain LoRA first, see PEFT's "
             "`path_initial_model_for_weight_conversion`."
         )
+    for field in fields(adapter):
+        given = getattr(adapter, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.name not in _PLAIN_FIELDS and given != default and (given or default):
+            raise PolicyError(
+                f"The adapter in {folder} uses PEFT's `{field.name}` ({given!r}), which adds more than layers that can "
+                "be turned off, or acts outside of them: it would be scored and compared wrongly. Merge it into its "
+                "base first (PEFT's `merge_and_unload`), if it can be, or train a plain LoRA."
+            )
     return adapter
+
+
+def check_embeddings(policy: Any, place: Place) -> None:
+    """Whole weights that PEFT saved along with an adapter, embeddings or head, are those of the policy's base.
+
+    PEFT does so where they have an adapter or the vocabulary was resized, and loads them over the base's.
+
+    Raises:
+        PolicyError: if they are others.
+    """
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(place.folder / "adapter_model.safetensors", "pt") as file:
+        whole = {name: file.get_tensor(name) for name in file.keys() if _is_whole(name)}  # noqa: SIM118 - no mapping
+    if not whole or not hub.has_weights(policy.place.folder):
+        return
+    for path in sorted(policy.place.folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                shape = file.get_slice(name).get_shape()
+                # by content: of tied weights a model has one name, an adapter another
+                for key in [key for key, given in whole.items() if list(given.shape) == shape]:
+                    if torch.equal(file.get_tensor(name).to(whole[key].dtype), whole[key]):
+                        del whole[key]
+    if whole:
+        names = ", ".join(key.removeprefix("base_model.model.") for key in sorted(whole)[:3])
+        raise PolicyError(
+            f"The adapter in {place.folder} brings whole weights that are not the base's ({names}), as after a resized "
+            "vocabulary; turning adapters off does not undo them. Load both with PEFT, `merge_and_unload`, save the "
+            "model with its tokenizer, and name it in `policy.model`."
+        )
+
+
+def _is_whole(name: str) -> bool:
+    return "lora_" not in name
 
 
 def check_base(policy: Any, adapter: Any, place: Place) -> None:
@@ -74,6 +131,7 @@ def check_base(policy: Any, adapter: Any, place: Place) -> None:
     Raises:
         PolicyError: if it was trained on another one and `adapter_base` is `same`.
     """
+    check_embeddings(policy, place)
     same: bool | None
     named, revision, mine = adapter.base_model_name_or_path, adapter.revision, policy.place
     if policy.adapter_base == "any" or (named, revision) == (mine.name, mine.commit):
@@ -132,7 +190,7 @@ def check_adapter_keys(model: Any, folder: Path, adapter: str = "default") -> No
     from safetensors import safe_open
 
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        given = set(file.keys())
+        given = {name for name in file.keys() if not _is_whole(name)}  # noqa: SIM118 - others: `check_embeddings`
     there = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     if different := sorted(given ^ set(there)):
         raise PolicyError(

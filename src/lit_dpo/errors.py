@@ -25,3 +25,8 @@ class ResumeError(LitDPOError, RuntimeError):
 
 class UnsupportedAttentionError(LitDPOError, NotImplementedError):
     """An attention argument that the pair attention does not implement, and will not ignore."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error begins with."""
+    return str(error).strip().split("\n")[0]

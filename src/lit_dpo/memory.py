@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from lit_dpo.data.batch import EncodedPair, collate_pairs
 from lit_dpo.logps import score
 from lit_dpo.logps.attention import has_pair_attention
-from lit_dpo.logps.head import model_head, reference_kl, selected_logps
+from lit_dpo.logps.head import backbone, model_head, reference_kl, selected_logps
 
 Lengths = NDArray[np.int64]
 """`(B, 3)` tokens of the prompt, the chosen and the rejected completion of each pair of a row."""
@@ -221,7 +221,7 @@ def _backbone(base: Any, device: torch.device) -> tuple[NDArray[np.float64], NDA
 def _probe(base: Any, lengths: tuple[int, int, int], device: torch.device) -> tuple[int, int]:
     prompt, chosen, rejected = ([0] * length for length in lengths)
     batch = collate_pairs([EncodedPair(prompt, chosen, rejected)]).to(device)
-    trained = [p for p in base.get_decoder().parameters() if p.requires_grad]
+    trained = [p for p in backbone(base).parameters() if p.requires_grad]
     with LiveBytes() as memory:
         hidden = score._run(base, batch).hidden
         alive = memory.live

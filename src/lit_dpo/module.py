@@ -258,8 +258,8 @@ class DPOModule(RowModule):
             pairs = self.pair_logps(batch) if training else self.batch_logps(batch)
             seen = pairs.detach()
             if training and self.loss_state is not None:
-                state = self.loss.next_state(self.loss_state, seen)
-                self.loss_state = self.trainer.strategy.reduce(state, reduce_op="mean")
+                sums = self.trainer.strategy.reduce(self.loss.sums(seen), reduce_op="sum")
+                self.loss_state = self.loss.next_state(self.loss_state, sums)
                 pairs, seen = (one._replace(state=self.loss_state) for one in (pairs, seen))
             losses = self.losses_of(pairs)
             total = losses.sum()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_dpo import adapter_checks as adapters
 from lit_dpo import hub
 from lit_dpo import policy_checks as checks
-from lit_dpo.errors import PolicyError
+from lit_dpo.errors import PolicyError, first_line
 from lit_dpo.fingerprints import sampled_digest, whole_digest
 
 if TYPE_CHECKING:
@@ -195,6 +195,7 @@ class QLoRAPolicy:
                 trust_remote_code=self.trust_remote_code,
             )
         checks.check_complete(info, self.model)
+        checks.turn_off_dropout_layers(base)
         checks.keep_trainable(base)
         base.name_or_path = base.config.name_or_path = self.place.name  # for model cards: not a folder of the cache
         return base
@@ -222,7 +223,7 @@ class QLoRAPolicy:
         try:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError) as error:
-            raise PolicyError(f"No tokenizer for {self.model!r}: {checks.first_line(error)}") from error
+            raise PolicyError(f"No tokenizer for {self.model!r}: {first_line(error)}") from error
 
     @property
     def path(self) -> str:
@@ -322,7 +323,7 @@ class QLoRAPolicy:
                     f"{self.model!r} comes with code of its own, in {place.folder}: read it, then set "
                     "`policy.trust_remote_code` to run it."
                 ) from error
-            raise PolicyError(f"No model configuration for {self.model!r}: {checks.first_line(error)}") from error
+            raise PolicyError(f"No model configuration for {self.model!r}: {first_line(error)}") from error
 
     def _quantization_config(self, dtype: torch.dtype) -> Any:
         if self.quantization == "none":

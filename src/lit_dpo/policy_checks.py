@@ -7,11 +7,13 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
-from lit_dpo.errors import PolicyError
+from lit_dpo.errors import PolicyError, first_line
 from lit_dpo.hub import Place, listing
+from lit_dpo.settings import rope_limit, settings
 
 log = logging.getLogger(__name__)
 
@@ -122,12 +124,30 @@ def check_targets(config: Any, targets: Any, trust_remote_code: bool) -> None:
             raise PolicyError(
                 f"Expected `target_modules` to be a regular expression but {targets!r}: {error}."
             ) from None
-        unknown = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-    else:
-        unknown = [one for one in sorted(targets) if not any(name == one or name.endswith(f".{one}") for name in names)]
-    if unknown:
+    wanted = [targets] if isinstance(targets, str) else sorted(targets)
+    found = {one: [name for name in names if _is_target(one, name, isinstance(targets, str))] for one in wanted}
+    if unknown := [one for one in wanted if not found[one]]:
         there = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
         raise PolicyError(f"Expected `target_modules` among {there} (or all-linear) but got {', '.join(unknown)}.")
+    if getattr(config.get_text_config(), "tie_word_embeddings", False):
+        shared = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+        tied = {name for hits in found.values() for name in hits if skeleton.get_submodule(name) in shared}
+        _say_tied(", ".join(sorted(tied)))
+
+
+def _is_target(one: str, name: str, is_pattern: bool) -> bool:
+    return bool(re.fullmatch(one, name)) if is_pattern else name == one or name.endswith(f".{one}")
+
+
+@lru_cache(maxsize=256)
+def _say_tied(names: str) -> None:
+    """Once in a process: checks run before training and while loading."""
+    if names:
+        log.warning(
+            "%s will have an adapter, but embeddings and head share one weight in this model: merged into it, the "
+            "adapter would change both, so do not merge what comes of this run; or leave it out of `target_modules`",
+            names,
+        )
 
 
 def check_complete(info: Any, model: str) -> None:
@@ -194,21 +214,43 @@ def _takes_adapter(module: Any) -> bool:
     return isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D)
 
 
-def first_line(error: Exception) -> str:
-    """What a library's error begins with."""
-    return str(error).strip().split("\n")[0]
-
-
 def turn_off_dropout(config: Any) -> None:
     """A policy and a reference under different dropout masks do not compare: rewards at step 0 would be noise."""
     found = {}
-    for part in (config, config.get_text_config()):
-        for name, given in part.to_dict().items():
-            if re.search(r"drop(out)?($|_)|jitter", name) and isinstance(given, int | float) and given > 0:
-                found[name] = given
-                setattr(part, name, 0.0)
+    for one in settings(config):
+        if one.is_number and one.value > 0 and re.search(r"drop(out)?($|_)|jitter", one.name):
+            found[one.path] = one.value
+            one.change(type(one.value)(0))  # some configurations hold an entry to its type
     if found:
         log.info("dropout of the base is off: %s", ", ".join(f"{name} {given}" for name, given in found.items()))
+
+
+def turn_off_dropout_layers(base: Any) -> None:
+    """Those that the model's code makes by itself; what is random in other ways the start-up probe refuses."""
+    from torch.nn.modules.dropout import _DropoutNd  # private, the one base of Dropout, Dropout1d, AlphaDropout, …
+
+    found = {name: layer for name, layer in base.named_modules() if isinstance(layer, _DropoutNd) and layer.p > 0}
+    if found:
+        kinds = sorted({f"{name.rsplit('.', 1)[-1]} {layer.p}" for name, layer in found.items()})
+        log.info("dropout that is not in the base's configuration is off: %s", ", ".join(kinds))
+    for layer in found.values():
+        layer.p = 0.0
+
+
+def check_longest(config: Any, longest: int, where: str) -> None:
+    """Pairs are within the length up to which a pair's positions are its own, see `rope_limit`.
+
+    Args:
+        config: of the model.
+        longest: tokens of the longest prompt with one completion.
+        where: what to call it in the error, such as a split.
+    """
+    limit = rope_limit(config.get_text_config())
+    if limit is not None and longest > limit.tokens:
+        raise PolicyError(
+            f"{where}: expected pairs of up to {limit.tokens} tokens but one has {longest}: beyond that this model's "
+            f"positions (rope_type={limit.kind}) depend on its batch mates. Set `data.max_length` to {limit.tokens}."
+        )
 
 
 def enable_checkpointing(base: Any) -> None:

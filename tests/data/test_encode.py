@@ -216,6 +216,19 @@ def test_a_cut_prompt_keeps_its_bos() -> None:
     assert pair.prompt == [tokenizer.bos_token_id, *full.prompt[-3:]]
 
 
+def test_a_prompt_cut_to_one_token_is_the_one_that_the_answer_follows() -> None:
+    """A BOS alone would leave nothing of the question; with two tokens it is back."""
+    tokenizer = sentencepiece_like()
+    (full,) = encode(tokenizer, LONG)
+    for length, expected in ((1, full.prompt[-1:]), (2, [tokenizer.bos_token_id, full.prompt[-1]])):
+        room = max(sizes(full)[1:]) + length
+        for options in ({"max_length": room}, {"max_length": room + 9, "max_prompt_length": length}):
+            (pair,) = encode(tokenizer, LONG, truncation="truncate_prompt", **options)
+            assert pair.prompt == expected
+        (pair,) = encode(tokenizer, LONG, max_length=9, max_prompt_length=length, truncation="truncate_both")
+        assert pair.prompt == expected
+
+
 def test_truncate_both_does_what_tutorials_did(chat_tokenizer) -> None:
     (full,) = encode(chat_tokenizer, LONG)
     (pair,) = encode(chat_tokenizer, LONG, max_length=9, max_prompt_length=4, truncation="truncate_both")

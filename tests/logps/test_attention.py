@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 import tiny
-from lit_dpo.errors import UnsupportedAttentionError
+from lit_dpo.errors import PolicyError, UnsupportedAttentionError
 from lit_dpo.logps.attention import (
     PAIR_ATTENTION,
     PairLayout,
@@ -169,11 +169,13 @@ def test_plain_attention_without_the_pair_attention_does_nothing():
 
 
 def test_a_dropout_in_training_mode_is_refused_and_not_ignored():
-    """The base's dropouts are off by the policy; one that is not must not pass in silence."""
+    """The base's dropouts are off by the policy; one that is not must not pass in silence, at start-up or later."""
     from lit_dpo.logps.score import choose_layout, pair_logps
 
     model = tiny.model(attention_dropout=0.3)
-    choose_layout(model)
+    with pytest.raises(PolicyError, match=r"LlamaForCausalLM: in training mode.*'dropout'.*config\.json"):
+        choose_layout(model)
+    use_pair_attention(model)
     pair_logps(model, tiny.batch())
     with pytest.raises(UnsupportedAttentionError, match="dropout"):
         pair_logps(model.train(), tiny.batch())

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from lit_dpo.logps import head as head_module
-from lit_dpo.logps.head import model_head, selected_logps
+from lit_dpo.logps.head import backbone, model_head, selected_logps
 
 TOKENS, WIDTH, VOCABULARY = 200, 8, 97
 
@@ -182,7 +182,7 @@ def test_bfloat16_weights_give_float32_log_probs():
 def test_the_model_head_is_what_the_model_does_after_its_backbone(name):
     model = tiny.model(name).requires_grad_(False)
     ids = torch.tensor([[5, 9, 11, 40, 3]])
-    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    states = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
     expected = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(model_head(model)(states[0]), expected[0], rtol=1e-5, atol=1e-5)
 

@@ -26,9 +26,9 @@ def test_value_by_hand_without_a_baseline():
 def test_the_running_baseline_is_the_mean_of_all_rewards_seen():
     """A first batch of one pair with rewards 0.3 and 0.1; then ours: δ = (0.2 − 0.05 − 0.3) / 3 = −0.05."""
     loss, first = BCOLoss(0.1), tiny.logps([-2.0], [-3.0], [-5.0], [-4.0])
-    state = loss.next_state(loss.initial_state(), first)
+    state = loss.next_state(loss.initial_state(), loss.sums(first))
     assert state.tolist() == pytest.approx([0.2, 1])
-    state = loss.next_state(state, PAIRS)
+    state = loss.next_state(state, loss.sums(PAIRS))
     assert state.tolist() == pytest.approx([0.2 - 0.05 - 0.3, 3])
     expected = [_bce(0.25, True) + _bce(-0.25, False), _bce(-0.05, True) + _bce(-0.45, False)]
     assert loss(PAIRS._replace(state=state)).tolist() == pytest.approx(expected)
@@ -52,7 +52,9 @@ def test_a_drift_of_all_rewards_does_not_matter_once_the_baseline_has_followed()
         policy_chosen=PAIRS.policy_chosen._replace(total=PAIRS.policy_chosen.total + 40),
         policy_rejected=PAIRS.policy_rejected._replace(total=PAIRS.policy_rejected.total + 40),
     )  # fmt: skip
-    here, there = (one._replace(state=loss.next_state(loss.initial_state(), one)) for one in (PAIRS, drifted))
+    here, there = (
+        one._replace(state=loss.next_state(loss.initial_state(), loss.sums(one))) for one in (PAIRS, drifted)
+    )
     torch.testing.assert_close(loss(here), loss(there))
 
 

@@ -16,7 +16,7 @@ PAIRS = tiny.at_margin(5.0, -1.0)
 def _memory(loss, *batches):
     state = loss.initial_state()
     for batch in batches:
-        state = loss.next_state(state, batch)
+        state = loss.next_state(state, loss.sums(batch))
     return state
 
 

@@ -273,7 +273,7 @@ def _remember(loss: PreferenceLoss, pairs: PairLogps, seen: PairLogps | None = N
     """The record with what the loss remembers of one training batch, always the same one unless given."""
     state = loss.initial_state()
     if state is not None:
-        state = loss.next_state(state, _random(5, seed=7) if seen is None else seen)
+        state = loss.next_state(state, loss.sums(_random(5, seed=7) if seen is None else seen))
     return pairs._replace(state=state)
 
 
@@ -520,21 +520,37 @@ def test_its_memory_is_a_function_of_what_it_has_seen(make):
     assert start.dtype == torch.float64
     assert start.ndim == 1
     pairs, _ = _leaves(_random(dtype=torch.float32))
-    once, again = loss.next_state(start, pairs), loss.next_state(start, pairs)
+    once, again = (loss.next_state(start, loss.sums(pairs)) for _ in range(2))
     assert torch.equal(once, again)
     assert torch.equal(start, loss.initial_state())
     assert (once.shape, once.dtype, once.requires_grad) == (start.shape, torch.float64, False)
     assert not torch.equal(once, start)
 
 
-def test_ranks_that_average_their_memories_remember_the_whole_batch(make):
-    loss, pairs = make(), _random(6)
-    if (start := loss.initial_state()) is None:
+@pytest.mark.parametrize("split", [([0, 1, 2], [3, 4, 5]), ([0, 1, 2, 3, 4], [5]), ([3], [0], [1, 2, 4, 5])], ids=str)
+def test_ranks_remember_the_whole_batch_however_it_is_split(make, split):
+    """Their sums add up to those of the batch, over two steps; a mean of means would not."""
+    loss = make()
+    if (alone := loss.initial_state()) is None:
         return
-    halves = [loss.next_state(start, _pick(pairs, half)) for half in ([0, 1, 2], [3, 4, 5])]
-    whole = pairs._replace(state=loss.next_state(start, pairs))
-    averaged = pairs._replace(state=torch.stack(halves).mean(0))
-    torch.testing.assert_close(loss(averaged), loss(whole), rtol=1e-12, atol=0)
+    shared = alone
+    for pairs in (_random(6), _random(6, seed=3)):
+        alone = loss.next_state(alone, loss.sums(pairs))
+        sums = [loss.sums(_pick(pairs, part)) for part in split]
+        assert {(one.shape, one.dtype) for one in sums} == {(alone.shape, torch.float64)}
+        shared = loss.next_state(shared, torch.stack(sums).sum(0))
+        torch.testing.assert_close(shared, alone, rtol=1e-12, atol=0)
+        scores = [loss(pairs._replace(state=state)) for state in (shared, alone)]
+        torch.testing.assert_close(*scores, rtol=1e-12, atol=0)
+
+
+def test_a_loss_with_a_memory_says_what_it_sums():
+    class Forgetful(DPOLoss):
+        def initial_state(self):
+            return torch.zeros(1, dtype=torch.float64)
+
+    with pytest.raises(NotImplementedError, match="Expected Forgetful to define `sums`"):
+        Forgetful().sums(_random())
 
 
 def test_rewards_are_beta_times_the_log_ratios_or_log_probs(kind):

@@ -78,7 +78,7 @@ def test_a_loss_without_a_reference_divides_by_the_real_lengths():
 def test_the_inner_losss_memory_is_of_what_it_sees():
     """β = 1: decoupled log-ratios are −2.25, 1, −1 of the chosen and −2, −3, −4 of the rejected answers."""
     loss = LDDPOLoss(BCOLoss(1.0), surplus_weight=0.25)
-    state = loss.next_state(loss.initial_state(), PAIRS)
+    state = loss.next_state(loss.initial_state(), loss.sums(PAIRS))
     assert state.tolist() == pytest.approx([(-2.25 + 1 - 1 - 2 - 3 - 4) / 2, 3])
 
 

@@ -79,8 +79,10 @@ def test_each_part_has_its_own_memory():
         states = [one.initial_state() for one in (running, adaptive)]
         assert torch.equal(state, torch.cat(states))
         for _ in range(2):
-            state = loss.next_state(state, PAIRS)
-            states = [one.next_state(own, PAIRS) for one, own in zip((running, adaptive), states, strict=True)]
+            state = loss.next_state(state, loss.sums(PAIRS))
+            states = [
+                one.next_state(own, one.sums(PAIRS)) for one, own in zip((running, adaptive), states, strict=True)
+            ]
         torch.testing.assert_close(state, torch.cat(states))
         parts = [one(PAIRS._replace(state=own)) for one, own in zip((running, adaptive), states, strict=True)]
         expected = 0.5 * DPOLoss()(PAIRS) + 0.6 * parts[0] + 0.7 * SFTLoss()(PAIRS) + 0.8 * parts[1]

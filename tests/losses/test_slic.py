@@ -26,8 +26,18 @@ def test_slopes_by_hand_within_the_margin_and_beyond():
     assert down.tolist() == pytest.approx([0.1, 0.0])
 
 
+@pytest.mark.parametrize("delta", [0.5, 20.0])
+def test_the_papers_likelihood_of_the_whole_answer_is_one_per_token_times_its_length(delta):
+    """Of answers of 4 and 10 tokens, each with its own λ = λ′·n_w/δ; no single λ does for both."""
+    weight, chosen = 0.3, PAIRS.policy_chosen
+    papers = torch.relu(delta - chosen.total + PAIRS.policy_rejected.total) - weight * chosen.total
+    converted = [SLiCLoss(1 / delta, weight * length / delta)(PAIRS) for length in chosen.length.tolist()]
+    torch.testing.assert_close(torch.stack(converted).diagonal(), papers / delta)
+    assert all(not torch.allclose(one, papers / delta) for one in converted)
+
+
 @pytest.mark.parametrize("delta", [0.5, 1.0, 20.0])
-def test_it_is_the_papers_loss_with_its_margin_divided_by_that_margin(delta):
+def test_a_margin_in_nats_is_this_loss_times_that_margin(delta):
     weight = 0.3
     contrast = PAIRS.policy_chosen.total - PAIRS.policy_rejected.total
     papers = torch.relu(delta - contrast) - weight * PAIRS.policy_chosen.mean

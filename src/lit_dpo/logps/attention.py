@@ -24,6 +24,11 @@ from lit_dpo.logps.layouts import Segment
 
 PAIR_ATTENTION = "lit_dpo_pairs"
 
+
+class MissingLayoutError(UnsupportedAttentionError):
+    """The model was called without a pair layout, or does not hand it on to its attention."""
+
+
 # Arguments that models pass along and that do not change what attention computes here.
 _HARMLESS = {
     "position_ids",
@@ -129,7 +134,7 @@ def pair_attention_forward(
         UnsupportedAttentionError: for an argument that changes the mathematics and is not implemented.
     """
     if pair_layout is None:
-        raise UnsupportedAttentionError(
+        raise MissingLayoutError(
             f"Expected a pair layout but the model was called without one. Generate or score plain rows inside "
             f"`with plain_attention(model):`; `{PAIR_ATTENTION}` only reads rows of pairs."
         )
@@ -147,7 +152,7 @@ def pair_attention_forward(
     else:
         is_last = pair_layout.last_layer is not None and getattr(module, "layer_idx", None) == pair_layout.last_layer
         out = _by_segment(query, key, value, pair_layout, scale, sliding_window, softcap, is_last)
-    return out.unsqueeze(0), None
+    return out.contiguous().unsqueeze(0), None  # as the other implementations do: some models take a view of it
 
 
 def _masks_a_window(module: nn.Module) -> bool:
@@ -264,9 +269,14 @@ def use_pair_attention(model: Any) -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(PAIR_ATTENTION, pair_attention_forward)
-    if not model._can_set_attn_implementation():
+    if not can_switch_attention(model):
         raise UnsupportedAttentionError(f"{type(model).__name__} does not use transformers' AttentionInterface")
     model.set_attn_implementation(PAIR_ATTENTION)
+
+
+def can_switch_attention(model: Any) -> bool:
+    """Whether the model takes its attention from `transformers.AttentionInterface`."""
+    return bool(model._can_set_attn_implementation())  # private, as transformers itself asks
 
 
 def has_pair_attention(model: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+
+from lit_dpo.errors import PolicyError
 
 # Keeps float16 gradients of unlikely tokens, 1e-6 and less, from vanishing; exact in every format.
 _SCALE = 2.0**10
@@ -140,7 +143,27 @@ def model_head(model: Any) -> nn.Module:
     It is the model's own `forward` with the backbone replaced by one that returns what it is given, on a shallow copy
     that shares every parameter, so that no architecture's arithmetic is written here a second time.
     """
-    return _Head(_replace(model, model.get_decoder(), _Given()))
+    return _Head(_replace(model, backbone(model), _Given()))
+
+
+def backbone(model: Any) -> Any:
+    """The part of a transformers causal LM that turns token ids into hidden states.
+
+    What the model calls its decoder, unless that is the model itself (Llama 4) or its last layer (ModernBERT); then the
+    one whole model inside it.
+
+    Raises:
+        PolicyError: if it cannot be told from the head.
+    """
+    from transformers import PreTrainedModel
+
+    found = model.get_decoder()
+    if found is not model and "input_ids" in inspect.signature(found.forward).parameters:
+        return found
+    inside = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    if len(inside) != 1:
+        raise PolicyError(f"{type(model).__name__} does not tell its backbone from its head, so it cannot be scored.")
+    return inside[0]
 
 
 class _Head(nn.Module):

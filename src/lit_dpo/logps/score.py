@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
-from lit_dpo.errors import PolicyError, UnsupportedAttentionError
-from lit_dpo.logps.attention import PairLayout, has_pair_attention, use_pair_attention
-from lit_dpo.logps.head import collision_logps, model_head, reference_kl, selected_logps
+from lit_dpo.data.batch import PairBatch
+from lit_dpo.errors import PolicyError, UnsupportedAttentionError, first_line
+from lit_dpo.logps.attention import (
+    MissingLayoutError,
+    PairLayout,
+    can_switch_attention,
+    has_pair_attention,
+    use_pair_attention,
+)
+from lit_dpo.logps.head import backbone, collision_logps, model_head, reference_kl, selected_logps
 from lit_dpo.logps.last_layer import last_layer_on
 from lit_dpo.logps.layouts import Rows, Segment, flat_rows, padded_rows, segments
+from lit_dpo.logps.probe import (
+    blind_to,
+    eager_attention,
+    int8_layers,
+    probe_batch,
+    training_mode,
+    truth_of,
+    without_outliers,
+)
 from lit_dpo.logps.records import SequenceLogps
+from lit_dpo.settings import rope_limit
 
 log = logging.getLogger(__name__)
 
@@ -131,16 +147,16 @@ def base_model(model: Any) -> Any:
 
 def _hidden_states(model: Any, rows: Rows) -> Tensor:
     """`(N, H)`: those that predict a completion token."""
-    backbone = model.get_decoder()
-    accepted = inspect.signature(backbone.forward).parameters
+    decoder = backbone(model)
+    accepted = inspect.signature(decoder.forward).parameters
     inputs = {
         name: given
         for name, given in rows.inputs.items()
         # ALiBi and recurrent backbones have no positions to be told; padded rows count from 0 anyway
         if name != "position_ids" or "position_ids" in accepted
     }
-    with nullcontext() if rows.needed is None else last_layer_on(backbone, rows.needed):
-        hidden: Tensor = backbone(**inputs, use_cache=False).last_hidden_state
+    with nullcontext() if rows.needed is None else last_layer_on(decoder, rows.needed):
+        hidden: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, rows.predictors)
 
 
@@ -148,9 +164,11 @@ def _hidden_states(model: Any, rows: Rows) -> Tensor:
 def choose_layout(model: Any, attention: str = "auto") -> Layout:
     """Decide by measurement which layout this model can use, and switch its attention to it.
 
-    Two probe pairs are scored one sequence at a time by the model's own forward, then in the flat row. If both agree
-    within the dtype's tolerance, and no part of a pair feels a change in another, the flat row is used; else padded
-    rows, in one log line that says why.
+    Two probe pairs, one of them longer than the model's windows where these are short, are scored one sequence at a
+    time by the model's own forward under `eager`, then in the flat row. If both agree within the dtype's tolerance, and
+    no part of a pair feels a change in another, the flat row is used; else padded rows, in one log line that says why.
+    An implementation that does not compute what `eager` does is replaced by it, in a line too. In training mode, but
+    for the adapters' dropout, the numbers must be the same, twice.
 
     Args:
         model: a transformers causal LM, or a PEFT model around one; in its plain attention.
@@ -158,56 +176,117 @@ def choose_layout(model: Any, attention: str = "auto") -> Layout:
             `"eager"`, `"flash_attention_2"`, …) for padded rows under it.
 
     Raises:
-        PolicyError: if `"pairs"` was asked for and is not exact, or if padded rows are wrong too.
+        PolicyError: if `"pairs"` was asked for and is not exact, if padded rows are wrong too, if an implementation
+            that was asked for computes something else, or if training mode does.
     """
     base = base_model(model)
-    if base.get_decoder() is base:
-        raise PolicyError(f"{type(base).__name__} does not tell its backbone from its head, so it cannot be scored.")
+    backbone(base)  # or an error
     if has_pair_attention(base):
         base.set_attn_implementation(base.lit_dpo_plain_attention)
     base.lit_dpo_plain_attention = base.config._attn_implementation
     training = model.training
     model.eval()
     try:
-        with _without_outliers(base):
+        with without_outliers(base):
             return _choose_layout(base, attention)
     finally:
         model.train(training)
 
 
 def _choose_layout(base: Any, attention: str) -> Layout:
-    batch = _probe(base)
-    truth = torch.cat([_one_at_a_time(base, row, start) for row, start in _sequences(batch)])
-    padded = float((_tokens(base, batch) - truth).abs().max())
-    exact = base.dtype == torch.float32 and not _is_int8(base)
-    # 16 bits and INT8: what the numbers themselves lose when shapes change, seen on padded rows, with room
-    tolerance = 1e-3 if exact else max(0.1, 4 * padded)
+    batch, name = probe_batch(base), type(base).__name__
+    exact = base.dtype == torch.float32 and not int8_layers(base)
+    with eager_attention(base):
+        truth = truth_of(base, batch)
+        # 16 bits and INT8: what the numbers themselves lose when shapes change, seen on padded rows, with room
+        tolerance = 1e-3 if exact else max(0.1, 4 * _padded(base, batch, truth))
+    if lacking := blind_to(base):
+        _use_eager(base, attention, f"has no {lacking}")
     if attention in ("auto", "pairs"):
         reason = _why_not_flat(base, batch, truth, tolerance)
         if reason is None:
+            _check_training(base, batch, truth, tolerance)
             return "flat"
         if attention == "pairs":
-            raise PolicyError(f"attention=pairs: the flat row is not exact for {type(base).__name__}: {reason}.")
-        log.warning("%s: padded rows instead of the flat row: %s.", type(base).__name__, reason)
-    if not padded <= tolerance:  # NaN too
+            raise PolicyError(f"attention=pairs: the flat row is not exact for {name}: {reason}.")
+        log.warning("%s: padded rows instead of the flat row: %s.", name, reason)
+    padded = _padded(base, batch, truth)
+    if (
+        not padded <= tolerance and base.config._attn_implementation != "eager" and can_switch_attention(base)
+    ):  # NaN too
+        _use_eager(base, attention, f"is off by {padded:.2g} nats per token from `eager`")
+        padded = _padded(base, batch, truth)
+    if not padded <= tolerance:
         raise PolicyError(
-            f"{type(base).__name__} scores a padded row differently from the sequence alone (by {padded:.2g} nats per "
+            f"{name} scores a padded row differently from the sequence alone (by {padded:.2g} nats per "
             f"token, tolerance {tolerance:.2g}); its log-probs cannot be trusted in batches."
         )
+    _check_training(base, batch, truth, tolerance)
     return "padded"
 
 
-def _check_rope(config: Any, pairs: list[Segment]) -> None:
-    """These choose their frequencies by the longest row of a batch: a long pair would move its batch mates."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in ("longrope", "dynamic"):
-        return
-    limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    longest = max(s.prompt + max(s.chosen, s.rejected) for s in pairs)
-    if longest > limit:
+def _use_eager(base: Any, attention: str, why: str) -> None:
+    """Instead of a plain implementation that computes something else, unless that was asked for."""
+    name, plain = type(base).__name__, base.config._attn_implementation
+    if attention == plain:
+        raise PolicyError(f"attention={attention} {why}, so it does not compute what {name} is. Use `eager` or `auto`.")
+    base.set_attn_implementation("eager")
+    base.lit_dpo_plain_attention = "eager"
+    if attention != "eager":
+        log.warning("%s: `eager` instead of `%s`, which %s.", name, plain, why)
+
+
+def _padded(base: Any, batch: PairBatch, truth: Tensor) -> float:
+    """How far padded rows are off, nats per token."""
+    try:
+        return float((_tokens(base, batch) - truth).abs().max())
+    except (TypeError, AttributeError) as error:
         raise PolicyError(
-            f"Expected pairs of up to {limit} tokens but one has {longest}: beyond that this model's positions "
-            f"(rope_type={rope['rope_type']}) depend on its batch mates. Set `data.max_length` to {limit}."
+            f"{type(base).__name__} cannot be scored: its parts are not called as those of transformers' causal "
+            f"language models are ({first_line(error)})."
+        ) from error
+
+
+def _check_training(base: Any, batch: PairBatch, truth: Tensor, tolerance: float) -> None:
+    """What is computed in training mode is what is computed in evaluation mode, and the same twice.
+
+    Raises:
+        PolicyError: for a dropout or another randomness that is on.
+    """
+    try:
+        with training_mode(base):
+            one, other = (_tokens(base, batch) for _ in range(2))
+    except UnsupportedAttentionError as error:
+        raise PolicyError(f"{type(base).__name__}: in training mode {first_line(error)}. {_DROPOUT}") from error
+    apart, off = float((one - other).abs().max()), float((one - truth).abs().max())
+    if not apart <= 1e-4:  # kernels that add in any order differ by more in 16 bits, in evaluation mode too
+        apart = max(0.0, apart - 4 * float((_tokens(base, batch) - _tokens(base, batch)).abs().max()))
+    if not apart <= 1e-4:
+        raise PolicyError(
+            f"{type(base).__name__}: two passes in training mode differ by {apart:.2g} nats per token. {_DROPOUT}"
+        )
+    if not off <= tolerance:
+        raise PolicyError(
+            f"{type(base).__name__} computes something else in training mode (by {off:.2g} nats per token, tolerance "
+            f"{tolerance:.2g}), so that policy and reference would not compare."
+        )
+
+
+_DROPOUT = (
+    "A dropout or another randomness of the base is on, and policy and reference under different masks do not "
+    "compare. Set it to 0 in the model's config.json; where its code has it fixed, the model cannot be used."
+)
+
+
+def _check_rope(config: Any, pairs: list[Segment]) -> None:
+    """A long pair must not move its batch mates."""
+    if (limit := rope_limit(config)) is None:
+        return
+    longest = max(s.prompt + max(s.chosen, s.rejected) for s in pairs)
+    if longest > limit.tokens:
+        raise PolicyError(
+            f"Expected pairs of up to {limit.tokens} tokens but one has {longest}: beyond that this model's positions "
+            f"(rope_type={limit.kind}) depend on its batch mates. Set `data.max_length` to {limit.tokens}."
         )
 
 
@@ -224,8 +303,10 @@ def _why_not_flat(base: Any, batch: PairBatch, truth: Tensor, tolerance: float) 
         reason = f"its log-probs are off by {difference:.2g} nats per token (tolerance {tolerance:.2g})"
         if difference <= tolerance:
             reason = f"one completion moves another's log-probs by {leak:.2g} nats per token"
+    except MissingLayoutError:
+        reason = "its layers do not hand what they are told on to their attention"
     except (UnsupportedAttentionError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
+        reason = first_line(error).removesuffix(".")
     if has_pair_attention(base):
         base.set_attn_implementation(plain)
     return reason
@@ -249,56 +330,3 @@ def _tokens(base: Any, batch: PairBatch) -> Tensor:
     assert chosen.tokens is not None
     assert rejected.tokens is not None
     return torch.cat([chosen.tokens, rejected.tokens])
-
-
-def _int8_layers(base: Any) -> list[Any]:
-    # peft has a wrapper of the same name, without the state
-    return [layer for layer in base.modules() if type(layer).__name__ == "Linear8bitLt" and hasattr(layer, "state")]
-
-
-def _is_int8(base: Any) -> bool:
-    return bool(_int8_layers(base))
-
-
-@contextmanager
-def _without_outliers(base: Any) -> Iterator[None]:
-    """LLM.int8() picks outlier columns over the whole batch, so that any batch mate moves any log-prob.
-
-    That is its nature (arXiv 2208.07339), and policy and reference share it; the probe looks beneath it.
-    """
-    thresholds = [(layer.state, layer.state.threshold) for layer in _int8_layers(base)]
-    try:
-        for state, _ in thresholds:
-            state.threshold = 0.0
-        yield
-    finally:
-        for state, threshold in thresholds:
-            state.threshold = threshold
-
-
-def _probe(base: Any) -> PairBatch:
-    """Two short pairs of random tokens: enough for a leak between parts or between pairs to show."""
-    vocabulary = base.config.get_text_config().vocab_size
-    random = torch.Generator().manual_seed(0)
-
-    def tokens(count: int) -> list[int]:
-        return [int(token) for token in torch.randint(vocabulary, (count,), generator=random)]
-
-    batch = collate_pairs([EncodedPair(tokens(9), tokens(7), tokens(5)), EncodedPair(tokens(4), tokens(3), tokens(8))])
-    return batch.to(base.get_input_embeddings().weight.device)
-
-
-def _sequences(batch: PairBatch) -> list[tuple[Tensor, int]]:
-    rows = []
-    for side in ("chosen", "rejected"):
-        for s in segments(batch):
-            start = s.start + s.prompt + (0 if side == "chosen" else s.chosen)
-            answer = batch.input_ids[0, start : start + getattr(s, side)]
-            rows.append((torch.cat([batch.input_ids[0, s.start : s.start + s.prompt], answer]), s.prompt))
-    return rows
-
-
-def _one_at_a_time(base: Any, row: Tensor, start: int) -> Tensor:
-    """The definition: the whole forward of the whole model on one sequence."""
-    logits: Tensor = base(input_ids=row.unsqueeze(0), use_cache=False).logits[0].float()
-    return logits[start - 1 : -1].log_softmax(-1).gather(-1, row[start:, None])[:, 0]

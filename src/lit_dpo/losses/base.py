@@ -89,13 +89,22 @@ class PreferenceLoss(ABC):
         """
         return None
 
-    def next_state(self, state: Tensor, pairs: PairLogps) -> Tensor:
-        """The state after a training batch, which that batch's losses then read; evaluation only reads.
+    def sums(self, pairs: PairLogps) -> Tensor:
+        """What a training batch adds to the memory: sums over its pairs, `(S,)`, float64; their number is one of them.
 
-        Ranks average what they get, so the result must be linear in sums or means over the batch.
+        The module adds up those of all ranks, however the pairs are shared out among them. A mean could not be put
+        together: ranks may have different numbers of pairs.
+
+        Args:
+            pairs: the batch of this rank, without gradients.
+        """
+        raise NotImplementedError(f"Expected {type(self).__name__} to define `sums`, since it has an `initial_state`.")
+
+    def next_state(self, state: Tensor, sums: Tensor) -> Tensor:
+        """The state after a training batch, which that batch's losses then read; evaluation only reads.
 
         Args:
             state: `(S,)` before the batch.
-            pairs: the batch, without gradients.
+            sums: `(S,)` over the pairs of all ranks. By default they are added to the state.
         """
-        return state
+        return state + sums

@@ -40,7 +40,7 @@ class BCOLoss(PreferenceLoss):
         >>> BCOLoss(beta=0.1, baseline="zero")(pairs)
         tensor([1.6265])
         >>> loss = BCOLoss(beta=0.1)
-        >>> loss(pairs._replace(state=loss.next_state(loss.initial_state(), pairs)))
+        >>> loss(pairs._replace(state=loss.next_state(loss.initial_state(), loss.sums(pairs))))
         tensor([1.3863])
     """
 
@@ -66,8 +66,8 @@ class BCOLoss(PreferenceLoss):
         """Sum of the pairs' mean rewards, and their number."""
         return torch.zeros(2, dtype=torch.float64) if self.baseline == "running" else None
 
-    def next_state(self, state: Tensor, pairs: PairLogps) -> Tensor:
-        """Add the batch."""
+    def sums(self, pairs: PairLogps) -> Tensor:
+        """The same of a batch; the state adds them up."""
         chosen, rejected = self.rewards(pairs)
-        means = (chosen + rejected).detach().to(state) / 2
-        return state + torch.stack([means.sum(), torch.ones_like(means).sum()])
+        means = (chosen + rejected).detach().double() / 2
+        return torch.stack([means.sum(), torch.ones_like(means).sum()])

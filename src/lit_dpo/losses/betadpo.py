@@ -38,7 +38,7 @@ class BetaDPOLoss(PreferenceLoss):
         >>> n = torch.tensor([2.0])
         >>> side = lambda x: SequenceLogps(torch.tensor([x]), n)
         >>> pairs, loss = PairLogps(side(-1.0), side(-3.0), side(-1.0), side(-1.0)), BetaDPOLoss(adaptivity=0.5)
-        >>> state = loss.next_state(loss.initial_state(), pairs)
+        >>> state = loss.next_state(loss.initial_state(), loss.sums(pairs))
         >>> state, loss(pairs._replace(state=state))  # M₀ and M; β_b is 0.1·(1 + 0.5·1.8)
         (tensor([0.2000, 2.0000], dtype=torch.float64), tensor([0.5211]))
     """
@@ -66,7 +66,12 @@ class BetaDPOLoss(PreferenceLoss):
         """M₀ and M, both 0."""
         return torch.zeros(2, dtype=torch.float64)
 
-    def next_state(self, state: Tensor, pairs: PairLogps) -> Tensor:
+    def sums(self, pairs: PairLogps) -> Tensor:
+        """Of the margins, and the number of pairs."""
+        margins = pairs.margin.detach().double()
+        return torch.stack([margins.sum(), torch.ones_like(margins).sum()])
+
+    def next_state(self, state: Tensor, sums: Tensor) -> Tensor:
         """M of the batch, and M₀ moved towards it."""
-        batch = pairs.margin.detach().to(state).mean()
+        batch = sums[0] / sums[1]
         return torch.stack([self.momentum * state[0] + (1 - self.momentum) * batch, batch])

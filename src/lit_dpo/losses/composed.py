@@ -57,22 +57,24 @@ class ComposedLoss(PreferenceLoss):
         """What each inner loss sees: the pairs, and its own part of the state."""
         if pairs.state is None:
             return [pairs] * len(self.inner)
+        return [pairs._replace(state=own) for own in self._split(pairs.state)]
+
+    def _split(self, values: Tensor) -> list[Tensor | None]:
+        """Each inner loss's part of a state or of sums; None for one without a memory."""
         sizes = [0 if (state := one.initial_state()) is None else state.numel() for one in self.inner]
-        states = torch.split(pairs.state, sizes)
-        return [pairs._replace(state=own if size else None) for own, size in zip(states, sizes, strict=True)]
+        return [own if own.numel() else None for own in torch.split(values, sizes)]
 
     def initial_state(self) -> Tensor | None:
         """The inner losses' states, one after the other."""
         states = [state for one in self.inner if (state := one.initial_state()) is not None]
         return torch.cat(states) if states else None
 
-    def next_state(self, state: Tensor, pairs: PairLogps) -> Tensor:
+    def sums(self, pairs: PairLogps) -> Tensor:
+        """Those of the inner losses, one after the other, each of what it sees."""
+        both = zip(self.inner, self.views(pairs), strict=True)
+        return torch.cat([one.sums(view) for one, view in both if one.initial_state() is not None])
+
+    def next_state(self, state: Tensor, sums: Tensor) -> Tensor:
         """Each inner loss's next state."""
-        views = self.views(pairs._replace(state=state))
-        return torch.cat(
-            [
-                one.next_state(view.state, view)
-                for one, view in zip(self.inner, views, strict=True)
-                if view.state is not None
-            ]
-        )
+        parts = zip(self.inner, self._split(state), self._split(sums), strict=True)
+        return torch.cat([one.next_state(own, new) for one, own, new in parts if own is not None and new is not None])

@@ -1,0 +1,136 @@
+"""What the start-up probe runs: pairs that reach beyond a model's windows, their truth, and the modes it runs in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
+from lit_dpo.logps.attention import can_switch_attention
+from lit_dpo.logps.layouts import segments
+from lit_dpo.settings import rope_limit, settings
+
+_FURTHEST = 256
+"""Windows and original lengths of up to so many tokens are crossed at start-up; longer ones would cost too much."""
+
+_SHORT, _CHOSEN, _REJECTED = 16, 7, 5
+_WINDOWS = re.compile(r"(^|_)window(_size)?$|^(local_attention|attention_chunk_size|original_max_position_embeddings)$")
+_SOFT_CAPS = re.compile(r"^attn\w*soft_?cap(ping)?$")
+_SINKS = re.compile(r"(^|[._])(sinks?|s_aux|sinks?_bias)$")
+
+
+def probe_batch(base: Any) -> PairBatch:
+    """Two pairs of random tokens: enough for a leak between parts or between pairs to show.
+
+    The second is short. The first is longer than the model's sliding windows, attention chunks and original length, as
+    far as these are at most `_FURTHEST` tokens, so that a window that is lost, or a position that depends on a batch
+    mate's length, shows.
+    """
+    config = base.config.get_text_config()
+    vocabulary = config.vocab_size
+    random = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return [int(token) for token in torch.randint(vocabulary, (count,), generator=random)]
+
+    first = EncodedPair(tokens(_reach(config) - _CHOSEN), tokens(_CHOSEN), tokens(_REJECTED))
+    batch = collate_pairs([first, EncodedPair(tokens(4), tokens(3), tokens(8))])
+    return batch.to(base.get_input_embeddings().weight.device)
+
+
+def _reach(config: Any) -> int:
+    """Tokens of the longest probe: beyond what can be crossed, within what the model can read at all."""
+    marks = [one.value for one in settings(config) if one.is_number and _WINDOWS.search(one.name)]
+    wanted = max((int(mark) for mark in marks if 0 < mark <= _FURTHEST), default=0) + _CHOSEN
+    limit = rope_limit(config)
+    most: list[int | None] = [getattr(config, "max_position_embeddings", None), limit and limit.tokens]
+    return max(_SHORT, min([wanted, *filter(None, most)]))
+
+
+def truth_of(base: Any, batch: PairBatch) -> Tensor:
+    """Log-probs by the definition: each sequence alone through the model's own forward."""
+    return torch.cat([_one_at_a_time(base, row, start) for row, start in _sequences(batch)])
+
+
+def _sequences(batch: PairBatch) -> list[tuple[Tensor, int]]:
+    rows = []
+    for side in ("chosen", "rejected"):
+        for s in segments(batch):
+            start = s.start + s.prompt + (0 if side == "chosen" else s.chosen)
+            answer = batch.input_ids[0, start : start + getattr(s, side)]
+            rows.append((torch.cat([batch.input_ids[0, s.start : s.start + s.prompt], answer]), s.prompt))
+    return rows
+
+
+def _one_at_a_time(base: Any, row: Tensor, start: int) -> Tensor:
+    logits: Tensor = base(input_ids=row.unsqueeze(0), use_cache=False).logits[0, start - 1 : -1].float()
+    return logits.log_softmax(-1).gather(-1, row[start:, None])[:, 0]
+
+
+@contextmanager
+def eager_attention(base: Any) -> Iterator[None]:
+    """The model's own arithmetic, written out, where it can be had: other implementations may ignore what they lack."""
+    plain = base.config._attn_implementation
+    if plain == "eager" or not can_switch_attention(base):
+        yield
+        return
+    base.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(plain)
+
+
+def blind_to(base: Any) -> str | None:
+    """What of this model's attention its implementation does not compute, as far as that is known, or None.
+
+    `sdpa` has no soft-cap and no sinks. Some releases of transformers refuse it then, some ignore what it lacks, by
+    less than 16 bits would show.
+    """
+    if base.config._attn_implementation != "sdpa":
+        return None
+    if any(_SOFT_CAPS.search(one.name) and one.value for one in settings(base.config.get_text_config())):
+        return "soft-cap"
+    return "attention sinks" if any(_SINKS.search(name) for name, _ in base.named_parameters()) else None
+
+
+@contextmanager
+def training_mode(base: Any) -> Iterator[None]:
+    """As the model trains, but for the adapters' own dropout; random numbers drawn inside are given back."""
+    devices = {parameter.device for parameter in base.parameters() if parameter.is_cuda}
+    base.train()
+    for name, module in base.named_modules():
+        if name.rsplit(".", 1)[-1] == "lora_dropout":
+            module.eval()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        base.eval()
+
+
+def int8_layers(base: Any) -> list[Any]:
+    """Those of LLM.int8()."""
+    # peft has a wrapper of the same name, without the state
+    return [layer for layer in base.modules() if type(layer).__name__ == "Linear8bitLt" and hasattr(layer, "state")]
+
+
+@contextmanager
+def without_outliers(base: Any) -> Iterator[None]:
+    """LLM.int8() picks outlier columns over the whole batch, so that any batch mate moves any log-prob.
+
+    That is its nature (arXiv 2208.07339), and policy and reference share it; the probe looks beneath it.
+    """
+    thresholds = [(layer.state, layer.state.threshold) for layer in int8_layers(base)]
+    try:
+        for state, _ in thresholds:
+            state.threshold = 0.0
+        yield
+    finally:
+        for state, threshold in thresholds:
+            state.threshold = threshold
