@@ -194,6 +194,7 @@ def test_a_run_that_would_write_over_another_stops_before_weights_load(tiny_mode
 def test_the_saved_configuration_is_the_run_itself(tiny_model, pairs_file, here, capsys):
     """Of a resumed run too: the run from its start. And a second run by it is the same, in a directory of its own."""
     typed = [*_arguments(tiny_model, pairs_file), "--trainer.log_every_n_steps=1", "--model.loss=SimPOLoss"]
+    typed += ["--model.lr_scheduler=constant"]  # else more steps would be another schedule
     main(typed)
     (checkpoint,) = here.glob("runs/version_0/checkpoints/*.ckpt")
     main([*typed, "--trainer.max_steps=4", "--ckpt_path", str(checkpoint)])
@@ -293,7 +294,7 @@ BAD = {
     "an attention that is not installed": (["--model.policy.attention=flash_attention_2"], "flash_attn", ""),
     "the directory beside a checkpoint": (["--ckpt_path=no_weights"], "no_weights.ckpt", ""),
     "a file that is no checkpoint": (["--ckpt_path=bad.jsonl"], "is not one", GOOD),
-    "a checkpoint by a name": (["--ckpt_path=last"], "name one of", ""),
+    "a checkpoint by a name": (["--ckpt_path=best"], "name one of", ""),
     "a checkpoint that is not there": (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt", ""),
 }
 

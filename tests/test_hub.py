@@ -25,7 +25,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, pipeline
 
 train, policy = "--data.train acme/pairs@v1:train --data.val acme/pairs@v1:validation", "--model.policy.model acme/tiny"
-nf4 = f"fit {policy} {train} --data.batch_size 4 --trainer.max_epochs"
+nf4 = f"fit {policy} {train} --data.batch_size 4 --model.lr_scheduler constant --trainer.max_epochs"
 command("fit", f"{nf4} 1 --model.policy.revision v1")
 (saved,) = glob.glob("runs/version_0/checkpoints/*.ckpt")
 command("validate", f"validate {policy} {train} --model.policy.revision {OLD} --ckpt_path {saved}")

@@ -22,7 +22,9 @@ def whole_digest(folder: Path) -> str:
     files = [*_files(folder), *sorted(folder.glob("*.py"))]
     stats = [file.stat() for file in files]
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        parts = pool.map(_whole, files, (stat.st_size for stat in stats), (stat.st_mtime_ns for stat in stats))
+        parts = pool.map(
+            _whole, files, (stat.st_size for stat in stats), ((stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
+        )
         return _digest(zip((file.name for file in files), parts, strict=True))
 
 
@@ -51,7 +53,7 @@ def _digest(parts: Iterator[tuple[object, ...]]) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _whole(file: Path, size: int, changed: int) -> bytes:
+def _whole(file: Path, size: int, changed: tuple[int, int]) -> bytes:
     """Of one file, remembered for this process as long as its size and time of change stay."""
     digest = hashlib.blake2b()
     with file.open("rb") as stream:

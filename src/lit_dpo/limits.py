@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from lit_dpo.settings import rope_limit
+
 if TYPE_CHECKING:
     from lit_dpo.policy import QLoRAPolicy
 
@@ -15,7 +17,8 @@ class Limits(NamedTuple):
 
     Attributes:
         vocabulary: ids from 0 that have an embedding and an output.
-        context: most tokens of a sequence, by the tables of positions. None: positions are computed.
+        context: most tokens of a sequence, by the tables of positions, or because longer ones would move their batch
+            mates. None: positions are computed, each by itself.
         made_for: most tokens of a sequence that the model was made for, as its configuration says. None: it does not.
     """
 
@@ -36,6 +39,8 @@ def limits(model: Any) -> Limits:
     made_for = getattr(config, "max_position_embeddings", None)
     made_for = made_for if isinstance(made_for, int) and made_for > 0 else None
     found = [] if made_for is None else _position_tables(model, inputs, made_for)
+    if (rope := rope_limit(config)) is not None:  # beyond it positions depend on batch mates
+        found.append(rope.tokens)
     return Limits(min(size for size in sizes if size), min(found, default=None), made_for)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lit_dpo.errors import PolicyError, first_line
 from lit_dpo.hub import Place, listing
-from lit_dpo.settings import rope_limit, settings
+from lit_dpo.settings import settings
 
 log = logging.getLogger(__name__)
 
@@ -235,22 +235,6 @@ def turn_off_dropout_layers(base: Any) -> None:
         log.info("dropout that is not in the base's configuration is off: %s", ", ".join(kinds))
     for layer in found.values():
         layer.p = 0.0
-
-
-def check_longest(config: Any, longest: int, where: str) -> None:
-    """Pairs are within the length up to which a pair's positions are its own, see `rope_limit`.
-
-    Args:
-        config: of the model.
-        longest: tokens of the longest prompt with one completion.
-        where: what to call it in the error, such as a split.
-    """
-    limit = rope_limit(config.get_text_config())
-    if limit is not None and longest > limit.tokens:
-        raise PolicyError(
-            f"{where}: expected pairs of up to {limit.tokens} tokens but one has {longest}: beyond that this model's "
-            f"positions (rope_type={limit.kind}) depend on its batch mates. Set `data.max_length` to {limit.tokens}."
-        )
 
 
 def enable_checkpointing(base: Any) -> None:

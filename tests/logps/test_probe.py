@@ -14,10 +14,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 import tiny
 from lit_dpo.data.batch import collate_pairs
 from lit_dpo.errors import PolicyError
+from lit_dpo.limits import limits
 from lit_dpo.logps.layouts import segments
 from lit_dpo.logps.probe import probe_batch
 from lit_dpo.logps.score import choose_layout, pair_logps
-from lit_dpo.policy_checks import check_longest
 from lit_dpo.settings import rope_limit
 
 LONG = {"max_position_embeddings": 512}
@@ -125,13 +125,7 @@ def test_the_last_length_at_which_positions_are_a_pairs_own_is_scored_and_the_ne
         PolicyError, match=rf"up to {limit} tokens but one has {limit + 1}.*data.max_length` to {limit}"
     ):
         pair_logps(model, collate_pairs(short + beyond))
-    check_longest(model.config, limit, "train")
-    too_long = rf"up to {limit} tokens but one has {limit + 1}.*data.max_length` to {limit}"
-    with pytest.raises(PolicyError, match=too_long):
-        pair_logps(model, collate_pairs(short + beyond))
-    check_longest(model.config, limit, "train")
-    with pytest.raises(PolicyError, match=rf"train: expected pairs of {too_long}"):
-        check_longest(model.config, limit + 1, "train")
+    assert limits(model).context == limit, "longer pairs are refused with file and row before weights load"
 
 
 def test_old_spellings_of_such_positions_are_seen_too():
@@ -140,7 +134,7 @@ def test_old_spellings_of_such_positions_are_seen_too():
             assert rope_limit({**config, "max_position_embeddings": 99}) == (99, rope["type"])
     for config in ({"rope_scaling": None}, {"rope_parameters": _PLAIN}, {"quantizer": {"type": "dynamic"}}):
         assert rope_limit({**config, "max_position_embeddings": 99}) is None
-    check_longest(tiny.config("llama"), 10**6, "train")
+    assert limits(tiny.model("llama")).context is None
 
 
 # ---- implementations that leave something out ----
