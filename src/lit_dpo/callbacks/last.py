@@ -62,6 +62,6 @@ class LastCheckpoint(pl.Callback):
     def _save(self, trainer: Any) -> Path:
         path = (Path(self.directory) if self.directory else run_directory(trainer)) / "last.ckpt"
         if not trainer.fast_dev_run:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             self._saved = time.monotonic()
         return path
