@@ -360,7 +360,10 @@ OPTIMIZERS = [
     *(name for name in ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "Muon", "NAdam", "RAdam",
                         "RMSprop", "Rprop", "SGD") if hasattr(torch.optim, name)),
 ]  # fmt: skip
-EIGHT_BITS = ["AdamW8bit", "PagedAdamW8bit", "PagedAdamW32bit", "Lion8bit", "Lion32bit"]
+EIGHT_BITS = [
+    *("Adam8bit", "AdamW8bit", "PagedAdamW8bit", "PagedAdamW32bit", "AdEMAMix8bit", "Lion8bit", "Lion32bit"),
+    *("RMSprop8bit", "Adagrad8bit", "LAMB8bit", "LARS8bit", "SGD8bit"),
+]
 
 
 class Mine(torch.optim.Optimizer):
@@ -389,6 +392,7 @@ def test_every_optimizer_goes_on_to_the_bit(tiny_model, pairs_file, tmp_path, na
     import bitsandbytes.optim
 
     kind = Mine if name == "Mine" else getattr(torch.optim, name, None) or getattr(bitsandbytes.optim, name)
+    kind = functools.partial(kind, momentum=0.9) if name in ("LARS8bit", "SGD8bit") else kind
     extra = {"optimizer": kind, "lr": 1e-3, "extra": {"lr_scheduler": "constant"}}
     _, straight = _run(tiny_model, pairs_file, tmp_path / "a", **extra)
     _, resumed = _run(tiny_model, pairs_file, tmp_path / "b", ckpt_path=tmp_path / "a" / "step=3.ckpt", **extra)
