@@ -39,7 +39,7 @@ from lit_dpo import (
     PreferenceLoss,
     QLoRAPolicy,
 )
-from lit_dpo.callbacks import AdapterExport, TrainingHealth
+from lit_dpo.callbacks import AdapterExport, OptimizerSteps, TrainingHealth
 from lit_dpo.data.sampler import PairSampler
 from lit_dpo.errors import DataError, ResumeError, TrainingError
 from lit_dpo.losses import BCOLoss
@@ -240,6 +240,8 @@ def test_a_callback_of_the_user_s_takes_the_place_of_ours(tiny_model, pairs_file
         AdapterExport,
     ]
     assert len({type(one) for one in run.callbacks}) == len(run.callbacks)
+    kinds = [type(one) for one in run.callbacks]
+    assert kinds.index(Lenient) < kinds.index(OptimizerSteps) < kinds.index(AdapterExport), "in the order of ours"
     run.fit_loop.max_epochs = 2
     run.fit(_module(tiny_model), data(pairs_file))
     assert len({type(one) for one in run.callbacks}) == len(run.callbacks), "they come along once"

@@ -197,11 +197,12 @@ class DPOModule(RowModule):
 
     @pl.LightningModule.trainer.setter  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
     def trainer(self, trainer: Any) -> None:
-        """Bring callbacks along, ahead of the trainer's, unless it has its own of the same class."""
+        """Bring callbacks along, ahead of the trainer's; one of its own of the same class stands in their order."""
         pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         if trainer is not None and trainer.lightning_module is self:
-            brought = [kind() for kind in _BROUGHT if not any(isinstance(one, kind) for one in trainer.callbacks)]
-            trainer.callbacks = [*brought, *trainer.callbacks]
+            own = trainer.callbacks
+            first = [next((one for one in own if isinstance(one, kind)), None) or kind() for kind in _BROUGHT]
+            trainer.callbacks = [*first, *(one for one in own if not any(one is other for other in first))]
             self._unnumbered = unnumbered(trainer)
 
     def prepare_data(self) -> None:
