@@ -478,6 +478,7 @@ def test_a_strategy_that_shards_is_refused_by_name_before_weights_load(tiny_mode
     if strategy is ModelParallelStrategy:  # the other one wants a GPU
         with pytest.raises(TrainingError, match=strategy.__name__):
             trainer(tmp_path, strategy=strategy(), devices=1).fit(dpo, data(pairs_file))
+        torch.distributed.destroy_process_group()  # its process group of one is not the next test's
         assert dpo.model is None
 
 

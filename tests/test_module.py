@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -314,14 +313,12 @@ def test_a_subclass_sees_the_record(tiny_model, pairs_file, tmp_path):
 
 def _on(devices, tiny_model, pairs_file, tmp_path, *cache, accumulate=1):
     script, out = Path(__file__).parent / "two_processes.py", tmp_path / f"{devices}.pt"
-    # a seed that an earlier test left in the environment would be set again on two ranks only
-    environment = {name: given for name, given in os.environ.items() if name != "PL_GLOBAL_SEED"}
     command = [
         sys.executable,
         str(script),
         *map(str, (tiny_model, pairs_file, tmp_path, out, devices, accumulate, *cache)),
     ]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=script.parent, env=environment)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=script.parent)
     assert run.returncode == 0, run.stderr[-6000:]
     return torch.load(out, weights_only=True)
 
