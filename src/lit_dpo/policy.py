@@ -15,6 +15,7 @@ from lit_dpo import hub
 from lit_dpo import policy_checks as checks
 from lit_dpo.errors import PolicyError, first_line
 from lit_dpo.fingerprints import sampled_digest, whole_digest
+from lit_dpo.heap import returned_at_once
 
 if TYPE_CHECKING:
     import torch
@@ -182,7 +183,7 @@ class QLoRAPolicy:
         config = self._config()
         checks.turn_off_dropout(config)
         quantization = self._quantization_config(dtype)
-        with checks.as_policy_error(f"the model {self.model!r}"):
+        with checks.as_policy_error(f"the model {self.model!r}"), returned_at_once():
             base, info = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 config=config,
@@ -197,6 +198,10 @@ class QLoRAPolicy:
         checks.check_complete(info, self.model)
         checks.turn_off_dropout_layers(base)
         checks.keep_trainable(base)
+        if self.quantization == "nf4":
+            from lit_dpo.sliced import multiply_in_slices
+
+            multiply_in_slices(base)
         base.name_or_path = base.config.name_or_path = self.place.name  # for model cards: not a folder of the cache
         return base
 
