@@ -13,7 +13,7 @@ from lit_dpo import DPOLoss, NoReference, QLoRAPolicy
 from lit_dpo.callbacks import memory as callback
 from lit_dpo.logps.score import choose_layout, pair_logps, pair_logps_with_kl
 from lit_dpo.losses import AOTLoss, SFTLoss, TDPOLoss
-from lit_dpo.memory import LiveBytes, StepMemory, _state_ratio, estimate_step, stored_bytes
+from lit_dpo.memory import LiveBytes, StepMemory, estimate_step, optimizer_bytes, stored_bytes
 from lit_dpo.references.base import keep
 from training import data, module, trainer
 
@@ -141,7 +141,7 @@ def test_stored_bytes_counts_each_storage_once_and_the_reference_too():
     ],
 )
 def test_the_optimizer_says_what_it_keeps(optimizer, ratio):
-    assert _state_ratio(optimizer, torch.device("cpu")) == ratio
+    assert optimizer_bytes(optimizer, torch.device("cpu")) == ratio
 
 
 def test_live_bytes_know_views_results_in_place_and_what_is_freed():

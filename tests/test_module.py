@@ -15,7 +15,7 @@ from lit_dpo import AdapterReference, BaseReference, CDPOLoss, DPOLoss, DPOModul
 from lit_dpo.checkpoint import save_adapter
 from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.records import PairLogps, SequenceLogps
-from lit_dpo.memory import _PROBES
+from lit_dpo.memory import PROBES
 from training import Trace, adapter, data, module, trainer
 
 
@@ -191,7 +191,7 @@ def test_layers_checkpoint_in_fit_and_gradients_are_the_same(tiny_model, pairs_f
         trainer(tmp_path, max_steps=2).fit(dpo, data(pairs_file))
         counts.append(len(calls))
         trained.append(adapter(dpo))
-    layers, steps = 2, 2 + len(_PROBES)  # the memory estimate's probes run backward too
+    layers, steps = 2, 2 + len(PROBES)  # the memory estimate's probes run backward too
     assert counts[1] == counts[0] + layers * steps, "each layer of the policy runs again in each backward pass"
     for name, expected in trained[0].items():
         torch.testing.assert_close(trained[1][name], expected, rtol=0, atol=1e-5)

@@ -326,7 +326,7 @@ def test_all_adapted_layers_left_unquantised_are_refused(folder, monkeypatch):
         skipped = [r"model\.layers", "lm_head"]
         return transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
 
-    monkeypatch.setattr(QLoRAPolicy, "_quantization_config", skipping)
+    monkeypatch.setattr(QLoRAPolicy, "quantization_config", skipping)
     with pytest.raises(PolicyError, match="14 of 14 are not"):
         QLoRAPolicy(str(folder), r=2).load()
 
@@ -335,7 +335,7 @@ def test_another_4_bit_type_than_nf4_is_refused(folder, monkeypatch):
     def fp4(self, dtype):
         return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
 
-    monkeypatch.setattr(QLoRAPolicy, "_quantization_config", fp4)
+    monkeypatch.setattr(QLoRAPolicy, "quantization_config", fp4)
     with pytest.raises(PolicyError, match="14 of 14 are not"):
         QLoRAPolicy(str(folder), r=2).load()
 

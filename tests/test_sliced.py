@@ -36,7 +36,7 @@ def _pass(layer, x):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("double", [True, False])
 def test_values_and_gradients_are_those_of_bitsandbytes(monkeypatch, shape, bias, double):
-    monkeypatch.setattr(sliced, "_SLICE", 2**18)  # several slices, the last one short
+    monkeypatch.setattr(sliced, "SLICE", 2**18)  # several slices, the last one short
     plain, ours = _layers(*shape, bias=bias, double=double)
     x = torch.randn(2, 5, shape[0])
     for found, expected in zip(_pass(ours, x), _pass(plain, x), strict=True):
@@ -70,7 +70,7 @@ def test_no_more_than_slices_are_unpacked_at_once():
             layer(x).sum().backward()
         peaks[name] = memory.peak
     assert peaks["plain"] > 16 * 2**20  # the whole weight
-    assert peaks["ours"] < 3 * sliced._SLICE
+    assert peaks["ours"] < 3 * sliced.SLICE
 
 
 def test_a_policy_in_4_bits_multiplies_so(tiny_model):

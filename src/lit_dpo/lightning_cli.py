@@ -108,6 +108,26 @@ class LitDPOCLI(LightningCLI):
             }
         )
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--plan",
+                type=str | None,
+                help="Say what the run needs, memory and hours, instead of running it; no weights are read. `here`, or "
+                "a GPU by name, such as H100 or RTX-4090.",
+            )
+        return parser
+
+    def fit(self, **arguments: Any) -> None:
+        """Train, or say what that would need."""
+        if (device := self.config["fit"].get("plan")) is None:
+            self.trainer.fit(**arguments)
+            return
+        from lit_dpo.plan import plan
+
+        print(plan(self.model, self.datamodule, self.trainer, device))
+
     def _parse_ckpt_path(self) -> None:
         """Only see that the file is there: upstream parses its hyper-parameters over what was typed.
 

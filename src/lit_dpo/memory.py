@@ -16,6 +16,7 @@ rows of models that hold whole attention matrices may need more in the backward 
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -36,8 +37,11 @@ from lit_dpo.logps.head import backbone, model_head, reference_kl, selected_logp
 Lengths = NDArray[np.int64]
 """`(B, 3)` tokens of the prompt, the chosen and the rejected completion of each pair of a row."""
 
+Context = Callable[[], AbstractContextManager[Any]]
+"""What a training step runs in, such as autocast, entered anew for each."""
+
 # (prompt, chosen, rejected) of probes, different enough to tell the parts' tokens and their products apart.
-_PROBES = ((4, 4, 4), (16, 4, 4), (4, 16, 4), (4, 4, 16), (16, 16, 4), (16, 4, 16))
+PROBES = ((4, 4, 4), (16, 4, 4), (4, 16, 4), (4, 4, 16), (16, 16, 4), (16, 4, 16))
 _ROWS = (4, 12)  # scored tokens of the head's probes
 _TINY_CHUNKS = 2**40  # a vocabulary so large that a chunk has as few rows as there can be
 
@@ -82,6 +86,75 @@ class StepMemory(NamedTuple):
         )
 
 
+class StepEstimate:
+    """What is known of a model's steps after its probes; `of` says the peak for any rows.
+
+    Random states, gradients and weights are left as they are.
+
+    Args:
+        model: the policy, its layout chosen, in training mode.
+        optimizer_bytes: that the optimizer keeps for each byte of what trains, by `optimizer_bytes`.
+        with_kl: the loss reads the divergence of whole distributions.
+        context: what a training step runs in, such as autocast.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer_bytes: float,
+        *,
+        with_kl: bool = False,
+        context: Context = nullcontext,
+    ) -> None:
+        base = score.base_model(model)
+        device = base.get_input_embeddings().weight.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            self._alive, self._backward = _backbone(base, device, context)
+            with context():
+                self._head = _head(base, device, with_kl)
+        self._flat = has_pair_attention(base)
+        self._frozen, self._trained = stored_bytes(model)
+        self._optimizer_bytes = optimizer_bytes
+
+    def with_layers(self, more: StepEstimate, times: int, frozen: int, trained: int) -> StepEstimate:
+        """Of a deeper model: this one's, and `times` what another one, some layers deeper, has more.
+
+        Args:
+            more: of the same model with some layers more.
+            times: how often these layers come on top of this model's own.
+            frozen: bytes that are stored and do not train, of the deeper model.
+            trained: bytes that train.
+        """
+        deeper = copy.copy(self)
+        deeper._alive = self._alive + times * (more._alive - self._alive)
+        deeper._backward = self._backward + times * (more._backward - self._backward)
+        deeper._frozen, deeper._trained = frozen, trained
+        return deeper
+
+    def of(self, rows: Sequence[Lengths], several_rows: bool = False) -> StepMemory:
+        """The peak of a training step over the largest of some rows.
+
+        Args:
+            rows: candidates for the largest; each is a batch, or a part of one.
+            several_rows: a batch is cut into rows, whose gradients add up while those of the batch before are still
+                there.
+        """
+        steps = [
+            StepMemory(
+                weights=self._frozen,
+                adapters=round(self._trained * (2 + several_rows + self._optimizer_bytes)),
+                activations=(activations := round(float(features @ self._alive))),
+                # a row's gradients are all there when its activations are gone, and not yet added to those of others
+                backward=max(round(float(features @ self._backward)), several_rows * self._trained - activations),
+                head=self._head(int(lengths[:, 1:].sum())),
+                tokens=int(lengths.sum()),
+            )
+            for lengths in rows
+            for features in [step_features(lengths, self._flat)]
+        ]
+        return max(steps, key=lambda step: step.total)
+
+
 def estimate_step(
     model: Any,
     rows: Sequence[Lengths],
@@ -89,40 +162,21 @@ def estimate_step(
     several_rows: bool = False,
     optimizer: Callable[..., Any] = torch.optim.AdamW,
     with_kl: bool = False,
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    context: Context = nullcontext,
 ) -> StepMemory:
-    """The peak of a training step over the largest of some rows.
-
-    Random states, gradients and weights are left as they are.
+    """The peak of a training step over the largest of some rows: `StepEstimate` of the model, then `of` the rows.
 
     Args:
         model: the policy, its layout chosen, in training mode.
         rows: candidates for the largest; each is a batch, or a part of one.
-        several_rows: a batch is cut into rows, whose gradients add up while those of the batch before are still there.
+        several_rows: a batch is cut into rows.
         optimizer: makes one from a list of parameters.
         with_kl: the loss reads the divergence of whole distributions.
         context: what a training step runs in, such as autocast.
     """
-    base = score.base_model(model)
-    device = base.get_input_embeddings().weight.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), context():
-        alive, backward = _backbone(base, device)
-        head = _head(base, device, with_kl)
-    frozen, trained = stored_bytes(model)
-    steps = [
-        StepMemory(
-            weights=frozen,
-            adapters=round(trained * (2 + several_rows + _state_ratio(optimizer, device))),
-            activations=(activations := round(float(features @ alive))),
-            # a row's gradients are all there when its activations are gone, and not yet added to those of other rows
-            backward=max(round(float(features @ backward)), several_rows * trained - activations),
-            head=head(int(lengths[:, 1:].sum())),
-            tokens=int(lengths.sum()),
-        )
-        for lengths in rows
-        for features in [_features(lengths, has_pair_attention(base))]
-    ]
-    return max(steps, key=lambda step: step.total)
+    device = score.base_model(model).get_input_embeddings().weight.device
+    kept = optimizer_bytes(optimizer, device)
+    return StepEstimate(model, kept, with_kl=with_kl, context=context).of(rows, several_rows)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -167,7 +221,7 @@ def stored_bytes(model: Any) -> tuple[int, int]:
     sizes: dict[bool, dict[int, int]] = {False: {}, True: {}}
     for tensor in _tensors(model, set()):
         storage = tensor.untyped_storage()
-        sizes[id(tensor) in trained][storage.data_ptr()] = storage.nbytes()
+        sizes[id(tensor) in trained][storage._cdata] = storage.nbytes()
     return sum(sizes[False].values()), sum(sizes[True].values())
 
 
@@ -185,7 +239,7 @@ def _tensors(thing: Any, seen: set[int]) -> Iterator[Tensor]:
             yield from _tensors(value, seen)
 
 
-def _state_ratio(optimizer: Callable[..., Any], device: torch.device) -> float:
+def optimizer_bytes(optimizer: Callable[..., Any], device: torch.device) -> float:
     """Bytes that an optimizer keeps per byte of float32 parameters, seen after one step."""
     probe = nn.Parameter(torch.zeros(64, 64, device=device))
     probe.grad = torch.zeros_like(probe)
@@ -195,8 +249,8 @@ def _state_ratio(optimizer: Callable[..., Any], device: torch.device) -> float:
     return sum(value.untyped_storage().nbytes() for value in kept) / probe.untyped_storage().nbytes()
 
 
-def _features(lengths: Lengths, flat: bool) -> NDArray[np.float64]:
-    """What the bytes of a batch are a sum of: a constant, tokens, and entries of attention matrices."""
+def step_features(lengths: Lengths, flat: bool) -> NDArray[np.float64]:
+    """What the bytes of a row, and its arithmetic, are a sum of: a constant, tokens, entries of attention matrices."""
     prompt, chosen, rejected = lengths.T
     if flat:
         entries = ((prompt + chosen) ** 2).sum(), (rejected * (prompt + rejected)).sum()
@@ -206,14 +260,19 @@ def _features(lengths: Lengths, flat: bool) -> NDArray[np.float64]:
     return np.array([1.0, rows * width, rows * width**2, (chosen + rejected).sum()])
 
 
-def _backbone(base: Any, device: torch.device) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _backbone(base: Any, device: torch.device, context: Context) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Bytes per feature: alive after the forward, and on top of that in the backward."""
     # Padded rows may hold attention matrices, which outgrow other tensors of the backward only at some length.
     room = getattr(base.config, "max_position_embeddings", 128) // 32
     longer = 1 if has_pair_attention(base) else max(1, min(4, room))
-    shapes = np.array(_PROBES) * longer
-    features = [_features(shape[None], has_pair_attention(base)) for shape in shapes]
-    found = np.array([_probe(base, tuple(shape), device) for shape in shapes.tolist()], dtype=float)
+    shapes = np.array(PROBES) * longer
+    features = [step_features(shape[None], has_pair_attention(base)) for shape in shapes]
+    # each in a context of its own: autocast keeps the copies of weights that the first pass makes until its end
+    probes = []
+    for shape in shapes.tolist():
+        with context():
+            probes.append(_probe(base, tuple(shape), device))
+    found = np.array(probes, dtype=float)
     coefficients = np.linalg.lstsq(np.array(features), found, rcond=None)[0]
     return coefficients[:, 0], coefficients[:, 1]
 

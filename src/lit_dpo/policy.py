@@ -95,14 +95,18 @@ class QLoRAPolicy:
                 f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}."
             )
 
-    def check(self) -> None:
+    def check(self, *, weights: bool = True) -> None:
         """Find what would fail while loading, in seconds: weights are neither loaded nor downloaded.
+
+        Args:
+            weights: whether they must be there.
 
         Raises:
             PolicyError: naming the directory, file, field or layer, and what there is instead.
         """
-        config = self._config()
-        checks.check_weights(self.place)
+        config = self.config()
+        if weights:
+            checks.check_weights(self.place)
         checks.check_causal(config, self.model)
         checks.check_no_adapter_inside(self.place)
         checks.check_prequantized(self, config)
@@ -154,21 +158,13 @@ class QLoRAPolicy:
         return model.requires_grad_(False).eval()
 
     def _load(self, device: torch.device, dtype: torch.dtype) -> Any:
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
         base = self._load_base(device, dtype)
         if self.adapter_path is not None:
             model = self._load_adapter(base, trainable=True)
         else:
-            lora = LoraConfig(
-                r=self.r,
-                lora_alpha=self.alpha,  # type: ignore[arg-type, unused-ignore]
-                lora_dropout=self.dropout,
-                target_modules=self.target_modules,
-                bias="none",  # a trained bias outlives "adapters off", and the reference would drift with it
-                task_type="CAUSAL_LM",
-            )
-            model = get_peft_model(base, lora)
+            model = get_peft_model(base, self.lora_config())
         checks.check_quantized(model, self.quantization)
         # an exported adapter names what it was trained on, at the commit: AutoPeftModel loads that
         model.peft_config["default"].base_model_name_or_path = self.place.name
@@ -177,12 +173,27 @@ class QLoRAPolicy:
             checks.enable_checkpointing(base)
         return model.train()
 
+    def lora_config(self) -> Any:
+        """PEFT's description of the adapters: of fresh ones by the fields, else that of `adapter_path`."""
+        from peft import LoraConfig, PeftConfig
+
+        if self.adapter_path is not None:
+            return PeftConfig.from_pretrained(self.adapter_place.folder)
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,  # type: ignore[arg-type, unused-ignore]
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            bias="none",  # a trained bias outlives "adapters off", and the reference would drift with it
+            task_type="CAUSAL_LM",
+        )
+
     def _load_base(self, device: torch.device, dtype: torch.dtype) -> Any:
         from transformers import AutoModelForCausalLM
 
-        config = self._config()
+        config = self.config()
         checks.turn_off_dropout(config)
-        quantization = self._quantization_config(dtype)
+        quantization = self.quantization_config(dtype)
         with checks.as_policy_error(f"the model {self.model!r}"), returned_at_once():
             base, info = AutoModelForCausalLM.from_pretrained(
                 self.path,
@@ -218,9 +229,7 @@ class QLoRAPolicy:
         """The model's tokenizer, or the adapter's where it brought its own (with its chat template)."""
         from transformers import AutoTokenizer
 
-        self._config()
-        # a directory that is no model is a clearer message than one without a tokenizer
-        checks.check_weights(self.place)
+        self.config()  # that a directory is no model is a clearer message than that it has no tokenizer
         if self.adapter_path is not None:
             adapter = self.adapter_place.folder
             if (adapter / "tokenizer_config.json").is_file():
@@ -310,7 +319,12 @@ class QLoRAPolicy:
         """A digest of the adapter that is continued; None for a fresh one."""
         return None if self.adapter_path is None else sampled_digest(self.adapter_place.folder)
 
-    def _config(self) -> Any:
+    def config(self) -> Any:
+        """The model's configuration, as transformers reads it.
+
+        Raises:
+            PolicyError: if there is none.
+        """
         from transformers import AutoConfig
 
         place = self.place
@@ -330,7 +344,8 @@ class QLoRAPolicy:
                 ) from error
             raise PolicyError(f"No model configuration for {self.model!r}: {first_line(error)}") from error
 
-    def _quantization_config(self, dtype: torch.dtype) -> Any:
+    def quantization_config(self, dtype: torch.dtype) -> Any:
+        """What transformers needs to quantise while it loads; None for `none`."""
         if self.quantization == "none":
             return None
         from transformers import BitsAndBytesConfig

@@ -214,14 +214,14 @@ def _takes_adapter(module: Any) -> bool:
     return isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D)
 
 
-def turn_off_dropout(config: Any) -> None:
+def turn_off_dropout(config: Any, *, quiet: bool = False) -> None:
     """A policy and a reference under different dropout masks do not compare: rewards at step 0 would be noise."""
     found = {}
     for one in settings(config):
         if one.is_number and one.value > 0 and re.search(r"drop(out)?($|_)|jitter", one.name):
             found[one.path] = one.value
             one.change(type(one.value)(0))  # some configurations hold an entry to its type
-    if found:
+    if found and not quiet:
         log.info("dropout of the base is off: %s", ", ".join(f"{name} {given}" for name, given in found.items()))
 
 

@@ -84,8 +84,13 @@ def check_strategy(strategy: Any) -> None:
         )
 
 
-def check_run(module: Any, trainer: Any) -> None:
+def check_run(module: Any, trainer: Any, *, weights: bool = True) -> None:
     """Find what is wrong with strategy, loss, policy and reference before a weight is read.
+
+    Args:
+        module: of the run.
+        trainer: of the run.
+        weights: whether the policy's must be there.
 
     Raises:
         TrainingError: for the strategy.
@@ -96,7 +101,7 @@ def check_run(module: Any, trainer: Any) -> None:
     if not trainer.predicting:
         check_rows(module.loss, getattr(getattr(trainer, "datamodule", None), "row_fields", {}))
     if module.model is None:
-        module.policy.check()
+        module.policy.check(weights=weights)
         module.reference.check(module.policy)
     check_tokens = getattr(getattr(trainer, "datamodule", None), "check_tokens", None)
     if check_tokens is not None:

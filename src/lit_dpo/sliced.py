@@ -15,7 +15,7 @@ import torch
 from bitsandbytes.functional import dequantize_blockwise
 from torch import Tensor
 
-_SLICE = 2 * 2**20
+SLICE = 2 * 2**20
 """Bytes of an unpacked slice. From 2 MiB on products are as fast as they get (weights of 4 to 64 MiB, 32 to 1024
 tokens); larger slices leave holes between activations, which smaller tensors break up."""
 
@@ -80,7 +80,7 @@ def _slices(packed: Tensor, state: Any, dtype: torch.dtype) -> Iterator[tuple[sl
     scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     scales = scales.float().view(outputs, width // state.blocksize)
     packed = packed.view(torch.uint8).view(outputs, width // 2)
-    count = max(1, _SLICE // (width * dtype.itemsize))
+    count = max(1, SLICE // (width * dtype.itemsize))
     for start in range(0, outputs, count):
         place = slice(start, min(start + count, outputs))
         shape = (place.stop - start, width)

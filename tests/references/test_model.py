@@ -96,7 +96,7 @@ def test_it_follows_the_policy_to_another_device(folders):
 
 
 def test_what_is_not_in_four_bits_is_refused_if_it_was_asked_for(folders, monkeypatch):
-    monkeypatch.setattr(QLoRAPolicy, "_quantization_config", lambda self, dtype: None)
+    monkeypatch.setattr(QLoRAPolicy, "quantization_config", lambda self, dtype: None)
     with pytest.raises(PolicyError, match="Expected Linear4bit"):
         QLoRAPolicy(str(folders[0])).load_frozen()
 

@@ -49,7 +49,7 @@ class ModelReference(Reference):
 
     def __post_init__(self) -> None:
         """Check the fields as the policy's are."""
-        assert self._loader is not None
+        assert self.loader is not None
 
     @property
     def starts_at_policy(self) -> bool:
@@ -58,7 +58,7 @@ class ModelReference(Reference):
 
     def check(self, policy: QLoRAPolicy) -> None:
         """It can be loaded, and reads the same tokens."""
-        mine = self._loader
+        mine = self.loader
         with _as_reference():
             mine.check()
         ours, theirs = policy.load_tokenizer().get_vocab(), mine.load_tokenizer().get_vocab()
@@ -72,7 +72,7 @@ class ModelReference(Reference):
         """Load it where the policy is."""
         device = next(model.parameters()).device
         with _as_reference():
-            found = self._loader.load_frozen(device)
+            found = self.loader.load_frozen(device)
         choose_layout(found, self.attention)
         keep(model, "reference", found)
 
@@ -86,24 +86,24 @@ class ModelReference(Reference):
 
     def limits(self) -> Limits:
         """How many token ids and positions the model has."""
-        return policy_limits(self._loader)
+        return policy_limits(self.loader)
 
     def content(self, policy: QLoRAPolicy) -> dict[str, Any]:
         """Of the model and its adapter."""
-        mine = self._loader
+        mine = self.loader
         base = mine.identity()
         commit = {"commit": base["commit"]} if "commit" in base else {}
         return {"model": base["fingerprint"], **commit, "adapter": mine.start()}
 
     def identity(self, policy: QLoRAPolicy) -> dict[str, Any]:
         """Its content, quantisation and dtype, and its adapter's content."""
-        mine = self._loader
+        mine = self.loader
         adapter = None if self.adapter_path is None else mine.adapter_content(str(mine.adapter_place.folder))
         return {"base": mine.content(), "dtype": self.dtype, "adapter": adapter}
 
     @cached_property
-    def _loader(self) -> QLoRAPolicy:
-        """One, so that a hub id stays at one commit."""
+    def loader(self) -> QLoRAPolicy:
+        """What loads it: one, so that a hub id stays at one commit."""
         return QLoRAPolicy(
             self.model,
             revision=self.revision,

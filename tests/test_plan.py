@@ -1,0 +1,323 @@
+"""What is planned without weights is what is found with them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from lit_dpo import AdapterReference, CachedReference, EMAReference, ModelReference, QLoRAPolicy
+from lit_dpo.cli import main
+from lit_dpo.errors import TrainingError
+from lit_dpo.logps.score import choose_layout
+from lit_dpo.losses import SFTLoss, TDPOLoss
+from lit_dpo.memory import StepEstimate, estimate_step, optimizer_bytes
+from lit_dpo.plan import plan
+from lit_dpo.plan.arithmetic import count, measured_rate
+from lit_dpo.plan.cards import CARDS, card
+from lit_dpo.skeleton import Repeats, skeleton
+from training import data, module, trainer
+
+LONG = {"max_position_embeddings": 512, "vocab_size": 1500}
+LENGTHS = np.array([(70, 50, 90), (30, 80, 20), (9, 60, 66)])
+CPU = torch.device("cpu")
+
+
+def _both(folder, name="llama", with_kl=False, changes=LONG, **fields):
+    """The estimate of a loaded policy, and of one without weights."""
+    policy = QLoRAPolicy(str(tiny.directory(folder, name, **changes)), **{"r": 4, **fields})
+    model = policy.load()
+    choose_layout(model, policy.attention)
+    made = skeleton(policy, torch.float32)
+    with made.fake:
+        planned = StepEstimate(made.model, optimizer_bytes(torch.optim.AdamW, CPU), with_kl=with_kl).of([LENGTHS])
+    return estimate_step(model, [LENGTHS], with_kl=with_kl), planned, model, made
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [
+        *(("llama", quantization) for quantization in ("none", "nf4", "int8")),
+        *((name, "nf4") for name in ("llama-tied", "qwen2-window", "gemma2", "opt-projected")),
+    ],
+)
+def test_a_step_needs_what_it_needs_with_weights(tmp_path, name, quantization):
+    found, planned, model, made = _both(tmp_path, name, quantization=quantization)
+    assert planned.adapters == found.adapters
+    assert planned.weights == pytest.approx(found.weights, rel=0.01, abs=40 * 1024)  # small tables of bitsandbytes
+    assert planned.activations == pytest.approx(found.activations, rel=0.02)
+    assert planned.total == pytest.approx(found.total, rel=0.02, abs=40 * 1024)
+    assert made.trained == model.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gradient_checkpointing": True},
+        {"target_modules": ["q_proj", "v_proj"], "r": 64},
+        {"attention": "sdpa"},
+        {"double_quantization": False},
+    ],
+    ids=repr,
+)
+def test_so_it_does_whatever_the_policy_says(tmp_path, fields):
+    found, planned, *_ = _both(tmp_path, **fields)
+    tolerance = 0.06 if fields.get("attention") else 0.02  # transformers makes its masks in another way
+    assert planned.total == pytest.approx(found.total, rel=tolerance, abs=40 * 1024)
+
+
+def test_a_loss_that_reads_whole_distributions_needs_more(tmp_path):
+    found, planned, *_ = _both(tmp_path, with_kl=True, changes={**LONG, "vocab_size": 40_000})
+    assert planned.head == pytest.approx(found.head, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "repeats"),
+    [
+        ("llama", {"num_hidden_layers": 8}, Repeats(0, 1, 8)),
+        ("llama", {"num_hidden_layers": 3}, None),
+        ("gemma2", {"num_hidden_layers": 12}, Repeats(0, 2, 12)),  # window, full, window, full, …
+        ("qwen2-window", {"num_hidden_layers": 8}, Repeats(1, 1, 8)),  # the first sees all
+        ("gpt2", {"n_layer": 7, "n_positions": 512, "max_position_embeddings": 512}, Repeats(0, 1, 7)),
+    ],
+)
+def test_layers_that_repeat_are_counted_and_not_run(tmp_path, name, changes, repeats):
+    policy = QLoRAPolicy(str(tiny.directory(tmp_path, name, **{**LONG, **changes})), r=4)
+    whole = skeleton(policy, torch.float32)
+    assert whole.repeats == repeats
+    if repeats is None:
+        return
+    shallow, deep = (skeleton(policy, torch.float32, layers=n) for n in (repeats.shallow, repeats.deep))
+
+    def estimate(made):
+        with made.fake:
+            return StepEstimate(made.model, 2.0)
+
+    expected, few, more = map(estimate, (whole, shallow, deep))
+    summed = few.with_layers(more, repeats.times, expected._frozen, expected._trained)
+    assert summed.of([LENGTHS]).total == pytest.approx(expected.of([LENGTHS]).total, rel=1e-3)
+    context = torch.enable_grad
+    one, two, three = (count(made, context, LENGTHS) for made in (whole, shallow, deep))
+    assert two.with_layers(three, repeats.times) == pytest.approx(one, rel=1e-6)
+
+
+def test_autocast_keeps_its_copies_of_weights_for_one_step_alone(tmp_path):
+    """Adapters are cast once in each step; an estimate from probes in one context would take that for a slope."""
+    policy = QLoRAPolicy(str(tiny.directory(tmp_path, **LONG)), quantization="none", r=64)
+    model = policy.load(dtype=torch.bfloat16)
+    choose_layout(model)
+    bfloat16 = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    small, large = (estimate_step(model, [LENGTHS[:n]], context=bfloat16).activations for n in (1, 3))
+    tokens = LENGTHS.sum(1)
+    assert (large - small) / (tokens[1:].sum()) == pytest.approx(small / tokens[0], rel=0.7)
+    assert large < 3 * estimate_step(model, [LENGTHS]).activations
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_arithmetic_is_that_of_the_formula(tmp_path, quantization):
+    """Each token passes each layer's weights forward, and back but for what no gradient needs."""
+    policy = QLoRAPolicy(str(tiny.directory(tmp_path, hidden_size=64, **LONG)), quantization=quantization, r=1)
+    lengths = np.array([(2, 60, 60)] * 50)
+    found = count(skeleton(policy, torch.float32), torch.enable_grad, lengths)
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 64)
+    assert found.forward == pytest.approx(2 * weights * lengths.sum(), rel=0.25)
+    assert 0.5 * found.forward < found.backward < 2.2 * found.forward
+    assert found.head == 2 * 64 * 1500 * lengths[:, 1:].sum()
+    twice = count(skeleton(policy, torch.float32), torch.enable_grad, np.concatenate([lengths, lengths]))
+    assert twice.training == pytest.approx(2 * found.training, rel=0.01)
+
+
+# ---- of a run ----
+
+
+def _plan(model, pairs, tmp_path, device="here", run=None, policy=None, batches=None, **fields):
+    dpo = module(model, policy=policy, **fields)
+    return plan(dpo, data(pairs, **(batches or {})), trainer(tmp_path, **(run or {})), device)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"max_epochs": 3},
+        {"max_epochs": 2, "accumulate_grad_batches": 4},
+        {"max_epochs": 2, "limit_train_batches": 3},
+        {"max_epochs": 2, "limit_train_batches": 0.5},
+        {"max_epochs": -1, "max_steps": 7},
+        {"max_epochs": 1, "max_steps": 100},
+    ],
+    ids=repr,
+)
+def test_the_steps_are_those_that_the_run_makes(tiny_model, pairs_file, tmp_path, run):
+    planned = _plan(tiny_model, pairs_file, tmp_path, run=run)
+    trained = trainer(tmp_path, **run)
+    trained.fit(module(tiny_model), data(pairs_file))
+    assert planned.steps == trained.global_step
+    if run["max_epochs"] > 0 and "max_steps" not in run:
+        assert planned.epochs == run["max_epochs"]
+
+
+def test_the_numbers_are_in_its_text(tiny_model, pairs_file, tmp_path):
+    planned = _plan(tiny_model, pairs_file, tmp_path, run={"max_epochs": 3})
+    text = str(planned)
+    assert "21 training pairs of" in text
+    assert f"{planned.steps} steps, 3 epochs" in text
+    assert f"{planned.parameters:,} parameters" in text
+    assert "fits    this CPU" in text
+    assert "GiB: yes" in text
+    assert re.search(r"time .* at 60% to 100% of the .*FLOP/s that one layer reaches here now", text)
+    assert planned.longest == max(planned.tokens[0] + planned.tokens[1] + planned.tokens[2], planned.longest)
+    assert 0 < planned.seconds[0] < planned.seconds[1]
+
+
+def test_a_run_without_an_end_has_no_plan(tiny_model, pairs_file, tmp_path):
+    with pytest.raises(TrainingError, match="how long shall it train"):
+        _plan(tiny_model, pairs_file, tmp_path, run={"max_epochs": -1})
+
+
+@pytest.mark.parametrize("loss", [SFTLoss(), TDPOLoss()], ids=repr)
+def test_without_a_reference_there_is_less_to_compute(tiny_model, pairs_file, tmp_path, loss):
+    with_one = _plan(tiny_model, pairs_file, tmp_path)
+    found = _plan(tiny_model, pairs_file, tmp_path, loss=loss)
+    assert (found.arithmetic < with_one.arithmetic) == isinstance(loss, SFTLoss)
+
+
+def test_a_reference_that_is_remembered_passes_once(tiny_model, pairs_file, tmp_path):
+    plain, cached = (
+        _plan(tiny_model, pairs_file, tmp_path, run={"max_epochs": 4}, reference=reference)
+        for reference in (None, CachedReference(directory=str(tmp_path / "cache")))
+    )
+    once = _plan(tiny_model, pairs_file, tmp_path, run={"max_epochs": 1})
+    alone = _plan(tiny_model, pairs_file, tmp_path, run={"max_epochs": 1}, loss=SFTLoss())
+    assert plain.arithmetic - cached.arithmetic == pytest.approx(3 * (once.arithmetic - alone.arithmetic))
+
+
+def test_a_reference_of_its_own_is_in_memory(tiny_model, pairs_file, tmp_path):
+    plain = _plan(tiny_model, pairs_file, tmp_path).step.weights
+    frozen = 4 * _plan(tiny_model, pairs_file, tmp_path).parameters
+    other = ModelReference(str(tiny_model), quantization="none")
+    assert _plan(tiny_model, pairs_file, tmp_path, reference=other).step.weights - plain == pytest.approx(
+        frozen, rel=0.01
+    )
+    moving = _plan(tiny_model, pairs_file, tmp_path, reference=EMAReference())
+    assert moving.step.weights - plain == 4 * moving.trained
+
+
+def test_an_adapter_that_is_continued_says_its_own_size(tiny_model, pairs_file, tmp_path):
+    policy = QLoRAPolicy(str(tiny_model), quantization="none", r=3, target_modules=["q_proj"])
+    policy.load().save_pretrained(tmp_path / "adapter")
+    continued = {"adapter_path": str(tmp_path / "adapter"), "r": 16}
+    planned = _plan(tiny_model, pairs_file, tmp_path, policy=continued, reference=AdapterReference())
+    assert planned.trained == 2 * 3 * (64 + 64)
+
+
+def test_what_does_not_fit_says_what_would(tmp_path, pairs_file, monkeypatch):
+    model = tiny.directory(tmp_path, **{**LONG, "vocab_size": 300})
+    options = {"policy": {"r": 4}, "batches": {"batch_size": 16, "tokenizer": None}, "device": "L4"}
+    whole = _plan(model, pairs_file, tmp_path, **options)
+    assert whole.fitting == 16384
+    assert "L4, 22.0 GiB: yes\n" in str(whole)
+
+    def shrink(gibibytes):
+        monkeypatch.setitem(CARDS, "L4", CARDS["L4"]._replace(memory=0.5 + gibibytes))
+
+    rows = whole.step.total / 2**30
+    shrink(rows * 0.7)
+    smaller = _plan(model, pairs_file, tmp_path, **options)
+    assert smaller.fitting < 16384
+    assert f"yes, with `--model.row_tokens {smaller.fitting}`" in str(smaller)
+    then = _plan(model, pairs_file, tmp_path, **options, row_tokens=smaller.fitting)
+    assert then.step.total <= rows * 0.7 * 2**30
+    assert "GiB: yes\n" in str(then)
+    shrink(0)
+    assert "no, not even with gradient checkpointing" in str(_plan(model, pairs_file, tmp_path, **options))
+
+
+def test_cards_are_known_by_name():
+    assert card("rtx 4090") == card("NVIDIA RTX-4090") == CARDS["RTX-4090"]
+    assert all(one.source and one.memory > 0 and one.teraflops > 0 for one in CARDS.values())
+    with pytest.raises(TrainingError, match=r"one of B200, H200.* but got 'H1000'"):
+        card("H1000")
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_rate_of_this_machine_is_a_rate(quantization):
+    rate = measured_rate((256, 256), 64, quantization, CPU, torch.float32, seconds=0.1)
+    assert 1e8 < rate < 1e14
+
+
+# ---- the command ----
+
+
+def _big(folder):
+    """A model of 8 billion parameters: a configuration and a tokenizer."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_eight_billion_parameters_are_planned_from_a_configuration(tiny_model, pairs_file, tmp_path, capsys):
+    big = tmp_path / "big"
+    big.mkdir()
+    for file in tiny_model.glob("tokenizer*"):
+        (big / file.name).write_bytes(file.read_bytes())
+    _big(big)
+    given = ["fit", "--model.policy.model", str(big), "--data.train", str(pairs_file), "--trainer.max_epochs", "1"]
+    given += [
+        "--trainer.logger.init_args.save_dir",
+        str(tmp_path / "runs"),
+        "--trainer.default_root_dir",
+        str(tmp_path),
+    ]
+    main([*given, "--plan", "RTX-4090"])
+    said = capsys.readouterr().out
+    assert "8,030,261,248 parameters, nf4, computing in bfloat16; 41,943,040 train" in said
+    assert "weights 5.3" in said
+    assert "RTX-4090, 23.5 GiB: yes" in said
+    assert "not measured" in said
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(SystemExit):
+        main([*given, "--plan", "a toaster"])
+    assert "a toaster" in capsys.readouterr().err
+
+
+def test_the_command_reads_no_weights(tiny_model, pairs_file, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in tiny_model.iterdir():
+        content = b"not weights" if file.suffix == ".safetensors" else file.read_bytes()
+        (model / file.name).write_bytes(content)
+    command = [
+        sys.executable,
+        "-m",
+        "lit_dpo",
+        "fit",
+        "--model.policy.model",
+        str(model),
+        "--data.train",
+        str(pairs_file),
+    ]
+    run = subprocess.run(
+        [*command, "--trainer.max_steps", "5", "--plan", "here"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "An estimate; no weights were read or downloaded." in run.stdout
+    assert not (tmp_path / "runs").exists()
