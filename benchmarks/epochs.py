@@ -5,8 +5,8 @@
     python benchmarks/epochs.py --device cuda --shape 1B --vocabulary 128256 --made 300,250 --batch-size 8
 
 The same pairs and order, trained plainly and with a `CachedReference`, in turn, `--repeats` times over. Losses are
-compared before any time is printed (in 16 bits to what rounding makes of other batch mates), and passes of the reference
-are counted. CPU seconds on a CPU, wall seconds on a GPU, whose first run, that warms up, is dropped.
+compared before any time is printed (in 16 bits to what rounding makes of other batch mates), and passes of the
+reference are counted. CPU seconds on a CPU, wall seconds on a GPU, whose first run, that warms up, is dropped.
 """
 
 from __future__ import annotations

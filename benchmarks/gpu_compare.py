@@ -51,13 +51,20 @@ def compared(
     found = compare.compare(compare.arguments(command))
     run.note(**found, command=command)
     notes = [f"{side} left out: {why}" for side, why in found["dropped"].items()]
-    notes += [f"{side} without {kind}" for side, kinds in found["extras"].items() for kind, there in kinds.items() if not there]
+    notes += [
+        f"{side} without {kind}"
+        for side, kinds in found["extras"].items()
+        for kind, there in kinds.items()
+        if not there
+    ]
     if found["differs"]:
         run.note(line="; ".join(notes))
         raise RuntimeError(found["differs"])
     first, *others = found["sides"]
     mine = found["sides"][first]
-    parts = [f"{first} {mine['pairs/s']:.4g} pairs/s, {mine['peak GiB']:.2f} GiB, {mine['of a matrix product']:.0%} MFU"]
+    parts = [
+        f"{first} {mine['pairs/s']:.4g} pairs/s, {mine['peak GiB']:.2f} GiB, {mine['of a matrix product']:.0%} MFU"
+    ]
     for side in others:
         theirs, ratio = found["sides"][side], found[f"over {first}"][side]
         parts.append(
@@ -75,7 +82,7 @@ def epochs(run: Run) -> str:
     """The first epoch and later ones with the reference remembered; the pairs of `d-bf16-chat`."""
     import epochs as program
 
-    pairs, batch = (8, 2) if run.rehearsed else (48, 8)
+    pairs, batch = (8, 2) if run.rehearsed else (96, 8)
     command = ["--device", run.device, "--shape", "1B", "--vocabulary", "128256", "--made", CHAT, "--pairs", str(pairs)]
     command += ["--batch-size", str(batch), "--epochs", "3", "--repeats", "1", "--max-length", "2048"]
     command += ["--store", str(store(run))]

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gpu_run import HERE, Missing, Run
+from gpu_run import HERE, MissingError, Run
 
 REPOSITORY = HERE.parent
 PACKAGES = (
@@ -74,7 +74,7 @@ def described(device: str) -> dict[str, Any]:
 def laws(run: Run) -> str:
     """The tests that are marked `gpu`; on a CPU as far as they go there."""
     if not find_spec("pytest"):
-        raise Missing("pytest is not installed")
+        raise MissingError("pytest is not installed")
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider"]
     command += ["--gpu-device", "cpu"] * run.rehearsed
     counts, bad = dict.fromkeys(("PASSED", "FAILED", "ERROR", "SKIPPED"), 0), []
@@ -95,7 +95,9 @@ def laws(run: Run) -> str:
 
 
 def counted(counts: dict[str, int], bad: list[str]) -> str:
-    text = ", ".join(f"{count} {name.lower()}" for name, count in counts.items() if count or name in ("PASSED", "FAILED"))
+    text = ", ".join(
+        f"{count} {name.lower()}" for name, count in counts.items() if count or name in ("PASSED", "FAILED")
+    )
     return text + (f": {', '.join(name.rpartition('/')[2] for name in bad)}" if bad else "")
 
 
@@ -121,7 +123,8 @@ def quickstart(run: Run) -> str:
     steps, good = re.search(r"(\d+) steps in (\S+):", said), re.search(r"good answers: ([\d.]+) before, ([\d.]+)", said)
     run.note(**found, steps=steps and steps[1], time=steps and steps[2], good_answers=good and good.groups())
     accuracy = found["val/reward_accuracy"]
-    line = f"held-out pairs ranked right {accuracy:.3f}, val/loss {found['val/loss']:.3f}; {steps[0][:-1] if steps else '?'}"
+    line = f"held-out pairs ranked right {accuracy:.3f}, val/loss {found['val/loss']:.3f}"
+    line += f"; {steps[1]} steps in {steps[2]}" if steps else ""
     line += f"; good answers {good[1]} before, {good[2]} after" if good else ""
     run.note(line=line)
     if not accuracy >= 0.98:  # one of 64 may be wrong

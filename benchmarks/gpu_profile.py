@@ -1,4 +1,4 @@
-"""Where the time of one step of `Trainer.fit` goes: its longest kernels, the time without one, and waits for the device."""
+"""Where the time of a step of `Trainer.fit` goes: its longest kernels, the time without one, waits for the device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LONGEST = 15
 def kernels(run: Run) -> str:
     """Steps one after another: to warm up, plain, under the profiler, and with every wait for the device noted."""
     folder, batch = run.folder / "profiled", 2 if run.rehearsed else 8
-    steps = Steps(run.device, warm_up=2, each=2) if run.rehearsed else Steps(run.device, warm_up=5, each=5)
+    steps = Steps(run.device, warm_up=2, each=2) if run.rehearsed else Steps(run.device, warm_up=5, each=4)
     material(run, folder, batch * steps.last)
     data = PreferenceDataModule(
         train=str(folder / "pairs.jsonl"), max_length=2048, truncation="truncate_prompt", batch_size=batch

@@ -7,6 +7,7 @@ returns its line for the table. What it raises is reported, and the next phase r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -24,9 +25,10 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).parent
 RESERVE = 4.0  # seconds for the table, and for ending a phase
 LAST_LINES = 40
+HAS_CUDA = "import sys, torch; sys.exit(not torch.cuda.is_available())"
 
 
-class Missing(Exception):
+class MissingError(Exception):
     """What a phase needs is not installed: it is left out by name."""
 
 
@@ -38,12 +40,14 @@ class Phase(NamedTuple):
         run: finds the answer.
         seconds: what it may take in any case, on a GPU; about twice what is expected.
         rehearsal: the same on a CPU, with tiny shapes.
+        ahead: Python that a process runs beside the phases before it, which leave the CPU alone.
     """
 
     name: str
     run: Callable[[Run], str]
     seconds: float
     rehearsal: float
+    ahead: str | None = None
 
 
 @dataclass
@@ -100,10 +104,13 @@ class Program:
         self.phases, self.given, self.folder = phases, given, folder
         self.end = time.monotonic() + 60 * given.minutes - RESERVE
         self.results: dict[str, dict[str, Any]] = {}
-        self.process: subprocess.Popen[bytes] | None = None
+        self.running: list[subprocess.Popen[bytes]] = []
 
     def run(self) -> None:
         """All of them; results and the table are on disk after each."""
+        for phase in self.phases:
+            if phase.ahead:
+                self.start(["-c", phase.ahead], subprocess.DEVNULL, subprocess.DEVNULL, OMP_NUM_THREADS="2")
         for place, phase in enumerate(self.phases):
             left = self.end - time.monotonic()
             need = phase.rehearsal if self.given.rehearse else phase.seconds
@@ -122,26 +129,18 @@ class Program:
         file, output, errors = (self.folder / f"{phase.name}.{kind}" for kind in ("json", "out", "err"))
         before = {name: result["found"] for name, result in self.results.items() if result.get("found")}
         write(self.folder / "before.json", json.dumps(before))
-        command = [sys.executable, sys.argv[0], "--phase", phase.name, "--folder", str(self.folder)]
+        command = [sys.argv[0], "--phase", phase.name, "--folder", str(self.folder)]
         begun, over = time.monotonic(), False
         with output.open("wb") as out, errors.open("wb") as err:
-            self.process = subprocess.Popen(
-                command + ["--rehearse"] * self.given.rehearse,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                env=environment(self.folder, self.given.rehearse),
-                start_new_session=True,
-            )
+            process = self.start(command + ["--rehearse"] * self.given.rehearse, out, err)
             try:
-                self.process.wait(seconds)
+                process.wait(seconds)
             except subprocess.TimeoutExpired:
                 over = True
-            finally:
-                self.stop()
+            stop(process)
         found = json.loads(file.read_text()) if file.is_file() else {}
         line = found.pop("line", "")
-        state, why = found.pop("state", "failed"), found.pop("why", f"its process ended with {self.process.returncode}")
+        state, why = found.pop("state", "failed"), found.pop("why", f"its process ended with {process.returncode}")
         if over:
             state, why = "over time", f"not done in {seconds:.0f} s, ended"
             if cut_short:  # it never had the time that it may need
@@ -153,14 +152,23 @@ class Program:
             result["errors"] = last_lines(errors)
         return result
 
+    def start(self, arguments: list[str], out: Any, err: Any, **more: str) -> subprocess.Popen[bytes]:
+        """A Python process with a session, and so a process group, of its own."""
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            env=environment(self.folder, self.given.rehearse) | more,
+            start_new_session=True,
+        )
+        self.running.append(process)
+        return process
+
     def stop(self) -> None:
-        """End the phase that runs, and what it has started."""
-        if self.process is not None:
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)  # it has a session of its own
-            except ProcessLookupError:
-                pass
-            self.process.wait()
+        """End all that was started."""
+        for process in self.running:
+            stop(process)
 
     def line(self, name: str) -> str:
         """One line, as soon as it is known."""
@@ -184,6 +192,13 @@ class Program:
     def failed(self) -> bool:
         """Whether a phase did not end well; one that was left out by name did not fail."""
         return any(result["state"] not in ("ok", "left out") for result in self.results.values())
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process, and what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def last_lines(file: Path) -> list[str]:
@@ -214,7 +229,7 @@ def run_phase(phase: Phase, folder: Path, device: str) -> int:
     run = Run(device, folder, folder / f"{phase.name}.json", before)
     try:
         run.note(line=phase.run(run), state="ok")
-    except Missing as missing:
+    except MissingError as missing:
         run.note(state="left out", why=str(missing))
     except BaseException as error:
         traceback.print_exc()
@@ -242,6 +257,9 @@ def main(phases: Sequence[Phase], about: str | None = None) -> int:
     if given.phase:
         phase = next(phase for phase in phases if phase.name == given.phase)
         return run_phase(phase, given.folder, "cpu" if given.rehearse else "cuda")
+    if not given.rehearse and subprocess.run([sys.executable, "-c", HAS_CUDA]).returncode:
+        print("Expected a CUDA device but torch finds none; `--rehearse` runs every phase on the CPU.", file=sys.stderr)
+        return 2
     given.out.mkdir(parents=True, exist_ok=True)
     chosen = [phase for phase in phases if given.only is None or phase.name.startswith(given.only)]
 
@@ -255,6 +273,7 @@ def main(phases: Sequence[Phase], about: str | None = None) -> int:
         try:
             program.run()
         finally:
+            program.stop()
             program.save()
             print(f"\n{program.table()}\nall of it: {given.out / 'gpu.json'}", flush=True)
     return int(program.failed)

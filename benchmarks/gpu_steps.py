@@ -44,7 +44,7 @@ def memory(run: Run) -> str:
         for limit in (float("inf"), batch.input_ids.numel() / 3):
             parts = batch.cut(limit)
             candidates = [program.lengths(part) for part in parts]
-            context = autocast(run)
+            context = usual(run)
             estimate = estimate_step(module.model, candidates, several_rows=len(parts) > 1, context=context)
             measured = program.peak(module, parts, context)
             off = estimate.total / measured - 1
@@ -58,8 +58,11 @@ def memory(run: Run) -> str:
 
 def sweeps(run: Run) -> str:
     """Settings one by one, beside what is there now."""
-    found = [rows_of_a_batch, rows_of_a_chunk, mixed_precision, kept_weights]
-    return "; ".join(sweep(run) for sweep in found)
+    lines: list[str] = []
+    for sweep in (rows_of_a_batch, rows_of_a_chunk, mixed_precision, kept_weights):
+        lines.append(sweep(run))
+        run.note(line="; ".join(lines))
+    return "; ".join(lines)
 
 
 def rows_of_a_batch(run: Run) -> str:
@@ -90,8 +93,9 @@ def rows_of_a_chunk(run: Run) -> str:
 def mixed_precision(run: Run) -> str:
     """`bf16-mixed` beside bf16 weights and activations without autocast."""
     module, batch, results = load(run), batch_of(run, pairs=2 if run.rehearsed else 16), {}
-    for name, mixed in (("bf16-mixed", True), ("without autocast", False)):
-        results[name] = measured(run, module, [batch], mixed=mixed)
+    mixed = functools.partial(torch.autocast, run.device, torch.bfloat16)
+    for name, context in (("bf16-mixed", mixed), ("without autocast", contextlib.nullcontext)):
+        results[name] = measured(run, module, [batch], context=context)
         run.note(precision=results)
     return ratio("autocast", results["bf16-mixed"], results["without autocast"], "none")
 
@@ -148,20 +152,17 @@ def batch_of(run: Run, pairs: int) -> PairBatch:
     return collate_pairs([EncodedPair(*pair) for pair in made]).to(run.device)
 
 
-def autocast(run: Run, mixed: bool = True) -> Callable[[], AbstractContextManager[Any]]:
-    """What the forward pass runs in where users train on this device."""
-    if run.rehearsed and mixed:  # float32 is what a CPU trains in
-        return contextlib.nullcontext
-    return lambda: torch.autocast(run.device, torch.bfloat16, enabled=mixed)
+def usual(run: Run) -> Callable[[], AbstractContextManager[Any]]:
+    """What the forward pass runs in where users train on this device: `bf16-mixed`, or on a CPU float32."""
+    return contextlib.nullcontext if run.rehearsed else functools.partial(torch.autocast, run.device, torch.bfloat16)
 
 
 def measured(
     run: Run,
     module: DPOModule,
     rows: list[PairBatch],
-    mixed: bool = True,
+    context: Callable[[], AbstractContextManager[Any]] | None = None,
     after: Callable[[], None] = lambda: None,
-    repeats: int = 3,
 ) -> dict[str, Any]:
     """Median seconds of a step, its peak and its loss; or that there was no room."""
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.0)
@@ -169,10 +170,10 @@ def measured(
     clock = time.process_time if run.rehearsed else time.perf_counter
     empty(run)
     try:
-        for _ in range(1 + (1 if run.rehearsed else repeats)):
+        for _ in range(2 if run.rehearsed else 4):  # the first warms up
             synchronise(run)
             begun = clock()
-            with autocast(run, mixed)():
+            with (context or usual(run))():
                 total = step_loss(module, rows)
             total.backward()
             optimizer.step()

@@ -171,7 +171,11 @@ def save_model(at: Path | str, shape: str, vocabulary: int, dtype: str, position
         weights[name] = weight if weight.ndim == 1 else weight.normal_(std=0.02, generator=random)
     config.save_pretrained(at)
     save_file(weights, Path(at) / "model.safetensors", {"format": "pt"})
-    return sum(weight.numel() for weight in weights.values())
+    parameters = sum(weight.numel() for weight in weights.values())
+    del weights, weight
+    if device == "cuda":  # room for the processes that train
+        torch.cuda.empty_cache()
+    return parameters
 
 
 def place_model(at: Path, store: Path | None, *model: Any) -> int:

@@ -93,7 +93,9 @@ def start(side: str, spec: Spec, steps: int, connection: Any) -> None:
         (_trl if side.startswith("trl") else _lit_dpo)(spec, steps, gate)
     except Exception as error:
         traceback.print_exc()
-        connection.send({"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"})
+        connection.send(
+            {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
+        )
 
 
 def same_start(model: Any) -> None:
