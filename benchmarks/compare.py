@@ -181,10 +181,12 @@ def run(
         processes[-1].start()
         theirs.close()
 
-    def answer(side: str) -> dict[str, Any] | None:
+    def answer(side: str, go: bool) -> dict[str, Any] | None:
         try:
+            if go:
+                pipes[side].send(True)
             said = pipes[side].recv()
-        except EOFError:
+        except (EOFError, OSError):
             said = {"error": "its process ended"}
         if "error" not in said:
             return said
@@ -193,14 +195,12 @@ def run(
         return None
 
     for side in sides:
-        answer(side)
+        answer(side, go=False)
     for step in range(steps):
         for side in sides if step % 2 == 0 else sides[::-1]:
-            if side in pipes:
-                pipes[side].send(True)
-                if said := answer(side):
-                    results[side].append(said["report"])
-                    memory[side] = said["memory"]
+            if side in pipes and (said := answer(side, go=True)):
+                results[side].append(said["report"])
+                memory[side] = said["memory"]
     for pipe in pipes.values():
         pipe.send(False)
     for process in processes:  # what is measured next must not meet them

@@ -100,9 +100,8 @@ def share(phases: Sequence[Phase], left: float, rehearse: bool) -> float:
 class Program:
     """Runs phases one after another, and writes down what each has found."""
 
-    def __init__(self, phases: Sequence[Phase], given: argparse.Namespace, folder: Path) -> None:
-        self.phases, self.given, self.folder = phases, given, folder
-        self.end = time.monotonic() + 60 * given.minutes - RESERVE
+    def __init__(self, phases: Sequence[Phase], given: argparse.Namespace, folder: Path, end: float) -> None:
+        self.phases, self.given, self.folder, self.end = phases, given, folder, end
         self.results: dict[str, dict[str, Any]] = {}
         self.running: list[subprocess.Popen[bytes]] = []
 
@@ -208,8 +207,8 @@ def last_lines(file: Path) -> list[str]:
 
 
 def environment(folder: Path, rehearse: bool) -> dict[str, str]:
-    """This checkout's package and programs, no network, and caches that go with the folder."""
-    paths = [str(HERE.parent / "src"), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """This checkout's package, no network, and caches that go with the folder."""
+    paths = [str(HERE.parent / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
@@ -253,7 +252,7 @@ def _end_with_the_parent() -> None:
 
 def main(phases: Sequence[Phase], about: str | None = None) -> int:
     """The command line over a table of phases; its exit status."""
-    given = arguments(phases, about)
+    begun, given = time.monotonic(), arguments(phases, about)
     if given.phase:
         phase = next(phase for phase in phases if phase.name == given.phase)
         return run_phase(phase, given.folder, "cpu" if given.rehearse else "cuda")
@@ -269,7 +268,7 @@ def main(phases: Sequence[Phase], about: str | None = None) -> int:
     for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(one, stopped)
     with tempfile.TemporaryDirectory(prefix="lit-dpo-gpu-") as folder:
-        program = Program(chosen, given, Path(folder))
+        program = Program(chosen, given, Path(folder), begun + 60 * given.minutes - RESERVE)
         try:
             program.run()
         finally:

@@ -141,9 +141,10 @@ def load(run: Run, quantization: Any = "none", checkpointing: bool = False) -> D
         place_model(folder, store(run), *size, run.device)
     policy = QLoRAPolicy(str(folder), quantization=quantization, gradient_checkpointing=checkpointing)
     module = DPOModule(policy)
-    module.model = policy.load(run.device)
+    device = torch.device("cpu") if run.rehearsed else torch.device("cuda", 0)
+    module.model = policy.load(device)
     choose_layout(module.model)
-    return module.to(run.device)
+    return module.to(device)
 
 
 def batch_of(run: Run, pairs: int) -> PairBatch:
