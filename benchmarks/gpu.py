@@ -39,18 +39,18 @@ QUICKSTART = "from lit_dpo.quickstart import quickstart_directory; quickstart_di
 
 # Seconds that each may take in any case, more than expected: on a GPU, and in a rehearsal.
 PHASES = [
-    Phase("a-card", of("gpu_machine", "card"), 30, 20),
-    Phase("b-tests", of("gpu_machine", "laws"), 130, 80),
-    Phase("c-quickstart", of("gpu_machine", "quickstart"), 80, 80, QUICKSTART),
-    Phase("d-bf16-chat", of("gpu_compare", "bf16_chat"), 80, 60),
-    Phase("g-memory", of("gpu_steps", "memory"), 45, 30),
-    Phase("e-step", of("gpu_profile", "kernels"), 45, 25),
-    Phase("d-epochs", of("gpu_compare", "epochs"), 70, 30),
-    Phase("d-nf4-long", of("gpu_compare", "nf4_long"), 80, 45),
-    Phase("f-sweeps", of("gpu_steps", "sweeps"), 90, 30),
-    Phase("d-nf4-chat", of("gpu_compare", "nf4_chat"), 70, 45),
-    Phase("d-bf16-long", of("gpu_compare", "bf16_long"), 70, 45),
-    Phase("d-8b", of("gpu_compare", "eight_billion"), 150, 45),
+    Phase("a-card", of("gpu_machine", "card"), 30, 10),
+    Phase("b-tests", of("gpu_machine", "laws"), 130, 60),
+    Phase("c-quickstart", of("gpu_machine", "quickstart"), 80, 45, QUICKSTART),
+    Phase("d-bf16-chat", of("gpu_compare", "bf16_chat"), 80, 40),
+    Phase("g-memory", of("gpu_steps", "memory"), 45, 20),
+    Phase("e-step", of("gpu_profile", "kernels"), 45, 15),
+    Phase("d-epochs", of("gpu_compare", "epochs"), 70, 15),
+    Phase("d-nf4-long", of("gpu_compare", "nf4_long"), 80, 25),
+    Phase("f-sweeps", of("gpu_steps", "sweeps"), 90, 20),
+    Phase("d-nf4-chat", of("gpu_compare", "nf4_chat"), 70, 25),
+    Phase("d-bf16-long", of("gpu_compare", "bf16_long"), 70, 25),
+    Phase("d-8b", of("gpu_compare", "eight_billion"), 150, 25),
 ]
 
 if __name__ == "__main__":

@@ -199,8 +199,8 @@ def step_arithmetic(shape: str, vocabulary: int, pairs: list[list[list[int]]]) -
 
     Every token of the flat row passes every layer three times (the reference's forward, the policy's forward, the
     gradient of its activations), every completion token passes the head three times, and attention's backward pass
-    costs twice its forward pass: `6 · weights · tokens + 6 · hidden · vocabulary · scored + 16 · hidden · layers · seen`.
-    Adapters, norms and activation checkpoints are left out.
+    costs twice its forward pass: `6 · weights · tokens + 6 · hidden · vocabulary · scored + 16 · hidden · layers ·
+    seen`. Adapters, norms and activation checkpoints are left out.
     """
     sizes, heads = SHAPES[shape], KEY_HEADS[shape]
     hidden, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
