@@ -137,7 +137,8 @@ class Program:
             except subprocess.TimeoutExpired:
                 over = True
             stop(process)
-        found = json.loads(file.read_text()) if file.is_file() else {}
+            self.running.remove(process)
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         line = found.pop("line", "")
         state, why = found.pop("state", "failed"), found.pop("why", f"its process ended with {process.returncode}")
         if over:
@@ -183,7 +184,10 @@ class Program:
 
     def table(self) -> str:
         """In Markdown."""
-        rows = [f"| {name} | {r['state']} | {r['seconds']:.0f} | {r['line']} |" for name, r in self.results.items()]
+        rows = [
+            f"| {name} | {r['state']} | {r['seconds']:.0f} | {r['line'].replace('|', '/')} |"
+            for name, r in self.results.items()
+        ]
         title = "A rehearsal on a CPU: no figure here is a card's.\n\n" if self.given.rehearse else ""
         return title + "\n".join(["| phase | state | s | result |", "|---|---|---|---|", *rows]) + "\n"
 
@@ -207,12 +211,14 @@ def last_lines(file: Path) -> list[str]:
 
 
 def environment(folder: Path, rehearse: bool) -> dict[str, str]:
-    """This checkout's package, no network, and caches that go with the folder."""
+    """This checkout's package, one card, no network, and caches that go with the folder."""
     paths = [str(HERE.parent / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
+        "PYTHONUTF8": "1",
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0],
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_CACHE": str(folder / "datasets"),
@@ -224,7 +230,7 @@ def environment(folder: Path, rehearse: bool) -> dict[str, str]:
 def run_phase(phase: Phase, folder: Path, device: str) -> int:
     """The body of a phase's process."""
     _end_with_the_parent()
-    before = json.loads((folder / "before.json").read_text())
+    before = json.loads((folder / "before.json").read_text(encoding="utf-8"))
     run = Run(device, folder, folder / f"{phase.name}.json", before)
     try:
         run.note(line=phase.run(run), state="ok")

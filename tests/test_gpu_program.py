@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="a source distribution has no benchmarks")
 # A program of its own: other phases, the same `main`.
 PROGRAM = """
 import os, subprocess, sys, time
@@ -168,7 +169,7 @@ def test_an_unknown_phase_is_named(tmp_path):
     assert program.returncode == 2
 
 
-def test_the_rehearsal(tmp_path, quickstart):
+def test_the_rehearsal(tmp_path):
     """Its phases with what a fresh environment has, at the sizes of a CPU; `pytest -m gpu` is the suite's already."""
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--rehearse", "--out", str(tmp_path), "--minutes", "3"]
     done = subprocess.run(
