@@ -83,7 +83,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     results = {side: reports[given.warmup :] for side, reports in results.items()}
     tolerance = given.tolerance or (1e-3 if spec.dtype == "float32" else 5e-2)
     found = {"about": about, "dropped": dropped, "extras": {side: extras(side, spec.device) for side in results}}
-    found |= {"differs": None, "losses differ by": {}, "steps": steps_of(results)}
+    found |= {"differs": None, "losses differ by": {}, "steps": steps_of(results), "memory": memory}
     if given.sides[0] in dropped:
         return found | {"differs": f"{given.sides[0]} failed: {dropped[given.sides[0]]}"}
     found |= check(results, tolerance)

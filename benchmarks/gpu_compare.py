@@ -8,7 +8,7 @@ import compare
 from gpu_run import Run
 
 ALL = ("lit_dpo", "trl", "trl-best")
-FEW = ("lit_dpo", "trl-best")
+FEW, ALONE = ("lit_dpo", "trl-best"), ("lit_dpo",)  # in a rehearsal, where imports are most of the time
 CHAT, LONG = "300,250", "1500,150"  # mean tokens of a prompt and of an answer
 
 
@@ -19,12 +19,12 @@ def bf16_chat(run: Run) -> str:
 
 def bf16_long(run: Run) -> str:
     """The base in 16 bits, long prompts."""
-    return compared(run, LONG, "none", 4, FEW if run.rehearsed else ALL)
+    return compared(run, LONG, "none", 4, ALONE if run.rehearsed else ALL)
 
 
 def nf4_chat(run: Run) -> str:
     """The base in 4 bits, chat lengths."""
-    return compared(run, CHAT, "nf4", 8, FEW if run.rehearsed else ALL)
+    return compared(run, CHAT, "nf4", 8, ALONE if run.rehearsed else ALL)
 
 
 def nf4_long(run: Run) -> str:

@@ -173,14 +173,14 @@ def test_the_rehearsal(tmp_path):
     """Its phases with what a fresh environment has, at the sizes of a CPU; `pytest -m gpu` is the suite's already."""
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--rehearse", "--out", str(tmp_path), "--minutes", "3"]
     done = subprocess.run(
-        [*command, "--only", "a,d-nf4-chat,e,g"], cwd=tmp_path, capture_output=True, text=True, timeout=200
+        [*command, "--only", "a,d-nf4-long,e,g"], cwd=tmp_path, capture_output=True, text=True, timeout=200
     )
     found = json.loads((tmp_path / "gpu.json").read_text())["phases"]
     assert done.returncode == 0, done.stdout + json.dumps(found, indent=1)
     assert {result["state"] for result in found.values()} == {"ok"}
     assert "no card" in found["a-card"]["line"]
     assert found["a-card"]["found"]["matrix_flops"] > 0
-    assert found["d-nf4-chat"]["found"]["sides"]["lit_dpo"]["pairs/s"] > 0
+    assert found["d-nf4-long"]["found"]["sides"]["lit_dpo"]["pairs/s"] > 0
     longest = found["e-step"]["found"]["longest"]
     assert len(longest) == 15
     assert [one["seconds"] for one in longest] == sorted((one["seconds"] for one in longest), reverse=True)
