@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -229,7 +230,7 @@ def environment(folder: Path, rehearse: bool) -> dict[str, str]:
 
 def run_phase(phase: Phase, folder: Path, device: str) -> int:
     """The body of a phase's process."""
-    _end_with_the_parent()
+    _end_with_the_parent(folder)
     before = json.loads((folder / "before.json").read_text(encoding="utf-8"))
     run = Run(device, folder, folder / f"{phase.name}.json", before)
     try:
@@ -244,13 +245,14 @@ def run_phase(phase: Phase, folder: Path, device: str) -> int:
     return 0
 
 
-def _end_with_the_parent() -> None:
-    """A program that is killed cannot end its phase: the phase looks whether it is still there."""
+def _end_with_the_parent(folder: Path) -> None:
+    """A program that is killed can neither end its phase nor clear up: the phase looks whether it is still there."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
+        shutil.rmtree(folder, ignore_errors=True)
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -58,7 +58,13 @@ def start(folder: Path, phases: str, *arguments: str, endless: float = 1) -> sub
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PHASES": phases, "ENDLESS": str(endless), "PYTHONPATH": str(BENCHMARKS)},
+        env={
+            **os.environ,
+            "PHASES": phases,
+            "ENDLESS": str(endless),
+            "PYTHONPATH": str(BENCHMARKS),
+            "TMPDIR": str(folder),
+        },
     )
 
 
@@ -148,6 +154,7 @@ def test_a_program_that_is_stopped_leaves_what_was_finished(tmp_path, number, st
     assert "| one | ok |" in (tmp_path / "out" / "gpu.md").read_text()
     phase, child = map(int, (tmp_path / "endless").read_text().split())
     wait_for(lambda: not is_there(phase) and not is_there(child))
+    assert not list(tmp_path.glob("lit-dpo-gpu-*")), "the folder of weights"
 
 
 def test_early_phases_take_time_from_nobody(monkeypatch):
