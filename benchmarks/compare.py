@@ -19,6 +19,7 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,17 @@ from material import (
     Spec,
     made_conversations,
     matrix_peak,
+    place_model,
     read_pairs,
-    save_model,
     step_arithmetic,
     train_tokenizer,
 )
-from sides import flat_pairs, ready, start
+from sides import extras, flat_pairs, missing, ready, start
 
 GIB = 2.0**30
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="pairs: .json, .jsonl or .jsonl.gz")
     parser.add_argument("--made", help="instead of --data: mean tokens of prompt and answer, such as 600,300")
@@ -59,24 +60,46 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpoints on every side")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tolerance", type=float, help="of the losses; by default 1e-3, in 16 bits 5e-2")
-    return parser.parse_args()
+    parser.add_argument("--store", type=Path, help="a folder where made weights stay, for the next comparison")
+    return parser.parse_args(given)
 
 
 def main() -> None:
-    given = arguments()
+    found = compare(arguments())
+    if found["differs"]:
+        sys.exit(found["differs"])
+
+
+def compare(given: argparse.Namespace) -> dict[str, Any]:
+    """Train all sides; print and return what was measured, or why no speed is compared (`differs`)."""
     os.environ.update(OMP_NUM_THREADS=str(given.threads), TOKENIZERS_PARALLELISM="false")
+    dropped = {side: why for side in given.sides if (why := missing(side))}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"
-        spec = prepare(given, Path(folder))
-        results, memory = run(given.sides, spec, given.warmup + given.steps)
+        spec, about = prepare(given, Path(folder))
+        results, memory = run([side for side in given.sides if side not in dropped], spec, given, dropped)
+    for side, why in dropped.items():
+        print(f"{side} is left out: {why}")
     results = {side: reports[given.warmup :] for side, reports in results.items()}
     tolerance = given.tolerance or (1e-3 if spec.dtype == "float32" else 5e-2)
-    check(results, tolerance)
-    show(results, memory, given)
-    use(results, spec, given)
+    found = {"about": about, "dropped": dropped, "extras": {side: extras(side, spec.device) for side in results}}
+    found |= {"differs": None, "losses differ by": {}, "steps": steps_of(results), "memory": memory}
+    if given.sides[0] in dropped:
+        return found | {"differs": f"{given.sides[0]} failed: {dropped[given.sides[0]]}"}
+    found |= check(results, tolerance)
+    if not found["differs"]:
+        found |= show(results, memory, given)
+        use(results, spec, given, found)
+    return found
 
 
-def prepare(given: argparse.Namespace, folder: Path) -> Spec:
+def steps_of(results: dict[str, list[Any]]) -> dict[str, Any]:
+    """What each step took and computed, without its token ids."""
+    names = ("wall", "cpu", "loss", "tokens")
+    return {side: {name: [report[name] for report in reports] for name in names} for side, reports in results.items()}
+
+
+def prepare(given: argparse.Namespace, folder: Path) -> tuple[Spec, str]:
     """Model, tokenizer and pairs in a folder; the batches in the order in which every side sees them."""
     model, train = folder / "model", folder / "pairs.jsonl"
     wanted = given.batch_size * (given.warmup + given.steps + 1)
@@ -93,7 +116,8 @@ def prepare(given: argparse.Namespace, folder: Path) -> Spec:
     least = 128256 if given.shape in ("1B", "8B") else 8192
     vocabulary = given.vocabulary or max(len(AutoTokenizer.from_pretrained(model)), least)
     dtype = "float32" if given.device == "cpu" else "bfloat16"
-    parameters = save_model(model, given.shape, vocabulary, dtype, max(2048, given.max_length))
+    sizes = (given.shape, vocabulary, dtype, max(2048, given.max_length), given.device)
+    parameters = place_model(model, given.store, *sizes)
     spec = Spec(
         str(model),
         str(train),
@@ -108,14 +132,15 @@ def prepare(given: argparse.Namespace, folder: Path) -> Spec:
         threads=given.threads,
     )
     spec.batches = batches(spec, given.warmup + given.steps)
-    describe(spec, given, parameters, vocabulary)
-    return spec
+    about = describe(spec, given, parameters, vocabulary)
+    print(about, flush=True)
+    return spec, about
 
 
-def describe(spec: Spec, given: argparse.Namespace, parameters: int, vocabulary: int) -> None:
+def describe(spec: Spec, given: argparse.Namespace, parameters: int, vocabulary: int) -> str:
     used = [pair for batch in spec.batches for pair in batch]
     prompt, total = sum(len(p) for p, _, _ in used), sum(len(p) + len(c) + len(r) for p, c, r in used)
-    print(
+    return (
         f"{given.data.name if given.data else given.made}: {total / len(used):.0f} tokens a pair, prompt "
         f"{prompt / total:.0%}, {spec.order}; {given.shape} Llama, {parameters / 1e6:.1f}M parameters, vocabulary "
         f"{vocabulary}, {spec.dtype}, quantization {spec.quantization}, LoRA r={spec.r} on {', '.join(spec.targets)}; "
@@ -141,62 +166,99 @@ def batches(spec: Spec, steps: int) -> list[list[list[list[int]]]]:
     return found[:steps]
 
 
-def run(sides: list[str], spec: Spec, steps: int) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """Train all sides, one step of each in turn; their reports of each step, and their memory."""
-    context = multiprocessing.get_context("spawn")
-    pipes, results, memory = {}, {side: [] for side in sides}, {}
+def run(
+    sides: list[str], spec: Spec, given: argparse.Namespace, dropped: dict[str, str]
+) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """Train all sides, one step of each in turn; their reports of each step, and their memory.
+
+    They load at the same time, and measure when all have loaded. One that fails goes to `dropped`, with its error.
+    """
+    context, steps = multiprocessing.get_context("spawn"), given.warmup + given.steps
+    pipes, processes, results, memory = {}, [], {side: [] for side in sides}, {}
     for side in sides:
         pipes[side], theirs = context.Pipe()
-        context.Process(target=start, args=(side, spec, steps + 1, theirs), daemon=True).start()
+        processes.append(context.Process(target=start, args=(side, spec, steps + 1, theirs), daemon=True))
+        processes[-1].start()
         theirs.close()
-        pipes[side].recv()  # loaded and waiting: the next one may load
+
+    def answer(side: str, go: bool) -> dict[str, Any] | None:
+        try:
+            if go:
+                pipes[side].send(True)
+            said = pipes[side].recv()
+        except (EOFError, OSError):
+            said = {"error": "its process ended"}
+        if "error" not in said:
+            return said
+        dropped[side] = said["error"]
+        del pipes[side], results[side]
+        return None
+
+    for side in sides:
+        answer(side, go=False)
     for step in range(steps):
         for side in sides if step % 2 == 0 else sides[::-1]:
-            pipes[side].send(True)
-            answer = pipes[side].recv()
-            results[side].append(answer["report"])
-            memory[side] = answer["memory"]
+            if side in pipes and (said := answer(side, go=True)):
+                results[side].append(said["report"])
+                memory[side] = said["memory"]
     for pipe in pipes.values():
         pipe.send(False)
+    for process in processes:  # what is measured next must not meet them
+        process.join(60)
     return results, memory
 
 
-def check(results: dict[str, list[Any]], tolerance: float) -> None:
-    """Stop unless all sides had the same token ids and computed the same losses."""
+def check(results: dict[str, list[Any]], tolerance: float) -> dict[str, Any]:
+    """All sides had the same token ids and computed the same losses, or why there is nothing to compare."""
     first, *others = results
+    furthest = {}
     for other in others:
         for step, (one, two) in enumerate(zip(results[first], results[other], strict=True)):
             if one["pairs"] != two["pairs"]:
-                sys.exit(f"step {step}: {first} and {other} were given different token ids")
-        furthest = max(abs(a["loss"] - b["loss"]) for a, b in zip(results[first], results[other], strict=True))
-        print(f"losses of {first} and {other} differ by at most {furthest:.1e} (same token ids)")
-        if not furthest <= tolerance:
-            sys.exit(f"that is more than {tolerance}: no speed is compared")
+                return {"differs": f"step {step}: {first} and {other} were given different token ids"}
+        furthest[other] = max(abs(a["loss"] - b["loss"]) for a, b in zip(results[first], results[other], strict=True))
+        print(f"losses of {first} and {other} differ by at most {furthest[other]:.1e} (same token ids)")
+    apart = [f"{first} and {other} by {far:.1e}" for other, far in furthest.items() if not far <= tolerance]
+    why = f"losses of {', '.join(apart)} differ by more than {tolerance}: no speed is compared" if apart else None
+    return {"losses differ by": furthest, "differs": why}
 
 
-def show(results: dict[str, list[Any]], memory: dict[str, Any], given: argparse.Namespace) -> None:
+def show(results: dict[str, list[Any]], memory: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
     """A line per side: medians, and ratios to the first side, step by step."""
-    clock = "cpu" if given.device == "cpu" else "wall"
-    size, first = given.batch_size, given.sides[0]
+    clock, first = "cpu" if given.device == "cpu" else "wall", given.sides[0]
+    sides, ratios = {}, {}
     print(f"{'':20} pairs/{clock}-s   cpu s/step  wall s/step  tokens/pair  peak GiB  of it training")
     for side, reports in results.items():
-        middle = {name: statistics.median(report[name] for report in reports) for name in ("cpu", "wall")}
+        middle = {f"{name} s/step": statistics.median(report[name] for report in reports) for name in ("cpu", "wall")}
         total = sum(report[clock] for report in reports)
-        tokens = sum(report["tokens"] for report in reports) / len(reports) / size
-        peak, begun = memory[side]["peak"] / GIB, memory[side]["start"] / GIB
-        speed = f"{side:20} {len(reports) * size / total:11.2f} {middle['cpu']:12.3f} {middle['wall']:12.3f}"
-        print(f"{speed} {tokens:12.0f} {peak:9.2f} {peak - begun:15.2f}")
+        sides[side] = {
+            "pairs/s": len(reports) * given.batch_size / total,
+            **middle,
+            "tokens/pair": sum(report["tokens"] for report in reports) / len(reports) / given.batch_size,
+            "peak GiB": memory[side]["peak"] / GIB,
+            "of it training": (memory[side]["peak"] - memory[side]["start"]) / GIB,
+            "loading GiB": memory[side].get("loading", 0) / GIB,
+        }
+        speed, cpu, wall, tokens, peak, training, _ = sides[side].values()
+        print(f"{side:20} {speed:11.2f} {cpu:12.3f} {wall:12.3f} {tokens:12.0f} {peak:9.2f} {training:15.2f}")
     for side, reports in list(results.items())[1:]:
-        ratios = sorted(b[clock] / a[clock] for a, b in zip(results[first], reports, strict=True))
-        total = sum(b[clock] for b in reports) / sum(a[clock] for a in results[first])
+        steps = sorted(b[clock] / a[clock] for a, b in zip(results[first], reports, strict=True))
+        ratios[side] = {
+            "time": statistics.median(steps),
+            "time, least": steps[0],
+            "time, most": steps[-1],
+            "time, of sums": sum(b[clock] for b in reports) / sum(a[clock] for a in results[first]),
+            "peak memory": memory[side]["peak"] / memory[first]["peak"],
+        }
+        middle, least, most, total, peak = ratios[side].values()
         print(
-            f"{side} / {first}: {clock} time, median of steps {statistics.median(ratios):.2f} "
-            f"(from {ratios[0]:.2f} to {ratios[-1]:.2f}), of sums {total:.2f}; "
-            f"peak memory {memory[side]['peak'] / memory[first]['peak']:.2f}"
+            f"{side} / {first}: {clock} time, median of steps {middle:.2f} (from {least:.2f} to {most:.2f}), "
+            f"of sums {total:.2f}; peak memory {peak:.2f}"
         )
+    return {"sides": sides, f"over {first}": ratios}
 
 
-def use(results: dict[str, list[Any]], spec: Spec, given: argparse.Namespace) -> None:
+def use(results: dict[str, list[Any]], spec: Spec, given: argparse.Namespace, found: dict[str, Any]) -> None:
     """Model FLOP utilisation: the arithmetic that the steps need, over their time, beside a matrix product."""
     import torch
 
@@ -204,9 +266,11 @@ def use(results: dict[str, list[Any]], spec: Spec, given: argparse.Namespace) ->
     peak = matrix_peak(spec.device, spec.dtype)
     needed = sum(step_arithmetic(given.shape, spec.vocabulary, pairs) for pairs in spec.batches[given.warmup :])
     clock = "cpu" if spec.device == "cpu" else "wall"
+    found |= {"matrix product FLOP/s": peak, "needed FLOP/step": needed / given.steps}
     print(f"a matrix product reaches {peak / 1e12:.3g} TFLOP/s in {spec.dtype}; of it use, counting what a step needs:")
     for side, reports in results.items():
         rate = needed / sum(report[clock] for report in reports)
+        found["sides"][side] |= {"FLOP/s": rate, "of a matrix product": rate / peak}
         print(f"{side:20} {rate / 1e12:8.3g} TFLOP/s, {rate / peak:.0%}")
 
 

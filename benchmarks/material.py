@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 # Shapes of well-known models, with random weights: nothing is downloaded.
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
     "5M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8},
     "30M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
-KEY_HEADS = {"5M": 4, "30M": 4, "1B": 8, "8B": 8}
+KEY_HEADS = {"tiny": 2, "5M": 4, "30M": 4, "1B": 8, "8B": 8}
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -135,12 +141,15 @@ def _texts(pairs: list[dict[str, Any]]) -> Iterator[str]:
             yield from (message["content"] for message in pair[side])
 
 
-def save_model(at: Path | str, shape: str, vocabulary: int, dtype: str, positions: int) -> int:
-    """A Llama of that shape with random weights; its number of parameters."""
+def save_model(at: Path | str, shape: str, vocabulary: int, dtype: str, positions: int, device: str = "cpu") -> int:
+    """A Llama of that shape with random weights; its number of parameters.
+
+    Weights are made on the device, which takes no time on a GPU, and written one tensor after another.
+    """
     import torch
+    from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
     config = LlamaConfig(
         **SHAPES[shape],
         num_key_value_heads=KEY_HEADS[shape],
@@ -150,15 +159,39 @@ def save_model(at: Path | str, shape: str, vocabulary: int, dtype: str, position
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        dtype=dtype,
+        architectures=["LlamaForCausalLM"],
     )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, dtype))
-    try:
-        model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    model.save_pretrained(at)
-    return model.num_parameters()
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(config)
+    random = torch.Generator(device).manual_seed(0)
+    weights = {}
+    for name, parameter in skeleton.named_parameters():  # one that is tied is named once
+        weight = torch.ones(parameter.shape, dtype=getattr(torch, dtype), device=device)
+        weights[name] = weight if weight.ndim == 1 else weight.normal_(std=0.02, generator=random)
+    config.save_pretrained(at)
+    save_file(weights, Path(at) / "model.safetensors", {"format": "pt"})
+    parameters = sum(weight.numel() for weight in weights.values())
+    del weights, weight
+    if device == "cuda":  # room for the processes that train
+        torch.cuda.empty_cache()
+    return parameters
+
+
+def place_model(at: Path, store: Path | None, *model: Any) -> int:
+    """`save_model(at, *model)`; with a store, of links to what is made there once."""
+    if store is None:
+        return save_model(at, *model)
+    made = store / "-".join(map(str, model))
+    if not made.is_dir():
+        unfinished = Path(tempfile.mkdtemp(dir=store))
+        save_model(unfinished, *model)
+        unfinished.rename(made)
+    at.mkdir(exist_ok=True)
+    for file in made.iterdir():
+        (at / file.name).symlink_to(file)
+    with safe_open(made / "model.safetensors", "pt") as weights:
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
 
 
 def step_arithmetic(shape: str, vocabulary: int, pairs: list[list[list[int]]]) -> float:
@@ -166,7 +199,8 @@ def step_arithmetic(shape: str, vocabulary: int, pairs: list[list[list[int]]]) -
 
     Every token of the flat row passes every layer three times (the reference's forward, the policy's forward, the
     gradient of its activations), every completion token passes the head three times, and attention's backward pass
-    costs twice its forward pass. Adapters, norms and activation checkpoints are left out.
+    costs twice its forward pass: `6 · weights · tokens + 6 · hidden · vocabulary · scored + 16 · hidden · layers ·
+    seen`. Adapters, norms and activation checkpoints are left out.
     """
     sizes, heads = SHAPES[shape], KEY_HEADS[shape]
     hidden, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
@@ -180,18 +214,32 @@ def step_arithmetic(shape: str, vocabulary: int, pairs: list[list[list[int]]]) -
 
 
 def matrix_peak(device: str, dtype: str) -> float:
-    """Floating point operations a second of a large square matrix product, the best of ten."""
-    import time
-
+    """Floating point operations a second of a large square matrix product: the best of five times ten in a row."""
     import torch
 
-    size = 8192 if device == "cuda" else 1024
+    size, times = (8192, 10) if device == "cuda" else (1024, 2)
     one, two = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    return times * 2.0 * size**3 / best_seconds(lambda: [one @ two for _ in range(times)], device)
+
+
+def copy_rate(device: str) -> float:
+    """Bytes a second that a copy within the device's memory moves, those read and those written."""
+    import torch
+
+    size, times = (2**32, 10) if device == "cuda" else (2**26, 2)
+    one, two = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return times * 2.0 * size / best_seconds(lambda: [two.copy_(one) for _ in range(times)], device)
+
+
+def best_seconds(run: Callable[[], Any], device: str, repeats: int = 5) -> float:
+    """Least wall seconds of a function, after a call that warms up, until the device has done what it was told."""
+    import torch
+
     best = float("inf")
-    for _ in range(10):
+    for _ in range(repeats + 1):
         begun = time.perf_counter()
-        one @ two
+        run()
         if device == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - begun)
-    return 2.0 * size**3 / best
+    return best

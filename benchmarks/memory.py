@@ -10,11 +10,14 @@ that are there before it. On a GPU: `torch.cuda.max_memory_allocated`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import itertools
 import math
 import tempfile
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -105,20 +108,31 @@ def lengths(batch: PairBatch) -> np.ndarray[Any, Any]:
     return torch.stack([batch.prompt_lengths, batch.chosen_lengths, batch.rejected_lengths], dim=1).numpy()
 
 
-def peak(module: Any, rows: list[PairBatch]) -> int:
-    """Bytes, in the second step, when the optimizer has its state, and with the gradients of an accumulation."""
+def peak(
+    module: Any, rows: list[PairBatch], context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+) -> int:
+    """Bytes, in the second step, when the optimizer has its state, and with the gradients of an accumulation.
+
+    Args:
+        module: on the device.
+        rows: a batch, or its parts, there too.
+        context: what the forward pass runs in, such as autocast.
+    """
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
 
     def step() -> None:
-        if len(rows) == 1:
-            module.compute_loss(module.pair_logps(rows[0])).sum().backward()
-        else:
-            module.row_by_row(rows)[0].backward()
+        with context():
+            if len(rows) == 1:
+                total = module.compute_loss(module.pair_logps(rows[0])).sum()
+            else:
+                total = module.row_by_row(rows)[0]
+        total.backward()
 
     step()
     optimizer.step()
-    if torch.cuda.is_available():
+    if module.device.type == "cuda":
+        gc.collect()
         torch.cuda.reset_peak_memory_stats()
         step()
         found = torch.cuda.max_memory_allocated()

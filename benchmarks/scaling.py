@@ -74,10 +74,12 @@ class Bench:
 
     def _module(self, shape: str, vocabulary: int) -> tuple[DPOModule, torch.optim.Optimizer]:
         with tempfile.TemporaryDirectory() as folder:
-            save_model(folder, shape, vocabulary, "float32" if self.device == "cpu" else "bfloat16", 4096)
+            dtype = "float32" if self.device == "cpu" else "bfloat16"
+            save_model(folder, shape, vocabulary, dtype, 4096, self.device)
             targets = ["q_proj", "v_proj"]
             module = DPOModule(QLoRAPolicy(folder, quantization=self.quantization, target_modules=targets))
             module.model = module.policy.load(self.device)
+            module.to(self.device)  # which the length of a row depends on
         from lit_dpo.logps.score import choose_layout
 
         choose_layout(module.model)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import time
+import traceback
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,9 +20,9 @@ class Gate:
         self.connection, self.device = connection, device
         self.cpu = self.wall = 0.0
         self.loss: Any = None
-        self.pairs: Any = None
+        self.pairs: Callable[[], Any] | None = None  # called when the clocks have been read
         self.tokens = 0
-        self.resident = _resident()
+        self.loading, self.resident = 0.0, _resident()
 
     def wait(self) -> None:
         if self.device == "cuda":
@@ -30,7 +32,9 @@ class Gate:
         cpu, wall = time.process_time() - self.cpu, time.perf_counter() - self.wall
         report = None
         if self.pairs is not None:
-            report = {"cpu": cpu, "wall": wall, "loss": float(self.loss), "pairs": self.pairs, "tokens": self.tokens}
+            report = {"cpu": cpu, "wall": wall, "loss": float(self.loss), "pairs": self.pairs(), "tokens": self.tokens}
+        else:
+            self.begin()
         self.connection.send({"report": report, "memory": self.memory()})
         try:
             go = self.connection.recv()
@@ -38,17 +42,37 @@ class Gate:
             go = False
         if not go:
             os._exit(0)
-        if report is None:
-            self.resident = _resident()
         self.cpu, self.wall = time.process_time(), time.perf_counter()
 
-    def memory(self) -> dict[str, float]:
-        """Bytes: the peak, and how much of it came after the start of training."""
+    def begin(self) -> None:
+        """Loading is over: what it took is not the training's."""
+        self.resident = _resident()
         if self.device == "cuda":
             import torch
 
-            return {"peak": float(torch.cuda.max_memory_allocated()), "start": 0.0}
+            self.loading, self.resident = float(torch.cuda.max_memory_allocated()), float(torch.cuda.memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+
+    def memory(self) -> dict[str, float]:
+        """Bytes: the peak, what was there when training began, and on a GPU, apart, the peak until then."""
+        if self.device == "cuda":
+            import torch
+
+            peak = float(torch.cuda.max_memory_allocated())
+            return {"peak": peak, "start": self.resident, "loading": self.loading}
         return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0, "start": self.resident}
+
+
+def missing(side: str) -> str | None:
+    """Why a side cannot be had here, or None."""
+    return "trl is not installed" if side.startswith("trl") and not find_spec("trl") else None
+
+
+def extras(side: str, device: str) -> dict[str, bool]:
+    """What makes a side faster, and whether it is there: kernels for a GPU."""
+    if side != "trl-best" or device != "cuda":
+        return {}
+    return {"flash attention": bool(find_spec("flash_attn")), "Liger": bool(find_spec("liger_kernel"))}
 
 
 def _resident() -> float:
@@ -65,7 +89,13 @@ def start(side: str, spec: Spec, steps: int, connection: Any) -> None:
     gate = Gate(connection, spec.device)
     spec.best |= side == "trl-best"
     spec.checkpointing |= side in ("trl", "lit_dpo-checkpoints")  # TRL's default
-    (_trl if side.startswith("trl") else _lit_dpo)(spec, steps, gate)
+    try:
+        (_trl if side.startswith("trl") else _lit_dpo)(spec, steps, gate)
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(
+            {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
+        )
 
 
 def same_start(model: Any) -> None:
@@ -102,7 +132,7 @@ def _lit_dpo(spec: Spec, steps: int, gate: Gate) -> None:
     class Steps(pl.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             gate.wait()
-            gate.pairs, gate.tokens = flat_pairs(batch), batch.input_ids.numel()
+            gate.pairs, gate.tokens = (lambda: flat_pairs(batch)), batch.input_ids.numel()
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             gate.loss = outputs["loss"]
@@ -170,13 +200,11 @@ def _trl(spec: Spec, steps: int, gate: Gate) -> None:
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
             gate.loss = loss.detach()
-            gate.pairs, gate.tokens = inputs, inputs["input_ids"].numel()
+            gate.pairs, gate.tokens = (lambda: _padded_pairs(inputs)), inputs["input_ids"].numel()
             return loss
 
     class Steps(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            if gate.pairs is not None:
-                gate.pairs = _padded_pairs(gate.pairs)
             gate.wait()
 
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -191,7 +219,8 @@ def _trl(spec: Spec, steps: int, gate: Gate) -> None:
         )
     on_gpu = spec.device == "cuda"
     loading: dict[str, Any] = {"dtype": spec.dtype, **({"device_map": {"": 0}} if on_gpu else {})}
-    if spec.best and on_gpu and find_spec("flash_attn"):
+    kernels = extras("trl-best" if spec.best else "trl", spec.device)
+    if kernels.get("flash attention"):
         loading["attn_implementation"] = "flash_attention_2"
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
@@ -208,7 +237,7 @@ def _trl(spec: Spec, steps: int, gate: Gate) -> None:
             gradient_checkpointing=spec.checkpointing,
             train_sampling_strategy="sequential",
             model_init_kwargs=loading,
-            use_liger_kernel=bool(spec.best and on_gpu and find_spec("liger_kernel")),
+            use_liger_kernel=kernels.get("Liger", False),
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
