@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_dpo import adapter_checks as adapters
 from lit_dpo import hub
 from lit_dpo import policy_checks as checks
+from lit_dpo.devices import has_bf16
 from lit_dpo.errors import PolicyError, first_line
 from lit_dpo.fingerprints import sampled_digest, whole_digest
 
@@ -44,7 +45,8 @@ class QLoRAPolicy:
             `organisation/name@revision` of the hub; its own rank, scale and layers then hold.
         adapter_base: `same` refuses adapters, a reference's too, that were trained on another base; `any` takes them.
         dtype: of everything that is not quantised, and of computation; `auto` is float32 on a CPU (bfloat16 products
-            are tens of times slower there) and bfloat16 on a GPU. Adapters and log-probs are float32 in any case.
+            are tens of times slower there), on a GPU bfloat16, and float16 where that is emulated (compute capability
+            below 8.0). Adapters and log-probs are float32 in any case.
         gradient_checkpointing: recompute each layer in the backward pass, for memory.
         attention: `auto` (the flat row where a start-up probe finds it exact, else padded rows), `pairs` (the flat row
             or an error), or a transformers implementation such as `sdpa`, `eager`, `flash_attention_2` (padded rows).
@@ -119,7 +121,7 @@ class QLoRAPolicy:
 
         Args:
             device: where the weights go as they are read.
-            dtype: what `auto` means here; by default float32 on a CPU and bfloat16 elsewhere.
+            dtype: what `auto` means here, instead of the device's own.
 
         Returns:
             A `peft.PeftModel`; only its adapters, float32, require gradients.
@@ -258,7 +260,9 @@ class QLoRAPolicy:
             found = getattr(torch, self.dtype)
             assert isinstance(found, torch.dtype)
             return found
-        return auto or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        if auto is not None or device.type == "cpu":
+            return auto or torch.float32
+        return torch.float16 if device.type == "cuda" and not has_bf16(device) else torch.bfloat16
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint of adapters must be put back onto: the base's content (not its place) and quantisation.
