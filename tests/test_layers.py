@@ -19,6 +19,7 @@ LAYERS = {
     "lit_dpo.errors": 0,
     "lit_dpo.devices": 0,
     "lit_dpo.fingerprints": 0,
+    "lit_dpo.kernels": 0,
     "lit_dpo.hub": 0,
     "lit_dpo.writing": 0,
     "lit_dpo.settings": 0,

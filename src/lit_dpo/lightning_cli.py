@@ -203,6 +203,9 @@ def _hush() -> None:
     # a kernel for inference, from a hub; on some CPUs it is asked for at import
     kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
     kernels.addFilter(lambda record: "gemm_4bit_forward" not in record.getMessage())
+    # of Liger: implementations for other machines than this one
+    backends = logging.getLogger("liger_kernel.backends.registry")
+    backends.addFilter(lambda record: "could not be imported" not in record.getMessage())
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # what is left is logged

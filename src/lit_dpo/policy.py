@@ -16,6 +16,7 @@ from lit_dpo import policy_checks as checks
 from lit_dpo.devices import has_bf16
 from lit_dpo.errors import PolicyError, first_line
 from lit_dpo.fingerprints import sampled_digest, whole_digest
+from lit_dpo.kernels import use_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,9 @@ class QLoRAPolicy:
         gradient_checkpointing: recompute each layer in the backward pass, for memory.
         attention: `auto` (the flat row where a start-up probe finds it exact, else padded rows), `pairs` (the flat row
             or an error), or a transformers implementation such as `sdpa`, `eager`, `flash_attention_2` (padded rows).
+        kernels: `auto` takes Liger's kernels for norms, rotary positions and MLPs on a CUDA device, where they are
+            installed (the extra `kernels`), know the architecture and a start-up probe finds them exact; elsewhere it
+            does nothing. `none` leaves them out.
         trust_remote_code: run code that comes with the model.
 
     Raises:
@@ -73,6 +77,7 @@ class QLoRAPolicy:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     gradient_checkpointing: bool = False
     attention: str = "auto"
+    kernels: Literal["auto", "none"] = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -81,6 +86,7 @@ class QLoRAPolicy:
             ("quantization", ("nf4", "int8", "none")),
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
             ("adapter_base", ("same", "any")),
+            ("kernels", ("auto", "none")),
         ):
             if getattr(self, name) not in allowed:
                 raise PolicyError(f"Expected `{name}` among {', '.join(allowed)} but got {getattr(self, name)!r}.")
@@ -158,6 +164,8 @@ class QLoRAPolicy:
         from peft import LoraConfig, get_peft_model
 
         base = self._load_base(device, dtype)
+        if self.kernels == "auto":
+            use_kernels(base)
         if self.adapter_path is not None:
             model = self._load_adapter(base, trainable=True)
         else:
