@@ -21,6 +21,15 @@ def has_bf16(device: torch.device | int) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What a policy computes in there where nobody chose it."""
+    import torch
+
+    if device.type == "cpu":
+        return torch.float32
+    return torch.float16 if device.type == "cuda" and not has_bf16(device) else torch.bfloat16
+
+
 def default_precision(accelerator: str = "auto", strategy: str = "auto") -> str | None:
     """The precision of a trainer for which nobody chose one: `bf16-mixed` on a GPU with bfloat16, `16-mixed` on others.
 

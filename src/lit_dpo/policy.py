@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from lit_dpo import adapter_checks as adapters
 from lit_dpo import hub
 from lit_dpo import policy_checks as checks
-from lit_dpo.devices import has_bf16
+from lit_dpo.devices import default_dtype
 from lit_dpo.errors import PolicyError, first_line
 from lit_dpo.fingerprints import sampled_digest, whole_digest
 from lit_dpo.kernels import use_kernels
@@ -45,15 +45,13 @@ class QLoRAPolicy:
         adapter_path: a trained LoRA adapter to continue: a PEFT directory, or `organisation/name` or
             `organisation/name@revision` of the hub; its own rank, scale and layers then hold.
         adapter_base: `same` refuses adapters, a reference's too, that were trained on another base; `any` takes them.
-        dtype: of everything that is not quantised, and of computation; `auto` is float32 on a CPU (bfloat16 products
-            are tens of times slower there), on a GPU bfloat16, and float16 where that is emulated (compute capability
-            below 8.0). Adapters and log-probs are float32 in any case.
+        dtype: of everything that is not quantised, and of computation; `auto` is float32 on a CPU (bfloat16 is tens of
+            times slower there), on a GPU bfloat16, on an old one float16. Adapters and log-probs are float32 always.
         gradient_checkpointing: recompute each layer in the backward pass, for memory.
         attention: `auto` (the flat row where a start-up probe finds it exact, else padded rows), `pairs` (the flat row
             or an error), or a transformers implementation such as `sdpa`, `eager`, `flash_attention_2` (padded rows).
-        kernels: `auto` takes Liger's kernels for norms, rotary positions and MLPs on a CUDA device, where they are
-            installed (the extra `kernels`), know the architecture and a start-up probe finds them exact; elsewhere it
-            does nothing. `none` leaves them out.
+        kernels: `auto` takes Liger's on a CUDA device, where they are installed (the extra `kernels`), know the
+            architecture and a start-up probe finds them exact; elsewhere it does nothing. `none` leaves them out.
         trust_remote_code: run code that comes with the model.
 
     Raises:
@@ -82,13 +80,9 @@ class QLoRAPolicy:
 
     def __post_init__(self) -> None:
         """Check the fields against each other."""
-        for name, allowed in (
-            ("quantization", ("nf4", "int8", "none")),
-            ("dtype", ("auto", "float32", "bfloat16", "float16")),
-            ("adapter_base", ("same", "any")),
-            ("kernels", ("auto", "none")),
-        ):
-            if getattr(self, name) not in allowed:
+        types = get_type_hints(QLoRAPolicy)
+        for name in ("quantization", "dtype", "adapter_base", "kernels"):
+            if getattr(self, name) not in (allowed := get_args(types[name])):
                 raise PolicyError(f"Expected `{name}` among {', '.join(allowed)} but got {getattr(self, name)!r}.")
         if self.quantization != "nf4" and not self.double_quantization:
             raise PolicyError(
@@ -264,13 +258,9 @@ class QLoRAPolicy:
         """The dtype of computation on `device`."""
         import torch
 
-        if self.dtype != "auto":
-            found = getattr(torch, self.dtype)
-            assert isinstance(found, torch.dtype)
-            return found
-        if auto is not None or device.type == "cpu":
-            return auto or torch.float32
-        return torch.float16 if device.type == "cuda" and not has_bf16(device) else torch.bfloat16
+        found = (auto or default_dtype(device)) if self.dtype == "auto" else getattr(torch, self.dtype)
+        assert isinstance(found, torch.dtype)
+        return found
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint of adapters must be put back onto: the base's content (not its place) and quantisation.
