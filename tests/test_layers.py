@@ -17,7 +17,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up; the longest name that fits decides. Files of one layer may import each other.
 LAYERS = {
     "lit_dpo.errors": 0,
+    "lit_dpo.devices": 0,
     "lit_dpo.fingerprints": 0,
+    "lit_dpo.kernels": 0,
     "lit_dpo.hub": 0,
     "lit_dpo.writing": 0,
     "lit_dpo.settings": 0,

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_dpo.callbacks.export import run_directory
 from lit_dpo.callbacks.last import LastCheckpoint
 from lit_dpo.data.datamodule import PreferenceDataModule
+from lit_dpo.devices import default_precision
 from lit_dpo.errors import LitDPOError, ResumeError, TrainingError
 from lit_dpo.module import DPOModule
 from lit_dpo.parser import Parser, refuse
@@ -98,6 +99,7 @@ class LitDPOCLI(LightningCLI):
         """Defaults: our module and data, and run directories with versions."""
         assert isinstance(parser, Parser)
         parser.is_command = True
+        parser.defaults_below = _precision
         parser.set_defaults(
             {
                 "model": {"class_path": "lit_dpo.module.DPOModule"},
@@ -181,6 +183,18 @@ class LitDPOCLI(LightningCLI):
         return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
 
 
+def _precision(typed: Any) -> dict[str, Any]:
+    """The trainer's precision where nobody chose one, and the line that says so; `null` is Lightning's 32-true."""
+    trainer = typed.get("trainer") or {}
+    if "precision" in trainer or trainer.get("plugins"):  # one of these may be a precision
+        return {}
+    chosen = default_precision(*(str(trainer.get(name, "auto")) for name in ("accelerator", "strategy")))
+    if chosen is None:
+        return {}
+    rank_zero_info(f"precision {chosen}, by the GPU: `--trainer.precision` chooses another one")
+    return {"trainer.precision": chosen}
+
+
 def _root(trainer: Any) -> Path:
     """Where the runs of a configuration are."""
     logger = trainer.get("logger")
@@ -204,9 +218,14 @@ def _hush() -> None:
     """Leave out what a user can do nothing about, so that what matters is seen."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
+        # of TF32, whether or not a product is float32; `lit_dpo.devices.remark` says it where one is
+        logging.getLogger(name).addFilter(lambda record: "that has Tensor Cores" not in record.getMessage())
     # a kernel for inference, from a hub; on some CPUs it is asked for at import
     kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
     kernels.addFilter(lambda record: "gemm_4bit_forward" not in record.getMessage())
+    # of Liger: implementations for other machines than this one
+    backends = logging.getLogger("liger_kernel.backends.registry")
+    backends.addFilter(lambda record: "could not be imported" not in record.getMessage())
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # what is left is logged

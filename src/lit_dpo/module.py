@@ -23,6 +23,7 @@ from lit_dpo.callbacks.resume import ExactResume
 from lit_dpo.callbacks.steps import OptimizerSteps
 from lit_dpo.checkpoint import Standing
 from lit_dpo.data.batch import PairBatch
+from lit_dpo.devices import remark
 from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.records import PairLogps, SequenceLogps
 from lit_dpo.logps.score import choose_layout, pair_logps, pair_logps_with_kl
@@ -114,6 +115,8 @@ class DPOModule(RowModule):
         precision = str(self.trainer.precision) if self._trainer is not None else ""
         half = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "16-mixed": torch.float16}
         self.model = self.policy.load(device, half.get(precision))
+        if line := remark(device, precision, self.policy.torch_dtype(device, half.get(precision))):
+            rank_zero_info(line)
         self.reference.attach(self.model, self.policy)
         layout = choose_layout(self.model, self.policy.attention)
         trained, total = self.model.get_nb_trainable_parameters()

@@ -15,7 +15,7 @@ import functools
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -39,6 +39,9 @@ class Parser(LightningArgumentParser):
     is_command = False
     """True for the parser of a whole command, such as `fit`; the others parse the arguments of one class."""
 
+    defaults_below: Callable[[Namespace], Mapping[str, Any]] | None = None
+    """More defaults of a command, by name; it is given what was typed, without any default."""
+
     def parse_args(  # type: ignore[override]
         self,
         args: Sequence[str] | None = None,
@@ -55,6 +58,8 @@ class Parser(LightningArgumentParser):
             typed = super().parse_args(args, namespace, env, False, **kwargs)
         for line in said:
             rank_zero_info(line)
+        if self.defaults_below is not None:
+            self.set_defaults(dict(self.defaults_below(typed)))
         with _on_another_class(_drop_all):
             return super().parse_args([], typed, False, True, **kwargs)
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from lit_dpo import adapter_checks as adapters
 from lit_dpo import hub
 from lit_dpo import policy_checks as checks
+from lit_dpo.devices import default_dtype
 from lit_dpo.errors import PolicyError, first_line
 from lit_dpo.fingerprints import sampled_digest, whole_digest
 from lit_dpo.heap import returned_at_once
+from lit_dpo.kernels import use_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +46,13 @@ class QLoRAPolicy:
         adapter_path: a trained LoRA adapter to continue: a PEFT directory, or `organisation/name` or
             `organisation/name@revision` of the hub; its own rank, scale and layers then hold.
         adapter_base: `same` refuses adapters, a reference's too, that were trained on another base; `any` takes them.
-        dtype: of everything that is not quantised, and of computation; `auto` is float32 on a CPU (bfloat16 products
-            are tens of times slower there) and bfloat16 on a GPU. Adapters and log-probs are float32 in any case.
+        dtype: of everything that is not quantised, and of computation; `auto` is float32 on a CPU (bfloat16 is tens of
+            times slower there), on a GPU bfloat16, on an old one float16. Adapters and log-probs are float32 always.
         gradient_checkpointing: recompute each layer in the backward pass, for memory.
         attention: `auto` (the flat row where a start-up probe finds it exact, else padded rows), `pairs` (the flat row
             or an error), or a transformers implementation such as `sdpa`, `eager`, `flash_attention_2` (padded rows).
+        kernels: `auto` takes Liger's on a CUDA device, where they are installed (the extra `kernels`), know the
+            architecture and a start-up probe finds them exact; elsewhere it does nothing. `none` leaves them out.
         trust_remote_code: run code that comes with the model.
 
     Raises:
@@ -72,16 +76,14 @@ class QLoRAPolicy:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     gradient_checkpointing: bool = False
     attention: str = "auto"
+    kernels: Literal["auto", "none"] = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields against each other."""
-        for name, allowed in (
-            ("quantization", ("nf4", "int8", "none")),
-            ("dtype", ("auto", "float32", "bfloat16", "float16")),
-            ("adapter_base", ("same", "any")),
-        ):
-            if getattr(self, name) not in allowed:
+        types = get_type_hints(QLoRAPolicy)
+        for name in ("quantization", "dtype", "adapter_base", "kernels"):
+            if getattr(self, name) not in (allowed := get_args(types[name])):
                 raise PolicyError(f"Expected `{name}` among {', '.join(allowed)} but got {getattr(self, name)!r}.")
         if self.quantization != "nf4" and not self.double_quantization:
             raise PolicyError(
@@ -124,7 +126,7 @@ class QLoRAPolicy:
 
         Args:
             device: where the weights go as they are read.
-            dtype: what `auto` means here; by default float32 on a CPU and bfloat16 elsewhere.
+            dtype: what `auto` means here, instead of the device's own.
 
         Returns:
             A `peft.PeftModel`; only its adapters, float32, require gradients.
@@ -161,6 +163,8 @@ class QLoRAPolicy:
         from peft import get_peft_model
 
         base = self._load_base(device, dtype)
+        if self.kernels == "auto":
+            use_kernels(base)
         if self.adapter_path is not None:
             model = self._load_adapter(base, trainable=True)
         else:
@@ -268,11 +272,9 @@ class QLoRAPolicy:
         """The dtype of computation on `device`."""
         import torch
 
-        if self.dtype != "auto":
-            found = getattr(torch, self.dtype)
-            assert isinstance(found, torch.dtype)
-            return found
-        return auto or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        found = (auto or default_dtype(device)) if self.dtype == "auto" else getattr(torch, self.dtype)
+        assert isinstance(found, torch.dtype)
+        return found
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint of adapters must be put back onto: the base's content (not its place) and quantisation.

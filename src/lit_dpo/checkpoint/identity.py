@@ -40,7 +40,7 @@ TRUST = "trust_remote_code"
 
 # Fields of the policy that do not change what is computed, beyond rounding, or that its identity says better.
 _MAY_CHANGE = (
-    *("gradient_checkpointing", "attention", TRUST),
+    *("gradient_checkpointing", "attention", "kernels", TRUST),
     *("model", "revision", "adapter_path", "adapter_base"),
 )
 

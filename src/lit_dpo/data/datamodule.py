@@ -54,7 +54,8 @@ class PreferenceDataModule(LightningDataModule):
             pairs. None: batches are counted in pairs.
         val_split: without `val`, this fraction of the training prompts is held out for validation, with all their
             pairs. 0: no validation.
-        num_workers: processes that collate batches; encoding is done by then, so 0 is rarely slow.
+        num_workers: processes that collate batches. Encoding is done by then, and collating takes some milliseconds,
+            about what a process takes to hand a batch over: 0 is rarely slow.
         seed: of the order of training pairs and of `val_split`.
         chat_template_kwargs: more arguments for the tokenizer's chat template.
 
@@ -141,7 +142,7 @@ class PreferenceDataModule(LightningDataModule):
         """Shuffled batches, from the position of the checkpoint if one is resumed."""
         table = self._table("train")
         sampler = self._sampler(table, self.batch_size, shuffle=not getattr(self.trainer, "overfit_batches", 0))
-        self._train_loader = PairLoader(PairDataset(table), sampler=sampler, **loader_options(self.num_workers))
+        self._train_loader = PairLoader(PairDataset(table), sampler=sampler, **self._loader_options())
         if self.trainer:
             self._train_loader.start = lambda: self._first_position(table)
         return self._train_loader
@@ -363,6 +364,11 @@ class PreferenceDataModule(LightningDataModule):
         assert batch_size is not None
         return PairSampler(table.lengths, batch_size, **order)
 
+    def _loader_options(self) -> dict[str, Any]:
+        """Pinned for the trainer's device, not for one that happens to be there: pinning opens a context on it."""
+        device = self.trainer.strategy.root_device.type if self.trainer else "cpu"
+        return loader_options(self.num_workers, pin_memory=device == "cuda")
+
     def _eval_loaders(self, split: str) -> Any:
         sets = self._sets(split)
         if sets == [split]:
@@ -372,7 +378,7 @@ class PreferenceDataModule(LightningDataModule):
     def _eval_loader(self, split: str) -> DataLoader[PairBatch]:
         table = self._table(split)
         sampler = self._sampler(table, self.eval_batch_size, shuffle=False)
-        return DataLoader(PairDataset(table), sampler=sampler, **loader_options(self.num_workers))
+        return DataLoader(PairDataset(table), sampler=sampler, **self._loader_options())
 
     # --- position --------------------------------------------------------------------------------------------------
 

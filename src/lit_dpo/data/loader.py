@@ -95,13 +95,18 @@ class PairLoader(DataLoader[PairBatch]):
         """Nothing: see `state_dict`."""
 
 
-def loader_options(num_workers: int) -> dict[str, Any]:
-    """What all loaders of pairs have in common."""
+def loader_options(num_workers: int, pin_memory: bool = False) -> dict[str, Any]:
+    """What all loaders of pairs have in common.
+
+    Args:
+        num_workers: processes that collate ahead.
+        pin_memory: lay batches out where a CUDA device can fetch them while the CPU goes on; of no use without one.
+    """
     return {
         "batch_size": None,
         # its own, or each new pass would draw from the global state, and a resumed run would draw at other times
         "generator": torch.Generator(),
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
-        "pin_memory": torch.cuda.is_available(),
+        "pin_memory": pin_memory,
     }

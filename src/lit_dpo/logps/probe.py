@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
+from lit_dpo.errors import first_line
+from lit_dpo.kernels import Kernels
 from lit_dpo.logps.attention import can_switch_attention
 from lit_dpo.logps.layouts import segments
 from lit_dpo.settings import rope_limit, settings
@@ -97,6 +99,45 @@ def blind_to(base: Any) -> str | None:
     if any(_SOFT_CAPS.search(one.name) and one.value for one in settings(base.config.get_text_config())):
         return "soft-cap"
     return "attention sinks" if any(_SINKS.search(name) for name, _ in base.named_parameters()) else None
+
+
+def why_no_kernels(
+    base: Any, kernels: Kernels, score: Callable[[], Tensor], truth: Tensor, tolerance: float
+) -> str | None:
+    """None if kernels give the truth and the gradients of the plain code, else the reason; they are off afterwards.
+
+    Args:
+        base: the model, its layout chosen, its kernels off.
+        kernels: its kernels.
+        score: gives `(N,)` log-probs of the probe.
+        truth: `(N,)` of them.
+        tolerance: nats per token.
+    """
+    try:
+        _, plain = _with_gradients(base, score)
+        kernels.use(True)
+        found, gradients = _with_gradients(base, score)
+    except Exception as error:  # of any kind: kernels are compiled here
+        return first_line(error).removesuffix(".")
+    finally:
+        kernels.use(False)
+    if not (off := float((found - truth).abs().max())) <= tolerance:  # NaN too
+        return f"log-probs are off by {off:.2g} nats per token (tolerance {tolerance:.2g})"
+    # what 16 bits lose through many layers is far from what a wrong derivative does
+    limit = 1e-2 if base.dtype == torch.float32 else 0.2
+    if plain.numel() and not (off := float((gradients - plain).norm() / plain.norm())) <= limit:
+        return f"gradients are off by {off:.2g} of their size (tolerance {limit:.2g})"
+    return None
+
+
+def _with_gradients(base: Any, score: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """Log-probs, and of a sum in which each has a weight of its own the gradients of what trains, in one row."""
+    trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
+    with torch.enable_grad():
+        tokens = score()
+        weights = torch.linspace(0.5, 1.5, len(tokens), device=tokens.device)
+        found = torch.autograd.grad((tokens * weights).sum(), trained, allow_unused=True) if trained else []
+    return tokens.detach(), torch.cat([tokens.new_empty(0), *(g.flatten().float() for g in found if g is not None)])
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError, UnsupportedAttentionError, first_line
+from lit_dpo.kernels import without_kernels
 from lit_dpo.logps.attention import (
     MissingLayoutError,
     PairLayout,
@@ -30,6 +31,7 @@ from lit_dpo.logps.probe import (
     probe_batch,
     training_mode,
     truth_of,
+    why_no_kernels,
     without_outliers,
 )
 from lit_dpo.logps.records import SequenceLogps
@@ -170,6 +172,8 @@ def choose_layout(model: Any, attention: str = "auto") -> Layout:
     An implementation that does not compute what `eager` does is replaced by it, in a line too. In training mode, but
     for the adapters' dropout, the numbers must be the same, twice.
 
+    Kernels are off until then; they stay on where the numbers are as near to the truth, and the gradients the same.
+
     Args:
         model: a transformers causal LM, or a PEFT model around one; in its plain attention.
         attention: `"auto"`; `"pairs"` for the flat row or an error; or a transformers implementation (`"sdpa"`,
@@ -187,19 +191,26 @@ def choose_layout(model: Any, attention: str = "auto") -> Layout:
     training = model.training
     model.eval()
     try:
-        with without_outliers(base):
-            return _choose_layout(base, attention)
+        with without_outliers(base), without_kernels(base) as kernels:
+            batch = probe_batch(base)
+            exact = base.dtype == torch.float32 and not int8_layers(base)
+            with eager_attention(base):
+                truth = truth_of(base, batch)
+                # 16 bits and INT8: what the numbers themselves lose when shapes change, seen on padded rows, with room
+                tolerance = 1e-3 if exact else max(0.1, 4 * _padded(base, batch, truth))
+            layout = _choose_layout(base, attention, batch, truth, tolerance)
+            reason = kernels and why_no_kernels(base, kernels, lambda: _tokens(base, batch), truth, tolerance)
     finally:
         model.train(training)
+    if kernels is not None:
+        kernels.use(reason is None)
+        said = f"Liger's kernels in {kernels}" if reason is None else f"no kernels of Liger: {reason}"
+        log.log(logging.INFO if reason is None else logging.WARNING, "%s: %s.", type(base).__name__, said)
+    return layout
 
 
-def _choose_layout(base: Any, attention: str) -> Layout:
-    batch, name = probe_batch(base), type(base).__name__
-    exact = base.dtype == torch.float32 and not int8_layers(base)
-    with eager_attention(base):
-        truth = truth_of(base, batch)
-        # 16 bits and INT8: what the numbers themselves lose when shapes change, seen on padded rows, with room
-        tolerance = 1e-3 if exact else max(0.1, 4 * _padded(base, batch, truth))
+def _choose_layout(base: Any, attention: str, batch: PairBatch, truth: Tensor, tolerance: float) -> Layout:
+    name = type(base).__name__
     if lacking := blind_to(base):
         _use_eager(base, attention, f"has no {lacking}")
     if attention in ("auto", "pairs"):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError, TrainingError
+from lit_dpo.kernels import kernels_of
 from lit_dpo.logps.records import SequenceLogps
 from lit_dpo.logps.score import base_model
 from lit_dpo.references.adapter import NoReference, default_reference
@@ -170,6 +171,8 @@ class _Cache:
         """The folder for this reference as it is computed now: dtypes, devices and versions round differently."""
         base = base_model(model)
         device = base.device.type
+        found = kernels_of(base)
+        kernels = ["liger-kernel"] if found and found.on else []
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
         identity = {
             "version": _VERSION,
@@ -180,7 +183,7 @@ class _Cache:
                 "autocast": autocast,
                 "float32_matmul": torch.get_float32_matmul_precision(),
                 "device": device,
-                **{name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+                **{name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", *kernels)},
             },
         }
         text = json.dumps(identity, sort_keys=True, indent=1)
