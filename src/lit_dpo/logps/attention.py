@@ -218,16 +218,23 @@ def _attend(
 
 
 def _varlen_fits(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> bool:
-    """Flash attention needs one 16-bit type, one head size (a multiple of 8 up to 256), and an Ampere GPU or newer."""
+    """Flash attention needs one 16-bit type and one head size, a multiple of 8 up to 256, on a device that has it."""
     return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
+        query.dtype in _KERNEL_TYPES
         and query.dtype == key.dtype == value.dtype
         and query.shape[-1] == value.shape[-1] <= 256
         and query.shape[-1] % 8 == 0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _has_kernel(query.device)
         and (window is None or "window_size" in _varlen_arguments())
     )
+
+
+_KERNEL_TYPES = (torch.float16, torch.bfloat16)
+
+
+def _has_kernel(device: torch.device) -> bool:
+    """An Ampere GPU or newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
