@@ -92,7 +92,8 @@ def _place() -> str:
     """The innermost line that is neither torch's nor of here."""
     for frame in reversed(traceback.extract_stack()):
         name = frame.filename
-        if ("/torch/" not in name and name != __file__ and "site-packages" in name) or "lit_dpo/" in name:
+        others = "site-packages" in name and "/torch/" not in name and frame.name != "__torch_function__"
+        if others or "lit_dpo/" in name:
             file = name.rsplit("site-packages/", 1)[-1].rsplit("/src/", 1)[-1]
             return f"{file}:{frame.name}"
     return "backward"

@@ -33,6 +33,7 @@ from lit_dpo import (
     QLoRAPolicy,
 )
 from lit_dpo.data.formats import Triples
+from lit_dpo.logps.attention import has_pair_attention
 from lit_dpo.losses import AOTLoss, BetaDPOLoss, MixtureLoss, ODPOLoss, SoftDPOLoss, TDPOLoss, WPOLoss
 from losses.test_contract import LOSSES, SETTINGS, _random
 
@@ -60,6 +61,8 @@ class _EndOfSteps(pl.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         assert {one.device for one in (*pl_module.parameters(), *pl_module.buffers())} == {DEVICE}
+        # an error of a device in the probe would only choose padded rows
+        assert has_pair_attention(pl_module.model.get_base_model()) == (pl_module.policy.attention == "auto")
 
     def on_validation_epoch_end(self, *_: Any) -> None:
         LOG.begin("end")
