@@ -162,7 +162,7 @@ def main(folder: Path, only: str = "") -> None:
     warnings.simplefilter("ignore")
     for name in ("load", "load_frozen"):
         _load_and_move(name)
-    tiny.lora(tiny.model(max_position_embeddings=256)).save_pretrained(folder / "adapter")
+    tiny.lora(tiny.model(max_position_embeddings=256, num_hidden_layers=1)).save_pretrained(folder / "adapter")
     found: dict[str, Any] = {}
     for name, run in cases(folder).items():
         if only not in name:

@@ -1,4 +1,4 @@
-"""A fake CUDA device (`fake_cuda.py`): every architecture reaches the kernel, and nothing is elsewhere or waited for."""
+"""A fake CUDA device (`fake_cuda.py`): every architecture reaches the kernel; nothing is elsewhere, or waited for."""
 
 from __future__ import annotations
 

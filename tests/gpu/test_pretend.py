@@ -47,7 +47,7 @@ FIRST = 2
 def found(tmp_path_factory):
     """In a process of its own: the device is there for all of it."""
     folder = tmp_path_factory.mktemp("pretend")
-    tiny.directory(folder / "model", max_position_embeddings=256)
+    tiny.directory(folder / "model", max_position_embeddings=256, num_hidden_layers=1)
     rows = [
         {
             "prompt": f"How many are {number}?",
