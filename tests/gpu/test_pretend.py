@@ -32,7 +32,9 @@ RUNS = (
 CHECK = "lit_dpo/metrics/preference.py:on_host"
 # And what else may wait, by run: places, and how often in a step at most.
 MORE = {
-    # transformers looks whether a mask hides anything, for policy and reference
+    # transformers 5.17 makes a mask's smallest number on the CPU, for policy and reference
+    "padded": {"transformers/masking_utils.py:eager_mask": 2},
+    # transformers looks whether a mask hides anything, twice each
     "padded sdpa": {"transformers/masking_utils.py:_ignore_causal_mask_sdpa": 4},
     # pairs that come by for the first time
     "stored": {"lit_dpo/references/cache.py:_compute": 1},
