@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported: two processes with two threads each slow each other tenfold on two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,45 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu-device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="where tests marked `gpu` run; `cpu` rehearses them, with an emulation of the variable-length kernel",
+    )
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The device of tests that need a GPU: a `torch.device`."""
+    import torch
+
+    if request.config.getoption("--gpu-device") == "cpu":
+        from kernel import emulate
+
+        emulate(monkeypatch)
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device; `--gpu-device cpu` rehearses it")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def kernel_calls(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The dtype of each call of the variable-length kernel, in a list that grows."""
+    from lit_dpo.logps import attention
+
+    calls, varlen = [], attention._varlen
+
+    def counted(query: Any, *given: Any) -> Any:
+        calls.append(query.dtype)
+        return varlen(query, *given)
+
+    monkeypatch.setattr(attention, "_varlen", counted)
+    return calls
 
 
 @pytest.fixture(autouse=True)

@@ -193,20 +193,20 @@ def one_at_a_time(scored: Any, given: list[EncodedPair]) -> list[Tensor]:
 
 
 def _one_at_a_time(scored: Any, given: list[EncodedPair]) -> list[Tensor]:
-    found = []
+    found, device = [], next(scored.parameters()).device
     for side in ("chosen", "rejected"):
         for pair in given:
             answer = getattr(pair, side)
-            ids = torch.tensor([[*pair.prompt, *answer]])
+            ids = torch.tensor([[*pair.prompt, *answer]], device=device)
             logits = scored(input_ids=ids, use_cache=False).logits[0].float()
-            targets = torch.tensor(answer)[:, None]
+            targets = torch.tensor(answer, device=device)[:, None]
             found.append(logits[len(pair.prompt) - 1 : -1].log_softmax(-1).gather(-1, targets)[:, 0])
     return found
 
 
 def weighted(totals: Tensor) -> Tensor:
     """A number in which every sequence has its own weight."""
-    return (totals * torch.linspace(0.3, 1.7, totals.shape[0], dtype=totals.dtype)).sum()
+    return (totals * torch.linspace(0.3, 1.7, totals.shape[0], dtype=totals.dtype, device=totals.device)).sum()
 
 
 def gradients(scored: Any) -> dict[str, Tensor]:

@@ -186,7 +186,7 @@ def same_files(one: Place, other: Place) -> bool:
 def _snapshot(
     name: str, revision: str | None, option: str, files: Sequence[str], *, bar: bool = False, ask: bool = True
 ) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     quiet = not bar and not are_progress_bars_disabled()
@@ -194,8 +194,9 @@ def _snapshot(
         disable_progress_bars()
     try:
         with explained(option, name, revision):
-            found = snapshot_download(name, revision=revision, allow_patterns=list(files), local_files_only=not ask)
-            return Path(found)
+            # 1.x asks for the files of a commit that it has, offline too
+            cached = not ask or constants.HF_HUB_OFFLINE
+            return Path(snapshot_download(name, revision=revision, allow_patterns=list(files), local_files_only=cached))
     finally:
         if quiet:
             enable_progress_bars()

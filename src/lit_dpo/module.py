@@ -101,6 +101,7 @@ class DPOModule(RowModule):
         self.eval_sets = torch.nn.ModuleDict()  # metrics of each validation or test set, where there are several
         self.window = Window()
         self.unlogged = False  # whether the training metrics have counted something since the last row
+        self.fetched: dict[str, Tensor] | None = None  # their values on the CPU, until they count the next batch
         self.schedule_steps: int | None = None  # of a learning rate that changes, by `configure_optimizers`
         self.standing: Standing | None = None  # after the last step
         self.checked = False  # until `prepare_data` has looked at this run
@@ -114,11 +115,12 @@ class DPOModule(RowModule):
         device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
         precision = str(self.trainer.precision) if self._trainer is not None else ""
         half = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "16-mixed": torch.float16}
-        self.model = self.policy.load(device, half.get(precision))
-        if line := remark(device, precision, self.policy.torch_dtype(device, half.get(precision))):
-            rank_zero_info(line)
-        self.reference.attach(self.model, self.policy)
-        layout = choose_layout(self.model, self.policy.attention)
+        with torch.device("cpu"):  # Lightning makes its device the default here; a CPU's generator draws no GPU tensors
+            self.model = self.policy.load(device, half.get(precision))
+            if line := remark(device, precision, self.policy.torch_dtype(device, half.get(precision))):
+                rank_zero_info(line)
+            self.reference.attach(self.model, self.policy)
+            layout = choose_layout(self.model, self.policy.attention)
         trained, total = self.model.get_nb_trainable_parameters()
         rank_zero_info(f"{trained} of {total} parameters train; {layout} layout; reference {self.reference}")
 
@@ -217,6 +219,7 @@ class DPOModule(RowModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """A batch's mean loss, as `Trainer` divides it by `accumulate_grad_batches`; see `Window` for its gradient."""
+        self.fetched = None
         total, losses = self._step(batch, self.train_metrics, training=True)
         self.unlogged = True
         parameters = [p for p in self.parameters() if p.requires_grad]
@@ -233,18 +236,17 @@ class DPOModule(RowModule):
         self._evaluate(batch, "test", self.trainer.test_dataloaders, dataloader_idx)
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Rewards, margins and log-probs of each pair, `(B,)` each."""
+        """Rewards, margins and log-probs of each pair, `(B,)` each, on the CPU."""
         pairs = self.batch_logps(batch)
         chosen, rejected = self.loss.rewards(pairs)
+        columns = (chosen, rejected, chosen - rejected, pairs.policy_chosen.total, pairs.policy_rejected.total)
+        names = ("chosen_reward", "rejected_reward", "margin", "chosen_logps", "rejected_logps")
+        numbers = torch.stack(columns).cpu()  # one copy: each waits for the device
         return {
             "row": batch.rows,
-            "chosen_reward": chosen,
-            "rejected_reward": rejected,
-            "margin": chosen - rejected,
-            "chosen_logps": pairs.policy_chosen.total,
-            "rejected_logps": pairs.policy_rejected.total,
-            "chosen_length": pairs.policy_chosen.length.long(),
-            "rejected_length": pairs.policy_rejected.length.long(),
+            **dict(zip(names, numbers, strict=True)),
+            "chosen_length": batch.chosen_lengths,
+            "rejected_length": batch.rejected_lengths,
         }
 
     def to(self, *args: Any, **kwargs: Any) -> Any:

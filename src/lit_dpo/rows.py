@@ -52,7 +52,7 @@ def row_by_row(
     rows: Sequence[PairBatch],
     score: Callable[[PairBatch], tuple[Tensor, PairLogps]],
     parameters: Sequence[Tensor],
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor, PairLogps]:
     """Losses of a batch and their gradients, with the graph of one row at a time.
 
@@ -90,7 +90,7 @@ class _Summed(torch.autograd.Function):
         ctx: Any,
         rows: Sequence[PairBatch],
         total: Callable[[PairBatch], Tensor],
-        scale: float,
+        scale: float | Tensor,
         *parameters: Tensor,
     ) -> Tensor:
         sums: list[Tensor | None] = [None] * len(parameters)
@@ -211,4 +211,6 @@ class RowModule(AdapterModule):
 
         scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self._trainer is not None else None
         trained = [p for p in self.parameters() if p.requires_grad]
-        return row_by_row(rows, score, trained, scaler.get_scale() if scaler else 1.0)
+        # not `get_scale`, which waits for the device
+        scale = scaler.scale(torch.ones((), device=self.device)) if scaler else 1.0
+        return row_by_row(rows, score, trained, scale)

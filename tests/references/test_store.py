@@ -128,7 +128,7 @@ def test_a_process_that_is_killed_leaves_what_it_has_put(tmp_path):
         "store = LogpStore(Path(sys.argv[1]))\n"
         "for number in range(10**6): _fill(store, [number]); print(number, flush=True)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
     command = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stdout:

@@ -9,8 +9,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from lit_dpo.callbacks.steps import fetch
 from lit_dpo.checkpoint import remeasure
 from lit_dpo.errors import TrainingError
+from lit_dpo.metrics.preference import on_host
 
 log = logging.getLogger(__name__)
 warn = rank_zero_only(log.warning)
@@ -81,12 +83,13 @@ class TrainingHealth(pl.Callback):
             pairs = pl_module.batch_logps(batch)
         if pairs.reference_chosen is None or pairs.reference_rejected is None:
             return
-        furthest = float(torch.cat([pairs.chosen_logratio / pairs.policy_chosen.length,
-                                    pairs.rejected_logratio / pairs.policy_rejected.length]).abs().max())  # fmt: skip
+        furthest = torch.cat([pairs.chosen_logratio / pairs.policy_chosen.length,
+                              pairs.rejected_logratio / pairs.policy_rejected.length]).abs().max()  # fmt: skip
         loss = pl_module.losses_of(pairs).mean()
         at_zero = pl_module.losses_of(
             pairs._replace(reference_chosen=pairs.policy_chosen, reference_rejected=pairs.policy_rejected)
         ).mean()
+        furthest, loss, at_zero = on_host({"furthest": furthest, "loss": loss, "at zero": at_zero}).values()
         # 16 bits may round the two passes differently; adapters that do nothing yet still round their input
         exact = pl_module.model.get_base_model().dtype == torch.float32 and "32" in str(trainer.precision)
         off = abs(float(loss - at_zero)) / max(1.0, abs(float(at_zero)))
@@ -124,7 +127,8 @@ class TrainingHealth(pl.Callback):
             return
         self._seen = self._steps
         now = {name: p.detach() for name, p in pl_module.model.named_parameters() if name in self._before}
-        still = [name for name, before in self._before.items() if torch.equal(before, now[name])]
+        moved = on_host({name: (before != now[name]).any() for name, before in self._before.items()})
+        still = [name for name, any_moved in moved.items() if not any_moved]
         if len(still) < len(self._before) and still:
             raise TrainingError(
                 f"{len(still)} of {len(now)} adapters did not move in the first steps: {', '.join(still[:3])}. "
@@ -142,7 +146,7 @@ class TrainingHealth(pl.Callback):
     def _check_finite(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """A step with a gradient that is not finite would leave nothing that is."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if bool(torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()):
+        if fetch(pl_module, torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()):
             return
         if getattr(trainer.precision_plugin, "scaler", None) is not None and not pl_module.window.nonfinite():
             return  # float16: the scaler skips the step, and takes a smaller scale
@@ -166,7 +170,7 @@ class TrainingHealth(pl.Callback):
             pl_module.loss_state.copy_(there.loss_state)
         pl_module.train_metrics.reset()
         remeasure(pl_module.train_metrics, there.measured)
-        pl_module.unlogged = bool(there.measured)
+        pl_module.unlogged, pl_module.fetched = bool(there.measured), None
 
     def _check_first_step(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """What a hook that returns nothing would leave undone without a word."""

@@ -8,10 +8,12 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torchmetrics import MetricCollection
 
 from lit_dpo.callbacks.alone import alone
 from lit_dpo.checkpoint import configuration, flatten, remeasure, standing
+from lit_dpo.metrics.preference import on_host
 
 _SHOWN = ("loss", "reward_accuracy", "reward_margin")
 
@@ -55,7 +57,7 @@ class OptimizerSteps(pl.Callback):
             pl_module.reference.update(pl_module.model, trainer.global_step)
         row = {}
         if pl_module.unlogged:
-            values = _log(pl_module, pl_module.train_metrics)
+            values = _log(pl_module, pl_module.train_metrics, pl_module.fetched)
             if trainer.should_stop or (trainer.log_every_n_steps and self._last % trainer.log_every_n_steps == 0):
                 row = {name: float(value) for name, value in values.items()} | {"epoch": trainer.current_epoch}
                 _reset(pl_module)  # Lightning writes the row now
@@ -99,12 +101,26 @@ class OptimizerSteps(pl.Callback):
             rank_zero_info(f"{self._last - self._first} steps in {took}" + (f": {measured}" if measured else ""))
 
 
-def _log(pl_module: Any, measured: MetricCollection, **when: Any) -> dict[str, Any]:
+def fetch(pl_module: Any, finite: Tensor) -> bool:
+    """A yes or no of the device, and with it what the step measured: the one time in a step that the CPU waits."""
+    values = _values(pl_module, pl_module.train_metrics) if pl_module.unlogged else {}
+    pl_module.fetched = on_host({**values, "": finite})
+    return bool(pl_module.fetched.pop(""))
+
+
+def _values(pl_module: Any, measured: MetricCollection) -> dict[str, Any]:
     if pl_module.trainer.barebones:
         return {}
     with warnings.catch_warnings():  # what a checkpoint brought was no `update`
         warnings.filterwarnings("ignore", message=".*was called before the ``update`` method.*")
         values: dict[str, Any] = measured.compute()
+    return values
+
+
+def _log(
+    pl_module: Any, measured: MetricCollection, fetched: dict[str, Tensor] | None = None, **when: Any
+) -> dict[str, Tensor]:
+    values = on_host(_values(pl_module, measured)) if fetched is None else fetched
     for name, value in values.items():
         pl_module.log(name, value, prog_bar=name == f"{measured.prefix}reward_accuracy", **when)
     return values
@@ -112,7 +128,7 @@ def _log(pl_module: Any, measured: MetricCollection, **when: Any) -> dict[str, A
 
 def _reset(pl_module: Any) -> None:
     pl_module.train_metrics.reset()
-    pl_module.unlogged = False
+    pl_module.unlogged, pl_module.fetched = False, None
 
 
 def _log_together(pl_module: Any, measured: MetricCollection, batches: list[Any]) -> None:

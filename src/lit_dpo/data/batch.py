@@ -82,10 +82,13 @@ class PairBatch(NamedTuple):
         lengths = self.prompt_lengths + self.chosen_lengths + self.rejected_lengths
         ends = lengths.cumsum(0).tolist()
         places = torch.cat([torch.arange(ends[pair] - int(lengths[pair]), ends[pair]) for pair in pairs])
-        places = places.to(self.input_ids.device)
+        places = places.to(self.input_ids.device, non_blocking=True)
+        chosen = torch.tensor(pairs)
         rest = {name: field for name, field in self._asdict().items() if field is not None}
         row = {name: rest.pop(name)[:, places] for name in ("input_ids", "position_ids")}
-        return self._replace(**row, **{name: field[list(pairs)] for name, field in rest.items()})
+        return self._replace(
+            **row, **{name: field[chosen.to(field.device, non_blocking=True)] for name, field in rest.items()}
+        )
 
     def cut(self, tokens: float) -> list[PairBatch]:
         """The batch in rows of whole pairs, in order, of at most `tokens` tokens; a longer pair is a row of its own.

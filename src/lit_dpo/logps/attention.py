@@ -145,6 +145,7 @@ def pair_attention_forward(
     if refused:
         raise UnsupportedAttentionError(f"the pair attention does not implement {', '.join(map(repr, refused))}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = _autocast(query, key, value)
     if sliding_window is not None and sliding_window >= pair_layout.longest:
         sliding_window = None
     if softcap is None and _varlen_fits(query, key, value, sliding_window):
@@ -153,6 +154,14 @@ def pair_attention_forward(
         is_last = pair_layout.last_layer is not None and getattr(module, "layer_idx", None) == pair_layout.last_layer
         out = _by_segment(query, key, value, pair_layout, scale, sliding_window, softcap, is_last)
     return out.contiguous().unsqueeze(0), None  # as the other implementations do: some models take a view of it
+
+
+def _autocast(*parts: Tensor) -> tuple[Tensor, ...]:
+    """As autocast does for `scaled_dot_product_attention`: float32 positions leave rotated queries in float32."""
+    device = parts[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return parts
+    return tuple(part.to(torch.get_autocast_dtype(device)) for part in parts)
 
 
 def _masks_a_window(module: nn.Module) -> bool:
@@ -218,16 +227,23 @@ def _attend(
 
 
 def _varlen_fits(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> bool:
-    """Flash attention needs one 16-bit type, one head size (a multiple of 8 up to 256), and an Ampere GPU or newer."""
+    """Flash attention needs one 16-bit type and one head size, a multiple of 8 up to 256, on a device that has it."""
     return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
+        query.dtype in _KERNEL_TYPES
         and query.dtype == key.dtype == value.dtype
         and query.shape[-1] == value.shape[-1] <= 256
         and query.shape[-1] % 8 == 0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _has_kernel(query.device)
         and (window is None or "window_size" in _varlen_arguments())
     )
+
+
+_KERNEL_TYPES = (torch.float16, torch.bfloat16)
+
+
+def _has_kernel(device: torch.device) -> bool:
+    """An Ampere GPU or newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache

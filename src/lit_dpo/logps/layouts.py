@@ -98,12 +98,12 @@ def padded_rows(batch: PairBatch, pairs: list[Segment]) -> Rows:
     mask = source >= 0
     return Rows(
         inputs={
-            "input_ids": batch.input_ids[0, source.clamp(min=0).to(device)],
-            "position_ids": torch.arange(width).expand(len(rows), -1).to(device),
-            "attention_mask": mask.long().to(device),
+            "input_ids": batch.input_ids[0, source.clamp(min=0).to(device, non_blocking=True)],
+            "position_ids": torch.arange(width, device=device).expand(len(rows), -1),
+            "attention_mask": mask.long().to(device, non_blocking=True),
         },
-        predictors=torch.cat(predictors).to(device),
-        targets=batch.input_ids[0, torch.cat(targets).to(device)],
+        predictors=torch.cat(predictors).to(device, non_blocking=True),
+        targets=batch.input_ids[0, torch.cat(targets).to(device, non_blocking=True)],
         lengths=_lengths(pairs),
     )
 

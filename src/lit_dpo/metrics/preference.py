@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,20 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lit_dpo.logps.records import PairLogps, SequenceLogps
+
+
+def on_host(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Numbers, on whatever device, as float64 on the CPU, in one copy: each copy of its own waits for the device."""
+    if not values:
+        return {}
+    numbers = [torch.as_tensor(value).detach().reshape(()) for value in values.values()]
+    device = next((one.device for one in numbers if one.device.type != "cpu"), torch.device("cpu"))
+    together = torch.stack([one.to(device, _double(device), non_blocking=True) for one in numbers])
+    return dict(zip(values, together.cpu().double().unbind(), strict=True))
+
+
+def _double(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 class Mean(Metric):
@@ -34,9 +49,8 @@ class Mean(Metric):
     def _apply(self, fn: Any, exclude_state: Any = "") -> Any:
         """Move, never cast: `module.to(torch.bfloat16)` around a metric would round its sum."""
         device = fn(torch.empty(0, device=self.total.device)).device
-        double = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         return super()._apply(
-            lambda tensor: tensor.to(device, double if tensor.is_floating_point() else None), exclude_state
+            lambda tensor: tensor.to(device, _double(device) if tensor.is_floating_point() else None), exclude_state
         )
 
     def add(self, values: Tensor, count: Tensor | int | None = None) -> None:

@@ -156,14 +156,21 @@ class _Cache:
         )
 
     def _compute(self, model: Any, batch: PairBatch) -> list[Stored]:
-        sides = []
+        parts: list[Tensor] = []
         for side in self.reference.logps(model, batch):
             assert side is not None
-            totals = side.total.float().cpu().numpy()[:, None]
-            tokens = [totals[:0, 0]] * batch.size
+            parts.append(side.total.float())
             if self.settings.tokens:
                 assert side.tokens is not None
-                tokens = np.split(side.tokens.float().cpu().numpy(), side.length.long().cpu().numpy().cumsum()[:-1])
+                parts.append(side.tokens.float())
+        # one copy: each waits for the device
+        values = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
+        sides = []
+        for lengths in (batch.chosen_lengths, batch.rejected_lengths):
+            totals = values.pop(0)[:, None]
+            tokens = [totals[:0, 0]] * batch.size
+            if self.settings.tokens:
+                tokens = np.split(values.pop(0), lengths.numpy().cumsum()[:-1])
             sides.append([np.concatenate(one) for one in zip(totals, tokens, strict=True)])
         return [Stored(*pair) for pair in zip(*sides, strict=True)]
 
