@@ -204,11 +204,12 @@ def test_batches_are_pinned_for_the_trainers_device_not_for_one_that_is_there(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_batch_on_its_way_to_a_device_is_pinned(tiny_model, pairs_file):
+def test_a_batch_on_its_way_to_a_device_is_pinned(gpu, tiny_model, pairs_file):
+    if gpu.type == "cpu":
+        pytest.skip("nothing is pinned for a CPU")
     module = data(pairs_file, tokenizer=str(tiny_model))
     module.trainer = pl.Trainer(accelerator="gpu", devices=1, logger=False)
     module.setup("fit")
     batch = next(iter(module._eval_loader("train")))
     assert all(field is None or field.is_pinned() for field in batch)
-    assert move_data_to_device(batch, torch.device("cuda")).input_ids.is_cuda
+    assert move_data_to_device(batch, gpu).input_ids.is_cuda

