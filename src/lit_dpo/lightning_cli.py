@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import warnings
 import zipfile
@@ -115,7 +116,8 @@ class LitDPOCLI(LightningCLI):
         if subcommand == "fit":
             parser.add_argument(
                 "--plan",
-                type=str | None,
+                type=str,
+                default=argparse.SUPPRESS,  # no setting of a run, so in none of its files
                 help="Say what the run needs, memory and hours, instead of running it; no weights are read. `here`, or "
                 "a GPU by name, such as H100 or RTX-4090.",
             )

@@ -235,7 +235,7 @@ class QLoRAPolicy:
         """The model's tokenizer, or the adapter's where it brought its own (with its chat template)."""
         from transformers import AutoTokenizer
 
-        self.config()  # that a directory is no model is a clearer message than that it has no tokenizer
+        self.config()
         if self.adapter_path is not None:
             adapter = self.adapter_place.folder
             if (adapter / "tokenizer_config.json").is_file():
@@ -243,6 +243,7 @@ class QLoRAPolicy:
         try:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError) as error:
+            checks.check_weights(self.place)  # a directory that is no model is a clearer message
             raise PolicyError(f"No tokenizer for {self.model!r}: {first_line(error)}") from error
 
     @property

@@ -157,7 +157,7 @@ def cases(folder: Path) -> dict[str, Callable[[], None]]:
     return made
 
 
-def main(folder: Path, only: str = "") -> None:
+def main(folder: Path, kind: str = "runs", only: str = "") -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     for name in ("load", "load_frozen"):
@@ -165,7 +165,7 @@ def main(folder: Path, only: str = "") -> None:
     tiny.lora(tiny.model(max_position_embeddings=256, num_hidden_layers=1)).save_pretrained(folder / "adapter")
     found: dict[str, Any] = {}
     for name, run in cases(folder).items():
-        if only not in name:
+        if only not in name or name.startswith("loss ") != (kind == "losses"):
             continue
         LOG.parts.clear()
         LOG.begin("start")

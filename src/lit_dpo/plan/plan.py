@@ -102,7 +102,7 @@ def plan(module: Any, data: Any, trainer: Any, device: str = "here") -> Plan:
     check_run(module, trainer, weights=False)
     loader = data.train_dataloader()
     lengths: Lengths = loader.dataset.table.part_lengths  # type: ignore[attr-defined]
-    steps, epochs = _course(trainer, len(loader))
+    steps, epochs = planned_steps(trainer, len(loader))
     found = _Search(module, loader, target)
     step, (fitting, checkpointing) = found.step(found.wanted), found.fitting()
     arithmetic = _arithmetic(module, found.arithmetic(lengths), epochs)
@@ -211,8 +211,16 @@ def _device(name: str, trainer: Any) -> Device:
     return Device("this CPU", float(memory), False, torch.float32, None)
 
 
-def _course(trainer: Any, batches: int) -> tuple[int, float]:
-    """Optimizer steps, and epochs."""
+def planned_steps(trainer: Any, batches: int) -> tuple[int, float]:
+    """Optimizer steps of a run, and epochs.
+
+    Args:
+        trainer: says how long it trains.
+        batches: of an epoch.
+
+    Raises:
+        TrainingError: if it has no end.
+    """
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     each = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
