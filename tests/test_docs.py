@@ -90,9 +90,31 @@ def test_every_loss_is_in_the_docs_with_the_source_of_its_docstring():
     assert "`MixtureLoss`" in page
 
 
-def test_every_file_that_the_readme_names_is_there():
-    for name in re.findall(r"configs/[\w./-]+", README):
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))])
+def test_every_file_that_a_page_names_is_there(page):
+    text = (ROOT / page).read_text()
+    for name in re.findall(r"configs/[\w./-]+", text):
         assert (ROOT / name.rstrip(".")).exists(), name
+    for link in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert ((ROOT / page).parent / link).is_file(), link
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 900
+
+
+def test_the_configuration_of_the_readme_is_one(tmp_path, pairs_file, capsys, monkeypatch):
+    from lit_dpo.cli import main
+
+    (block,) = _blocks("yaml")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(block)
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "run.yaml", "--print_config"])
+    assert not end.value.code
+    printed = capsys.readouterr().out
+    for name in ("lit_dpo.IPOLoss", "lit_dpo.CachedReference", "directory: cache", "max_tokens: 8192"):
+        assert name in printed
 
 
 def test_ci_runs_the_readme_s_test_command():

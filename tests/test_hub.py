@@ -20,12 +20,15 @@ def hub(tmp_path_factory):
 
 
 ONLINE = """
+import os
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, pipeline
 
 train, policy = "--data.train acme/pairs@v1:train --data.val acme/pairs@v1:validation", "--model.policy.model acme/tiny"
 nf4 = f"fit {policy} {train} --data.batch_size 4 --model.lr_scheduler constant --trainer.max_epochs"
+command("plan", f"{nf4} 1 --model.policy.revision v1 --plan here")
+noted["weights after a plan"] = glob.glob(os.environ["HF_HOME"] + "/**/*.safetensors", recursive=True)
 command("fit", f"{nf4} 1 --model.policy.revision v1")
 (saved,) = glob.glob("runs/version_0/checkpoints/*.ckpt")
 command("validate", f"validate {policy} {train} --model.policy.revision {OLD} --ckpt_path {saved}")
@@ -104,6 +107,12 @@ LINES = ("fit", "validate", "resume", "predict", "cached 1", "cached 2", "adapte
 @pytest.mark.parametrize("name", LINES)
 def test_a_hub_id_does_what_a_directory_does(online, name):
     assert online[name]["code"] == 0, online[name]["text"][-2000:]
+
+
+def test_a_plan_downloads_no_weights(online):
+    assert online["plan"]["code"] == 0
+    assert "An estimate; no weights were read or downloaded." in online["plan"]["text"]
+    assert online["weights after a plan"] == []
 
 
 def test_a_broken_connection_is_taken_up_where_it_broke(online, hub):

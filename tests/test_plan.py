@@ -306,9 +306,7 @@ def test_the_command_reads_no_weights(tiny_model, pairs_file, tmp_path):
         "--data.train",
         str(pairs_file),
     ]
-    run = subprocess.run(
-        [*command, "--trainer.max_steps", "5", "--plan", "here"], capture_output=True, text=True, cwd=tmp_path
-    )
+    run = subprocess.run([*command, "--trainer.max_steps", "5", "--plan"], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "An estimate; no weights were read or downloaded." in run.stdout
     assert not (tmp_path / "runs").exists()

@@ -25,7 +25,7 @@ options:
 start here:
   lit-dpo fit --config configs/quickstart.yaml       no network, no GPU, a few minutes
   lit-dpo fit --config configs/quickstart.yaml --print_config
-  lit-dpo fit --config configs/quickstart.yaml --plan here      will it fit, how long will it take
+  lit-dpo fit --config configs/quickstart.yaml --plan     will it fit, how long will it take
 """
 
 

@@ -117,9 +117,11 @@ class LitDPOCLI(LightningCLI):
             parser.add_argument(
                 "--plan",
                 type=str,
+                nargs="?",
+                const="here",
                 default=argparse.SUPPRESS,  # no setting of a run, so in none of its files
-                help="Say what the run needs, memory and hours, instead of running it; no weights are read. `here`, or "
-                "a GPU by name, such as H100 or RTX-4090.",
+                help="Say what the run needs, memory and hours, instead of running it; no weights are read. For "
+                "`here`, or a GPU by name, such as H100 or RTX-4090.",
             )
         return parser
 

@@ -270,7 +270,7 @@ def _text(made: Plan, module: Any, wanted: int, rate: str, ranks: int) -> str:
     lines = {
         "data": f"{made.pairs:,} training pairs of {prompt + chosen + rejected:,.0f} tokens (prompt {prompt:,.0f}, "
         f"chosen {chosen:,.0f}, rejected {rejected:,.0f}), the longest {made.longest:,}; {made.steps:,} steps, "
-        f"{made.epochs:.3g} epochs",
+        f"{made.epochs:.3g} epoch{'' if made.epochs == 1 else 's'}",
         "model": f"{policy.model}: {made.parameters:,} parameters, {policy.quantization}, computing in {precision}; "
         f"{made.trained:,} train",
         "a step": str(made.step),
