@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.data.datamodule import PreferenceDataModule
+from lit_dpo.devices import default_dtype
 from lit_dpo.errors import TrainingError
 from lit_dpo.memory import Lengths, StepEstimate, StepMemory, optimizer_bytes, stored_bytes
 from lit_dpo.plan.arithmetic import Arithmetic, count, measured_rate
@@ -205,8 +206,7 @@ def _device(name: str, trainer: Any) -> Device:
     root = trainer.strategy.root_device
     if root.type == "cuda":
         name = torch.cuda.get_device_name(root)
-        dtype = torch.bfloat16 if torch.cuda.get_device_capability(root) >= (8, 0) else torch.float16
-        return Device(name, float(torch.cuda.mem_get_info(root)[0]), True, dtype, None)
+        return Device(name, float(torch.cuda.mem_get_info(root)[0]), True, default_dtype(root), None)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device("this CPU", float(memory), False, torch.float32, None)
 
