@@ -17,7 +17,6 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.callbacks.export import run_directory
 from lit_dpo.callbacks.last import LastCheckpoint
-from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.errors import LitDPOError, ResumeError, TrainingError
 from lit_dpo.module import DPOModule
 from lit_dpo.parser import Parser, refuse
@@ -85,7 +84,7 @@ class LitDPOCLI(LightningCLI):
         _hush()
         super().__init__(
             DPOModule,
-            PreferenceDataModule,
+            pl.LightningDataModule,
             save_config_callback=_SaveConfig,
             subclass_mode_model=True,
             subclass_mode_data=True,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
@@ -42,6 +42,7 @@ from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.devices import remark
 from lit_dpo.references import Reference
 from lit_dpo.requirements import check_run, resolve_reference
+from lit_dpo.schedules import check_schedule, make_schedule
 from lit_dpo.window import Window
 
 _BROUGHT = (ExactResume, TrainingHealth, MemoryEstimate, OptimizerSteps, AdapterExport, PredictionWriter)
@@ -62,8 +63,13 @@ class DPOModule(pl.LightningModule):
         reference: what the policy is compared with. By default its base with adapters off, or, for a policy that
             continues an adapter, a frozen copy of that adapter, or, for a loss that reads none, none.
         optimizer: makes the optimizer from the adapters' parameters.
-        lr_scheduler: shape of the learning rate after the warm-up, stepped per optimizer step.
+        lr_scheduler: shape of the learning rate after the warm-up, stepped per optimizer step: `linear` and `cosine`
+            fall to the end, `wsd` only over the last steps (warm-up, stable, decay; arXiv 2404.06395; its warm-up
+            begins at `min_lr_ratio`). Or any scheduler of PyTorch by class path, or what makes one from the optimizer;
+            Lightning's `ReduceLROnPlateau` follows a measure.
         warmup_ratio: part of all steps over which the learning rate rises from 0. Expected in [0, 1].
+        min_lr_ratio: part of the learning rate that is left at the end. Expected in [0, 1).
+        decay_ratio: part of all steps over which `wsd` falls. None: 0.2.
         microbatch_tokens: most tokens that run at once. A batch is cut into micro-batches of whole pairs, whose
             gradients add up: the same step, but for other dropout masks, in the memory of one micro-batch. None: 1024
             on a CPU, 16384 on a GPU. Where a loss couples the pairs of a batch, training keeps them together.
@@ -96,21 +102,26 @@ class DPOModule(pl.LightningModule):
         loss: PreferenceLoss = DPOLoss(),  # noqa: B008 - frozen
         reference: Reference | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
-        lr_scheduler: Literal["linear", "cosine", "constant"] = "linear",
+        lr_scheduler: Literal["linear", "cosine", "constant", "wsd"] | LRSchedulerCallable = "linear",
         warmup_ratio: float = 0.0,
+        min_lr_ratio: float = 0.0,
+        decay_ratio: float | None = None,
         microbatch_tokens: int | None = None,
     ) -> None:
         super().__init__()
+        if getattr(optimizer, "__qualname__", "") == "DPOModule.<lambda>":  # the command can write it, pickle cannot
+            optimizer = partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0)
         with warnings.catch_warnings():  # a lambda cannot be saved; a checkpoint then falls back on the default
             warnings.filterwarnings("ignore", message=".*removed from hparams because it cannot be pickled.*")
             self.save_hyperparameters()
         reference = resolve_reference(reference, loss, policy)
-        if not 0 <= warmup_ratio <= 1:
-            raise PolicyError(f"Expected `warmup_ratio` in [0, 1] but got {warmup_ratio}.")
+        check_schedule(lr_scheduler, warmup_ratio, min_lr_ratio, decay_ratio)
         if microbatch_tokens is not None and microbatch_tokens < 1:
             raise PolicyError(f"Expected `microbatch_tokens` >= 1 but got {microbatch_tokens}.")
         self.policy, self.loss, self.reference = policy, loss, reference
         self.optimizer, self.lr_scheduler, self.warmup_ratio = optimizer, lr_scheduler, warmup_ratio
+        self.min_lr_ratio, self.decay_ratio = min_lr_ratio, decay_ratio
+        self.lr: float | None = None  # instead of the optimizer's own; what Lightning's tuner finds, it sets here
         self.microbatch_tokens = microbatch_tokens
         self.model: Any = None
         self.register_buffer("loss_state", loss.initial_state())
@@ -186,30 +197,26 @@ class DPOModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer of the adapters, and the learning rate's schedule per step."""
-        from transformers import get_scheduler
-
         if self.model is None:
             raise TrainingError("Expected `configure_model` to load the policy: call `super().configure_model()`.")
         try:
             optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         except (TypeError, ValueError) as error:
             raise TrainingError(f"The optimizer refuses its arguments: {error}") from error
-        self.schedule_steps = None
-        if self.lr_scheduler == "constant" and not self.warmup_ratio:
-            return optimizer
-        if math.isinf(total := self.trainer.estimated_stepping_batches):
-            raise TrainingError("Expected `max_epochs` or `max_steps`: a falling rate needs an end. Or use `constant`.")
-        steps = self.schedule_steps = int(total)
-        warm_up = round(self.warmup_ratio * steps)
-        # transformers' plain "constant" ignores the warm-up
-        name = "constant_with_warmup" if self.lr_scheduler == "constant" and warm_up else self.lr_scheduler
-        scheduler = get_scheduler(
-            name,
+        if self.lr is not None:
+            for group in optimizer.param_groups:  # groups of a class of one's own keep their proportions
+                group["lr"] *= self.lr / optimizer.defaults["lr"]
+        steps = self.trainer.estimated_stepping_batches
+        schedule = make_schedule(
             optimizer,
-            num_warmup_steps=warm_up,
-            num_training_steps=steps,
+            self.lr_scheduler,
+            steps,
+            warmup_ratio=self.warmup_ratio,
+            min_lr_ratio=self.min_lr_ratio,
+            decay_ratio=self.decay_ratio,
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        self.schedule_steps = int(steps) if schedule and isinstance(self.lr_scheduler, str) else None
+        return {"optimizer": optimizer, "lr_scheduler": schedule} if schedule else optimizer
 
     # ---- what Lightning calls ----
 

@@ -24,14 +24,15 @@ REMEDY = (
 # What the trainer says that changes the schedule of training.
 _OF_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches", "limit_train_batches")
 
+_OF_SCHEDULE = ("lr_scheduler", "warmup_ratio", "min_lr_ratio", "decay_ratio")
+
 # Hyper-parameters of a module that stand in other parts; the rest is its class, and what a subclass brings.
 _SAID_ELSEWHERE = (
     "policy",
     "loss",
     "reference",
     "optimizer",
-    "lr_scheduler",
-    "warmup_ratio",
+    *_OF_SCHEDULE,
     "microbatch_tokens",
     "_instantiator",
 )
@@ -48,7 +49,7 @@ _MAY_CHANGE = (
 def describe(module: Any) -> dict[str, Any]:
     """Say what a checkpoint belongs to, in builtins only, so that `torch.load(weights_only=True)` reads it."""
     policy, loss, reference, trainer = module.policy, module.loss, module.reference, module._trainer
-    schedule = {"lr_scheduler": module.lr_scheduler, "warmup_ratio": module.warmup_ratio}
+    schedule = {name: to_builtins(getattr(module, name)) for name in _OF_SCHEDULE}
     if policy.dropout:  # masks are drawn for each row
         schedule |= {"microbatch_tokens": module.microbatch_tokens}
     if trainer is not None:

@@ -39,6 +39,9 @@ class AdapterCheckpointIO(CheckpointIO):
         Raises:
             TrainingError: if the disk refuses; what was there is as it was.
         """
+        if _is_bare(checkpoint):  # what a spawned process hands back to the one that started it
+            self.inner.save_checkpoint(checkpoint, path, storage_options)
+            return
         self.on_save(checkpoint)
         if "://" in str(path):  # a remote store: its own writes are whole
             self.inner.save_checkpoint(checkpoint, path, storage_options)
@@ -64,7 +67,8 @@ class AdapterCheckpointIO(CheckpointIO):
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
         """Load; nothing but tensors and builtins is ever in it."""
         checkpoint = self.inner.load_checkpoint(path, map_location, weights_only=True)
-        self.on_load(checkpoint)
+        if not _is_bare(checkpoint):
+            self.on_load(checkpoint)
         return checkpoint
 
     def teardown(self) -> None:
@@ -76,6 +80,11 @@ class AdapterCheckpointIO(CheckpointIO):
         self.inner.remove_checkpoint(path)
         if "://" not in str(path) and _is_adapter(_adapter_folder(Path(path))):
             shutil.rmtree(_adapter_folder(Path(path)), ignore_errors=True)
+
+
+def _is_bare(checkpoint: Mapping[str, Any]) -> bool:
+    """See whether these are tensors by name, and no checkpoint with more than them."""
+    return all(isinstance(one, torch.Tensor) for one in checkpoint.values())
 
 
 def _adapter_folder(path: Path) -> Path:

@@ -9,19 +9,21 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
+from uuid import uuid4
 
 from lit_dpo.data.digests import content_digest
-from lit_dpo.errors import DataError
+from lit_dpo.errors import DataError, first_line
 from lit_dpo.hub import ABSENT, GATED, explain, split_revision
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-    Source: TypeAlias = str | list[str] | Dataset
+    Rows: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | Iterable[Mapping[str, Any]]
+    Source: TypeAlias = str | list[str] | Rows
 else:  # what a command line can say; with `Dataset` here every `--help` would import `datasets`
     Source: TypeAlias = str | list[str]
 
@@ -66,7 +68,8 @@ def load_pairs(source: Source, columns: Sequence[str], *, stage: str = "train") 
             `organisation/name:split`, a data set of the Hugging Face hub (or a folder that `datasets` can load), in
             full `organisation/name@revision:configuration:split`, where the revision is a branch, tag or commit;
             `lit-dpo/quickstart`, the built-in data;
-            a `datasets.Dataset`.
+            a `datasets.Dataset` or `IterableDataset`; a `DatasetDict`, whose split of the stage's name is taken; rows,
+            such as a list of dictionaries. What is iterated is read once, to its end, into a file of the cache.
         columns: the columns that are needed; others are left out.
         stage: `train`, `val`, `test` or `predict`: which part of the built-in data.
 
@@ -75,11 +78,11 @@ def load_pairs(source: Source, columns: Sequence[str], *, stage: str = "train") 
             there (with those that are), a configuration or split that has to be chosen or does not exist (with those
             there are), a data set that does not exist or may not be read (with what to do).
     """
-    if not isinstance(source, str) and hasattr(source, "column_names"):
-        return [_checked(PairSource("the `datasets.Dataset` given", source), columns)]
+    if not isinstance(source, str) and not _are_names(source):
+        return [_checked(_held(source, stage), columns)]
     names = [source] if isinstance(source, str) else source
-    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) and name for name in names):
-        raise DataError(f"Expected a file, a list of files, a hub id or a `datasets.Dataset` but got {source!r}.")
+    if not names or not all(names):
+        raise DataError(f"Expected a file, a list of files, a hub id or rows but got {source!r}.")
     found = [item for name in names for item in _load(name, stage)]
     return [_checked(item, columns) for item in found]
 
@@ -95,6 +98,67 @@ def _load(name: str, stage: str) -> Iterator[PairSource]:
         return
     for file in _files(path):
         yield _load_file(file)
+
+
+# --- rows that are there already -------------------------------------------------------------------------------------
+
+# The split of a `DatasetDict` that each stage takes: the first of these that it has.
+_SPLITS = {
+    "train": ("train",),
+    "val": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test",),
+    "predict": ("predict", "test", "validation"),
+}
+
+
+def _are_names(source: Any) -> TypeGuard[Sequence[str]]:
+    return isinstance(source, list | tuple) and all(isinstance(one, str) for one in source)
+
+
+def _held(source: Any, stage: str) -> PairSource:
+    """Take rows from an object that the user holds.
+
+    Raises:
+        DataError: for an object that has no rows, a split that has to be chosen, or rows of different kinds.
+    """
+    from datasets import Dataset, IterableDataset
+
+    name = f"the `{type(source).__name__}` given"
+    if isinstance(source, Mapping):
+        splits = [split for split in _SPLITS[stage] if split in source]
+        if not splits:
+            raise DataError(
+                f"Expected a split {' or '.join(_SPLITS[stage])} for `{stage}` in {name} but it has "
+                f"{', '.join(map(str, source)) or 'none'}: give one of these itself."
+            )
+        name, source = f"{name}, split {splits[0]}", source[splits[0]]
+    if isinstance(source, Dataset):
+        return PairSource(name, source)
+    if isinstance(source, list | tuple):
+        wrong = next((place for place, row in enumerate(source) if not isinstance(row, Mapping)), None)
+        if wrong is not None:
+            came = type(source[wrong]).__name__
+            raise DataError(f"{name}, row {wrong} (from 0): Expected a dictionary but got {came}.")
+        rows = list(source)
+    elif isinstance(source, IterableDataset) or (isinstance(source, Iterable) and not isinstance(source, Mapping)):
+        return PairSource(name, _drained(name, source))
+    else:
+        raise DataError(f"Expected a file, a list of files, a hub id or rows but got a {type(source).__name__}.")
+    try:
+        return PairSource(name, Dataset.from_list([dict(row) for row in rows]))
+    except Exception as error:  # pyarrow's, of many kinds
+        raise DataError(f"{name}: the rows do not make one table: {first_line(error)}") from error
+
+
+def _drained(name: str, source: Iterable[Mapping[str, Any]]) -> Dataset:
+    """Read a stream to its end into a file, as a table with random access: an order needs their number."""
+    from datasets import Dataset
+
+    try:
+        # a digest of a stream would be that of its code: what is read now is not what was read before
+        return Dataset.from_generator(lambda: map(dict, source), fingerprint=f"stream-{uuid4().hex}")
+    except Exception as error:  # of the stream, or pyarrow's
+        raise DataError(f"{name} cannot be read: {first_line(error)}") from error
 
 
 # --- local files -----------------------------------------------------------------------------------------------------
