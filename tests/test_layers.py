@@ -30,6 +30,7 @@ LAYERS = {
     "lit_dpo.memory": 3,
     "lit_dpo.requirements": 4,
     "lit_dpo.window": 4,
+    "lit_dpo.schedules": 4,
     "lit_dpo.callbacks": 5,
     "lit_dpo.module": 6,
     "lit_dpo.plan": 7,

@@ -115,7 +115,7 @@ def test_a_pair_too_long_is_named_where_that_is_an_error(data, jsonl) -> None:
     message = stop(data(train=jsonl("a.jsonl", rows(5)), max_length=12, truncation="error"))
     assert "a.jsonl, row " in message
     assert "max_length=12" in message
-    assert "per_token" in message
+    assert "tokens" in message
 
 
 def test_dropped_pairs_are_counted_in_one_line_and_rows_keep_their_numbers(data, caplog, jsonl) -> None:

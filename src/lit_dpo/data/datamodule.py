@@ -16,10 +16,11 @@ from lit_dpo.data.budget import BudgetSampler
 from lit_dpo.data.encode import PairEncoder, Truncation, check_limits
 from lit_dpo.data.formats import Preference, PreferenceFormat, Triples
 from lit_dpo.data.loader import PairDataset, PairLoader, loader_options
+from lit_dpo.data.position import first_position, position
 from lit_dpo.data.sampler import PairSampler
 from lit_dpo.data.sources import Source, load_pairs
 from lit_dpo.data.table import PairTable, check_tokens, encode_table, report, warn
-from lit_dpo.errors import DataError, PolicyError, ResumeError
+from lit_dpo.errors import DataError, PolicyError
 from lit_dpo.hub import locate, split_revision
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class PreferenceDataModule(LightningDataModule):
         sampler = self._sampler(table, self.batch_size, shuffle=not getattr(self.trainer, "overfit_batches", 0))
         self._train_loader = PairLoader(PairDataset(table), sampler=sampler, **self._loader_options())
         if self.trainer:
-            self._train_loader.start = lambda: self._first_position(table)
+            self._train_loader.start = self._first_position
         return self._train_loader
 
     def val_dataloader(self) -> Any:
@@ -175,12 +176,7 @@ class PreferenceDataModule(LightningDataModule):
         table, loader = self._tables.get("train"), self._train_loader
         if self.trainer is None or table is None or loader is None:
             return {}
-        in_hand = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        # An exception saves in the middle of a step: the batch in hand is not consumed.
-        batches = loader.batches - (in_hand.ready - in_hand.processed)  # type: ignore[attr-defined]
-        finished = batches >= self.trainer.num_training_batches
-        epoch, batches = (loader.epoch + 1, 0) if finished else (loader.epoch, batches)
-        return {"epoch": epoch, "batches": batches, **self._order_facts(table)}
+        return position(self.trainer, loader) | self._order_facts()
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continue training there; evaluation does not care.
@@ -383,6 +379,22 @@ class PreferenceDataModule(LightningDataModule):
         device = self.trainer.strategy.root_device.type if self.trainer else "cpu"
         return loader_options(self.num_workers, pin_memory=device == "cuda")
 
+    def _first_position(self) -> tuple[int, int]:
+        state, self._resume = self._resume, None
+        assert self.trainer is not None
+        assert self._train_loader is not None
+        return first_position(state, self.trainer, self._train_loader, self._order_facts())
+
+    def _order_facts(self) -> dict[str, int | None]:
+        """Say what decides which pairs the next batches hold."""
+        return {
+            "pairs": self._table("train").size,
+            "batch_size": self.batch_size,
+            "max_tokens": self.max_tokens,
+            "ranks": self.trainer.world_size if self.trainer else 1,
+            "seed": self.seed,
+        }
+
     def _eval_loaders(self, split: str) -> Any:
         sets = self._sets(split)
         if sets == [split]:
@@ -393,43 +405,6 @@ class PreferenceDataModule(LightningDataModule):
         table = self._table(split)
         sampler = self._sampler(table, self.eval_batch_size, shuffle=False)
         return DataLoader(PairDataset(table), sampler=sampler, **self._loader_options())
-
-    # --- position --------------------------------------------------------------------------------------------------
-
-    def _first_position(self, table: PairTable) -> tuple[int, int]:
-        """Epoch and batches to start from."""
-        assert self.trainer is not None
-        state, self._resume = self._resume, None
-        if state is None:
-            return self.trainer.fit_loop.epoch_progress.current.processed, 0  # type: ignore[attr-defined]
-        if not self.trainer.fit_loop.restarting:  # Lightning starts an epoch, even if the last one was cut short
-            return state["epoch"] + (state["batches"] > 0), 0
-        if state.get("finished"):  # what is left of its epoch is validation, whatever its batches were
-            assert self._train_loader is not None
-            return state["epoch"], len(self._train_loader)
-        if not state.get("between"):
-            self._check_resume(state, table)
-        return state["epoch"], state["batches"]
-
-    def _order_facts(self, table: PairTable) -> dict[str, int | None]:
-        assert self.trainer is not None
-        return {
-            "pairs": table.size,
-            "batch_size": self.batch_size,
-            "max_tokens": self.max_tokens,
-            "ranks": self.trainer.world_size,
-            "seed": self.seed,
-        }
-
-    def _check_resume(self, state: Mapping[str, int], table: PairTable) -> None:
-        """In the middle of an epoch "the remaining batches" means something only for the same batches."""
-        now = self._order_facts(table)
-        changed = [f"{name} {state.get(name)} -> {value}" for name, value in now.items() if state.get(name) != value]
-        if changed:
-            raise ResumeError(
-                f"The checkpoint stopped after batch {state['batches']} of epoch {state['epoch']}, and the batches are "
-                f"others now: {', '.join(changed)}. Restore these settings, or resume from the end of an epoch."
-            )
 
 
 def _by_name(split: str, source: Source | Mapping[str, Source] | None) -> dict[str, Source | None]:

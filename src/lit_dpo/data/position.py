@@ -1,0 +1,63 @@
+"""Where training stands in its data: the epoch, the batches of it that are consumed, and what these depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lit_dpo.errors import ResumeError
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lit_dpo.data.loader import PairLoader
+
+
+def position(trainer: pl.Trainer, loader: PairLoader) -> dict[str, int | None]:
+    """Say where a run stands, for its checkpoint.
+
+    Args:
+        trainer: of the run.
+        loader: of the training pairs; it counts the batches that it has handed out.
+    """
+    in_hand = trainer.fit_loop.epoch_loop.batch_progress.current
+    # An exception saves in the middle of a step: the batch in hand is not consumed.
+    batches = loader.batches - (in_hand.ready - in_hand.processed)  # type: ignore[attr-defined]
+    finished = batches >= trainer.num_training_batches
+    epoch, batches = (loader.epoch + 1, 0) if finished else (loader.epoch, batches)
+    return {"epoch": epoch, "batches": batches}
+
+
+def first_position(
+    state: Mapping[str, int] | None, trainer: pl.Trainer, loader: PairLoader, facts: Mapping[str, int | None]
+) -> tuple[int, int]:
+    """Say at which epoch, and after how many of its batches, a run begins.
+
+    Args:
+        state: of the checkpoint that it goes on from, or None.
+        trainer: of the run.
+        loader: of the training pairs.
+        facts: what decides which pairs the next batches hold.
+
+    Raises:
+        ResumeError: if it would go on inside an epoch whose batches are others now, with what differs.
+    """
+    if state is None:
+        return trainer.fit_loop.epoch_progress.current.processed, 0  # type: ignore[attr-defined]
+    if not trainer.fit_loop.restarting:  # Lightning starts an epoch, even if the last one was cut short
+        return state["epoch"] + (state["batches"] > 0), 0
+    if state.get("finished"):  # what is left of its epoch is validation, whatever its batches were
+        return state["epoch"], len(loader)
+    if not state.get("between"):
+        _check_same_batches(state, facts)
+    return state["epoch"], state["batches"]
+
+
+def _check_same_batches(state: Mapping[str, int], facts: Mapping[str, int | None]) -> None:
+    """In the middle of an epoch "the remaining batches" means something only for the same batches."""
+    changed = [f"{name} {state.get(name)} -> {value}" for name, value in facts.items() if state.get(name) != value]
+    if changed:
+        raise ResumeError(
+            f"The checkpoint stopped after batch {state['batches']} of epoch {state['epoch']}, and the batches are "
+            f"others now: {', '.join(changed)}. Restore these settings, or resume from the end of an epoch."
+        )
