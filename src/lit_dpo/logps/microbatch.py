@@ -33,7 +33,7 @@ def why_whole(strategy: Any, parameters: Iterable[Tensor]) -> str | None:
 
 
 def join(records: Sequence[PairLogps]) -> PairLogps:
-    """The record of a batch from those of its micro-batches."""
+    """Join the records of micro-batches to that of their batch."""
     if len(records) == 1:
         return records[0]
     joined: PairLogps = _joined([record._replace(state=None) for record in records])
@@ -41,11 +41,14 @@ def join(records: Sequence[PairLogps]) -> PairLogps:
 
 
 def _joined(parts: Sequence[Any]) -> Any:
-    """Tensors one after another, in records of records; a field that the first does not have is in none."""
+    """Put tensors one after another, in records and dictionaries; a field that the first does not have is in none."""
     if parts[0] is None:
         return None
     if isinstance(parts[0], Tensor):
         return torch.cat(list(parts))
+    if isinstance(parts[0], dict):
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: _joined([part[name] for part in parts]) for name in names}
     return type(parts[0])(*(_joined(fields) for fields in zip(*parts, strict=True)))
 
 
