@@ -156,7 +156,7 @@ def batches(spec: Spec, steps: int) -> list[list[list[list[int]]]]:
 
     data = ready(PreferenceDataModule, spec)
     data.setup("fit")
-    table = data._table("train")
+    table = data.train_dataloader().dataset.table
     bucket = 50 if spec.order == "bucketed" else 0
     sampler, found, epoch = PairSampler(table.lengths, spec.batch_size, bucket=bucket), [], 0
     while len(found) < steps:

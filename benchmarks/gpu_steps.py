@@ -78,15 +78,15 @@ def rows_of_a_batch(run: Run) -> str:
 def rows_of_a_chunk(run: Run) -> str:
     """Rows of hidden states that the head projects at once."""
     module, batch, results = load(run), batch_of(run, pairs=2 if run.rehearsed else 16), {}
-    plain = head._chunk_rows(module.model.config.vocab_size, batch.input_ids.device)
+    plain = head.chunk_rows(module.model.config.vocab_size, batch.input_ids.device)
     try:
         for size in sorted({plain, *((32,) if run.rehearsed else (128, 512, 1024, 2048, 4096))}):
             rows = size
-            head._chunk_rows = lambda *_: rows  # noqa: B023 - called in this turn alone
+            head.chunk_rows = lambda *_: rows  # noqa: B023 - called in this turn alone
             results[size] = measured(run, module, [batch])
             run.note(head_rows=results)
     finally:
-        head._chunk_rows = PLAIN_CHUNK_ROWS
+        head.chunk_rows = PLAIN_CHUNK_ROWS
     return f"rows of the head {best(results, plain)}"
 
 
@@ -232,4 +232,4 @@ def ratio(name: str, one: dict[str, Any], other: dict[str, Any], than: str) -> s
     return f"{name} {one['seconds'] / other['seconds']:.2f}× the time{room} of {than}"
 
 
-PLAIN_CHUNK_ROWS = head._chunk_rows
+PLAIN_CHUNK_ROWS = head.chunk_rows

@@ -49,7 +49,7 @@ module = PreferenceDataModule(train=data, tokenizer=tokenizer, max_length=None)
 module.loaded_tokenizer
 start, wall = time.process_time(), time.perf_counter()
 module.setup("fit")
-table = module._table("train")
+table = module.train_dataloader().dataset.table
 seconds = time.process_time() - start, time.perf_counter() - wall
 print(json.dumps([*seconds, table.size, int(table.lengths.sum())]))
 """

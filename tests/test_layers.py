@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up; the longest name that fits decides. Rooms of one layer may import each other in one direction.
 LAYERS = {
     "lit_dpo.errors": 0,
+    "lit_dpo.compat": 0,
     "lit_dpo.hub": 0,
     "lit_dpo.writing": 0,
     "lit_dpo.quickstart": 0,  # needs nothing of the package; imported inside functions only
@@ -140,6 +141,7 @@ def test_pytorch_lightning_is_imported_nowhere():
     [
         ("import lit_dpo", {"torch", "transformers", "lightning", "peft", "datasets", "bitsandbytes", "torchmetrics"}),
         ("import lit_dpo.errors", {"torch", "transformers", "lightning", "peft"}),
+        ("import lit_dpo.compat", {"torch", "transformers", "lightning", "peft", "datasets", "jsonargparse"}),
         ("import lit_dpo.losses", {"transformers", "lightning", "peft", "datasets", "bitsandbytes", "torchmetrics"}),
         ("from lit_dpo import DPOLoss", {"transformers", "lightning", "peft", "datasets", "bitsandbytes"}),
         ("import lit_dpo.policy", {"transformers", "lightning", "peft", "datasets", "bitsandbytes", "torch"}),

@@ -103,7 +103,7 @@ def test_layers_that_repeat_are_counted_and_not_run(tmp_path, name, changes, rep
 
     if name == "gemma2":
         expected, few, more = map(estimate, (whole, shallow, deep))
-        summed = few.with_layers(more, repeats.times, expected._frozen, expected._trained)
+        summed = few.with_layers(more, repeats.times, expected.frozen, expected.trained)
         assert summed.of([LENGTHS]).total == pytest.approx(expected.of([LENGTHS]).total, rel=1e-3)
         return
     one, two, three = (count(made, torch.enable_grad, LENGTHS) for made in (whole, shallow, deep))

@@ -65,15 +65,6 @@ def test_adapters_of_runs_without_a_directory_of_their_own_have_a_name_each(tmp_
     assert found == ["adapter", *(f"adapter-{number}" for number in range(1, 8))]
 
 
-@pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
-def test_lightning_has_the_names_that_number_runs(kind, tmp_path):
-    logger = kind(tmp_path, name="")
-    assert logger._version is None
-    assert logger._get_next_version() == 0
-    logger._version = 5
-    assert logger.version == 5
-
-
 def test_a_trainer_in_python_claims_too_and_a_number_that_is_given_stays(tiny_model, pairs_file, tmp_path):
     mine, given = CSVLogger(tmp_path, name=""), TensorBoardLogger(tmp_path, name="", version=7)
     (tmp_path / "version_0").mkdir()

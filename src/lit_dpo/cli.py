@@ -57,7 +57,9 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"lit-dpo: error: {error}\n")
         raise SystemExit(1) from None
     except SystemExit as stop:  # Lightning's for SIGTERM has no status, and would look like success
-        if type(stop).__name__ == "SIGTERMException":
+        from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+        if isinstance(stop, SIGTERMException):
             raise SystemExit(128 + signal.SIGTERM) from None
         raise
 

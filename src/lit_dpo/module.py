@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -25,6 +28,7 @@ from lit_dpo.checkpoint import (
     Standing,
     adapter_state,
     check_belongs,
+    configuration,
     describe,
     frozen_is_not_missing,
     load_strictly,
@@ -144,8 +148,8 @@ class DPOModule(pl.LightningModule):
         """Load policy and reference on the trainer's device and choose the layout. Does nothing the second time."""
         if self.model is not None:
             return
-        device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
-        precision = str(self.trainer.precision) if self._trainer is not None else ""
+        device = self.trainer.strategy.root_device if self._attached is not None else torch.device("cpu")
+        precision = str(self.trainer.precision) if self._attached is not None else ""
         half = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "16-mixed": torch.float16}
         with torch.device("cpu"):  # Lightning makes its device the default here; a CPU's generator draws no GPU tensors
             self.model = self.policy.load(device, half.get(precision))
@@ -272,16 +276,19 @@ class DPOModule(pl.LightningModule):
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move; never cast. The policy decides dtypes: `bf16-true` would round adapters, which then hardly train."""
-        device = torch._C._nn._parse_to(*args, **kwargs)[0]
-        return self if device is None else super().to(device)
+        torch.nn.Module().to(*args, **kwargs)  # or torch's error, for what it cannot read
+        first = args[0] if args else kwargs.get("device", kwargs.get("tensor"))
+        if first is None or isinstance(first, torch.dtype):
+            return self
+        return super().to(first.device if isinstance(first, Tensor) else first)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the policy's adapter and whatever a subclass added; what is frozen is not stored."""
-        model = self._modules.pop("model", None)
+        model, self.model = self.model, None
         try:
             state: dict[str, Any] = super().state_dict(*args, **kwargs)
         finally:
-            self._modules["model"] = model
+            self.model = model
         if model is not None:
             state |= adapter_state(self, kwargs.get("prefix", args[1] if len(args) > 1 else ""))
         return state
@@ -293,10 +300,10 @@ class DPOModule(pl.LightningModule):
             ResumeError: listing keys that are missing, unknown or of another shape.
         """
         self.configure_model()
-        training = self._trainer is not None and self.trainer.state.fn == "fit" and not self.accepts_changes
+        training = self._attached is not None and self.trainer.state.fn == "fit" and not self.accepts_changes
         load_strictly(self.state_dict(keep_vars=True), dict(state_dict), training=training)
         self.fresh = False
-        return torch.nn.modules.module._IncompatibleKeys([], [])
+        return torch.nn.Module().load_state_dict({})  # as it says that all keys matched
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -369,13 +376,25 @@ class DPOModule(pl.LightningModule):
             pairs = self.pair_logps(part)
             return self.losses_of(pairs), pairs
 
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self._trainer is not None else None
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self._attached is not None else None
         trained = [p for p in self.parameters() if p.requires_grad]
         # not `get_scale`, which waits for the device
         scale = scaler.scale(torch.ones((), device=self.device)) if scaler else 1.0
         return in_microbatches(parts, score, trained, scale)
 
     # ---- helpers ----
+
+    @property
+    def _attached(self) -> Any:
+        """The trainer, or None where there is none, or Fabric's."""
+        with suppress(RuntimeError):
+            return self.trainer if self.fabric is None else None
+        return None
+
+    @property
+    def hparams_initial(self) -> Any:
+        """The hyper-parameters in builtins, as loggers take them and the command line would have written them."""
+        return AttributeDict(copy.deepcopy(configuration(self)))
 
     def losses_of(self, pairs: PairLogps) -> Tensor:
         """`compute_loss`, which must not be reduced: `(B,)`.

@@ -15,14 +15,16 @@ import functools
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-from jsonargparse import Namespace, _typehints
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
+
+from lit_dpo.compat import on_another_class
 
 _EXTENDED = (pl.LightningModule, pl.LightningDataModule)
 _PARTS = ("init_args", "dict_kwargs")
@@ -93,24 +95,14 @@ def refuse(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-@contextmanager
-def _on_another_class(drop: Callable[[Namespace, str], Any]) -> Iterator[None]:
-    """Within it, `drop(before, after)` takes from a class's entry what another class, of path `after`, shall not have.
-
-    jsonargparse keeps whatever the other class accepts, and has no setting for it. Everything that compares class
-    paths (arguments, files over files, all of them over defaults) calls this one function.
-    """
+def _on_another_class(drop: Callable[[Namespace, str], Any]) -> AbstractContextManager[None]:
+    """Within it, `drop(before, after)` takes from a class's entry what one of path `after` shall not have."""
 
     def discard(_: Any, before: Any, after: Any) -> None:
         if before and _load(before["class_path"]) is not _load(after["class_path"]):
             drop(before, after["class_path"])
 
-    theirs = _typehints.discard_init_args_on_class_path_change
-    _typehints.discard_init_args_on_class_path_change = discard
-    try:
-        yield
-    finally:
-        _typehints.discard_init_args_on_class_path_change = theirs
+    return on_another_class(discard)
 
 
 def _drop_all(before: Namespace, _: str) -> None:

@@ -30,7 +30,7 @@ from lit_dpo.data.batch import PairBatch, collate_pairs
 from lit_dpo.logps import attention
 from lit_dpo.logps.score import completion_logps
 from lit_dpo.module import DPOModule
-from lit_dpo.references.base import keep, kept
+from lit_dpo.references.base import attached, keep_attached
 from lit_dpo.references.store import Stored
 
 CUDA = torch.device("cuda", 0)
@@ -116,7 +116,7 @@ def walks(fake: FakeCuda, folder: Path) -> dict[str, Callable[[], Any]]:
         model, other = fake.model("llama"), tiny.model("mistral-window")
         attention.use_pair_attention(other)
         fake.move(other, torch.bfloat16)
-        keep(model, "reference", other)
+        keep_attached(model, "reference", other)
         with fake.on:
             _all_there(ModelReference("any").logps(model, batch))
 
@@ -126,7 +126,7 @@ def walks(fake: FakeCuda, folder: Path) -> dict[str, Callable[[], Any]]:
         lengths = zip(real.chosen_lengths.tolist(), real.rejected_lengths.tolist(), strict=True)
         values = [Stored(*(np.zeros(1 + one, np.float32) for one in pair)) for pair in lengths]
         # a pass would have to wait for its numbers
-        kept(model, "cache")._store(model).put(
+        attached(model, "cache")._store(model).put(
             {key.tobytes(): one for key, one in zip(real.keys.numpy(), values, strict=True)}
         )
         keys = real.keys.numpy()  # inside, a tensor with numbers has none either

@@ -19,12 +19,12 @@ TOKENS, WIDTH, VOCABULARY = 200, 8, 97
 
 @pytest.fixture(params=[16, 50, 199, 200, 10_000], ids=lambda rows: f"chunks-of-{rows}")
 def chunked(request, monkeypatch):
-    monkeypatch.setattr(head_module, "_chunk_rows", lambda *_: request.param)
+    monkeypatch.setattr(head_module, "chunk_rows", lambda *_: request.param)
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(head_module, "_chunk_rows", lambda *_: 16)
+    monkeypatch.setattr(head_module, "chunk_rows", lambda *_: 16)
 
 
 def _inputs(dtype=torch.float32, width=WIDTH):
@@ -137,7 +137,7 @@ def test_no_tensor_has_tokens_times_vocabulary_elements_in_a_whole_step_of_dpo(t
 
 def test_chunks_are_smaller_than_a_batch_of_any_vocabulary_that_matters():
     """fp32 logits of a chunk: 8 MiB on a CPU up to 16k tokens of vocabulary, then 128 rows."""
-    rows = [head_module._chunk_rows(vocabulary, torch.device("cpu")) for vocabulary in (8192, 16384, 262144)]
+    rows = [head_module.chunk_rows(vocabulary, torch.device("cpu")) for vocabulary in (8192, 16384, 262144)]
     assert rows == [256, 128, 128]
 
 

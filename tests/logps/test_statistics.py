@@ -46,7 +46,7 @@ def model(request):
 
 @pytest.fixture(params=[1000, 16], ids=["one chunk", "chunks"], autouse=True)
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(heads, "_chunk_rows", lambda *_: request.param)
+    monkeypatch.setattr(heads, "chunk_rows", lambda *_: request.param)
 
 
 def test_collision_is_the_log_of_the_sum_of_squared_probabilities(model):

@@ -12,10 +12,11 @@ import torch
 
 import tiny
 from interpreted import interpreter  # noqa: F401 - a fixture
-from lit_dpo import LoRAPolicy, kernels
+from lit_dpo import LoRAPolicy
 from lit_dpo.checkpoint.identity import describe
 from lit_dpo.errors import PolicyError
 from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.policy import kernels
 from lit_dpo.policy.kernels import kernels_of, use_kernels, without_kernels
 from lit_dpo.references import BaseReference, CachedReference
 from training import adapter, data, module, trainer

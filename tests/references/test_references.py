@@ -195,7 +195,7 @@ def test_an_error_in_a_reference_pass_leaves_the_policys_adapter_on(case, monkey
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lit_dpo.references.base.pair_logps", fail)
+        patched.setattr("lit_dpo.references.base.completion_logps", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             reference.logps(model, BATCH)
     assert torch.equal(_totals(completion_logps(model, BATCH)).detach(), before)

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.checkpoint import check_finite, check_writable, save_adapter
+from lit_dpo.compat import is_numbered, number
 from lit_dpo.policy.adapters import adapter_parameters
 from lit_dpo.writing import refusals
 
@@ -75,7 +76,7 @@ def unnumbered(trainer: Any) -> list[Any]:
     """
     kinds = TensorBoardLogger | CSVLogger
     found = [logger for logger in trainer.loggers if isinstance(logger, kinds) and "://" not in logger.root_dir]
-    return [logger for logger in found if logger._version is None]
+    return [logger for logger in found if not is_numbered(logger)]
 
 
 def claim_versions(loggers: list[Any]) -> None:
@@ -87,12 +88,12 @@ def claim_versions(loggers: list[Any]) -> None:
         TrainingError: if no directory can be made there.
     """
     for logger in loggers:
-        root, number = Path(logger.root_dir), logger._get_next_version()
+        root, version = Path(logger.root_dir), logger.version
         with refusals(root / "version"):
             root.mkdir(parents=True, exist_ok=True)
-            while not _made(root / f"version_{number}"):
-                number += 1
-        logger._version = number
+            while not _made(root / f"version_{version}"):
+                version += 1
+        number(logger, version)
 
 
 def _made(directory: Path) -> bool:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from lit_dpo.checkpoint import (
     save_adapter,
     take_settings,
 )
+from lit_dpo.compat import number_rows_from
 from lit_dpo.errors import ResumeError
 from lit_dpo.requirements import check_run
 
@@ -71,10 +71,9 @@ class ExactResume(pl.Callback):
         pl_module.checked = False
         self._resumed, self._loaded = None, {}
         # hyper-parameters in builtins, so that loggers and checkpoints take them as they are
-        pl_module._set_hparams(configuration(pl_module))
-        pl_module._hparams_initial = copy.deepcopy(pl_module._hparams)
+        pl_module.hparams.update(configuration(pl_module))
         pl_module.accepts_changes = self.changes == "accept"
-        self._belongs = belongs = describe(pl_module)
+        self._belongs = belongs = describe(pl_module, trainer)
 
         def on_save(checkpoint: dict[str, Any]) -> None:
             check_finite(checkpoint["state_dict"])
@@ -191,7 +190,7 @@ class ExactResume(pl.Callback):
             remeasure(pl_module.train_metrics, self._resumed["measured"])
             pl_module.unlogged = True
         # the number of the next row, which Lightning counts one short where no validation was due
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        number_rows_from(trainer, trainer.global_step)
         if row := self._resumed["row"]:  # a stop may have been quicker than the log
             for logger in trainer.loggers:
                 logger.log_metrics(row, trainer.global_step - 1)

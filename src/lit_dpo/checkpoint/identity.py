@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lit_dpo.compat import CLASS_PATH, INSTANTIATOR
 from lit_dpo.errors import ResumeError
 
 KEY = "lit_dpo"
@@ -34,7 +35,7 @@ _SAID_ELSEWHERE = (
     "optimizer",
     *_OF_SCHEDULE,
     "microbatch_tokens",
-    "_instantiator",
+    INSTANTIATOR,
 )
 
 TRUST = "trust_remote_code"
@@ -46,9 +47,9 @@ _MAY_CHANGE = (
 )
 
 
-def describe(module: Any) -> dict[str, Any]:
+def describe(module: Any, trainer: Any = None) -> dict[str, Any]:
     """Say what a checkpoint belongs to, in builtins only, so that `torch.load(weights_only=True)` reads it."""
-    policy, loss, reference, trainer = module.policy, module.loss, module.reference, module._trainer
+    policy, loss, reference = module.policy, module.loss, module.reference
     schedule = {name: to_builtins(getattr(module, name)) for name in _OF_SCHEDULE}
     if policy.dropout:  # masks are drawn for each row
         schedule |= {"microbatch_tokens": module.microbatch_tokens}
@@ -174,11 +175,11 @@ def configuration(module: Any) -> dict[str, Any]:
     A lambda has no name to write; where one was given, a reload takes the default.
     """
     given = dict(module.hparams)
-    if "_instantiator" in given:
+    if INSTANTIATOR in given:
         return given
     named = {name: to_builtins(value) for name, value in given.items() if not _is_lambda(value)}
-    named["_class_path"] = f"{type(module).__module__}.{type(module).__qualname__}"
-    return named | {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
+    named[CLASS_PATH] = f"{type(module).__module__}.{type(module).__qualname__}"
+    return named | {INSTANTIATOR: "lightning.pytorch.cli.instantiate_module"}
 
 
 def _is_lambda(given: Any) -> bool:

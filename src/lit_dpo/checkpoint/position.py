@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 
 from lit_dpo.checkpoint.random import random_state
+from lit_dpo.compat import BATCHES_THAT_STEPPED
 
 
 @dataclass
@@ -67,7 +69,7 @@ def rewind(loops: dict[str, Any], epoch: int, batches: int, of: int, *, validate
         epochs[part] = {"ready": epoch + begun, "started": epoch + begun, "processed": epoch, "completed": epoch}
     done["is_last_batch"] = last
     step = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
-    fit["epoch_loop.state_dict"]["_batches_that_stepped"] = step["total"]["completed"] - 1
+    fit["epoch_loop.state_dict"][BATCHES_THAT_STEPPED] = step["total"]["completed"] - 1
     validation = fit["epoch_loop.val_loop.batch_progress"]
     count = validation["total"]["completed"]
     begun = int(
@@ -103,13 +105,18 @@ def take_settings(checkpoint: dict[str, Any], trainer: Any, *, same: bool) -> No
     for place, config in enumerate(trainer.lr_scheduler_configs):
         scheduler = config.scheduler
         state = scheduler.state_dict()
-        if place < len(saved_schedulers) and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):  # ours are
-            steps = saved_schedulers[place]["last_epoch"]
-            rates = [base * of(steps) for base, of in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-            state |= {"last_epoch": steps, "_step_count": saved_schedulers[place]["_step_count"], "_last_lr": rates}
-            for group, rate in zip(checkpoint["optimizer_states"][0]["param_groups"], rates, strict=True):
+        if place < len(saved_schedulers) and isinstance(scheduler, LambdaLR):  # ours are
+            moved = _moved(scheduler, saved_schedulers[place]["last_epoch"])
+            state |= moved.state_dict()
+            for group, rate in zip(checkpoint["optimizer_states"][0]["param_groups"], moved.get_last_lr(), strict=True):
                 group["lr"] = rate
         checkpoint["lr_schedulers"].append(state)
+
+
+def _moved(scheduler: LambdaLR, steps: int) -> LambdaLR:
+    """Another one of the same rates, as it is after some steps."""
+    groups = [{"params": [torch.zeros(())], "lr": rate, "initial_lr": rate} for rate in scheduler.base_lrs]
+    return LambdaLR(torch.optim.SGD(groups), scheduler.lr_lambdas, last_epoch=steps - 1)
 
 
 def measured(metrics: MetricCollection) -> dict[str, dict[str, Any]]:

@@ -64,7 +64,7 @@ class PairTable(NamedTuple):
     @property
     def lengths(self) -> NDArray[np.int64]:
         """`(N,)` tokens per pair: prompt, chosen, rejected."""
-        return self._facts("length")[self.rows]
+        return self.facts("length")[self.rows]
 
     @property
     def part_lengths(self) -> NDArray[np.int64]:
@@ -77,12 +77,12 @@ class PairTable(NamedTuple):
     @property
     def prompt_keys(self) -> NDArray[np.int64]:
         """`(N,)` equal for equal prompts."""
-        return self._facts("prompt_key")[self.rows]
+        return self.facts("prompt_key")[self.rows]
 
     @property
     def identical(self) -> int:
         """Pairs whose two completions are the same."""
-        return int(self._facts("identical")[self.rows].sum())
+        return int(self.facts("identical")[self.rows].sum())
 
     @property
     def dropped(self) -> Counter[str]:
@@ -94,7 +94,7 @@ class PairTable(NamedTuple):
         """Of what the rows that are used say, in their order: lengths and columns of all, token ids of up to 4096."""
         digest = hashlib.blake2b(self.part_lengths.tobytes(), digest_size=16)
         for name in self.columns:
-            digest.update(self._facts(_stored(name))[self.rows].tobytes())
+            digest.update(self.facts(_stored(name))[self.rows].tobytes())
         places = np.unique(np.linspace(0, self.size - 1, min(self.size, 4096)).astype(np.int64))
         columns = self.encoded.select_columns(list(_IDS))[self.rows[places].tolist()]
         for ids in (one for name in _IDS for one in columns[name]):
@@ -171,7 +171,8 @@ class PairTable(NamedTuple):
         held = np.isin(keys, np.random.Generator(np.random.PCG64(seed)).permutation(prompts)[:count])
         return self._replace(rows=self.rows[~held]), self._replace(rows=self.rows[held])
 
-    def _facts(self, name: str) -> NDArray[np.int64]:
+    def facts(self, name: str) -> NDArray[np.int64]:
+        """`(total,)` one number per row of the sources: `length`, `prompt_key`, `identical`, or a column of numbers."""
         values: NDArray[np.int64] = self.encoded.select_columns(name).with_format("numpy")[:][name]
         return values
 
@@ -196,7 +197,7 @@ def encode_table(sources: Sequence[PairSource], format: PreferenceFormat, encode
     columns = names[0] if names else ()
     encoded = concatenate_datasets([_encode_source(source, format, encoder, columns) for source in sources])
     table = PairTable(list(sources), format, encoded, np.arange(len(encoded)), columns)
-    return table._replace(rows=np.flatnonzero(table._facts("length")))
+    return table._replace(rows=np.flatnonzero(table.facts("length")))
 
 
 def _column_names(source: PairSource, format: PreferenceFormat) -> tuple[str, ...]:
@@ -218,12 +219,13 @@ def _encode_source(
     source: PairSource, format: PreferenceFormat, encoder: PairEncoder, names: tuple[str, ...]
 ) -> Dataset:
     from datasets import Features, List, Value
+    from datasets.fingerprint import generate_fingerprint
 
     ids = List(Value("int32"))
     facts = {"length": Value("int32"), "prompt_key": Value("int64"), "identical": Value("bool")}
     facts |= dict.fromkeys(map(_stored, names), Value("float64"))
     code = code_digest(_encode_rows, type(encoder), own=[type(format)])
-    key = [source.content or source.rows._fingerprint, encoder.fingerprint, code, repr(format)]
+    key = [source.content or generate_fingerprint(source.rows), encoder.fingerprint, code, repr(format)]
     fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     with refusals(source.cache):
         return source.rows.map(

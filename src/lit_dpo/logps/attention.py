@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from lit_dpo.compat import attention_of, can_switch_attention
 from lit_dpo.errors import UnsupportedAttentionError
 from lit_dpo.logps.layouts import Segment
 
@@ -290,14 +291,9 @@ def use_pair_attention(model: Any) -> None:
     model.set_attn_implementation(PAIR_ATTENTION)
 
 
-def can_switch_attention(model: Any) -> bool:
-    """Whether the model takes its attention from `transformers.AttentionInterface`."""
-    return bool(model._can_set_attn_implementation())  # private, as transformers itself asks
-
-
 def has_pair_attention(model: Any) -> bool:
     """Whether the model reads flat rows."""
-    return bool(model.config._attn_implementation == PAIR_ATTENTION)
+    return attention_of(model) == PAIR_ATTENTION
 
 
 @contextmanager

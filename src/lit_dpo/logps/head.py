@@ -82,7 +82,7 @@ def reference_kl(
 
 def _in_chunks(score: Callable[..., Tensor], frozen: bool, vocabulary: int, *inputs: Tensor) -> Tensor:
     """`score` of `(N, …)` inputs, some rows at a time. `frozen`: the first alone gets a gradient."""
-    rows = _chunk_rows(vocabulary, inputs[0].device)
+    rows = chunk_rows(vocabulary, inputs[0].device)
     chunks = [*zip(*(torch.split(given, rows) for given in inputs), strict=True)]
     if not torch.is_grad_enabled():
         return torch.cat([score(*chunk) for chunk in chunks])
@@ -93,7 +93,7 @@ def _in_chunks(score: Callable[..., Tensor], frozen: bool, vocabulary: int, *inp
     return torch.cat([_checkpointed(score, *chunk) for chunk in chunks])
 
 
-def _chunk_rows(vocabulary: int, device: torch.device) -> int:
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
     """Enough rows for an efficient product, else few: logits that stay in a CPU's cache cost half as much."""
     return max(256, 2**25 // vocabulary) if device.type == "cuda" else max(128, 2**21 // vocabulary)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from lit_dpo.compat import has_gradient_hook
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.logps.records import PairLogps
 
@@ -27,7 +27,7 @@ def why_whole(strategy: Any, parameters: Iterable[Tensor]) -> str | None:
 
     if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):  # DeepSpeed's is a subclass
         return f"{type(strategy).__name__} may shard the parameters"
-    if any(parameter._backward_hooks for parameter in parameters):
+    if any(has_gradient_hook(parameter) for parameter in parameters):
         return "a parameter has a gradient hook"
     return None
 
@@ -36,9 +36,20 @@ def join(records: Sequence[PairLogps]) -> PairLogps:
     """Join the records of micro-batches to that of their batch."""
     if len(records) == 1:
         return records[0]
-    first, *others = (record._replace(state=None) for record in records)
-    joined: PairLogps = tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), first, *others)
+    joined: PairLogps = _joined([record._replace(state=None) for record in records])
     return joined._replace(state=records[0].state)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Put tensors one after another, in records and dictionaries; a field that the first does not have is in none."""
+    if parts[0] is None:
+        return None
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    if isinstance(parts[0], dict):
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: _joined([part[name] for part in parts]) for name in names}
+    return type(parts[0])(*(_joined(fields) for fields in zip(*parts, strict=True)))
 
 
 def in_microbatches(

@@ -79,6 +79,8 @@ def _replace(module: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         if any(found is old for found in child.modules()):
             clone = copy.copy(module)
-            clone._modules = {**module._modules, name: _replace(child, old, new)}
+            registries = {key: copy.copy(own) for key, own in vars(module).items() if isinstance(own, dict)}
+            vars(clone).update(registries)  # the copy shares them: another child would be the module's too
+            setattr(clone, name, _replace(child, old, new))
             return clone
     raise ValueError(f"{type(module).__name__} does not hold its decoder")

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_dpo.compat import attention_of, can_switch_attention
 from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
 from lit_dpo.errors import first_line
-from lit_dpo.logps.attention import can_switch_attention
 from lit_dpo.logps.layouts import segments
+from lit_dpo.policy.checks import int8_layers
 from lit_dpo.policy.kernels import Kernels
 from lit_dpo.policy.settings import rope_limit, settings
 
@@ -77,7 +78,7 @@ def _one_at_a_time(base: Any, row: Tensor, start: int) -> Tensor:
 @contextmanager
 def eager_attention(base: Any) -> Iterator[None]:
     """Use the model's own arithmetic, written out, where it can be had: others may ignore what they lack."""
-    plain = base.config._attn_implementation
+    plain = attention_of(base)
     if plain == "eager" or not can_switch_attention(base):
         yield
         return
@@ -94,7 +95,7 @@ def blind_to(base: Any) -> str | None:
     `sdpa` has no soft-cap and no sinks. Some releases of transformers refuse it then, some ignore what it lacks, by
     less than 16 bits would show.
     """
-    if base.config._attn_implementation != "sdpa":
+    if attention_of(base) != "sdpa":
         return None
     if any(_SOFT_CAPS.search(one.name) and one.value for one in settings(base.config.get_text_config())):
         return "soft-cap"
@@ -153,12 +154,6 @@ def training_mode(base: Any) -> Iterator[None]:
             yield
     finally:
         base.eval()
-
-
-def int8_layers(base: Any) -> list[Any]:
-    """Those of LLM.int8()."""
-    # peft has a wrapper of the same name, without the state
-    return [layer for layer in base.modules() if type(layer).__name__ == "Linear8bitLt" and hasattr(layer, "state")]
 
 
 @contextmanager

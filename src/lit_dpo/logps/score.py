@@ -11,12 +11,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_dpo.compat import attention_of, can_switch_attention
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError, UnsupportedAttentionError, first_line
 from lit_dpo.logps.attention import (
     MissingLayoutError,
     PairLayout,
-    can_switch_attention,
     has_pair_attention,
     use_pair_attention,
 )
@@ -27,7 +27,6 @@ from lit_dpo.logps.model_head import backbone, model_head
 from lit_dpo.logps.probe import (
     blind_to,
     eager_attention,
-    int8_layers,
     probe_batch,
     training_mode,
     truth_of,
@@ -35,6 +34,7 @@ from lit_dpo.logps.probe import (
     without_outliers,
 )
 from lit_dpo.logps.records import SequenceLogps
+from lit_dpo.policy.checks import int8_layers
 from lit_dpo.policy.kernels import without_kernels
 from lit_dpo.policy.settings import rope_limit
 
@@ -73,7 +73,7 @@ def completion_logps(
     Returns:
         Two records of `(B,)` totals and lengths and `(N,)` log-probs per token.
     """
-    scored = _run(model, batch)
+    scored = run(model, batch)
     kl = frozen and reference_kl(scored.head, scored.hidden, frozen.head, frozen.hidden, scored.vocabulary)
     return _sides(scored, _collision(scored) if collision else None, kl)
 
@@ -89,7 +89,7 @@ def frozen_logps(
         reference: `Reference.activated`: given the policy, a context in which it yields the model to compare with.
     """
     with torch.no_grad(), reference(model) as other:
-        scored = _run(other, batch)
+        scored = run(other, batch)
         sides = _sides(scored)
 
     def head(states: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def frozen_logps(
     return FrozenStates(scored.hidden, head), *sides
 
 
-class _Scored(NamedTuple):
+class Scored(NamedTuple):
     """The hidden states that predict completion tokens, `(N, H)`, and what makes log-probs of them."""
 
     hidden: Tensor
@@ -109,7 +109,8 @@ class _Scored(NamedTuple):
     vocabulary: int
 
 
-def _run(model: Any, batch: PairBatch) -> _Scored:
+def run(model: Any, batch: PairBatch) -> Scored:
+    """One pass of a model over a batch, in the layout that its attention reads."""
     base = base_model(model)
     pairs = segments(batch)
     config = base.config.get_text_config()
@@ -120,15 +121,15 @@ def _run(model: Any, batch: PairBatch) -> _Scored:
         rows.inputs["pair_layout"] = PairLayout(pairs, batch.input_ids.device, layers and layers - 1)
     else:
         rows = padded_rows(batch, pairs)
-    return _Scored(_hidden_states(base, rows), model_head(base), rows, config.vocab_size)
+    return Scored(_hidden_states(base, rows), model_head(base), rows, config.vocab_size)
 
 
-def _collision(scored: _Scored) -> Tensor:
+def _collision(scored: Scored) -> Tensor:
     return collision_logps(scored.head, scored.hidden, scored.vocabulary)
 
 
 def _sides(
-    scored: _Scored, collision: Tensor | None = None, kl: Tensor | None = None
+    scored: Scored, collision: Tensor | None = None, kl: Tensor | None = None
 ) -> tuple[SequenceLogps, SequenceLogps]:
     """Chosen and rejected, from per-token values of both."""
     lengths = scored.rows.lengths
@@ -193,7 +194,7 @@ def choose_layout(model: Any, attention: str = "auto") -> Layout:
     backbone(base)  # or an error
     if has_pair_attention(base):
         base.set_attn_implementation(base.lit_dpo_plain_attention)
-    base.lit_dpo_plain_attention = base.config._attn_implementation
+    base.lit_dpo_plain_attention = attention_of(base)
     training = model.training
     model.eval()
     try:
@@ -228,9 +229,7 @@ def _choose_layout(base: Any, attention: str, batch: PairBatch, truth: Tensor, t
             raise PolicyError(f"attention=pairs: the flat row is not exact for {name}: {reason}.")
         log.warning("%s: padded rows instead of the flat row: %s.", name, reason)
     padded = _padded(base, batch, truth)
-    if (
-        not padded <= tolerance and base.config._attn_implementation != "eager" and can_switch_attention(base)
-    ):  # NaN too
+    if not padded <= tolerance and attention_of(base) != "eager" and can_switch_attention(base):  # NaN too
         _use_eager(base, attention, f"is off by {padded:.2g} nats per token from `eager`")
         padded = _padded(base, batch, truth)
     if not padded <= tolerance:
@@ -244,7 +243,7 @@ def _choose_layout(base: Any, attention: str, batch: PairBatch, truth: Tensor, t
 
 def _use_eager(base: Any, attention: str, why: str) -> None:
     """Instead of a plain implementation that computes something else, unless that was asked for."""
-    name, plain = type(base).__name__, base.config._attn_implementation
+    name, plain = type(base).__name__, attention_of(base)
     if attention == plain:
         raise PolicyError(f"attention={attention} {why}, so it does not compute what {name} is. Use `eager` or `auto`.")
     base.set_attn_implementation("eager")
@@ -309,7 +308,7 @@ def _check_rope(config: Any, pairs: list[Segment]) -> None:
 
 def _why_not_flat(base: Any, batch: PairBatch, truth: Tensor, tolerance: float) -> str | None:
     """None if the flat row is exact (and the pair attention stays on), else the reason (and it is off again)."""
-    plain = base.config._attn_implementation
+    plain = attention_of(base)
     try:
         use_pair_attention(base)
         found = _tokens(base, batch)

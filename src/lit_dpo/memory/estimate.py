@@ -95,6 +95,12 @@ class StepEstimate:
         optimizer_bytes: that the optimizer keeps for each byte of what trains, by `optimizer_bytes`.
         with_kl: the loss reads the divergence of whole distributions.
         context: what a training step runs in, such as autocast.
+
+    Attributes:
+        alive: bytes per feature (`step_features`) that are alive after the forward of the backbone.
+        backward: bytes per feature that are at most alive on top of them while it runs backward.
+        frozen: bytes that are stored and do not train.
+        trained: bytes that train.
     """
 
     def __init__(
@@ -108,11 +114,11 @@ class StepEstimate:
         base = score.base_model(model)
         device = base.get_input_embeddings().weight.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            self._alive, self._backward = _backbone(base, device, context)
+            self.alive, self.backward = _backbone(base, device, context)
             with context():
                 self._head = _head(base, device, with_kl)
         self._flat = has_pair_attention(base)
-        self._frozen, self._trained = stored_bytes(model)
+        self.frozen, self.trained = stored_bytes(model)
         self._optimizer_bytes = optimizer_bytes
 
     def with_layers(self, more: StepEstimate, times: int, frozen: int, trained: int) -> StepEstimate:
@@ -125,9 +131,9 @@ class StepEstimate:
             trained: bytes that train.
         """
         deeper = copy.copy(self)
-        deeper._alive = self._alive + times * (more._alive - self._alive)
-        deeper._backward = self._backward + times * (more._backward - self._backward)
-        deeper._frozen, deeper._trained = frozen, trained
+        deeper.alive = self.alive + times * (more.alive - self.alive)
+        deeper.backward = self.backward + times * (more.backward - self.backward)
+        deeper.frozen, deeper.trained = frozen, trained
         return deeper
 
     def of(self, microbatches: Sequence[Lengths], several: bool = False) -> StepMemory:
@@ -140,11 +146,11 @@ class StepEstimate:
         """
         steps = [
             StepMemory(
-                weights=self._frozen,
-                adapters=round(self._trained * (2 + several + self._optimizer_bytes)),
-                activations=(activations := round(float(features @ self._alive))),
+                weights=self.frozen,
+                adapters=round(self.trained * (2 + several + self._optimizer_bytes)),
+                activations=(activations := round(float(features @ self.alive))),
                 # its gradients are all there when its activations are gone, and not yet added to those of others
-                backward=max(round(float(features @ self._backward)), several * self._trained - activations),
+                backward=max(round(float(features @ self.backward)), several * self.trained - activations),
                 head=self._head(int(lengths[:, 1:].sum())),
                 tokens=int(lengths.sum()),
             )
@@ -221,7 +227,7 @@ def _probe(base: Any, lengths: tuple[int, int, int], device: torch.device) -> tu
     batch = collate_pairs([EncodedPair(prompt, chosen, rejected)]).to(device)
     trained = [p for p in backbone(base).parameters() if p.requires_grad]
     with LiveBytes() as memory:
-        hidden = score._run(base, batch).hidden
+        hidden = score.run(base, batch).hidden
         alive = memory.live
         if hidden.requires_grad:
             # The first adapter's gradient passes all layers; the others' are counted with the adapters.
@@ -232,7 +238,7 @@ def _probe(base: Any, lengths: tuple[int, int, int], device: torch.device) -> tu
 def _head(base: Any, device: torch.device, with_kl: bool) -> Callable[[int], int]:
     """Scored tokens to bytes: logits of one chunk at a time, and what every scored token leaves."""
     vocabulary = base.config.get_text_config().vocab_size
-    like = score._run(base, collate_pairs([EncodedPair([0], [0], [0])]).to(device)).hidden.detach()[:1]
+    like = score.run(base, collate_pairs([EncodedPair([0], [0], [0])]).to(device)).hidden.detach()[:1]
     trains = any(p.requires_grad for p in base.get_output_embeddings().parameters())
     narrow = nn.Linear(like.shape[1], 2, device=device, dtype=like.dtype).requires_grad_(trains)
     few = _chunk_rows(_TINY_CHUNKS, device)

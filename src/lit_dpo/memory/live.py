@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from lit_dpo.compat import operation_mode
+
+_Mode: Any = operation_mode()
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveBytes(_Mode):
     """Counts the bytes of tensors that operations make while it is on, until they are freed.
 
     Attributes:
@@ -27,17 +29,18 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.live: int = 0
         self.peak: int = 0
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and note what it made; views and results in place are no new memory."""
-        given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        given = {id(one.untyped_storage()) for one in _given((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for made in tree_leaves(result):
-            if isinstance(made, Tensor) and (key := made.untyped_storage()._cdata) not in given | self._sizes.keys():
+        for made in _given(result):
+            # one object for as long as there is memory, whichever tensor is asked
+            if (key := id(made.untyped_storage())) not in given | self._sizes.keys():
                 self._sizes[key] = made.untyped_storage().nbytes()
                 self.live += self._sizes[key]
                 weakref.finalize(made.untyped_storage(), self._free, key)
@@ -54,8 +57,17 @@ def stored_bytes(model: Any) -> tuple[int, int]:
     sizes: dict[bool, dict[int, int]] = {False: {}, True: {}}
     for tensor in _tensors(model, set()):
         storage = tensor.untyped_storage()
-        sizes[id(tensor) in trained][storage._cdata] = storage.nbytes()
+        sizes[id(tensor) in trained][id(storage)] = storage.nbytes()
     return sum(sizes[False].values()), sum(sizes[True].values())
+
+
+def _given(thing: Any) -> Iterator[Tensor]:
+    """Tensors of what an operation takes or gives."""
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, list | tuple | dict):
+        for one in thing.values() if isinstance(thing, dict) else thing:
+            yield from _given(one)
 
 
 def _tensors(thing: Any, seen: set[int]) -> Iterator[Tensor]:

@@ -82,7 +82,7 @@ def _probe(base: Any, lengths: tuple[int, int, int]) -> tuple[int, int]:
     batch = collate_pairs([EncodedPair(*([0] * length for length in lengths))])
     trained = [p for p in backbone(base).parameters() if p.requires_grad]
     with FlopCounterMode(display=False) as forward:
-        hidden = score._run(base, batch).hidden
+        hidden = score.run(base, batch).hidden
     with FlopCounterMode(display=False) as backward:
         if hidden.requires_grad:
             torch.autograd.grad(hidden, trained, torch.zeros_like(hidden), allow_unused=True)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lit_dpo.logps.attention import can_switch_attention, use_pair_attention
+from lit_dpo.compat import can_switch_attention, fake_tensors
+from lit_dpo.logps.attention import use_pair_attention
 from lit_dpo.policy import checks
 from lit_dpo.policy.sliced import SLICE
 
@@ -81,7 +81,7 @@ def skeleton(
         adapters: False for a frozen base alone.
         layers: only the first of its layers.
     """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = fake_tensors()
     base = _base(policy, dtype, layers)
     repeats = _repeats(base)
     parameters = sum(p.numel() for p in base.parameters())
@@ -155,14 +155,13 @@ def _fill(model: Any, policy: LoRAPolicy, on_gpu: bool) -> None:
         packed = isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
         if packed:
             _pack(module, policy, on_gpu)
-        for name, one in list(module._parameters.items()):
-            if one is not None and not (packed and name == "weight"):
+        for name, one in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if not (packed and name == "weight"):
                 if id(one) not in made:
                     made[id(one)] = nn.Parameter(torch.empty(one.shape, dtype=one.dtype), one.requires_grad)
-                module._parameters[name] = made[id(one)]
-        for name, one in list(module._buffers.items()):
-            if one is not None:
-                module._buffers[name] = made.setdefault(id(one), torch.empty(one.shape, dtype=one.dtype))
+                setattr(module, name, made[id(one)])
+        for name, one in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, name, made.setdefault(id(one), torch.empty(one.shape, dtype=one.dtype)))
 
 
 def _pack(module: Any, policy: LoRAPolicy, on_gpu: bool) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from lit_dpo import compat
+
 if TYPE_CHECKING:
     import torch
 
@@ -25,28 +27,28 @@ def adapter_parameters(model: Any, adapter: str = DEFAULT) -> dict[str, torch.nn
 def adapters_off(model: Any) -> Iterator[None]:
     """Run the base alone. Not `disable_adapter`: that turns `requires_grad` of all adapter weights off and on again."""
     layers = _tuner_layers(model)
-    before = [layer._disable_adapters for layer in layers]
+    before = [layer.disable_adapters for layer in layers]
     for layer in layers:
-        layer._disable_adapters = True
+        compat.turn_adapters_off(layer, True)
     try:
         yield
     finally:
         for layer, off in zip(layers, before, strict=True):
-            layer._disable_adapters = off
+            compat.turn_adapters_off(layer, off)
 
 
 @contextmanager
 def active_adapter(model: Any, name: str) -> Iterator[None]:
     """Run with another adapter. Not `set_adapter`: that flips `requires_grad` and would silently stop training."""
     layers = _tuner_layers(model)
-    before = [layer._active_adapter for layer in layers]
+    before = [layer.active_adapter for layer in layers]
     for layer in layers:
-        layer._active_adapter = [name]
+        compat.use_adapters(layer, [name])
     try:
         yield
     finally:
         for layer, active in zip(layers, before, strict=True):
-            layer._active_adapter = active
+            compat.use_adapters(layer, active)
 
 
 def freeze_second_adapter(model: Any, training: bool) -> None:
@@ -56,12 +58,12 @@ def freeze_second_adapter(model: Any, training: bool) -> None:
         model: the policy.
         training: the mode that it was in; PEFT leaves all of it in eval mode.
     """
-    import torch
+    from torch import nn
 
     model.train(training)
     for layer in _tuner_layers(model):
         if REFERENCE in getattr(layer, "lora_dropout", {}):
-            layer.lora_dropout[REFERENCE] = torch.nn.Identity()
+            layer.lora_dropout[REFERENCE] = nn.Identity()
 
 
 def _tuner_layers(model: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -34,10 +35,10 @@ def check_weights(place: Place) -> None:
 
 def check_causal(config: Any, model: str) -> None:
     """It is a causal language model."""
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if config.is_encoder_decoder or not (remote or type(config) in AutoModelForCausalLM._model_mapping):
+    if config.is_encoder_decoder or not (remote or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
         raise PolicyError(f"Expected a causal language model but {model!r} is {config.model_type}.")
 
 
@@ -178,6 +179,12 @@ def check_quantized(model: Any, quantization: str) -> None:
         )
 
 
+def int8_layers(model: Any) -> list[Any]:
+    """Those of LLM.int8(); where bitsandbytes is not loaded there are none."""
+    bnb: Any = sys.modules.get("bitsandbytes")
+    return [] if bnb is None else [layer for layer in model.modules() if isinstance(layer, bnb.nn.Linear8bitLt)]
+
+
 def keep_trainable(model: Any) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
 
@@ -227,9 +234,10 @@ def turn_off_dropout(config: Any, *, quiet: bool = False) -> None:
 
 def turn_off_dropout_layers(base: Any) -> None:
     """Those that the model's code makes by itself; what is random in other ways the start-up probe refuses."""
-    from torch.nn.modules.dropout import _DropoutNd  # private, the one base of Dropout, Dropout1d, AlphaDropout, …
+    from torch import nn
 
-    found = {name: layer for name, layer in base.named_modules() if isinstance(layer, _DropoutNd) and layer.p > 0}
+    kinds_of = nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.AlphaDropout | nn.FeatureAlphaDropout
+    found = {name: layer for name, layer in base.named_modules() if isinstance(layer, kinds_of) and layer.p > 0}
     if found:
         kinds = sorted({f"{name.rsplit('.', 1)[-1]} {layer.p}" for name, layer in found.items()})
         log.info("dropout that is not in the base's configuration is off: %s", ", ".join(kinds))

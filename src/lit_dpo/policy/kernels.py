@@ -109,13 +109,15 @@ def use_kernels(base: Any) -> None:
 
 def _apply(base: Any) -> dict[str, Any]:
     """Let Liger patch a model; the functions of transformers' source that it replaced, which are put back."""
-    # private, and the one entrance for a model of any kind: those by name differ in their arguments
-    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
+    if (patch := MODEL_TYPE_TO_APPLY_LIGER_FN.get(base.config.model_type)) is None:
+        return {}
+    losses = {"cross_entropy", "fused_linear_cross_entropy"} & inspect.signature(patch).parameters.keys()
     sources = {type(module).__module__ for module in base.modules()}
     before = {name: dict(vars(sys.modules[name])) for name in sources if name.startswith("transformers.models.")}
     try:
-        _apply_liger_kernel_to_instance(base, cross_entropy=False, fused_linear_cross_entropy=False)
+        patch(model=base, **dict.fromkeys(losses, False))
     finally:
         replaced = {}
         for source, names in before.items():
@@ -127,11 +129,11 @@ def _apply(base: Any) -> dict[str, Any]:
 
 
 def _of_module(module: Any, patched: dict[str, Any]) -> dict[str, Any]:
-    """What to keep of a module's patches: all that computes, for norms and for MLPs; else nothing."""
+    """What to keep of a module's patches: its forward and what that reads, for norms and for MLPs; else nothing."""
     kernel = getattr(patched.get("forward"), "__func__", None)
     if kernel is None or not (kernel.__qualname__.startswith("LigerRMSNorm") or _same_activation(module, kernel)):
         return {}
-    values = {name: value for name, value in patched.items() if name not in ("_get_name", "extra_repr")}
+    values = {name: value for name, value in patched.items() if not isinstance(value, MethodType)}
     return {**values, "forward": MethodType(_by_device(kernel, type(module).forward, 1), module)}
 
 
