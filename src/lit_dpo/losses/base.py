@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lit_dpo.logps.records import PairLogps
+from lit_dpo.losses.checks import positive
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class PreferenceLoss(ABC):
         Raises:
             ValueError: if `beta` is not a positive number.
         """
-        if not (self.beta > 0 and math.isfinite(self.beta)):
-            raise ValueError(f"Expected `beta` > 0 but got {self.beta}.")
+        positive("beta", self.beta)
 
     @abstractmethod
     def __call__(self, pairs: PairLogps) -> Tensor:
