@@ -162,7 +162,7 @@ def test_live_bytes_know_views_results_in_place_and_what_is_freed():
 
 def test_fit_says_what_a_step_needs(tiny_model, pairs_file, tmp_path):
     with tiny.records("lightning.pytorch.utilities.rank_zero") as found:
-        trainer(tmp_path, max_steps=1).fit(module(tiny_model), data(pairs_file))
+        trainer(tmp_path, estimate=True, max_steps=1).fit(module(tiny_model), data(pairs_file))
     (line,) = [record.getMessage() for record in found if record.getMessage().startswith("a step needs")]
     assert " tokens " in line
     assert "device" not in line  # there is no GPU whose memory could be told
@@ -183,7 +183,7 @@ def test_fit_warns_of_a_step_that_does_not_fit(
     with tiny.records("lit_dpo.callbacks.memory") as found:
         policy = {"gradient_checkpointing": checkpointing}
         dpo = module(tiny_model, policy=policy, loss=loss, row_tokens=row_tokens)
-        trainer(tmp_path, max_steps=1).fit(dpo, data(pairs_file))
+        trainer(tmp_path, estimate=True, max_steps=1).fit(dpo, data(pairs_file))
     (line,) = [record.getMessage() for record in found]
     assert "will not fit" in line
     assert ("gradient_checkpointing" in line) is not checkpointing
@@ -198,7 +198,9 @@ def test_the_estimate_is_of_rows_as_they_run(tiny_model, pairs_file, tmp_path, l
     rows = [row for batch in pairs.train_dataloader() for row in batch.cut(row_tokens or math.inf)]
     largest = max(row.input_ids.numel() for row in rows)
     with tiny.records("lightning.pytorch.utilities.rank_zero") as found:
-        trainer(tmp_path, max_steps=1).fit(module(tiny_model, loss=loss, row_tokens=100), data(pairs_file))
+        trainer(tmp_path, estimate=True, max_steps=1).fit(
+            module(tiny_model, loss=loss, row_tokens=100), data(pairs_file)
+        )
     (line,) = [record.getMessage() for record in found if record.getMessage().startswith("a step needs")]
     assert f"activations of {largest} tokens" in line
 
@@ -212,5 +214,5 @@ def test_the_estimate_is_told_what_the_loss_reads(tiny_model, pairs_file, tmp_pa
         return StepMemory(1, 1, 1, 1, 1, 1)
 
     monkeypatch.setattr(callback, "estimate_step", estimate)
-    trainer(tmp_path, max_steps=1).fit(module(tiny_model, loss=loss), data(pairs_file))
+    trainer(tmp_path, estimate=True, max_steps=1).fit(module(tiny_model, loss=loss), data(pairs_file))
     assert told["with_kl"] is ("kl" in loss.needs)

@@ -190,7 +190,7 @@ def test_layers_checkpoint_in_fit_and_gradients_are_the_same(tiny_model, pairs_f
         dpo = module(tiny_model, policy={"gradient_checkpointing": checkpointing})
         dpo.configure_model()
         calls.clear()
-        trainer(tmp_path, max_steps=2).fit(dpo, data(pairs_file))
+        trainer(tmp_path, estimate=True, max_steps=2).fit(dpo, data(pairs_file))
         counts.append(len(calls))
         trained.append(adapter(dpo))
     layers, steps = 2, 2 + len(PROBES)  # the memory estimate's probes run backward too
