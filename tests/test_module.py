@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import two_processes
-from lit_dpo import AdapterReference, BaseReference, CDPOLoss, DPOLoss, DPOModule, IPOLoss, NoReference, QLoRAPolicy
+from lit_dpo import AdapterReference, BaseReference, CDPOLoss, DPOLoss, DPOModule, IPOLoss, LoRAPolicy, NoReference
 from lit_dpo.checkpoint import save_adapter
 from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.records import PairLogps, SequenceLogps
@@ -245,7 +245,7 @@ def test_predict_gives_rewards_and_margins_of_every_row(tiny_model, pairs_file, 
     trainer(tmp_path).fit(dpo, data(pairs_file))
     trainer(tmp_path).predict(dpo, data(pairs_file, predict=str(pairs_file)), return_predictions=False)
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    assert [row["row"] for row in rows] == list(range(21))
+    assert [row["index"] for row in rows] == list(range(21))
     for row in rows:
         assert row["margin"] == pytest.approx(row["chosen_reward"] - row["rejected_reward"], abs=1e-6)
         assert row["chosen_length"] >= 1
@@ -271,11 +271,11 @@ def test_without_a_reference_one_forward_runs(tiny_model, pairs_file, tmp_path, 
 
     import lit_dpo.logps.score as score
     import lit_dpo.module as module_file
-    from lit_dpo import PreferenceLoss
+    from lit_dpo import Field, PreferenceLoss
 
     @dataclass(frozen=True)
     class PolicyOnly(PreferenceLoss):
-        needs_reference: ClassVar[bool] = False
+        requires: ClassVar[frozenset[Field]] = frozenset()
 
         def __call__(self, pairs: PairLogps) -> torch.Tensor:
             return torch.relu(1 - self.beta * (pairs.policy_chosen.mean - pairs.policy_rejected.mean))
@@ -284,14 +284,14 @@ def test_without_a_reference_one_forward_runs(tiny_model, pairs_file, tmp_path, 
 
     def counted(*args, **options):
         calls.append(1)
-        return score.pair_logps(*args, **options)
+        return score.completion_logps(*args, **options)
 
     with pytest.raises(PolicyError, match="reads no reference but got BaseReference"):
         module(tiny_model, loss=PolicyOnly(), reference=BaseReference())
     dpo = module(tiny_model, loss=PolicyOnly())
     assert dpo.reference == NoReference()
     assert "kl" not in dpo.train_metrics
-    monkeypatch.setattr(module_file, "pair_logps", counted)
+    monkeypatch.setattr(module_file, "completion_logps", counted)
     trainer(tmp_path, max_steps=2).fit(dpo, data(pairs_file))
     assert len(calls) == 3, "two steps and the check before them"
 
@@ -306,7 +306,7 @@ def test_a_subclass_sees_the_record(tiny_model, pairs_file, tmp_path):
             return super().compute_loss(pairs)
 
     torch.manual_seed(0)
-    dpo = Mine(QLoRAPolicy(str(tiny_model), quantization="none"))
+    dpo = Mine(LoRAPolicy(str(tiny_model), quantization="none"))
     trainer(tmp_path, max_steps=1).fit(dpo, data(pairs_file))
     assert seen
 

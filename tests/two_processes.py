@@ -21,7 +21,7 @@ def train(
 ) -> dict[str, Any]:
     """What came out of it, on this rank."""
     given = {"loss": getattr(losses, loss)(), "reference": CachedReference(directory=cache)} if cache else {}
-    rows = {"row_tokens": 200} if devices > 1 else {}
+    rows = {"microbatch_tokens": 200} if devices > 1 else {}
     dpo = module(model, optimizer=functools.partial(torch.optim.SGD, lr=1.0), **given, **rows)
     strategy = "ddp" if devices > 1 else "auto"
     steps = {"max_epochs": 2 if cache else 1, "accumulate_grad_batches": accumulate, "log_every_n_steps": 50}

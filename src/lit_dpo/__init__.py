@@ -13,12 +13,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lit_dpo.data.datamodule import PreferenceDataModule as PreferenceDataModule
+    from lit_dpo.logps import Field as Field
     from lit_dpo.losses import CDPOLoss as CDPOLoss
     from lit_dpo.losses import DPOLoss as DPOLoss
     from lit_dpo.losses import IPOLoss as IPOLoss
     from lit_dpo.losses import PreferenceLoss as PreferenceLoss
     from lit_dpo.module import DPOModule as DPOModule
-    from lit_dpo.policy import QLoRAPolicy as QLoRAPolicy
+    from lit_dpo.policy import LoRAPolicy as LoRAPolicy
     from lit_dpo.references import AdapterReference as AdapterReference
     from lit_dpo.references import BaseReference as BaseReference
     from lit_dpo.references import CachedReference as CachedReference
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "DPOModule": "lit_dpo.module",
     "PreferenceDataModule": "lit_dpo.data.datamodule",
-    "QLoRAPolicy": "lit_dpo.policy",
+    "LoRAPolicy": "lit_dpo.policy",
     "Reference": "lit_dpo.references",
     "BaseReference": "lit_dpo.references",
     "AdapterReference": "lit_dpo.references",
@@ -38,6 +39,7 @@ _HOMES = {
     "EMAReference": "lit_dpo.references",
     "ModelReference": "lit_dpo.references",
     "NoReference": "lit_dpo.references",
+    "Field": "lit_dpo.logps",
     "PreferenceLoss": "lit_dpo.losses",
     "DPOLoss": "lit_dpo.losses",
     "CDPOLoss": "lit_dpo.losses",

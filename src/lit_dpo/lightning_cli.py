@@ -18,10 +18,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_dpo.callbacks.export import run_directory
 from lit_dpo.callbacks.last import LastCheckpoint
 from lit_dpo.data.datamodule import PreferenceDataModule
-from lit_dpo.devices import default_precision
 from lit_dpo.errors import LitDPOError, ResumeError, TrainingError
 from lit_dpo.module import DPOModule
 from lit_dpo.parser import Parser, refuse
+from lit_dpo.policy.devices import default_precision
 from lit_dpo.writing import written_whole
 
 _LOGGER = {
@@ -32,7 +32,7 @@ _LOGGER = {
 
 
 class _ProgressBar(RichProgressBar):
-    """Lightning's, with names that fit beside the bar."""
+    """Lightning's, with names that fit next to the bar."""
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         shown = super().get_metrics(trainer, pl_module)
@@ -172,7 +172,7 @@ class LitDPOCLI(LightningCLI):
             refuse(str(error))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """A Rich progress bar and a last checkpoint, unless there is another or none is wanted."""
+        """Add a Rich progress bar and a last checkpoint, unless there is another or none is wanted."""
         config = self.config_init[self.config_init["subcommand"]]["trainer"]
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -188,7 +188,7 @@ class LitDPOCLI(LightningCLI):
 
 
 def _precision(typed: Any) -> dict[str, Any]:
-    """The trainer's precision where nobody chose one, and the line that says so; `null` is Lightning's 32-true."""
+    """Choose the trainer's precision where nobody did, and say so in a line; `null` is Lightning's 32-true."""
     trainer = typed.get("trainer") or {}
     if "precision" in trainer or trainer.get("plugins"):  # one of these may be a precision
         return {}
@@ -207,7 +207,7 @@ def _root(trainer: Any) -> Path:
 
 
 def _last(root: Path) -> Path:
-    """The newest `last.ckpt` of any run.
+    """Find the newest `last.ckpt` of any run.
 
     Raises:
         ResumeError: if there is none.
@@ -222,7 +222,7 @@ def _hush() -> None:
     """Leave out what a user can do nothing about, so that what matters is seen."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
-        # of TF32, whether or not a product is float32; `lit_dpo.devices.remark` says it where one is
+        # of TF32, whether or not a product is float32; `lit_dpo.policy.devices.remark` says it where one is
         logging.getLogger(name).addFilter(lambda record: "that has Tensor Cores" not in record.getMessage())
     # a kernel for inference, from a hub; on some CPUs it is asked for at import
     kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")

@@ -63,7 +63,7 @@ class TrainingHealth(pl.Callback):
         if all(optimizer.defaults.get("lr") == 0 for optimizer in trainer.optimizers):
             raise TrainingError("Expected a learning rate > 0 but got 0, with which nothing trains.")
         every, steps = getattr(pl_module.reference, "every", 1), trainer.estimated_stepping_batches
-        if pl_module.reference.moves and every > steps:
+        if pl_module.reference.follows_policy and every > steps:
             raise TrainingError(
                 f"{pl_module.reference} moves every {every} steps but the run has {steps:.0f}: it would never move. "
                 "Lower `reference.every`."
@@ -144,13 +144,13 @@ class TrainingHealth(pl.Callback):
             )
 
     def _check_finite(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """A step with a gradient that is not finite would leave nothing that is."""
+        """Stop, or skip, a step with a gradient that is not finite: it would leave nothing that is."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if fetch(pl_module, torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()):
             return
         if getattr(trainer.precision_plugin, "scaler", None) is not None and not pl_module.window.nonfinite():
             return  # float16: the scaler skips the step, and takes a smaller scale
-        where = _rows(trainer, pl_module.window.nonfinite() or pl_module.window.rows())
+        where = _places(trainer, pl_module.window.nonfinite() or pl_module.window.indices())
         what = "loss" if pl_module.window.nonfinite() else "gradient"
         if self.nonfinite == "stop":
             raise TrainingError(
@@ -173,7 +173,7 @@ class TrainingHealth(pl.Callback):
         pl_module.unlogged, pl_module.fetched = bool(there.measured), None
 
     def _check_first_step(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """What a hook that returns nothing would leave undone without a word."""
+        """See that no hook returns nothing where it must return something, and leaves it undone without a word."""
         if self._start is None:
             return
         if trainer.global_step == self._start:
@@ -191,16 +191,16 @@ class TrainingHealth(pl.Callback):
             )
 
 
-def _rows(trainer: Any, rows: list[int]) -> str:
+def _places(trainer: Any, indices: list[int]) -> str:
     """Where rows of the data set are, as far as the data can say."""
-    if not rows:
+    if not indices:
         return "a batch of a `training_step` of one's own"
-    shown = rows[:5]
+    shown = indices[:5]
     if hasattr(trainer.datamodule, "place"):
         places = [trainer.datamodule.place("train", row) for row in shown]
     else:
         places = [f"row {row}" for row in shown]
-    return "; ".join(places) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
+    return "; ".join(places) + (f" and {len(indices) - 5} more" if len(indices) > 5 else "")
 
 
 def _stepped(trainer: Any) -> list[Any]:
@@ -210,7 +210,7 @@ def _stepped(trainer: Any) -> list[Any]:
 
 
 def _check_zero_grad(trainer: Any, pl_module: Any, parameter: Tensor) -> None:
-    """A step must not begin with the gradients of the last one."""
+    """See that a step does not begin with the gradients of the last one."""
     if not is_overridden("optimizer_zero_grad", pl_module) or parameter.grad is not None:
         return
     parameter.grad = torch.ones_like(parameter)
@@ -224,7 +224,7 @@ def _check_zero_grad(trainer: Any, pl_module: Any, parameter: Tensor) -> None:
 
 
 def _say_if_the_same(trainer: Any, pl_module: Any, prefix: str) -> None:
-    """A policy that nothing was loaded into, or that is its own reference, gets 0.5 and the loss at margin 0."""
+    """Say that a policy is its own reference, or that nothing was loaded into it: all it gets is 0.5."""
     rewards = [trainer.callback_metrics.get(f"{prefix}{side}_reward") for side in ("chosen", "rejected")]
     if trainer.state.fn != "fit" and not any(reward is None or reward != 0 for reward in rewards):
         say_it_is_the_same(trainer, pl_module)

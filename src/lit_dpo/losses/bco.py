@@ -16,8 +16,8 @@ from lit_dpo.losses.checks import one_of
 class BCOLoss(PreferenceLoss):
     """Binary Classifier Optimization on pairs (BCO, arXiv 2404.04656, section 4): −log σ(r_w − δ) − log σ(−(r_l − δ)).
 
-    r = β·log π/π_ref of the chosen (w) and rejected (l) answer: a classifier that calls the one good and the other
-    bad. Each answer is judged by itself against the baseline δ, the mean reward, so that no class is pushed only
+    r = β·log π/π_ref of the chosen (w) and rejected (l) completion: a classifier that calls the one good and the other
+    bad. Each completion is judged by itself against the baseline δ, the mean reward, so that no class is pushed only
     because all rewards drift.
 
     The references disagree on δ, so it is an argument. `"running"` is the mean of all rewards seen in training, both
@@ -67,7 +67,7 @@ class BCOLoss(PreferenceLoss):
         return torch.zeros(2, dtype=torch.float64) if self.baseline == "running" else None
 
     def sums(self, pairs: PairLogps) -> Tensor:
-        """The same of a batch; the state adds them up."""
+        """Sum the same over a batch; the state adds them up."""
         chosen, rejected = self.rewards(pairs)
         means = (chosen + rejected).detach().double() / 2
         return torch.stack([means.sum(), torch.ones_like(means).sum()])

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps, SequenceLogps
 from lit_dpo.losses.base import PreferenceLoss
 from lit_dpo.losses.checks import in_range, one_of
@@ -17,13 +18,13 @@ from lit_dpo.losses.dpo import DPOLoss
 class LDDPOLoss(ComposedLoss):
     """Length-desensitised DPO (LD-DPO, arXiv 2409.06411): any loss on log-probs whose surplus tokens weigh α.
 
-    With the shared length n = min(n_w, n_l), an answer's log-prob becomes Σ_{t ≤ n} log p_t + α·Σ_{t > n} log p_t:
-    what only the longer answer has counts less, so that its length alone moves the loss less and answers do not grow
-    as under DPO. A loss that divides by lengths still divides by the real ones.
+    With the shared length n = min(n_w, n_l), a completion's log-prob becomes Σ_{t ≤ n} log p_t + α·Σ_{t > n} log p_t:
+    what only the longer completion has counts less, so that its length alone moves the loss less and completions do not
+    grow as under DPO. A loss that divides by lengths still divides by the real ones.
 
     The references disagree on π_ref, so it is an argument. `"decoupled"` treats it as the policy, so that the policy
     starts at margin 0, as TRL from its 1.0 on does; `"plain"` leaves its sums alone, as TRL 0.24, LLaMA-Factory and
-    ms-swift do. For answers of one length it is the inner loss, with its value and slope.
+    ms-swift do. For completions of one length it is the inner loss, with its value and slope.
 
     Args:
         loss: the loss, with its β; DPO in the paper.
@@ -58,9 +59,11 @@ class LDDPOLoss(ComposedLoss):
         return (self.loss,)
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """Log-probs per token, of the reference too where it is decoupled, and what the loss needs."""
-        return super().needs | {"tokens"} | ({"reference_tokens"} if self._changes_reference else set())
+    def requires(self) -> frozenset[Field]:  # type: ignore[override]
+        """Log-probs per token, of the reference too where it is decoupled, and what the loss requires."""
+        return (
+            super().requires | {Field.PER_TOKEN} | ({Field.REFERENCE_PER_TOKEN} if self._changes_reference else set())
+        )
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""
@@ -69,26 +72,26 @@ class LDDPOLoss(ComposedLoss):
 
     @property
     def part_names(self) -> tuple[str, ...]:
-        """The inner loss's."""
+        """Return the inner loss's."""
         return self.loss.part_names
 
     def parts(self, pairs: PairLogps) -> dict[str, Tensor]:
-        """The inner loss's."""
+        """Return the inner loss's."""
         (view,) = self.views(pairs)
         return self.loss.parts(view)
 
     @property
     def _changes_reference(self) -> bool:
-        return self.reference == "decoupled" and self.loss.needs_reference
+        return self.reference == "decoupled" and Field.REFERENCE in self.loss.requires
 
     def views(self, pairs: PairLogps) -> list[PairLogps]:
-        """The pairs with surplus tokens weighed down."""
+        """Weigh the pairs' surplus tokens down."""
         shared = torch.minimum(pairs.policy_chosen.length, pairs.policy_rejected.length).long()
         names = ["policy_chosen", "policy_rejected"]
         if self._changes_reference:
             names += ["reference_chosen", "reference_rejected"]
         changed: dict[str, Any] = {
-            name: self._weigh(pairs.require(name), pairs.require(f"{name}.tokens"), shared) for name in names
+            name: self._weigh(pairs.require(name), pairs.require(f"{name}.per_token"), shared) for name in names
         }
         return super().views(pairs._replace(**changed))
 

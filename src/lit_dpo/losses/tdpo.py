@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
 from lit_dpo.losses.checks import one_of, positive
@@ -13,13 +14,14 @@ from lit_dpo.losses.checks import one_of, positive
 
 @dataclass(frozen=True)
 class TDPOLoss(PreferenceLoss):
-    """Token-level DPO (TDPO, arXiv 2404.11999): −log σ(β·(Δ − δ)), δ the difference of the answers' divergences.
+    """Token-level DPO (TDPO, arXiv 2404.11999): −log σ(β·(Δ − δ)), δ the difference of the completions' divergences.
 
-    D = Σ_t KL(π_ref ‖ π) over the vocabulary at each of an answer's tokens, chosen (w) or rejected (l): a forward KL,
-    which holds the policy to all that the reference says, where DPO's margin only sees the tokens that were written.
+    D = Σ_t KL(π_ref ‖ π) over the vocabulary at each of a completion's tokens, chosen (w) or rejected (l): a forward
+    KL, which holds the policy to all that the reference says, where DPO's margin only sees the tokens that were
+    written.
 
     - `"tdpo1"`: δ = D_l − D_w.
-    - `"tdpo2"`: δ = α·(D_l − D_w) with no gradient through D_w, so that the divergence on the chosen answer is free
+    - `"tdpo2"`: δ = α·(D_l − D_w) with no gradient through D_w, so that the divergence on the chosen completion is free
       and that on the rejected one is pushed below it.
 
     The authors prefer TDPO1 for small and TDPO2 for large learning rates. Rewards stay β·log π/π_ref, as for every
@@ -42,7 +44,7 @@ class TDPOLoss(PreferenceLoss):
         (tensor([0.9130]), tensor([0.7981]))
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"kl"})
+    requires: ClassVar[frozenset[Field]] = frozenset({Field.REFERENCE, Field.KL})
 
     version: Literal["tdpo1", "tdpo2"] = "tdpo2"
     kl_weight: float | None = None

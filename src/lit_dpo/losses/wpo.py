@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
 from lit_dpo.losses.checks import flag, one_of
@@ -16,7 +17,7 @@ from lit_dpo.losses.dpo import DPOLoss
 class WPOLoss(ComposedLoss):
     """Weighted preference optimization (WPO, arXiv 2406.11827): any loss times w_w·w_l, without gradient.
 
-    w = exp(mean_t[log p_t − log Σ_v π_t(v)²]) tells how likely the policy itself is to write an answer: p_t is the
+    w = exp(mean_t[log p_t − log Σ_v π_t(v)²]) tells how likely the policy itself is to write a completion: p_t is the
     probability of its token t, π_t the distribution over the vocabulary there, and Σ_v π_t(v)² the probability that a
     sampled token would have (the paper's sampled alignment). Pairs that the policy would hardly produce count less, so
     that off-policy data act more like on-policy data.
@@ -61,9 +62,9 @@ class WPOLoss(ComposedLoss):
         return (self.loss,)
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """Log-probs per token, log Σ_v π(v)² for the alignment, and what the loss needs."""
-        return super().needs | ({"tokens", "collision"} if self.alignment == "sampled" else {"tokens"})
+    def requires(self) -> frozenset[Field]:  # type: ignore[override]
+        """Log-probs per token, log Σ_v π(v)² for the alignment, and what the loss requires."""
+        return super().requires | {Field.PER_TOKEN} | ({Field.COLLISION} if self.alignment == "sampled" else set())
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""
@@ -76,7 +77,7 @@ class WPOLoss(ComposedLoss):
 
     def _nats(self, pairs: PairLogps, name: str) -> Tensor:
         """Log w of one side. Not from its total, which `LDDPOLoss` may have changed."""
-        side, values = pairs.require(name), pairs.require(f"{name}.tokens").detach()
+        side, values = pairs.require(name), pairs.require(f"{name}.per_token").detach()
         if self.alignment == "sampled":
             values = values - pairs.require(f"{name}.collision").detach()
         mean: Tensor = side.sums(values) / side.length
@@ -88,5 +89,5 @@ class WPOLoss(ComposedLoss):
         return self.loss.part_names
 
     def parts(self, pairs: PairLogps) -> dict[str, Tensor]:
-        """The inner loss's, unweighted."""
+        """Return the inner loss's, unweighted."""
         return self.loss.parts(pairs)

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lit_dpo.data.batch import EncodedPair, collate_pairs
 from lit_dpo.logps import score
 from lit_dpo.logps.attention import has_pair_attention
-from lit_dpo.logps.head import backbone
+from lit_dpo.logps.model_head import backbone
 from lit_dpo.memory import PROBES, Context, Lengths, step_features
-from lit_dpo.skeleton import Skeleton
+from lit_dpo.plan.skeleton import Skeleton
 
 
 class Arithmetic(NamedTuple):
@@ -70,7 +70,7 @@ def count(skeleton: Skeleton, context: Context, lengths: Lengths) -> Arithmetic:
 
 
 def _summed(lengths: Lengths, flat: bool) -> NDArray[np.float64]:
-    """The features of all pairs: flat rows add up pair by pair; of padded ones each pair is taken by itself."""
+    """Add up the features of all pairs: of flat rows pair by pair; of padded ones each pair by itself."""
     if flat:
         return step_features(lengths, True)
     different, times = np.unique(lengths, axis=0, return_counts=True)
@@ -96,13 +96,13 @@ def measured_rate(
 
     Args:
         layer: `(outputs, inputs)`.
-        tokens: of a row.
+        tokens: of a micro-batch.
         quantization: `nf4` has its weight unpacked in each pass.
         device: where.
         dtype: of computation.
         seconds: to measure for, after a first pass.
     """
-    from lit_dpo.sliced import SlicedLinear4bit
+    from lit_dpo.policy.sliced import SlicedLinear4bit
 
     outputs, inputs = layer
     made: Any
