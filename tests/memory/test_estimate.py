@@ -15,7 +15,7 @@ from lit_dpo.logps import Field
 from lit_dpo.logps.score import choose_layout, completion_logps
 from lit_dpo.losses import AOTLoss, SFTLoss, TDPOLoss
 from lit_dpo.memory import LiveBytes, StepMemory, estimate_step, optimizer_bytes, stored_bytes
-from lit_dpo.references.base import keep
+from lit_dpo.references.base import keep_attached
 from training import data, module, trainer
 
 LONG = {"max_position_embeddings": 512, "vocab_size": 1500}
@@ -126,7 +126,7 @@ def test_stored_bytes_counts_each_storage_once_and_the_reference_too():
     expected = 4 * sum(p.numel() for p in model.parameters()) + sum(b.numel() * 4 for b in model.buffers())
     assert stored_bytes(model.requires_grad_(False)) == (expected, 0)
     other = tiny.model("llama-tied").requires_grad_(False)
-    keep(model, "reference", other)
+    keep_attached(model, "reference", other)
     assert stored_bytes(model) == (2 * expected, 0)
     adapted = tiny.lora(other)
     assert stored_bytes(adapted) == (expected, 4 * adapted.get_nb_trainable_parameters()[0])
