@@ -6,6 +6,7 @@ Run it for the whole table (`python tests/stops.py`); the suite runs a part of i
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import os
 import signal
@@ -124,9 +125,9 @@ def logged(rows: list[dict[str, str]]) -> dict[tuple[str, str], dict[str, str]]:
     return found
 
 
-def compare(straight: Any, resumed: Any, before: list[dict[str, str]] = ()) -> str:  # type: ignore[assignment]
+def compare(whole: Any, resumed: Any, before: list[dict[str, str]] = ()) -> str:  # type: ignore[assignment]
     """What differs, or "equal"."""
-    (one, mine, rows), (other, theirs, later) = straight, resumed
+    (one, mine, rows), (other, theirs, later) = whole, resumed
     if one.global_step != other.global_step:
         return f"{other.global_step} steps instead of {one.global_step}"
     for name, tensor in mine.state_dict().items():
@@ -139,13 +140,19 @@ def compare(straight: Any, resumed: Any, before: list[dict[str, str]] = ()) -> s
     return f"other numbers in the rows {sorted(wrong)}" if wrong else "equal"
 
 
+@functools.cache
+def straight(model: Path, pairs: Path, accumulate: int) -> Any:
+    """A run that is not stopped."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run(model, pairs, Path(folder), accumulate=accumulate)
+
+
 def table(
     model: Path, pairs: Path, ways: Any = WAYS, batches: Any = range(1, 2 * BATCHES), accumulations: Any = (1, 4)
 ):
     """Outcomes by way, accumulation and batch."""
     for accumulate in accumulations:
         with tempfile.TemporaryDirectory() as folder:
-            straight = run(model, pairs, Path(folder), accumulate=accumulate)
             for way, at in itertools.product(ways, batches):
                 root = Path(folder) / f"{way}-{at}"
                 stopped = run(model, pairs, root, way=way, batches=at, accumulate=accumulate)
@@ -154,7 +161,7 @@ def table(
                     yield way, accumulate, at, "equal: no step was made, and nothing was saved"
                     continue
                 resumed = run(model, pairs, root / "on", accumulate=accumulate, ckpt_path=checkpoint)
-                yield way, accumulate, at, compare(straight, resumed, stopped[2])
+                yield way, accumulate, at, compare(straight(model, pairs, accumulate), resumed, stopped[2])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import lit_dpo.losses as losses
 import lit_dpo.references as references
 from lit_dpo import DPOModule, PreferenceDataModule
 from lit_dpo.data.formats import Triples
+from lit_dpo.lightning_cli import LitDPOCLI
 from lit_dpo.losses import DPOLoss, PreferenceLoss
 from lit_dpo.parser import Parser
 
@@ -113,6 +115,20 @@ def parser_of(of: type, *kept: str) -> Parser:
     skip = set(inspect.signature(of).parameters) - set(kept)
     parser.add_class_arguments(of, "of", skip=skip, fail_untyped=False, sub_configs=True)
     return parser
+
+
+@functools.cache
+def command_parser() -> Any:
+    """The command's parser, whole, as `main` makes one each time."""
+
+    class Parses(LitDPOCLI):
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            raise StopIteration(parser)
+
+    try:
+        Parses([])
+    except StopIteration as stopped:
+        return stopped.value
 
 
 def plain(value: Any) -> Any:

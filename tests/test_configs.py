@@ -10,6 +10,7 @@ import yaml
 
 import lit_dpo.losses as losses
 from lit_dpo.cli import main
+from swaps import command_parser
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OPTIONS = {"losses": "model.loss", "references": "model.reference", "models": "model.policy", "data": "data",
@@ -18,7 +19,7 @@ OPTIONS = {"losses": "model.loss", "references": "model.reference", "models": "m
 
 def _config(capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
-        main(["fit", *arguments, "--print_config"])
+        command_parser().parse_args(["fit", *arguments, "--print_config"])
     assert stopped.value.code == 0
     return yaml.safe_load(capsys.readouterr().out)
 

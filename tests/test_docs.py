@@ -6,6 +6,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -33,11 +34,17 @@ def _blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_python_example_trains(quickstart, tmp_path):
+def _run(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `python script.py`, but for a process of its own."""
+    monkeypatch.chdir(folder)
+    (folder / "script.py").write_text(script)
+    runpy.run_path("script.py", run_name="__main__")
+
+
+def test_the_python_example_trains(quickstart, tmp_path, monkeypatch):
     (example,) = [block for block in _blocks("python") if "Trainer(max_epochs=1)" in block]
     example = example.replace("Trainer(max_epochs=1)", "Trainer(max_steps=2, logger=False, enable_checkpointing=False)")
-    run = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
+    _run(example, tmp_path, monkeypatch)
 
 
 def test_the_subclassing_example_trains_through_the_command(quickstart, tmp_path):
@@ -54,7 +61,7 @@ def test_the_subclassing_example_trains_through_the_command(quickstart, tmp_path
     assert (tmp_path / "runs" / "version_0" / "adapter").is_dir()
 
 
-def test_the_extensions_in_the_docs_train(quickstart, tmp_path):
+def test_the_extensions_in_the_docs_train(quickstart, tmp_path, monkeypatch):
     """All blocks of one page, one after another, and then a run with what they define."""
     page = (ROOT / "docs" / "extending.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -73,10 +80,7 @@ assert {"val/length_gap", "grad_2.0_norm_total"} <= trainer.callback_metrics.key
 assert Ranked().read({"question": "2 + 2?", "answers": [" 5", " 4"], "stars": [1, 5]}).chosen == " 4"
 assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6]]
 """
-    script = tmp_path / "page.py"
-    script.write_text("\n".join([*blocks, run_all]))
-    run = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
+    _run("\n".join([*blocks, run_all]), tmp_path, monkeypatch)
 
 
 def test_every_loss_is_in_the_docs_with_the_source_of_its_docstring():

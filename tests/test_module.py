@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+import two_processes
 from lit_dpo import AdapterReference, BaseReference, CDPOLoss, DPOLoss, DPOModule, IPOLoss, LoRAPolicy, NoReference
 from lit_dpo.checkpoint import save_adapter
 from lit_dpo.errors import PolicyError, TrainingError
@@ -188,7 +190,7 @@ def test_layers_checkpoint_in_fit_and_gradients_are_the_same(tiny_model, pairs_f
         dpo = module(tiny_model, policy={"gradient_checkpointing": checkpointing})
         dpo.configure_model()
         calls.clear()
-        trainer(tmp_path, max_steps=2).fit(dpo, data(pairs_file))
+        trainer(tmp_path, estimate=True, max_steps=2).fit(dpo, data(pairs_file))
         counts.append(len(calls))
         trained.append(adapter(dpo))
     layers, steps = 2, 2 + len(PROBES)  # the memory estimate's probes run backward too
@@ -239,8 +241,6 @@ def test_the_run_can_be_monitored_under_public_names(tiny_model, pairs_file, tmp
 
 
 def test_predict_gives_rewards_and_margins_of_every_row(tiny_model, pairs_file, tmp_path):
-    import json
-
     dpo = module(tiny_model)
     trainer(tmp_path).fit(dpo, data(pairs_file))
     trainer(tmp_path).predict(dpo, data(pairs_file, predict=str(pairs_file)), return_predictions=False)
@@ -311,16 +311,33 @@ def test_a_subclass_sees_the_record(tiny_model, pairs_file, tmp_path):
     assert seen
 
 
-def _on(devices, tiny_model, pairs_file, tmp_path, *cache, accumulate=1):
-    script, out = Path(__file__).parent / "two_processes.py", tmp_path / f"{devices}.pt"
-    command = [
-        sys.executable,
-        str(script),
-        *map(str, (tiny_model, pairs_file, tmp_path, out, devices, accumulate, *cache)),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=script.parent)
+CASES = {
+    "each batch": {"accumulate": 1},
+    "accumulated": {"accumulate": 3},
+    "BCOLoss": {"loss": "BCOLoss"},
+    "BetaDPOLoss": {"loss": "BetaDPOLoss"},
+}
+
+
+@pytest.fixture(scope="module")
+def on_two(tiny_model, pairs_file, tmp_path_factory):
+    """What each case came to on two ranks, one case after the other; and the sizes of the caches that they left."""
+    folder = tmp_path_factory.mktemp("two")
+    given = {"model": str(tiny_model), "pairs": str(pairs_file)}
+    caches = {name: {"cache": str(folder / name)} if "loss" in case else {} for name, case in CASES.items()}
+    cases = {name: {**given, **case, **caches[name]} for name, case in CASES.items()}
+    (folder / "cases.json").write_text(json.dumps(cases))
+    script = Path(two_processes.__file__)
+    run = subprocess.run(
+        [sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=300, cwd=script.parent
+    )
     assert run.returncode == 0, run.stderr[-6000:]
-    return torch.load(out, weights_only=True)
+    found = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in cases}
+    return {name: (cases[name], one, _index_sizes(folder / name)) for name, one in found.items()}
+
+
+def _index_sizes(cache):
+    return {file: file.stat().st_size for file in cache.glob("*/*.index")}
 
 
 def _assert_equal(one, two):
@@ -329,26 +346,25 @@ def _assert_equal(one, two):
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_two_processes_measure_and_train_like_one(tiny_model, pairs_file, tmp_path, accumulate):
+@pytest.mark.parametrize("name", ["each batch", "accumulated"])
+def test_two_processes_measure_and_train_like_one(on_two, tmp_path, name):
     """An odd number of pairs on two ranks, each in several rows: the same metrics and the same adapter."""
-    one, two = (_on(devices, tiny_model, pairs_file, tmp_path, accumulate=accumulate) for devices in (1, 2))
+    case, two, _ = on_two[name]
+    one = two_processes.train(root=tmp_path, **case)
     _assert_equal(one, two)
     assert {"train/loss", "val/loss", "val/one/loss", "val/two/kl"} <= one["metrics"].keys()
 
 
 @pytest.mark.parametrize("loss", ["BCOLoss", "BetaDPOLoss"])
-def test_two_processes_fill_one_cache_and_share_a_loss_s_memory(tiny_model, pairs_file, tmp_path, loss):
+def test_two_processes_fill_one_cache_and_share_a_loss_s_memory(on_two, tmp_path, loss):
     """Every pair is computed once by one of them; a later run on one process finds them all, and trains the same."""
-    cache = tmp_path / "cache"
-    two = _on(2, tiny_model, pairs_file, tmp_path, cache, loss)
-    sizes = {file: file.stat().st_size for file in cache.glob("*/*.index")}
+    case, two, sizes = on_two[loss]
     assert len(sizes) == 2
     assert sum(sizes.values()) == 21 * 40
-    _assert_equal(one := _on(1, tiny_model, pairs_file, tmp_path, cache, loss), two)
+    _assert_equal(one := two_processes.train(root=tmp_path, **case), two)
     assert one["state"].abs().min() > 0
     torch.testing.assert_close(two["state"], one["state"], rtol=1e-4, atol=0)
-    assert {file: file.stat().st_size for file in cache.glob("*/*.index")} == sizes
+    assert _index_sizes(Path(case["cache"])) == sizes
 
 
 def _batch(dpo, pairs_file, size=8):

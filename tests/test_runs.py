@@ -25,11 +25,11 @@ def test_commands_that_start_at_once_each_leave_a_whole_run(tiny_model, pairs_fi
         f"--data.train={pairs_file}",
         *("--trainer.accelerator=cpu", "--trainer.max_steps=1", "--trainer.enable_progress_bar=false"),
     ]
-    runs = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    runs = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [run.communicate(timeout=300)[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0, 0], said
+    assert [run.returncode for run in runs] == [0, 0], said
     found = sorted((tmp_path / "runs").iterdir())
-    assert [run.name for run in found] == ["version_0", "version_1", "version_2"]
+    assert [run.name for run in found] == ["version_0", "version_1"]
     for run in found:
         assert (run / "adapter" / "adapter_model.safetensors").is_file()
         assert (run / "config.yaml").is_file()

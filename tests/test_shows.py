@@ -161,6 +161,7 @@ def test_each_of_what_only_shows_fails_alone_in_a_line(tiny_model, pairs_file, t
         SampleCompletions(max_new_tokens=2, classify=_classify),
         logger=_BadLogger(tmp_path, name=""),
         val_check_interval=1,
+        estimate=True,
     )
     assert [line.partition(" failed")[0] for line in said] == [
         "The estimate of a step's memory",

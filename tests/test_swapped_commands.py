@@ -14,25 +14,26 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lit_dpo import DPOModule
 from lit_dpo.cli import main
 from lit_dpo.data.formats import Triples
-from lit_dpo.lightning_cli import LitDPOCLI
 from lit_dpo.losses import PreferenceLoss
-from swaps import CONFIGS, LOSSES, arguments_of, class_of, own_defaults, parser_of, plain, signature_defaults
+from swaps import (
+    CONFIGS,
+    LOSSES,
+    arguments_of,
+    class_of,
+    command_parser,
+    own_defaults,
+    parser_of,
+    plain,
+    signature_defaults,
+)
 
 
 @pytest.fixture(scope="module")
 def command():
     """Parses arguments of `fit` as the command does; returns the plain dictionary that `--print_config` would print."""
 
-    class Parses(LitDPOCLI):
-        def parse_arguments(self, parser: Any, args: Any) -> None:
-            raise StopIteration(parser)
-
-    with pytest.raises(StopIteration) as stopped:
-        Parses([])
-    parser = stopped.value.value
-
     def parse(*arguments: str) -> dict[str, Any]:
-        return plain(parser.parse_args(["fit", *arguments])["fit"])
+        return plain(command_parser().parse_args(["fit", *arguments])["fit"])
 
     return parse
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lit_dpo import DPOModule, LoRAPolicy, PreferenceDataModule
+from lit_dpo.callbacks import MemoryEstimate
 
 
 class Trace(Callback):
@@ -23,6 +25,13 @@ class Trace(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.rows.append(batch.indices.tolist())
         self.losses.append(float(outputs["loss"]))
+
+
+class Unestimated(MemoryEstimate):
+    """Stands in a trainer for the estimate of a step's memory, which costs as much as ten steps of a tiny model."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Nothing."""
 
 
 def module(
@@ -42,8 +51,9 @@ def data(train: Path | str, **kwargs: Any) -> PreferenceDataModule:
     return PreferenceDataModule(train=str(train), **{"batch_size": 4, **kwargs})
 
 
-def trainer(root: Path, **kwargs: Any) -> pl.Trainer:
+def trainer(root: Path, *, estimate: bool = False, callbacks: Sequence[Any] = (), **kwargs: Any) -> pl.Trainer:
     return pl.Trainer(
+        callbacks=[*callbacks, *([] if estimate else [Unestimated()])],
         **{
             "default_root_dir": root,
             "accelerator": "cpu",
@@ -54,7 +64,7 @@ def trainer(root: Path, **kwargs: Any) -> pl.Trainer:
             "log_every_n_steps": 1,
             "max_epochs": 1,
             **kwargs,
-        }
+        },
     )
 
 

@@ -1,8 +1,13 @@
-"""Run by a test: train one step over all pairs and validate, on one process or on two."""
+"""Train over all pairs and validate: in a test's own process, or on two of it as `python two_processes.py FOLDER`."""
+
+from __future__ import annotations
 
 import functools
+import json
 import math
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,20 +15,28 @@ from lit_dpo import CachedReference, losses
 from lit_dpo.references import store
 from training import adapter, data, module, trainer
 
-if __name__ == "__main__":
-    model, pairs, root, out, devices, accumulate, *others = sys.argv[1:]
-    ranks = int(devices)
-    store._REREAD_SHARE = math.inf  # a missing pair is always looked for among the other rank's, on a busy machine too
-    cache, loss = others or (None, "DPOLoss")
+
+def train(
+    model: str, pairs: str, root: Path, devices: int = 1, accumulate: int = 1, cache: str = "", loss: str = "DPOLoss"
+) -> dict[str, Any]:
+    """What came out of it, on this rank."""
     given = {"loss": getattr(losses, loss)(), "reference": CachedReference(directory=cache)} if cache else {}
-    rows = {"microbatch_tokens": 200} if ranks > 1 else {}
+    rows = {"microbatch_tokens": 200} if devices > 1 else {}
     dpo = module(model, optimizer=functools.partial(torch.optim.SGD, lr=1.0), **given, **rows)
-    epochs = 2 if cache else 1
-    strategy = "ddp" if ranks > 1 else "auto"
-    steps = {"max_epochs": epochs, "accumulate_grad_batches": int(accumulate), "log_every_n_steps": 50}
-    run = trainer(root, devices=ranks, strategy=strategy, num_sanity_val_steps=0, **steps)
-    size = 22 if accumulate == "1" else 6  # of all ranks together; the tail of 21 pairs is shared unevenly
-    run.fit(dpo, data(pairs, val={"one": pairs, "two": pairs}, batch_size=size // ranks, eval_batch_size=3))
+    strategy = "ddp" if devices > 1 else "auto"
+    steps = {"max_epochs": 2 if cache else 1, "accumulate_grad_batches": accumulate, "log_every_n_steps": 50}
+    run = trainer(root, devices=devices, strategy=strategy, num_sanity_val_steps=0, **steps)
+    size = 22 if accumulate == 1 else 6  # of all ranks together; the tail of 21 pairs is shared unevenly
+    run.fit(dpo, data(pairs, val={"one": pairs, "two": pairs}, batch_size=size // devices, eval_batch_size=3))
+    assert run.world_size == devices
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}
-    if run.is_global_zero:
-        torch.save({"metrics": metrics, "adapter": adapter(dpo), "state": dpo.loss_state}, out)
+    return {"metrics": metrics, "adapter": adapter(dpo), "state": dpo.loss_state}
+
+
+if __name__ == "__main__":
+    store._REREAD_SHARE = math.inf  # a missing pair is always looked for among the other rank's, on a busy machine too
+    folder = Path(sys.argv[1])
+    for name, case in json.loads((folder / "cases.json").read_text()).items():
+        found = train(root=folder, devices=2, **case)
+        if torch.distributed.get_rank() == 0:
+            torch.save(found, folder / f"{name}.pt")

@@ -78,7 +78,7 @@ def fit(folder: Path, stages: tuple[str, ...] = (), **given: Any) -> None:
     """A run of four batches, and validation."""
     strategy = PretendStrategy()
     names = {"logger", "enable_progress_bar", "log_every_n_steps", "accumulate_grad_batches", "gradient_clip_val"}
-    options = {name: given.pop(name) for name in (names | {"plugins", "max_epochs"}) & given.keys()}
+    options = {name: given.pop(name) for name in (names | {"plugins", "max_epochs", "estimate"}) & given.keys()}
     policy = {"quantization": "none", **given.pop("policy", {})}
     rows = given.pop("rows", {})
     torch.manual_seed(0)
@@ -138,6 +138,7 @@ def cases(folder: Path) -> dict[str, Callable[[], None]]:
             "logger": TensorBoardLogger(folder / "logs"),
             "enable_progress_bar": True,
             "gradient_clip_val": 1.0,
+            "estimate": True,
             "stages": ("validate", "test", "predict"),
         },
         "rows": {"microbatch_tokens": 60, "policy": {"dropout": 0.1}},
@@ -159,7 +160,7 @@ def cases(folder: Path) -> dict[str, Callable[[], None]]:
     return made
 
 
-def main(folder: Path, kind: str = "runs", only: str = "") -> None:
+def main(folder: Path, only: str = "") -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     for name in ("load", "load_frozen"):
@@ -167,7 +168,7 @@ def main(folder: Path, kind: str = "runs", only: str = "") -> None:
     tiny.lora(tiny.model(max_position_embeddings=256, num_hidden_layers=1)).save_pretrained(folder / "adapter")
     found: dict[str, Any] = {}
     for name, run in cases(folder).items():
-        if only not in name or name.startswith("loss ") != (kind == "losses"):
+        if only not in name:
             continue
         LOG.parts.clear()
         LOG.begin("start")

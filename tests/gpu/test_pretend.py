@@ -47,18 +47,7 @@ FIRST = 2
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What real runs did."""
-    return _run(tmp_path_factory, "runs")
-
-
-@pytest.fixture(scope="module")
-def losses(tmp_path_factory):
-    """What losses did by themselves."""
-    return _run(tmp_path_factory, "losses")
-
-
-def _run(tmp_path_factory, kind):
-    """In a process of its own: the device is there for all of it."""
+    """What real runs did, and losses by themselves, in a process of their own: the device is there for all of it."""
     folder = tmp_path_factory.mktemp("pretend")
     tiny.directory(folder / "model", max_position_embeddings=256, num_hidden_layers=1)
     rows = [
@@ -74,7 +63,7 @@ def _run(tmp_path_factory, kind):
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = subprocess.run(
-        [sys.executable, str(HERE / "pretend_runs.py"), str(folder), kind], capture_output=True, text=True, check=False
+        [sys.executable, str(HERE / "pretend_runs.py"), str(folder)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "found.json").read_text())
@@ -115,5 +104,5 @@ def test_a_tested_batch_waits_for_nothing_and_a_predicted_one_once(found):
 
 
 @pytest.mark.parametrize("loss", [f"{kind(**given)}" for kind in LOSSES for given in [{}, *SETTINGS.get(kind, [])]])
-def test_a_loss_and_its_metrics_stay_on_the_device_and_wait_for_nothing(losses, loss):
-    assert _parts(losses, f"loss {loss}", "steps") == [[]]
+def test_a_loss_and_its_metrics_stay_on_the_device_and_wait_for_nothing(found, loss):
+    assert _parts(found, f"loss {loss}", "steps") == [[]]

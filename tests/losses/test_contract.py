@@ -9,6 +9,7 @@ import inspect
 import math
 import pickle
 import pkgutil
+import re
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -476,6 +477,33 @@ def test_a_bad_beta_is_refused_by_name(kind, beta):
     else:
         with pytest.raises(TypeError, match="beta"):
             kind(beta=beta)
+
+
+# What is no value of an argument of this type: NaN, infinities, and what belongs to another type.
+WRONG = {
+    float: [math.nan, math.inf, -math.inf, True, "0.1", torch.tensor(0.1)],
+    bool: [1, 0.0, "true", None],
+    str: ["neither", True, 0, None],
+}
+
+
+def test_every_argument_refuses_what_is_not_its_type_and_names_itself(kind):
+    hints = get_type_hints(kind)
+    for name in _arguments(kind):
+        (of,) = {float, bool, str, PreferenceLoss} & {type(one) if isinstance(one, str) else one
+                                                      for one in _types(hints[name])}  # fmt: skip
+        # an argument that only counts beside another one is given beside it
+        given = next((one for one in SETTINGS.get(kind, []) if name in one), {})
+        several = "tuple" in str(hints[name])
+        for wrong in WRONG.get(of, []):
+            value = (wrong,) * len(kind(**given).inner) if several else wrong
+            with pytest.raises(ValueError, match=rf"^Expected `{name}` .*but got {re.escape(repr(wrong))}\.$"):
+                kind(**{**given, name: value})
+
+
+def _types(hint: Any) -> set[Any]:
+    """A type, those that it is made of, and the choices of a literal."""
+    return {hint}.union(*map(_types, get_args(hint)))
 
 
 def test_an_argument_that_it_does_not_have_is_a_type_error(kind):

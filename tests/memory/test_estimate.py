@@ -60,7 +60,7 @@ def test_the_estimate_is_what_a_larger_step_then_needs(name, checkpointing):
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "q_proj"]], ids=["frozen head", "head with an adapter"])
 @pytest.mark.parametrize("with_kl", [False, True])
 def test_a_large_vocabulary_is_needed_once_per_chunk(targets, with_kl):
-    model = tiny.lora(tiny.model("llama", max_position_embeddings=512, vocab_size=70_000), targets=targets).train()
+    model = tiny.lora(tiny.model("llama", max_position_embeddings=512, vocab_size=20_000), targets=targets).train()
     choose_layout(model)
     sgd = functools.partial(torch.optim.SGD, lr=1.0)
     for lengths in (LENGTHS, LENGTHS * 3):
@@ -163,7 +163,7 @@ def test_live_bytes_know_views_results_in_place_and_what_is_freed():
 
 def test_fit_says_what_a_step_needs(tiny_model, pairs_file, tmp_path):
     with tiny.records("lightning.pytorch.utilities.rank_zero") as found:
-        trainer(tmp_path, max_steps=1).fit(module(tiny_model), data(pairs_file))
+        trainer(tmp_path, estimate=True, max_steps=1).fit(module(tiny_model), data(pairs_file))
     (line,) = [record.getMessage() for record in found if record.getMessage().startswith("a step needs")]
     assert " tokens " in line
     assert "device" not in line  # there is no GPU whose memory could be told
@@ -184,7 +184,7 @@ def test_fit_warns_of_a_step_that_does_not_fit(
     with tiny.records("lit_dpo.callbacks.memory") as found:
         policy = {"gradient_checkpointing": checkpointing}
         dpo = module(tiny_model, policy=policy, loss=loss, microbatch_tokens=microbatch_tokens)
-        trainer(tmp_path, max_steps=1).fit(dpo, data(pairs_file))
+        trainer(tmp_path, estimate=True, max_steps=1).fit(dpo, data(pairs_file))
     (line,) = [record.getMessage() for record in found]
     assert "will not fit" in line
     assert ("gradient_checkpointing" in line) is not checkpointing
@@ -199,7 +199,8 @@ def test_the_estimate_is_of_rows_as_they_run(tiny_model, pairs_file, tmp_path, l
     rows = [row for batch in pairs.train_dataloader() for row in batch.cut(microbatch_tokens or math.inf)]
     largest = max(row.input_ids.numel() for row in rows)
     with tiny.records("lightning.pytorch.utilities.rank_zero") as found:
-        trainer(tmp_path, max_steps=1).fit(module(tiny_model, loss=loss, microbatch_tokens=100), data(pairs_file))
+        dpo = module(tiny_model, loss=loss, microbatch_tokens=100)
+        trainer(tmp_path, estimate=True, max_steps=1).fit(dpo, data(pairs_file))
     (line,) = [record.getMessage() for record in found if record.getMessage().startswith("a step needs")]
     assert f"activations of {largest} tokens" in line
 
@@ -213,5 +214,5 @@ def test_the_estimate_is_told_what_the_loss_reads(tiny_model, pairs_file, tmp_pa
         return StepMemory(1, 1, 1, 1, 1, 1)
 
     monkeypatch.setattr(callback, "estimate_step", estimate)
-    trainer(tmp_path, max_steps=1).fit(module(tiny_model, loss=loss), data(pairs_file))
+    trainer(tmp_path, estimate=True, max_steps=1).fit(module(tiny_model, loss=loss), data(pairs_file))
     assert told["with_kl"] is (Field.KL in loss.requires)

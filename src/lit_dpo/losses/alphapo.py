@@ -11,6 +11,7 @@ from torch.nn.functional import logsigmoid
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.checks import not_negative, number
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,8 @@ class AlphaPOLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if not (self.gamma >= 0 and math.isfinite(self.gamma)):
-            raise ValueError(f"Expected `gamma` >= 0 but got {self.gamma}.")
-        if self.alpha == 0 or not math.isfinite(self.alpha):
-            raise ValueError(
-                f"Expected `alpha` to be a number other than 0 (that is `SimPOLoss`) but got {self.alpha}."
-            )
+        not_negative("gamma", self.gamma)
+        number("alpha", self.alpha, "to be a number other than 0 (that is `SimPOLoss`)", lambda alpha: alpha != 0)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""

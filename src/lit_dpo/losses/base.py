@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from lit_dpo.logps.fields import Field, check_fields
 from lit_dpo.logps.records import PairLogps
+from lit_dpo.losses.checks import positive
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ class PreferenceLoss(ABC):
         Raises:
             ValueError: if `beta` is not a positive number.
         """
-        if not (self.beta > 0 and math.isfinite(self.beta)):
-            raise ValueError(f"Expected `beta` > 0 but got {self.beta}.")
+        positive("beta", self.beta)
 
     @abstractmethod
     def __call__(self, pairs: PairLogps) -> Tensor:

@@ -9,6 +9,7 @@ from torch.nn.functional import logsigmoid
 
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.checks import one_of
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ class BCOLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if self.baseline not in ("running", "zero"):
-            raise ValueError(f'Expected `baseline` to be "running" or "zero" but got {self.baseline!r}.')
+        one_of("baseline", self.baseline, "running", "zero")
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.checks import in_range, positive
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,8 @@ class BetaDPOLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if not (self.adaptivity > 0 and math.isfinite(self.adaptivity)):
-            raise ValueError(f"Expected `adaptivity` > 0 but got {self.adaptivity}.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"Expected `momentum` in [0, 1) but got {self.momentum}.")
+        positive("adaptivity", self.adaptivity)
+        in_range("momentum", self.momentum, "[0, 1)")
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""

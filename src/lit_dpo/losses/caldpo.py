@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -8,6 +7,7 @@ from torch.nn.functional import logsigmoid
 
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.checks import positive
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class CalDPOLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if not (self.calibration_weight > 0 and math.isfinite(self.calibration_weight)):
-            raise ValueError(f"Expected `calibration_weight` > 0 but got {self.calibration_weight}.")
+        positive("calibration_weight", self.calibration_weight)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""

@@ -7,6 +7,7 @@ from torch.nn.functional import logsigmoid
 
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.checks import in_range
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,7 @@ class DiscoPOPLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if not 0 < self.tau <= 1:
-            raise ValueError(f"Expected `tau` in (0, 1] but got {self.tau}.")
+        in_range("tau", self.tau, "(0, 1]")
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.checks import not_negative
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class DPOPLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if not (self.penalty_weight >= 0 and math.isfinite(self.penalty_weight)):
-            raise ValueError(f"Expected `penalty_weight` >= 0 but got {self.penalty_weight}.")
+        not_negative("penalty_weight", self.penalty_weight)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""

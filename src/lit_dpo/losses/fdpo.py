@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.checks import in_range, one_of
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,13 @@ class FDPOLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if self.divergence not in ("forward_kl", "js", "alpha"):
-            raise ValueError(f'Expected `divergence` to be "forward_kl", "js" or "alpha" but got {self.divergence!r}.')
+        one_of("divergence", self.divergence, "forward_kl", "js", "alpha")
         if self.divergence != "alpha" and self.alpha is not None:
             raise ValueError(
                 f'Expected `alpha` only with `divergence` "alpha" but got {self.alpha} with {self.divergence!r}.'
             )
-        if self.divergence == "alpha" and (self.alpha is None or not 0 < self.alpha < 1):
-            raise ValueError(f"Expected `alpha` in (0, 1) but got {self.alpha}.")
+        if self.divergence == "alpha":
+            in_range("alpha", self.alpha, "(0, 1)")
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""

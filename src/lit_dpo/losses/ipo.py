@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.checks import one_of
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,7 @@ class IPOLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if self.average not in ("mean", "sum"):
-            raise ValueError(f'Expected `average` to be "mean" or "sum" but got {self.average!r}.')
+        one_of("average", self.average, "mean", "sum")
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps, SequenceLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.checks import in_range, one_of
 from lit_dpo.losses.composed import ComposedLoss
 from lit_dpo.losses.dpo import DPOLoss
 
@@ -49,10 +50,8 @@ class LDDPOLoss(ComposedLoss):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if not 0 <= self.surplus_weight < 1:
-            raise ValueError(f"Expected `surplus_weight` in [0, 1) but got {self.surplus_weight}.")
-        if self.reference not in ("decoupled", "plain"):
-            raise ValueError(f'Expected `reference` to be "decoupled" or "plain" but got {self.reference!r}.')
+        in_range("surplus_weight", self.surplus_weight, "[0, 1)")
+        one_of("reference", self.reference, "decoupled", "plain")
 
     @property
     def inner(self) -> tuple[PreferenceLoss, ...]:

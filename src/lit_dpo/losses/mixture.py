@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.checks import positive
 from lit_dpo.losses.composed import ComposedLoss
 from lit_dpo.losses.dpo import DPOLoss
 from lit_dpo.losses.sft import SFTLoss
@@ -56,14 +56,14 @@ class MixtureLoss(ComposedLoss):
         super().__post_init__()
         if self.weights is None:
             return
+        for weight in self.weights:
+            positive("weights", weight)
         object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
         if len(self.weights) != len(self.inner):
             raise ValueError(
                 f"Expected `weights` to be {len(self.inner)} numbers, one for each of `losses`, but got "
                 f"{len(self.weights)}."
             )
-        if not all(weight > 0 and math.isfinite(weight) for weight in self.weights):
-            raise ValueError(f"Expected `weights` > 0 but got {list(self.weights)}.")
 
     @property
     def inner(self) -> tuple[PreferenceLoss, ...]:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,6 +9,7 @@ from torch.nn.functional import logsigmoid
 
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.checks import one_of, positive
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,8 @@ class ODPOLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if not (self.offset_weight > 0 and math.isfinite(self.offset_weight)):
-            raise ValueError(f"Expected `offset_weight` > 0 but got {self.offset_weight}.")
-        if self.scale not in ("log", "linear"):
-            raise ValueError(f'Expected `scale` to be "log" or "linear" but got {self.scale!r}.')
+        positive("offset_weight", self.offset_weight)
+        one_of("scale", self.scale, "log", "linear")
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -8,6 +7,7 @@ from torch.nn.functional import logsigmoid
 
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.checks import not_negative
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class RDPOLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if not (self.length_cost >= 0 and math.isfinite(self.length_cost)):
-            raise ValueError(f"Expected `length_cost` >= 0 but got {self.length_cost}.")
+        not_negative("length_cost", self.length_cost)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""

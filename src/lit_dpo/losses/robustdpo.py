@@ -7,6 +7,7 @@ from torch.nn.functional import logsigmoid
 
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.checks import in_range
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,7 @@ class RobustDPOLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"Expected `label_smoothing` in [0, 0.5) but got {self.label_smoothing}.")
+        in_range("label_smoothing", self.label_smoothing, "[0, 0.5)")
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.checks import one_of
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ class SFTLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if self.average_over not in ("sequence", "token"):
-            raise ValueError(f'Expected `average_over` to be "sequence" or "token" but got {self.average_over!r}.')
+        one_of("average_over", self.average_over, "sequence", "token")
 
     @property
     def couples_pairs(self) -> bool:  # type: ignore[override]

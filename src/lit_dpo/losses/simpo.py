@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,6 +10,7 @@ from torch.nn.functional import logsigmoid
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.checks import in_range, not_negative, one_of
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,9 @@ class SimPOLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if not (self.gamma >= 0 and math.isfinite(self.gamma)):
-            raise ValueError(f"Expected `gamma` >= 0 but got {self.gamma}.")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"Expected `label_smoothing` in [0, 0.5) but got {self.label_smoothing}.")
-        if self.link not in ("sigmoid", "hinge"):
-            raise ValueError(f'Expected `link` to be "sigmoid" or "hinge" but got {self.link!r}.')
+        not_negative("gamma", self.gamma)
+        in_range("label_smoothing", self.label_smoothing, "[0, 0.5)")
+        one_of("link", self.link, "sigmoid", "hinge")
         if self.link == "hinge" and self.label_smoothing:
             raise ValueError(f'Expected `label_smoothing` 0 with `link` "hinge" but got {self.label_smoothing}.')
 

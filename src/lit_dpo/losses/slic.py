@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.checks import not_negative
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ class SLiCLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if not (self.nll_weight >= 0 and math.isfinite(self.nll_weight)):
-            raise ValueError(f"Expected `nll_weight` >= 0 but got {self.nll_weight}.")
+        not_negative("nll_weight", self.nll_weight)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,6 +9,7 @@ from torch.nn.functional import logsigmoid
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.checks import one_of, positive
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,12 @@ class TDPOLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if self.version not in ("tdpo1", "tdpo2"):
-            raise ValueError(f'Expected `version` to be "tdpo1" or "tdpo2" but got {self.version!r}.')
+        one_of("version", self.version, "tdpo1", "tdpo2")
         if self.kl_weight is None:
             return
         if self.version == "tdpo1":
             raise ValueError(f'Expected `kl_weight` only with `version` "tdpo2" but got {self.kl_weight} with "tdpo1".')
-        if not (self.kl_weight > 0 and math.isfinite(self.kl_weight)):
-            raise ValueError(f"Expected `kl_weight` > 0 but got {self.kl_weight}.")
+        positive("kl_weight", self.kl_weight)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.checks import flag, one_of
 from lit_dpo.losses.composed import ComposedLoss
 from lit_dpo.losses.dpo import DPOLoss
 
@@ -48,8 +49,8 @@ class WPOLoss(ComposedLoss):
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
-        if self.alignment not in ("sampled", "none"):
-            raise ValueError(f'Expected `alignment` to be "sampled" or "none" but got {self.alignment!r}.')
+        one_of("alignment", self.alignment, "sampled", "none")
+        flag("clamp", self.clamp)
         if self.alignment == "none" and not self.clamp:
             raise ValueError('Expected `clamp` to be true with `alignment` "none", whose weights are at most 1 anyway.')
         if self.loss.couples_pairs:
