@@ -1,4 +1,4 @@
-"""How full batches of a token budget are, beside batches of a pair count, and what an order of a million rows costs.
+"""How full batches of a token budget are, and those of a pair count, and what an order of a million rows costs.
 
 python benchmarks/batches.py
 """

@@ -1,4 +1,4 @@
-"""lit_dpo beside TRL's `DPOTrainer`: the same model, LoRA, pairs, order, batch and β, step by step in turn.
+"""lit_dpo compared with TRL's `DPOTrainer`: the same model, LoRA, pairs, order, batch and β, step by step in turn.
 
     pip install -e ".[bench]"
     python benchmarks/compare.py --data pairs.json
@@ -259,7 +259,7 @@ def show(results: dict[str, list[Any]], memory: dict[str, Any], given: argparse.
 
 
 def use(results: dict[str, list[Any]], spec: Spec, given: argparse.Namespace, found: dict[str, Any]) -> None:
-    """Model FLOP utilisation: the arithmetic that the steps need, over their time, beside a matrix product."""
+    """Model FLOP utilisation: the arithmetic that the steps need, over their time, compared with a matrix product."""
     import torch
 
     torch.set_num_threads(given.threads)

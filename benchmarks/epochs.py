@@ -25,7 +25,7 @@ import lightning.pytorch as pl
 import torch
 
 import lit_dpo.references.base as references
-from lit_dpo import CachedReference, DPOModule, IPOLoss, PreferenceDataModule, QLoRAPolicy
+from lit_dpo import CachedReference, DPOModule, IPOLoss, LoRAPolicy, PreferenceDataModule
 from lit_dpo.losses import DPOLoss
 from material import SHAPES, made_conversations, place_model, read_pairs, train_tokenizer
 
@@ -68,7 +68,7 @@ def train(
         return plain(model, batch, **options)
 
     torch.manual_seed(0)
-    policy = QLoRAPolicy(str(folder / "model"), quantization=given.quantization, target_modules=["q_proj", "v_proj"])
+    policy = LoRAPolicy(str(folder / "model"), quantization=given.quantization, target_modules=["q_proj", "v_proj"])
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-4, weight_decay=0.0)
     module = DPOModule(policy, loss or DPOLoss(), reference, optimizer, lr_scheduler="constant")
     data = PreferenceDataModule(
@@ -102,7 +102,7 @@ def train(
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="pairs: .json, .jsonl or .jsonl.gz")
-    parser.add_argument("--made", help="instead of --data: mean tokens of prompt and answer, such as 600,300")
+    parser.add_argument("--made", help="instead of --data: mean tokens of prompt and completion, such as 600,300")
     parser.add_argument("--shape", choices=SHAPES, default="5M")
     parser.add_argument("--vocabulary", type=int, default=8192, help="rows of the head")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

@@ -1,4 +1,4 @@
-"""lit_dpo beside TRL on this card, and what later epochs cost: `compare.py` and `epochs.py` at the sizes of a card."""
+"""lit_dpo compared with TRL on this card, and later epochs: `compare.py` and `epochs.py` at the sizes of a card."""
 
 from __future__ import annotations
 

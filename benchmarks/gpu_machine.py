@@ -120,12 +120,13 @@ def quickstart(run: Run) -> str:
             raise RuntimeError("lit-dpo fit left no adapter")
     names = ("val/reward_accuracy", "val/loss", "train/loss")
     found = {name: float(re.findall(rf"{name} ([\d.e-]+)", said)[-1].rstrip(".")) for name in names}
-    steps, good = re.search(r"(\d+) steps in (\S+):", said), re.search(r"good answers: ([\d.]+) before, ([\d.]+)", said)
-    run.note(**found, steps=steps and steps[1], time=steps and steps[2], good_answers=good and good.groups())
+    steps = re.search(r"(\d+) steps in (\S+):", said)
+    good = re.search(r"good completions: ([\d.]+) before, ([\d.]+)", said)
+    run.note(**found, steps=steps and steps[1], time=steps and steps[2], good_completions=good and good.groups())
     accuracy = found["val/reward_accuracy"]
     line = f"held-out pairs ranked right {accuracy:.3f}, val/loss {found['val/loss']:.3f}"
     line += f"; {steps[1]} steps in {steps[2]}" if steps else ""
-    line += f"; good answers {good[1]} before, {good[2]} after" if good else ""
+    line += f"; good completions {good[1]} before, {good[2]} after" if good else ""
     run.note(line=line)
     if not accuracy >= 0.98:  # one of 64 may be wrong
         raise RuntimeError(f"expected at least 0.98 of the held-out pairs ranked right but got {accuracy}")

@@ -17,7 +17,7 @@ import torch
 
 from gpu_compare import store
 from gpu_run import Run
-from lit_dpo import DPOModule, PreferenceDataModule, QLoRAPolicy
+from lit_dpo import DPOModule, LoRAPolicy, PreferenceDataModule
 from material import made_conversations, place_model, train_tokenizer
 
 LONGEST = 15
@@ -31,7 +31,7 @@ def kernels(run: Run) -> str:
     data = PreferenceDataModule(
         train=str(folder / "pairs.jsonl"), max_length=2048, truncation="truncate_prompt", batch_size=batch
     )
-    policy = QLoRAPolicy(str(folder / "model"), quantization="none")
+    policy = LoRAPolicy(str(folder / "model"), quantization="none")
     trainer = pl.Trainer(
         accelerator="cpu" if run.rehearsed else "gpu",
         devices=1,

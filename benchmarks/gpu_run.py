@@ -41,7 +41,7 @@ class Phase(NamedTuple):
         run: finds the answer.
         seconds: what it may take in any case, on a GPU; about twice what is expected.
         rehearsal: the same on a CPU, with tiny shapes.
-        ahead: Python that a process runs beside the phases before it, which leave the CPU alone.
+        ahead: Python that a process runs next to the phases before it, which leave the CPU alone.
     """
 
     name: str

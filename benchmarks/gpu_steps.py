@@ -1,4 +1,4 @@
-"""Single steps on this card: which settings are best, and their memory beside its estimate.
+"""Single steps on this card: which settings are best, and their memory compared with its estimate.
 
 A step is the reference's forward, the policy's forward and backward, and the optimizer, on made pairs of chat lengths.
 """
@@ -22,11 +22,11 @@ import lit_dpo.logps.head as head
 import memory as program
 from gpu_compare import store
 from gpu_run import Run
-from lit_dpo import DPOModule, QLoRAPolicy
+from lit_dpo import DPOModule, LoRAPolicy
 from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
+from lit_dpo.logps.microbatch import MICROBATCH_TOKENS
 from lit_dpo.logps.score import choose_layout
 from lit_dpo.memory import estimate_step
-from lit_dpo.rows import ROW_TOKENS
 from material import made_pairs, place_model
 
 GIB = 2.0**30
@@ -34,7 +34,7 @@ REHEARSED = 1024  # tokens of a rehearsal's vocabulary
 
 
 def memory(run: Run) -> str:
-    """The estimate of a step's memory beside the allocator's peak."""
+    """The estimate of a step's memory compared with the allocator's peak."""
     rows, worst = [], 0.0
     if run.rehearsed:
         run.note(measured="on a CPU: what its allocator tells the profiler")
@@ -45,7 +45,7 @@ def memory(run: Run) -> str:
             parts = batch.cut(limit)
             candidates = [program.lengths(part) for part in parts]
             context = usual(run)
-            estimate = estimate_step(module.model, candidates, several_rows=len(parts) > 1, context=context)
+            estimate = estimate_step(module.model, candidates, several=len(parts) > 1, context=context)
             measured = program.peak(module, parts, context)
             off = estimate.total / measured - 1
             worst = max(worst, off, key=abs)
@@ -57,7 +57,7 @@ def memory(run: Run) -> str:
 
 
 def sweeps(run: Run) -> str:
-    """Settings one by one, beside what is there now."""
+    """Settings one by one, compared with what is there now."""
     lines: list[str] = []
     for sweep in (rows_of_a_batch, rows_of_a_chunk, mixed_precision, kept_weights):
         lines.append(sweep(run))
@@ -66,13 +66,13 @@ def sweeps(run: Run) -> str:
 
 
 def rows_of_a_batch(run: Run) -> str:
-    """`row_tokens`, on a batch that is longer than all of them."""
+    """`microbatch_tokens`, on a batch that is longer than all of them."""
     sizes = (64, 1024) if run.rehearsed else (2048, 4096, 8192, 16384, 32768, 65536)
     module, batch, results = load(run), batch_of(run, pairs=6 if run.rehearsed else 84), {}
     for size in sizes:
         results[size] = measured(run, module, batch.cut(size))
-        run.note(row_tokens=results, row_tokens_of=f"a batch of {batch.input_ids.numel()} tokens")
-    return f"row_tokens {best(results, ROW_TOKENS[run.device])}"
+        run.note(microbatch_tokens=results, row_tokens_of=f"a batch of {batch.input_ids.numel()} tokens")
+    return f"microbatch_tokens {best(results, MICROBATCH_TOKENS[run.device])}"
 
 
 def rows_of_a_chunk(run: Run) -> str:
@@ -91,7 +91,7 @@ def rows_of_a_chunk(run: Run) -> str:
 
 
 def mixed_precision(run: Run) -> str:
-    """`bf16-mixed` beside bf16 weights and activations without autocast."""
+    """`bf16-mixed` compared with bf16 weights and activations without autocast."""
     module, batch, results = load(run), batch_of(run, pairs=2 if run.rehearsed else 16), {}
     mixed = functools.partial(torch.autocast, run.device, torch.bfloat16)
     for name, context in (("bf16-mixed", mixed), ("without autocast", contextlib.nullcontext)):
@@ -139,7 +139,7 @@ def load(run: Run, quantization: Any = "none", checkpointing: bool = False) -> D
     folder = run.folder / "steps"
     if not folder.is_dir():
         place_model(folder, store(run), *size, run.device)
-    policy = QLoRAPolicy(str(folder), quantization=quantization, gradient_checkpointing=checkpointing)
+    policy = LoRAPolicy(str(folder), quantization=quantization, gradient_checkpointing=checkpointing)
     module = DPOModule(policy)
     device = torch.device("cpu") if run.rehearsed else torch.device("cuda", 0)
     module.model = policy.load(device)
@@ -148,8 +148,8 @@ def load(run: Run, quantization: Any = "none", checkpointing: bool = False) -> D
 
 
 def batch_of(run: Run, pairs: int) -> PairBatch:
-    prompt, answer = (20, 16) if run.rehearsed else (300, 250)
-    made = made_pairs(pairs, prompt, answer, REHEARSED)
+    prompt, completion = (20, 16) if run.rehearsed else (300, 250)
+    made = made_pairs(pairs, prompt, completion, REHEARSED)
     return collate_pairs([EncodedPair(*pair) for pair in made]).to(run.device)
 
 
@@ -195,7 +195,7 @@ def measured(
 def step_loss(module: DPOModule, rows: list[PairBatch]) -> Tensor:
     if len(rows) == 1:
         return module.compute_loss(module.pair_logps(rows[0])).sum()
-    return module.row_by_row(rows)[0]
+    return module.accumulate(rows)[0]
 
 
 def synchronise(run: Run) -> None:
@@ -212,7 +212,7 @@ def empty(run: Run) -> None:
 
 
 def best(results: dict[int, dict[str, Any]], plain: int) -> str:
-    """The fastest setting, beside what is there now."""
+    """The fastest setting, compared with what is there now."""
     done = {size: one for size, one in results.items() if one["seconds"] is not None}
     if not done:
         raise RuntimeError("no setting had room")

@@ -82,7 +82,7 @@ def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def made_pairs(count: int, prompt: int, answer: int, vocabulary: int, seed: int = 0) -> list[list[list[int]]]:
+def made_pairs(count: int, prompt: int, completion: int, vocabulary: int, seed: int = 0) -> list[list[list[int]]]:
     """Random token ids of given mean lengths; single lengths vary by a quarter."""
     import numpy as np
 
@@ -92,17 +92,17 @@ def made_pairs(count: int, prompt: int, answer: int, vocabulary: int, seed: int 
         spread = max(1, round(length * random.uniform(0.75, 1.25)))
         return random.integers(3, vocabulary, spread).tolist()
 
-    return [[part(prompt), part(answer), part(answer)] for _ in range(count)]
+    return [[part(prompt), part(completion), part(completion)] for _ in range(count)]
 
 
 def made_conversations(lengths: str, count: int) -> list[dict[str, Any]]:
     """Made pairs as words of letters, each of which becomes a token of a tokenizer trained on them.
 
     Args:
-        lengths: mean tokens of prompt and answer, such as `600,300`.
+        lengths: mean tokens of prompt and completion, such as `600,300`.
         count: how many.
     """
-    prompt, answer = (int(length) for length in lengths.split(","))
+    prompt, completion = (int(length) for length in lengths.split(","))
     sides, roles = ("prompt", "chosen", "rejected"), ("user", "assistant", "assistant")
     letters = str.maketrans("0123456789", "abcdefghij")
     return [
@@ -110,7 +110,7 @@ def made_conversations(lengths: str, count: int) -> list[dict[str, Any]]:
             side: [_message(role, " ".join(f"{token:05}".translate(letters) for token in part))]
             for side, role, part in zip(sides, roles, pair, strict=True)
         }
-        for pair in made_pairs(count, prompt, answer, 5000)
+        for pair in made_pairs(count, prompt, completion, 5000)
     ]
 
 

@@ -1,4 +1,4 @@
-"""The estimated peak of a training step beside the measured one.
+"""The estimated peak of a training step compared with the measured one.
 
 python benchmarks/memory.py            # a table over architectures, quantisation, vocabulary, batch and length
 python benchmarks/memory.py --quick    # a few of its rows
@@ -26,7 +26,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from lit_dpo import DPOModule, QLoRAPolicy
+from lit_dpo import DPOModule, LoRAPolicy
 from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
 from lit_dpo.memory import estimate_step
 
@@ -66,7 +66,7 @@ def main() -> None:
                     if len(rows) == 1 and limit < math.inf:
                         continue
                     candidates = [lengths(row) for row in rows]
-                    estimate = estimate_step(module.model, candidates, several_rows=len(rows) > 1).total
+                    estimate = estimate_step(module.model, candidates, several=len(rows) > 1).total
                     measured = peak(module, rows)
                     off = estimate / measured - 1
                     worst = max(worst, abs(off))
@@ -86,7 +86,7 @@ def save(folder: Path, name: str, vocabulary: int) -> None:
 
 
 def load(folder: str, quantization: Any, checkpointing: bool) -> Any:
-    module = DPOModule(QLoRAPolicy(folder, quantization=quantization, gradient_checkpointing=checkpointing))
+    module = DPOModule(LoRAPolicy(folder, quantization=quantization, gradient_checkpointing=checkpointing))
     module.configure_model()
     return module.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -126,7 +126,7 @@ def peak(
             if len(rows) == 1:
                 total = module.compute_loss(module.pair_logps(rows[0])).sum()
             else:
-                total = module.row_by_row(rows)[0]
+                total = module.accumulate(rows)[0]
         total.backward()
 
     step()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lit_dpo import DPOModule, QLoRAPolicy
+from lit_dpo import DPOModule, LoRAPolicy
 from lit_dpo.data.batch import EncodedPair, collate_pairs
 from material import SHAPES, made_pairs, save_model
 
@@ -31,28 +31,28 @@ class Point(NamedTuple):
 
     pairs: int = 4
     prompt: int = 128
-    answer: int = 128
+    completion: int = 128
     vocabulary: int = 8192
     shape: str = "5M"
     epochs: int = 1
-    row_tokens: int | None = None
+    microbatch_tokens: int | None = None
 
 
 def axes(base: Point) -> dict[str, list[tuple[float, Point]]]:
     """For each axis the values of x and the settings."""
-    total = base.prompt + 2 * base.answer
+    total = base.prompt + 2 * base.completion
     shapes = [name for name in SHAPES if name in ("5M", "30M")]
     return {
         "pairs per batch": [(n, base._replace(pairs=n)) for n in (1, 2, 4, 8, 16)],
-        "completion tokens": [(2 * n * base.pairs, base._replace(answer=n)) for n in (32, 64, 128, 256, 512)],
+        "completion tokens": [(2 * n * base.pairs, base._replace(completion=n)) for n in (32, 64, 128, 256, 512)],
         "prompt tokens": [(n * base.pairs, base._replace(prompt=n)) for n in (32, 64, 128, 256, 512)],
         "prompt share": [
-            (share, base._replace(prompt=round(total * share), answer=round(total * (1 - share) / 2)))
+            (share, base._replace(prompt=round(total * share), completion=round(total * (1 - share) / 2)))
             for share in (0.03, 0.38, 0.56, 0.87)
         ],
         "vocabulary": [(n, base._replace(vocabulary=n)) for n in (8192, 32768, 65536, 131072, 262144)],
         "model parameters": [(parameters(name), base._replace(shape=name)) for name in shapes],
-        "tokens of a row": [(n, base._replace(pairs=16, row_tokens=n)) for n in (256, 512, 1024, 2048, 8192)],
+        "tokens of a row": [(n, base._replace(pairs=16, microbatch_tokens=n)) for n in (256, 512, 1024, 2048, 8192)],
         "epochs": [(n, base._replace(epochs=n)) for n in (1, 2, 3)],
     }
 
@@ -77,7 +77,7 @@ class Bench:
             dtype = "float32" if self.device == "cpu" else "bfloat16"
             save_model(folder, shape, vocabulary, dtype, 4096, self.device)
             targets = ["q_proj", "v_proj"]
-            module = DPOModule(QLoRAPolicy(folder, quantization=self.quantization, target_modules=targets))
+            module = DPOModule(LoRAPolicy(folder, quantization=self.quantization, target_modules=targets))
             module.model = module.policy.load(self.device)
             module.to(self.device)  # which the length of a row depends on
         from lit_dpo.logps.score import choose_layout
@@ -89,16 +89,16 @@ class Bench:
     def seconds(self, point: Point, seed: int) -> float:
         """Of one step, or of so many passes over its batch."""
         module, optimizer = self.module(point.shape, point.vocabulary)
-        made = made_pairs(point.pairs, point.prompt, point.answer, point.vocabulary, seed)
+        made = made_pairs(point.pairs, point.prompt, point.completion, point.vocabulary, seed)
         batch = collate_pairs([EncodedPair(*pair) for pair in made]).to(self.device)
-        module.row_tokens = point.row_tokens
-        rows = batch.cut(module.row_limit)
+        module.microbatch_tokens = point.microbatch_tokens
+        rows = batch.cut(module.microbatch_limit)
         begun = self._now()
         for _ in range(point.epochs):
             if len(rows) == 1:
                 module.compute_loss(module.pair_logps(batch)).sum().backward()
             else:
-                module.row_by_row(rows)[0].backward()
+                module.accumulate(rows)[0].backward()
             optimizer.step()
             optimizer.zero_grad()
         return self._now() - begun

@@ -115,7 +115,7 @@ def _lit_dpo(spec: Spec, steps: int, gate: Gate) -> None:
     import lightning.pytorch as pl
     import torch
 
-    from lit_dpo import DPOLoss, DPOModule, PreferenceDataModule, QLoRAPolicy
+    from lit_dpo import DPOLoss, DPOModule, LoRAPolicy, PreferenceDataModule
 
     class Module(DPOModule):
         def configure_model(self) -> None:
@@ -137,7 +137,7 @@ def _lit_dpo(spec: Spec, steps: int, gate: Gate) -> None:
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             gate.loss = outputs["loss"]
 
-    policy = QLoRAPolicy(
+    policy = LoRAPolicy(
         spec.model,
         quantization=spec.quantization,
         r=spec.r,

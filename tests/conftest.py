@@ -70,7 +70,7 @@ def shared() -> Path:
     """The folder with real data, tokenizers and referee numbers; tests that need it skip where it is not."""
     folder = Path(__file__).parents[2] / "shared"
     if not folder.is_dir():
-        pytest.skip("no folder of shared data beside the repository")
+        pytest.skip("no folder of shared data next to the repository")
     return folder
 
 

@@ -272,7 +272,7 @@ def _discussions(name: str, conversion: int | None) -> dict[str, Any]:
 # Runs commands one after the other and notes how each ended; `noted` is printed as the last line.
 PRELUDE = """
 import contextlib, glob, io, json, logging, os, traceback, urllib.request
-from lit_dpo import AdapterReference, CachedReference, ModelReference, QLoRAPolicy
+from lit_dpo import AdapterReference, CachedReference, ModelReference, LoRAPolicy
 from lit_dpo.cli import main
 from lit_dpo.data.sources import load_pairs
 from lit_dpo.errors import LitDPOError

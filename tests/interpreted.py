@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_dpo import kernels
+from lit_dpo.policy import kernels
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined

@@ -1,4 +1,4 @@
-"""Laws of checkpoints: adapters only, exact resume, strict identity, and an ordinary PEFT directory beside each."""
+"""Laws of checkpoints: adapters only, exact resume, strict identity, and an ordinary PEFT directory next to each."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import tiny
-from lit_dpo import CDPOLoss, DPOLoss, DPOModule, IPOLoss, QLoRAPolicy
+from lit_dpo import CDPOLoss, DPOLoss, DPOModule, IPOLoss, LoRAPolicy
 from lit_dpo.callbacks import AdapterExport, ExactResume
 from lit_dpo.data.batch import EncodedPair, collate_pairs
 from lit_dpo.errors import ResumeError, TrainingError
-from lit_dpo.logps.score import pair_logps
-from lit_dpo.policy_checks import keep_trainable
+from lit_dpo.logps.score import completion_logps
+from lit_dpo.policy.checks import keep_trainable
 from training import Trace, adapter, data, module, trainer
 
 
@@ -105,7 +105,10 @@ def test_continuing_with_another_loss_stops_and_names_it(straight, tiny_model, p
         ({"loss": DPOLoss(beta=0.5)}, r"loss.init_args.beta: 0.1 in the checkpoint, 0.5 now"),
         ({"lr": 1e-3}, r"trained with lr=0.01 but the configuration says 0.001"),
         ({"warmup_ratio": 0.5}, r"training.warmup_ratio: 0.0 in the checkpoint, 0.5 now"),
-        ({"row_tokens": 100}, r"training.row_tokens: None in the checkpoint, 100 now"),  # other dropout masks
+        (
+            {"microbatch_tokens": 100},
+            r"training.microbatch_tokens: None in the checkpoint, 100 now",
+        ),  # other dropout masks
         ({"policy": policy | {"r": 8}}, r"policy.r: 4 in the checkpoint, 8 now"),
         ({"policy": policy | {"quantization": "none"}}, r"base.quantization: 'nf4' in the checkpoint, 'none' now"),
     ]:
@@ -179,7 +182,7 @@ def test_the_directory_beside_a_checkpoint_is_an_ordinary_peft_model(straight, t
     batch = collate_pairs([EncodedPair([0, 50, 60], [70, 80], [90, 91, 92])])
     dpo.model.eval()
     with torch.no_grad():
-        here, there = pair_logps(dpo.model, batch), pair_logps(loaded.eval(), batch)
+        here, there = completion_logps(dpo.model, batch), completion_logps(loaded.eval(), batch)
     torch.testing.assert_close(there[0].total, here[0].total, atol=1e-4, rtol=0)
     torch.testing.assert_close(there[1].total, here[1].total, atol=1e-4, rtol=0)
     assert AutoTokenizer.from_pretrained(directory)("a").input_ids
@@ -262,7 +265,7 @@ def _run(model, pairs_file, root, *, kind=DPOModule, ckpt_path=None, source=None
     run = trainer(root, callbacks=callbacks, enable_checkpointing=True, **kwargs)
     torch.manual_seed(0)
     given = {"quantization": "none", "r": 4, **(policy or {})}
-    dpo = kind(QLoRAPolicy(str(model), **given), optimizer=functools.partial(optimizer, lr=lr), **(extra or {}))
+    dpo = kind(LoRAPolicy(str(model), **given), optimizer=functools.partial(optimizer, lr=lr), **(extra or {}))
     run.fit(dpo, source or data(pairs_file), ckpt_path=ckpt_path)
     return run, dpo
 

@@ -23,7 +23,7 @@ MODULES = sorted(
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_run(name, request):
-    if name == "lit_dpo.quickstart":
+    if name == "lit_dpo.quickstart.model":
         request.getfixturevalue("quickstart")
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
@@ -62,9 +62,9 @@ def test_the_extensions_in_the_docs_train(quickstart, tmp_path):
     run_all = """
 import functools
 from lightning.pytorch import Trainer
-from lit_dpo import PreferenceDataModule, QLoRAPolicy
+from lit_dpo import PreferenceDataModule, LoRAPolicy
 loss = MixtureLoss(losses=(FocalDPO(beta=0.3), SFTLoss()), weights=(1.0, 0.2))
-module = Watched(QLoRAPolicy("lit-dpo/quickstart"), loss=loss, reference=HalfReference())
+module = Watched(LoRAPolicy("lit-dpo/quickstart"), loss=loss, reference=HalfReference())
 data = PreferenceDataModule(train="lit-dpo/quickstart", val="lit-dpo/quickstart")
 options = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 1}
 trainer = Trainer(max_epochs=1, limit_train_batches=2, **options)

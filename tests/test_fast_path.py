@@ -1,4 +1,4 @@
-"""What makes a step fast changes nothing that it computes: 20 steps beside the plainest code there is."""
+"""What makes a step fast changes nothing that it computes: 20 steps compared with the plainest code there is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tiny
 from lit_dpo.data.batch import EncodedPair, PairBatch
 from lit_dpo.logps.layouts import segments
 from lit_dpo.logps.score import base_model
-from lit_dpo.references.adapter import adapters_off
+from lit_dpo.policy.adapters import adapters_off
 from training import adapter, data, module, trainer
 
 STEPS, BETA = 20, 0.1
@@ -57,15 +57,15 @@ def _plain_step(model, pairs: list[EncodedPair], optimizer: torch.optim.Optimize
     return float(loss.detach())
 
 
-@pytest.mark.parametrize("row_tokens", [None, 100])
+@pytest.mark.parametrize("microbatch_tokens", [None, 100])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_20_steps_compute_the_losses_and_adapters_of_the_plain_path(
-    tiny_model, pairs_file, tmp_path, checkpointing, row_tokens
+    tiny_model, pairs_file, tmp_path, checkpointing, microbatch_tokens
 ):
     # momentum, so that errors add up; not Adam, whose division blows up the rounding error of a tiny gradient
     optimizer = functools.partial(torch.optim.SGD, lr=0.2, momentum=0.9)
     policy = {"gradient_checkpointing": checkpointing}
-    fast, steps = module(tiny_model, optimizer=optimizer, policy=policy, row_tokens=row_tokens), Steps()
+    fast, steps = module(tiny_model, optimizer=optimizer, policy=policy, microbatch_tokens=microbatch_tokens), Steps()
     trainer(tmp_path, max_epochs=-1, max_steps=STEPS, callbacks=[steps]).fit(fast, data(pairs_file))
     plain = steps.model
     taken = optimizer([p for p in plain.parameters() if p.requires_grad])

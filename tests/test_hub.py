@@ -49,29 +49,29 @@ command("gpt2", f"fit --model.policy.model acme/gpt2 {train} --data.tokenizer ac
 command("converted", f"fit --model.policy.model acme/converted {train} --trainer.max_epochs 1")
 
 trained = {"adapter_path": "acme/adapter@v1"}
-check("on a copy", QLoRAPolicy(COPY, **trained))
-check("on a mirror", QLoRAPolicy("acme/mirror", **trained))
-check("on a commit that changes a text", QLoRAPolicy("acme/tiny", revision="readme", **trained))
-check("on another commit", QLoRAPolicy("acme/tiny", **trained))
-check("on another commit, told", QLoRAPolicy("acme/tiny", **trained, adapter_base="any"))
-check("on another model", QLoRAPolicy("acme/gpt2", **trained))
-check("on another directory", QLoRAPolicy(OTHER, **trained))
-check("reference", QLoRAPolicy("acme/tiny", revision="v1"), AdapterReference("acme/adapter@v1"))
-check("reference on another commit", QLoRAPolicy("acme/tiny"), AdapterReference("acme/adapter@v1"))
+check("on a copy", LoRAPolicy(COPY, **trained))
+check("on a mirror", LoRAPolicy("acme/mirror", **trained))
+check("on a commit that changes a text", LoRAPolicy("acme/tiny", revision="readme", **trained))
+check("on another commit", LoRAPolicy("acme/tiny", **trained))
+check("on another commit, told", LoRAPolicy("acme/tiny", **trained, adapter_base="any"))
+check("on another model", LoRAPolicy("acme/gpt2", **trained))
+check("on another directory", LoRAPolicy(OTHER, **trained))
+check("reference", LoRAPolicy("acme/tiny", revision="v1"), AdapterReference("acme/adapter@v1"))
+check("reference on another commit", LoRAPolicy("acme/tiny"), AdapterReference("acme/adapter@v1"))
 pairs("acme/many:german:train")
 pairs("acme/many:english:train[:3]")
 pairs("acme/pairs:train")
 
-a, b, c = (QLoRAPolicy("acme/tiny", revision=at) for at in ("v1", OLD, "main"))
-noted["identities"] = [one.identity() for one in (a, b, c, QLoRAPolicy(COPY))]
-noted["contents"] = [one.content() for one in (a, b, c)]
+a, b, c = (LoRAPolicy("acme/tiny", revision=at) for at in ("v1", OLD, "main"))
+noted["identities"] = [one.checkpoint_identity() for one in (a, b, c, LoRAPolicy(COPY))]
+noted["contents"] = [one.cache_identity() for one in (a, b, c)]
 noted["adapters"] = [a.adapter_content(at) for at in ("acme/adapter@v1", ADAPTER)]
 
-sharded = QLoRAPolicy("acme/sharded", r=2)
+sharded = LoRAPolicy("acme/sharded", r=2)
 sharded.load()
-noted["sharded"] = [sharded.identity()["fingerprint"], QLoRAPolicy(SHARDED).identity()["fingerprint"]]
-check("custom", QLoRAPolicy("acme/custom"))
-noted["custom, trusted"] = type(QLoRAPolicy("acme/custom", trust_remote_code=True).load().get_base_model()).__name__
+noted["sharded"] = [sharded.checkpoint_identity()["fingerprint"],
+LoRAPolicy(SHARDED).checkpoint_identity()["fingerprint"]] check("custom", LoRAPolicy("acme/custom"))
+noted["custom, trusted"] = type(LoRAPolicy("acme/custom", trust_remote_code=True).load().get_base_model()).__name__
 
 exported, ids = "runs/version_0/adapter", torch.arange(3, 40)[None]
 base = AutoModelForCausalLM.from_pretrained(COPY)
@@ -201,13 +201,13 @@ OFFLINE = """
 fit = "fit --trainer.max_epochs 1 --model.policy.model"
 command("downloaded before", f"{fit} acme/tiny --model.policy.revision v1 --data.train acme/pairs@v1:train")
 command("hand-made", f"{fit} hand/made --data.train {PAIRS}")
-check("its commit", QLoRAPolicy("hand/made", revision=40 * "a"))
-check("adapter", QLoRAPolicy("acme/tiny", revision="v1", adapter_path="acme/adapter@v1"))
-noted["identity"] = QLoRAPolicy("hand/made").identity()
-check("no such revision", QLoRAPolicy("hand/made", revision="v1"))
-check("no weights", QLoRAPolicy("hand/empty"))
-check("nowhere", QLoRAPolicy("acme/nowhere"))
-check("no adapter", QLoRAPolicy("hand/made", adapter_path="acme/nowhere"))
+check("its commit", LoRAPolicy("hand/made", revision=40 * "a"))
+check("adapter", LoRAPolicy("acme/tiny", revision="v1", adapter_path="acme/adapter@v1"))
+noted["identity"] = LoRAPolicy("hand/made").checkpoint_identity()
+check("no such revision", LoRAPolicy("hand/made", revision="v1"))
+check("no weights", LoRAPolicy("hand/empty"))
+check("nowhere", LoRAPolicy("acme/nowhere"))
+check("no adapter", LoRAPolicy("hand/made", adapter_path="acme/nowhere"))
 pairs("acme/nowhere:train")
 """
 

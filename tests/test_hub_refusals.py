@@ -27,7 +27,7 @@ def hook(event, args):
 sys.addaudithook(hook)
 files = f"--data.train {PAIRS} --data.val_split 0.2 --data.predict {PAIRS}"
 fit = f"fit --trainer.max_epochs 1 {files} --model.policy.model {MODEL}"
-command("local fit", f"{fit} --trainer.callbacks SampleAnswers")
+command("local fit", f"{fit} --trainer.callbacks SampleCompletions")
 adapter = "--model.policy.adapter_path runs/version_0/adapter"
 command("local, continued", f"{fit} {adapter} --model.reference CachedReference")
 command("local, other reference", f"{fit} --model.reference ModelReference --model.reference.model {MODEL}")
@@ -38,7 +38,7 @@ for name in os.listdir("runs/version_0/adapter"):
     os.link(f"runs/version_0/adapter/{name}", f"named/{name}")
 os.unlink("named/adapter_config.json")
 json.dump({**config, "base_model_name_or_path": "acme/tiny"}, open("named/adapter_config.json", "w"))
-check("adapter that names a hub id", QLoRAPolicy(MODEL, adapter_path="named"))
+check("adapter that names a hub id", LoRAPolicy(MODEL, adapter_path="named"))
 os.makedirs("folder")
 os.link(PAIRS, "folder/train.jsonl")
 pairs("folder:train")
@@ -49,14 +49,14 @@ noted["asked"], watching = asked, False
 
 REFUSED = """
 for name in "gated", "secret", "nothing", "both", "tiny@v1", "pickled":
-    check(name, QLoRAPolicy(f"acme/{name}"))
-check("adapter as a model", QLoRAPolicy("acme/adapter", revision="v1"))
-check("converted, pinned", QLoRAPolicy("acme/converted", revision="v1"))
-check("revision", QLoRAPolicy("acme/tiny", revision="v7"))
-check("directory's revision", QLoRAPolicy(".", revision="v7"))
+    check(name, LoRAPolicy(f"acme/{name}"))
+check("adapter as a model", LoRAPolicy("acme/adapter", revision="v1"))
+check("converted, pinned", LoRAPolicy("acme/converted", revision="v1"))
+check("revision", LoRAPolicy("acme/tiny", revision="v7"))
+check("directory's revision", LoRAPolicy(".", revision="v7"))
 for name in "gated", "nothing", "adapter@v7", "adapter":
-    check(f"{name} adapter", QLoRAPolicy("acme/tiny", adapter_path=f"acme/{name}"))
-check("reference", QLoRAPolicy("acme/tiny"), ModelReference("acme/nothing"))
+    check(f"{name} adapter", LoRAPolicy("acme/tiny", adapter_path=f"acme/{name}"))
+check("reference", LoRAPolicy("acme/tiny"), ModelReference("acme/nothing"))
 for source in (
     *("acme/gated:train", "acme/nothing:train", "acme/pairs@v7:train", "acme/pairs@v1", "acme/pairs:tain"),
     *("acme/many:train", "acme/many:french:train", "acme/many:german"),
@@ -64,7 +64,7 @@ for source in (
     pairs(source)
 os.environ["HF_TOKEN"] = "hf_of_somebody"
 for name in "gated", "secret", "nothing":
-    check(f"{name}, logged in", QLoRAPolicy(f"acme/{name}"))
+    check(f"{name}, logged in", LoRAPolicy(f"acme/{name}"))
 del os.environ["HF_TOKEN"]
 fit = "fit --data.train acme/pairs:train --trainer.max_epochs 1 --model.policy.model"
 command("gated tokenizer", f"{fit} acme/tiny --data.tokenizer acme/gated")

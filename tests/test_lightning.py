@@ -35,9 +35,9 @@ from lit_dpo import (
     DPOLoss,
     DPOModule,
     EMAReference,
+    LoRAPolicy,
     PreferenceDataModule,
     PreferenceLoss,
-    QLoRAPolicy,
 )
 from lit_dpo.callbacks import AdapterExport, OptimizerSteps, TrainingHealth
 from lit_dpo.data.sampler import PairSampler
@@ -66,7 +66,7 @@ JOBS = {
 }
 GROUPS = (hooks.ModelHooks, hooks.DataHooks, hooks.CheckpointHooks)
 HOOKS = {name for group in GROUPS for name in vars(group) if not name.startswith("_")} | JOBS | {"configure_callbacks"}
-HOOKS -= {"configure_sharded_model"}  # deprecated: Lightning itself refuses it beside `configure_model`
+HOOKS -= {"configure_sharded_model"}  # deprecated: Lightning itself refuses it next to `configure_model`
 
 
 def _pass(*args: Any, **kwargs: Any) -> None:
@@ -86,7 +86,7 @@ def _module(
     model: Path, kind: type[DPOModule] = DPOModule, quantization: Literal["none", "nf4"] = "none", **kwargs: Any
 ) -> DPOModule:
     torch.manual_seed(0)
-    policy = QLoRAPolicy(str(model), quantization=quantization, r=4, dropout=0.1)
+    policy = LoRAPolicy(str(model), quantization=quantization, r=4, dropout=0.1)
     return kind(policy, **{"optimizer": functools.partial(torch.optim.AdamW, lr=1e-2), "warmup_ratio": 0.2, **kwargs})
 
 
@@ -276,7 +276,7 @@ def _gradients(tiny_model, pairs_file, root, *, batch_size, accumulate, kind=DPO
     gradients = Gradients()
     torch.manual_seed(0)
     sgd = functools.partial(torch.optim.SGD, lr=1.0)
-    dpo = kind(QLoRAPolicy(str(tiny_model), quantization="none", r=4), optimizer=sgd, lr_scheduler="constant")
+    dpo = kind(LoRAPolicy(str(tiny_model), quantization="none", r=4), optimizer=sgd, lr_scheduler="constant")
     pairs = data(pairs_file, batch_size=batch_size)
     pairs._sampler = lambda table, size, **_: PairSampler(table.lengths, batch_size, shuffle=False)  # the same order
     run = trainer(root, accumulate_grad_batches=accumulate, callbacks=[gradients], **kwargs)
@@ -332,7 +332,7 @@ def test_the_loss_of_a_step_is_the_mean_over_the_batch(tiny_model, pairs_file, t
 def test_an_optimizer_that_asks_twice_counts_a_batch_once(tiny_model, pairs_file, tmp_path):
     torch.manual_seed(0)
     twice = functools.partial(torch.optim.LBFGS, lr=0.1, max_iter=3)
-    dpo = DPOModule(QLoRAPolicy(str(tiny_model), quantization="none", r=4), optimizer=twice, lr_scheduler="constant")
+    dpo = DPOModule(LoRAPolicy(str(tiny_model), quantization="none", r=4), optimizer=twice, lr_scheduler="constant")
     gradients = Gradients()
     trainer(tmp_path, callbacks=[gradients], max_steps=1).fit(dpo, data(pairs_file))
     plain, _ = _gradients(tiny_model, pairs_file, tmp_path, batch_size=4, accumulate=1, max_steps=1)
@@ -500,7 +500,7 @@ class Weights(Callback):
 def test_stochastic_weight_averaging_averages(tiny_model, pairs_file, tmp_path, quantization):
     weights, average = Weights(), StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1, device=None)
     torch.manual_seed(0)
-    policy = QLoRAPolicy(str(tiny_model), quantization=quantization, r=4)
+    policy = LoRAPolicy(str(tiny_model), quantization=quantization, r=4)
     dpo = DPOModule(policy, optimizer=functools.partial(torch.optim.AdamW, lr=1e-2), lr_scheduler="constant")
     trainer(tmp_path, max_epochs=4, callbacks=[weights, average]).fit(dpo, data(pairs_file))
     for name, found in adapter(dpo).items():
@@ -645,7 +645,7 @@ def test_measuring_a_policy_against_itself_is_said(tiny_model, pairs_file, tmp_p
     dpo = _module(tiny_model)
     assert not _warnings(trainer(tmp_path, max_epochs=3).fit, dpo, pairs)
     assert not _warnings(trainer(tmp_path).validate, dpo, pairs)
-    policy = QLoRAPolicy(str(tiny_model), quantization="none", adapter_path=str(tmp_path / "adapter"))
+    policy = LoRAPolicy(str(tiny_model), quantization="none", adapter_path=str(tmp_path / "adapter"))
     (line,) = _warnings(trainer(tmp_path).validate, DPOModule(policy), pairs)
     assert "`--model.reference BaseReference`" in line
     against_base = DPOModule(policy, reference=BaseReference())

@@ -1,4 +1,4 @@
-"""What losses read beside log-ratios reaches them in training: columns, memory, whole distributions, parts."""
+"""What losses read besides log-ratios reaches them in training: columns, memory, whole distributions, parts."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_column_reaches_the_loss_that_reads_it(tiny_model, columns, tmp_path, 
 
     class Look(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            seen.update(zip(batch.rows.tolist(), getattr(pl_module.pair_logps(batch), column).tolist(), strict=True))
+            seen.update(zip(batch.indices.tolist(), getattr(pl_module.pair_logps(batch), column).tolist(), strict=True))
 
     _, trace = _fit(tiny_model, file, tmp_path, format={column: "share"}, loss=loss, callbacks=[Look()])
     assert all(torch.isfinite(torch.tensor(trace.losses)))
@@ -128,7 +128,7 @@ def test_predicting_needs_no_column_that_only_the_loss_reads(tiny_model, pairs_f
     dpo = module(tiny_model, loss=ODPOLoss())
     source = data(pairs_file, predict=str(pairs_file))
     predicted = trainer(tmp_path).predict(dpo, source)
-    assert sum(len(batch["row"]) for batch in predicted) == 21
+    assert sum(len(batch["index"]) for batch in predicted) == 21
 
 
 def test_a_column_that_no_loss_reads_is_said(tiny_model, columns, tmp_path):
@@ -244,7 +244,7 @@ def test_a_divergence_from_another_model_can_be_trained_too(tiny_model, pairs_fi
 
 
 def test_a_loss_that_reads_distributions_refuses_a_cache_and_one_that_reads_tokens_sums(tiny_model, tmp_path):
-    cached = CachedReference(directory=str(tmp_path), tokens=False)
+    cached = CachedReference(directory=str(tmp_path), per_token=False)
     with pytest.raises(PolicyError, match=r"reads the reference's whole distribution, .* Use BaseReference\(\) itself"):
         module(tiny_model, loss=TDPOLoss(), reference=cached)
     with pytest.raises(
@@ -252,7 +252,7 @@ def test_a_loss_that_reads_distributions_refuses_a_cache_and_one_that_reads_toke
     ):
         module(tiny_model, loss=LDDPOLoss(), reference=cached)
     for policy_only in (LDDPOLoss(reference="plain"), WPOLoss()):
-        assert module(tiny_model, loss=policy_only, reference=cached).reference.bare == BaseReference()
+        assert module(tiny_model, loss=policy_only, reference=cached).reference.unwrapped == BaseReference()
 
 
 # ---- configuration ----
@@ -264,7 +264,7 @@ def test_a_loss_that_reads_distributions_refuses_a_cache_and_one_that_reads_toke
         {"loss": MixtureLoss([LDDPOLoss(loss=IPOLoss(beta=0.3), surplus_weight=0.2), SFTLoss(), BCOLoss()], [1, 2, 3])},
         {"loss": WPOLoss(loss=DPOLoss(beta=0.7), clamp=False)},
         {"loss": SFTLoss(average_over="token")},
-        {"reference": CachedReference(BaseReference(), "somewhere", tokens=False)},
+        {"reference": CachedReference(BaseReference(), "somewhere", per_token=False)},
         {"reference": CachedReference(ModelReference("x", quantization="none"))},
         {"reference": EMAReference(0.3, 7)},
         *({"loss": getattr(losses, name)()} for name in losses.__all__ if name != "PreferenceLoss"),

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lit_dpo import AdapterReference, BaseReference, CDPOLoss, DPOLoss, DPOModule, IPOLoss, NoReference, QLoRAPolicy
+from lit_dpo import AdapterReference, BaseReference, CDPOLoss, DPOLoss, DPOModule, IPOLoss, LoRAPolicy, NoReference
 from lit_dpo.checkpoint import save_adapter
 from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.records import PairLogps, SequenceLogps
@@ -245,7 +245,7 @@ def test_predict_gives_rewards_and_margins_of_every_row(tiny_model, pairs_file, 
     trainer(tmp_path).fit(dpo, data(pairs_file))
     trainer(tmp_path).predict(dpo, data(pairs_file, predict=str(pairs_file)), return_predictions=False)
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    assert [row["row"] for row in rows] == list(range(21))
+    assert [row["index"] for row in rows] == list(range(21))
     for row in rows:
         assert row["margin"] == pytest.approx(row["chosen_reward"] - row["rejected_reward"], abs=1e-6)
         assert row["chosen_length"] >= 1
@@ -306,7 +306,7 @@ def test_a_subclass_sees_the_record(tiny_model, pairs_file, tmp_path):
             return super().compute_loss(pairs)
 
     torch.manual_seed(0)
-    dpo = Mine(QLoRAPolicy(str(tiny_model), quantization="none"))
+    dpo = Mine(LoRAPolicy(str(tiny_model), quantization="none"))
     trainer(tmp_path, max_steps=1).fit(dpo, data(pairs_file))
     assert seen
 

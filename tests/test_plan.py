@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tiny
-from lit_dpo import AdapterReference, CachedReference, EMAReference, ModelReference, QLoRAPolicy
+from lit_dpo import AdapterReference, CachedReference, EMAReference, LoRAPolicy, ModelReference
 from lit_dpo.cli import main
 from lit_dpo.errors import TrainingError
 from lit_dpo.logps.score import choose_layout
@@ -23,7 +23,7 @@ from lit_dpo.plan import plan
 from lit_dpo.plan.arithmetic import count, measured_rate
 from lit_dpo.plan.cards import CARDS, card
 from lit_dpo.plan.plan import planned_steps
-from lit_dpo.skeleton import Repeats, skeleton
+from lit_dpo.plan.skeleton import Repeats, skeleton
 from training import data, module, trainer
 
 LONG = {"max_position_embeddings": 512, "vocab_size": 1500}
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 def _both(folder, name="llama", with_kl=False, changes=LONG, **fields):
     """The estimate of a loaded policy, and of one without weights."""
-    policy = QLoRAPolicy(str(tiny.directory(folder, name, **changes)), **{"r": 4, **fields})
+    policy = LoRAPolicy(str(tiny.directory(folder, name, **changes)), **{"r": 4, **fields})
     model = policy.load()
     choose_layout(model, policy.attention)
     made = skeleton(policy, torch.float32)
@@ -90,7 +90,7 @@ def test_a_loss_that_reads_whole_distributions_needs_more(tmp_path):
     ],
 )
 def test_layers_that_repeat_are_counted_and_not_run(tmp_path, name, changes, repeats):
-    policy = QLoRAPolicy(str(tiny.directory(tmp_path, name, **{**LONG, **changes})), r=4)
+    policy = LoRAPolicy(str(tiny.directory(tmp_path, name, **{**LONG, **changes})), r=4)
     whole = skeleton(policy, torch.float32)
     assert whole.repeats == repeats
     if name not in ("llama", "gemma2") or repeats is None:
@@ -112,7 +112,7 @@ def test_layers_that_repeat_are_counted_and_not_run(tmp_path, name, changes, rep
 
 def test_autocast_keeps_its_copies_of_weights_for_one_step_alone(tmp_path):
     """Adapters are cast once in each step; an estimate from probes in one context would take that for a slope."""
-    policy = QLoRAPolicy(str(tiny.directory(tmp_path, **LONG)), quantization="none", r=64)
+    policy = LoRAPolicy(str(tiny.directory(tmp_path, **LONG)), quantization="none", r=64)
     model = policy.load(dtype=torch.bfloat16)
     choose_layout(model)
     bfloat16 = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16)
@@ -125,7 +125,7 @@ def test_autocast_keeps_its_copies_of_weights_for_one_step_alone(tmp_path):
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_arithmetic_is_that_of_the_formula(tmp_path, quantization):
     """Each token passes each layer's weights forward, and back but for what no gradient needs."""
-    policy = QLoRAPolicy(str(tiny.directory(tmp_path, hidden_size=64, **LONG)), quantization=quantization, r=1)
+    policy = LoRAPolicy(str(tiny.directory(tmp_path, hidden_size=64, **LONG)), quantization=quantization, r=1)
     lengths = np.array([(2, 60, 60)] * 50)
     found = count(skeleton(policy, torch.float32), torch.enable_grad, lengths)
     weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 64)
@@ -204,7 +204,7 @@ def test_a_reference_of_its_own_is_in_memory(tiny_model, pairs_file, tmp_path):
 
 
 def test_an_adapter_that_is_continued_says_its_own_size(tiny_model, pairs_file, tmp_path):
-    policy = QLoRAPolicy(str(tiny_model), quantization="none", r=3, target_modules=["q_proj"])
+    policy = LoRAPolicy(str(tiny_model), quantization="none", r=3, target_modules=["q_proj"])
     policy.load().save_pretrained(tmp_path / "adapter")
     continued = {"adapter_path": str(tmp_path / "adapter"), "r": 16}
     planned = _plan(tiny_model, pairs_file, tmp_path, policy=continued, reference=AdapterReference())
@@ -225,7 +225,7 @@ def test_what_does_not_fit_says_what_would(tmp_path, pairs_file, monkeypatch):
     shrink(rows * 0.7)
     smaller = _plan(model, pairs_file, tmp_path, **options)
     assert smaller.fitting < 16384
-    assert f"yes, with `--model.row_tokens {smaller.fitting}`" in str(smaller)
+    assert f"yes, with `--model.microbatch_tokens {smaller.fitting}`" in str(smaller)
     shrink(0)
     assert "no, not even with gradient checkpointing" in str(_plan(model, pairs_file, tmp_path, **options))
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_dpo.data.batch import EncodedPair, collate_pairs
 from lit_dpo.logps import PairLogps, SequenceLogps
-from lit_dpo.logps.score import choose_layout, pair_logps
+from lit_dpo.logps.score import choose_layout, completion_logps
 from lit_dpo.losses import (
     AOTLoss,
     AOTUnpairedLoss,
@@ -208,8 +208,8 @@ def scored(shared, trl, batch, policy) -> PairLogps:
     """With the policy's graph, down to all of its parameters."""
     reference = _load(shared, trl["reference"], "flat")
     with torch.no_grad():
-        frozen = pair_logps(reference, batch)
-    return PairLogps(*pair_logps(policy, batch), *frozen)
+        frozen = completion_logps(reference, batch)
+    return PairLogps(*completion_logps(policy, batch), *frozen)
 
 
 def _load(shared, name, layout):

@@ -13,7 +13,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_dpo import CachedReference, DPOModule, ModelReference, PreferenceDataModule, QLoRAPolicy
+from lit_dpo import CachedReference, DPOModule, LoRAPolicy, ModelReference, PreferenceDataModule
 from lit_dpo.cli import main
 from lit_dpo.errors import DataError, PolicyError
 from training import data, module, trainer
@@ -137,7 +137,7 @@ def test_a_tokenizer_with_code_is_refused_and_not_asked_about(own, pairs_file, m
     with pytest.raises(DataError, match="trust_remote_code"):
         PreferenceDataModule(train=str(pairs_file), tokenizer=str(folder)).setup("fit")
     with pytest.raises(PolicyError, match="code of its own"):
-        QLoRAPolicy(str(folder)).load_tokenizer()
+        LoRAPolicy(str(folder)).load_tokenizer()
     assert not marker.exists()
 
 

@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 import tiny
 from lit_dpo import PreferenceDataModule
-from lit_dpo.callbacks import AdapterExport, SampleAnswers
+from lit_dpo.callbacks import AdapterExport, SampleCompletions
 from lit_dpo.callbacks.alone import alone
-from lit_dpo.callbacks.answers import sample_answers
+from lit_dpo.callbacks.completions import sample_completions
 from test_writing import _full
 from training import data, module, trainer
 
@@ -62,7 +62,7 @@ def stdout(monkeypatch):
 def test_text_is_shown_as_it_is_in_any_encoding_and_steers_nothing(tiny_model, tmp_path, stdout, encoding):
     stream = stdout(encoding)
     # the lone surrogate is no text for a tokenizer: it stands in a label
-    callback = SampleAnswers(prompts=9, shown=9, max_new_tokens=4, classify=lambda *_: "[/b]\x1b[1m\ud800")
+    callback = SampleCompletions(prompts=9, shown=9, max_new_tokens=4, classify=lambda *_: "[/b]\x1b[1m\ud800")
     path = _pairs(tmp_path / "pairs.jsonl", STRANGE[:-1])
     assert _fit(tiny_model, data(path), tmp_path / "run", callback) == []
     shown = stream.buffer.getvalue().decode(encoding)
@@ -72,7 +72,7 @@ def test_text_is_shown_as_it_is_in_any_encoding_and_steers_nothing(tiny_model, t
     assert ("漢字" in shown) == (encoding == "utf-8")
     assert not [mark for mark in shown if mark != "\n" and (ord(mark) < 32 or 127 <= ord(mark) < 160)]
     assert "\u202e" not in shown
-    rows = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_bytes().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_bytes().splitlines()]
     assert [row["prompt"] for row in rows] == STRANGE[:-1]
 
 
@@ -80,7 +80,7 @@ def test_the_command_ends_well_where_the_output_is_ascii(tiny_model, tmp_path):
     done = subprocess.run(
         [
             *(sys.executable, "-m", "lit_dpo", "fit", f"--model.policy.model={tiny_model}"),
-            *("--model.policy.quantization=none", "--trainer.callbacks=SampleAnswers", "--trainer.accelerator=cpu"),
+            *("--model.policy.quantization=none", "--trainer.callbacks=SampleCompletions", "--trainer.accelerator=cpu"),
             f"--data.train={_pairs(tmp_path / 'pairs.jsonl', STRANGE[:-1])}",
             *("--trainer.max_steps=1", "--trainer.enable_progress_bar=false"),
         ],
@@ -101,21 +101,21 @@ def test_a_pad_token_that_the_model_has_not_is_not_used(tmp_path):
     assert tokenizer.pad_token_id == tiny.VOCABULARY
     tokenizer.save_pretrained(model)
     path = _pairs(tmp_path / "pairs.jsonl", ["a", "a longer prompt"])
-    assert _fit(model, data(path), tmp_path / "run", SampleAnswers(max_new_tokens=20)) == []
-    assert len((tmp_path / "run" / "answers.jsonl").read_text().splitlines()) == 2
+    assert _fit(model, data(path), tmp_path / "run", SampleCompletions(max_new_tokens=20)) == []
+    assert len((tmp_path / "run" / "completions.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt-projected"])
 def test_a_prompt_keeps_its_end_where_the_context_is_short(tmp_path, name):
     model = tiny.directory(tmp_path / "model", name)
     path = _pairs(tmp_path / "pairs.jsonl", ["q" * 55, "short"])
-    assert _fit(model, data(path), tmp_path / "run", SampleAnswers(max_new_tokens=40)) == []
+    assert _fit(model, data(path), tmp_path / "run", SampleCompletions(max_new_tokens=40)) == []
     loaded, tokenizer = tiny.model(name), tiny.tokenizer()
     prompt = tokenizer("x" * 30 + "the end of a prompt 0123", add_special_tokens=False).input_ids
     for new in (40, 63, 500):
         kept = prompt[-(64 - min(new, 63)) :]
         asked = [
-            sample_answers(loaded, tokenizer, [ids], max_new_tokens=min(new, 63 if ids == kept else new))
+            sample_completions(loaded, tokenizer, [ids], max_new_tokens=min(new, 63 if ids == kept else new))
             for ids in (prompt, kept)
         ]
         assert asked[0] == asked[1]
@@ -127,7 +127,7 @@ def test_an_answer_ends_where_the_model_ended_it(tmp_path):
     loaded.generation_config.eos_token_id = [5, *range(40, 90)]
     tokenizer.pad_token = tokenizer.eos_token = None
     prompts = [[10 + n] * 3 for n in range(8)]
-    together = sample_answers(loaded, tokenizer, prompts, max_new_tokens=30, temperature=5.0)
+    together = sample_completions(loaded, tokenizer, prompts, max_new_tokens=30, temperature=5.0)
     assert all(len(answer) < 30 for answer in together)
     assert "<pad>" not in "".join(together)
 
@@ -144,7 +144,7 @@ class _BadLogger(TensorBoardLogger):
 class _BadLengths(PreferenceDataModule):
     def train_dataloader(self):
         loader = super().train_dataloader()
-        loader.largest_rows = lambda limit: 1 / 0
+        loader.largest_microbatches = lambda limit: 1 / 0
         return loader
 
 
@@ -158,14 +158,14 @@ def test_each_of_what_only_shows_fails_alone_in_a_line(tiny_model, pairs_file, t
         tiny_model,
         pairs,
         tmp_path,
-        SampleAnswers(max_new_tokens=2, classify=_classify),
+        SampleCompletions(max_new_tokens=2, classify=_classify),
         logger=_BadLogger(tmp_path, name=""),
         val_check_interval=1,
     )
     assert [line.partition(" failed")[0] for line in said] == [
         "The estimate of a step's memory",
         "The list of hyper-parameters",
-        "SampleAnswers",
+        "SampleCompletions",
     ]
     assert all("\n" not in line for line in said)
     assert "ZeroDivisionError: division by zero" in said[0]
@@ -176,12 +176,12 @@ def test_answers_that_cannot_be_written_or_asked_for_cost_nothing(tiny_model, pa
     with _full(tmp_path / "disk") as folder:
         (folder / "more").write_bytes(b"x" * 56 * 1024)
         export = AdapterExport(str(tmp_path / "elsewhere" / "adapter"))
-        answers = SampleAnswers(max_new_tokens=2)
+        answers = SampleCompletions(max_new_tokens=2)
         (line,) = _fit(tiny_model, data(pairs_file), tmp_path / "elsewhere", export, answers, default_root_dir=folder)
         assert "The disk is full: make room" in line
         assert sorted(one.name for one in folder.iterdir()) == ["filler", "more"]
-    (line,) = _fit(tiny_model, data(pairs_file), tmp_path / "two", SampleAnswers(max_new_tokens=-1))
-    assert line.startswith("SampleAnswers failed")
+    (line,) = _fit(tiny_model, data(pairs_file), tmp_path / "two", SampleCompletions(max_new_tokens=-1))
+    assert line.startswith("SampleCompletions failed")
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])

@@ -9,15 +9,15 @@ import os
 import pytest
 import torch
 
-from lit_dpo import DPOLoss, DPOModule, PreferenceDataModule, QLoRAPolicy
-from lit_dpo.callbacks.answers import sample_answers
+from lit_dpo import DPOLoss, DPOModule, LoRAPolicy, PreferenceDataModule
+from lit_dpo.callbacks.completions import sample_completions
 from training import trainer
 
 STORIES = 80
 
 
 def _dialogue(dpo: DPOModule, prompt: list[int]) -> float:
-    stories = sample_answers(
+    stories = sample_completions(
         dpo.model, dpo.policy.load_tokenizer(), [prompt] * STORIES, max_new_tokens=200, batch_size=STORIES
     )
     return sum('"' in story for story in stories) / STORIES
@@ -54,12 +54,12 @@ def test_stories_come_to_hold_dialogue(shared, tmp_path, model, convert, lr, max
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     torch.manual_seed(0)
     dpo = DPOModule(
-        QLoRAPolicy(str(shared / "models" / model)),
+        LoRAPolicy(str(shared / "models" / model)),
         loss=DPOLoss(beta=0.2),
         optimizer=functools.partial(torch.optim.AdamW, lr=lr, weight_decay=0.0),
     )
     data = PreferenceDataModule(
-        train=str(tmp_path / "pairs.jsonl"), batch_size=8, max_length=max_length, truncation="truncate_response"
+        train=str(tmp_path / "pairs.jsonl"), batch_size=8, max_length=max_length, truncation="truncate_completion"
     )
     dpo.configure_model()
     tokenizer = dpo.policy.load_tokenizer()

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lit_dpo import DPOModule, PreferenceDataModule, QLoRAPolicy
+from lit_dpo import DPOModule, LoRAPolicy, PreferenceDataModule
 
 
 class Trace(Callback):
@@ -21,7 +21,7 @@ class Trace(Callback):
         self.losses: list[float] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.rows.append(batch.rows.tolist())
+        self.rows.append(batch.indices.tolist())
         self.losses.append(float(outputs["loss"]))
 
 
@@ -29,7 +29,7 @@ def module(model: Path, lr: float = 1e-2, policy: dict[str, Any] | None = None, 
     torch.manual_seed(0)
     given = {"quantization": "none", "r": 4, **(policy or {})}
     optimizer = functools.partial(torch.optim.AdamW, lr=lr, weight_decay=0.0)
-    return DPOModule(QLoRAPolicy(str(model), **given), **{"optimizer": optimizer, "lr_scheduler": "constant", **kwargs})
+    return DPOModule(LoRAPolicy(str(model), **given), **{"optimizer": optimizer, "lr_scheduler": "constant", **kwargs})
 
 
 def data(train: Path | str, **kwargs: Any) -> PreferenceDataModule:

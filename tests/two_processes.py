@@ -16,7 +16,7 @@ if __name__ == "__main__":
     store._REREAD_SHARE = math.inf  # a missing pair is always looked for among the other rank's, on a busy machine too
     cache, loss = others or (None, "DPOLoss")
     given = {"loss": getattr(losses, loss)(), "reference": CachedReference(directory=cache)} if cache else {}
-    rows = {"row_tokens": 200} if ranks > 1 else {}
+    rows = {"microbatch_tokens": 200} if ranks > 1 else {}
     dpo = module(model, optimizer=functools.partial(torch.optim.SGD, lr=1.0), **given, **rows)
     epochs = 2 if cache else 1
     strategy = "ddp" if ranks > 1 else "auto"

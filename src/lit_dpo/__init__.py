@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lit_dpo.losses import IPOLoss as IPOLoss
     from lit_dpo.losses import PreferenceLoss as PreferenceLoss
     from lit_dpo.module import DPOModule as DPOModule
-    from lit_dpo.policy import QLoRAPolicy as QLoRAPolicy
+    from lit_dpo.policy import LoRAPolicy as LoRAPolicy
     from lit_dpo.references import AdapterReference as AdapterReference
     from lit_dpo.references import BaseReference as BaseReference
     from lit_dpo.references import CachedReference as CachedReference
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "DPOModule": "lit_dpo.module",
     "PreferenceDataModule": "lit_dpo.data.datamodule",
-    "QLoRAPolicy": "lit_dpo.policy",
+    "LoRAPolicy": "lit_dpo.policy",
     "Reference": "lit_dpo.references",
     "BaseReference": "lit_dpo.references",
     "AdapterReference": "lit_dpo.references",

@@ -5,6 +5,7 @@ An id is resolved once, to the folder of its commit in the cache; from there on 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,11 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_dpo.errors import PolicyError
-from lit_dpo.fingerprints import weight_names
 
 log = logging.getLogger(__name__)
 
-# What is read beside weights: configuration, tokenizer, templates and code.
+# What is read besides weights: configuration, tokenizer, templates and code.
 _SMALL = ("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken", "*.spm")
 _ADAPTER = "adapter_model.safetensors"
 _CONVERTED = ("SFconvertbot", "Adding `safetensors` variant of this model")  # whom and what transformers trusts, too
@@ -53,7 +53,7 @@ def looks_like_id(name: str) -> bool:
 
 
 def locate(name: str, revision: str | None, option: str, *, ask: bool = True) -> Place:
-    """A directory, or what a hub id's commit has beside weights, downloaded unless the cache has it.
+    """A directory, or what a hub id's commit has besides weights, downloaded unless the cache has it.
 
     Args:
         name: a directory or a hub id.
@@ -137,6 +137,14 @@ def locate_weights(place: Place, revision: str | None) -> Place:
     found = locate(place.name, made[0], place.option)
     log.info("%s has only %s: taking the safetensors of %s, commit %s", place.name, pickled, made[0], found.commit)
     return found
+
+
+def weight_names(folder: Path) -> list[str]:
+    """The files that transformers loads: a repository may hold weights twice, and a cache only some of its files."""
+    index = folder / "model.safetensors.index.json"
+    if not (folder / "model.safetensors").is_file() and index.is_file():
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return ["model.safetensors"]
 
 
 def has_weights(folder: Path) -> bool:

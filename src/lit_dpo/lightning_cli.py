@@ -18,10 +18,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_dpo.callbacks.export import run_directory
 from lit_dpo.callbacks.last import LastCheckpoint
 from lit_dpo.data.datamodule import PreferenceDataModule
-from lit_dpo.devices import default_precision
 from lit_dpo.errors import LitDPOError, ResumeError, TrainingError
 from lit_dpo.module import DPOModule
 from lit_dpo.parser import Parser, refuse
+from lit_dpo.policy.devices import default_precision
 from lit_dpo.writing import written_whole
 
 _LOGGER = {
@@ -32,7 +32,7 @@ _LOGGER = {
 
 
 class _ProgressBar(RichProgressBar):
-    """Lightning's, with names that fit beside the bar."""
+    """Lightning's, with names that fit next to the bar."""
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         shown = super().get_metrics(trainer, pl_module)
@@ -222,7 +222,7 @@ def _hush() -> None:
     """Leave out what a user can do nothing about, so that what matters is seen."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
-        # of TF32, whether or not a product is float32; `lit_dpo.devices.remark` says it where one is
+        # of TF32, whether or not a product is float32; `lit_dpo.policy.devices.remark` says it where one is
         logging.getLogger(name).addFilter(lambda record: "that has Tensor Cores" not in record.getMessage())
     # a kernel for inference, from a hub; on some CPUs it is asked for at import
     kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")

@@ -21,23 +21,32 @@ from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.resume import ExactResume
 from lit_dpo.callbacks.steps import OptimizerSteps
-from lit_dpo.checkpoint import Standing
+from lit_dpo.checkpoint import (
+    Standing,
+    adapter_state,
+    check_belongs,
+    describe,
+    frozen_is_not_missing,
+    load_strictly,
+    read_checkpoint,
+    untrusting,
+)
 from lit_dpo.data.batch import PairBatch
-from lit_dpo.devices import remark
 from lit_dpo.errors import PolicyError, TrainingError
+from lit_dpo.logps.microbatch import MICROBATCH_TOKENS, in_microbatches, join, why_whole
 from lit_dpo.logps.records import PairLogps, SequenceLogps
-from lit_dpo.logps.score import choose_layout, pair_logps, pair_logps_with_kl
+from lit_dpo.logps.score import choose_layout, completion_logps, completion_logps_with_kl
 from lit_dpo.losses import DPOLoss, PreferenceLoss
-from lit_dpo.policy import QLoRAPolicy
+from lit_dpo.policy import LoRAPolicy
+from lit_dpo.policy.devices import remark
 from lit_dpo.references import Reference
 from lit_dpo.requirements import check_run, resolve_reference
-from lit_dpo.rows import RowModule
 from lit_dpo.window import Window
 
 _BROUGHT = (ExactResume, TrainingHealth, MemoryEstimate, OptimizerSteps, AdapterExport, PredictionWriter)
 
 
-class DPOModule(RowModule):
+class DPOModule(pl.LightningModule):
     """Preference optimisation of a LoRA policy against a frozen reference.
 
     Subclasses override `configure_model`, `configure_metrics`, `forward`, `pair_logps`, `compute_loss` or
@@ -54,31 +63,40 @@ class DPOModule(RowModule):
         optimizer: makes the optimizer from the adapters' parameters.
         lr_scheduler: shape of the learning rate after the warm-up, stepped per optimizer step.
         warmup_ratio: part of all steps over which the learning rate rises from 0. Expected in [0, 1].
-        row_tokens: most tokens that run at once. A batch is cut into rows of whole pairs, whose gradients add up: the
-            same step, but for other dropout masks, in the memory of one row. None: 1024 on a CPU, 16384 on a GPU. Where
-            a loss couples the pairs of a batch, training keeps them in one row.
+        microbatch_tokens: most tokens that run at once. A batch is cut into micro-batches of whole pairs, whose
+            gradients add up: the same step, but for other dropout masks, in the memory of one micro-batch. None: 1024
+            on a CPU, 16384 on a GPU. Where a loss couples the pairs of a batch, training keeps them together.
 
     Raises:
         PolicyError: if the loss needs a reference and there is none, or the other way round.
 
     Example:
         ```python
-        module = DPOModule(QLoRAPolicy("lit-dpo/quickstart"), loss=IPOLoss(beta=0.5))
+        module = DPOModule(LoRAPolicy("lit-dpo/quickstart"), loss=IPOLoss(beta=0.5))
         Trainer(max_epochs=1).fit(module, PreferenceDataModule(train="pairs.jsonl"))
         ```
     """
 
+    couples_pairs: bool | None = None
+    """Whether an override of `forward`, `pair_logps` or `compute_loss` must see a whole training batch, because it
+    mixes pairs, logs, or waits for other ranks. None: yes, if there is one. If False, they are called for each
+    micro-batch."""
+
+    accepts_changes = False
+    """Whether what is loaded may be of a run with another loss or reference."""
+
     loss_state: Tensor | None
+    _said_whole = False
 
     def __init__(
         self,
-        policy: QLoRAPolicy,
+        policy: LoRAPolicy,
         loss: PreferenceLoss = DPOLoss(),  # noqa: B008 - frozen
         reference: Reference | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
         lr_scheduler: Literal["linear", "cosine", "constant"] = "linear",
         warmup_ratio: float = 0.0,
-        row_tokens: int | None = None,
+        microbatch_tokens: int | None = None,
     ) -> None:
         super().__init__()
         with warnings.catch_warnings():  # a lambda cannot be saved; a checkpoint then falls back on the default
@@ -87,11 +105,11 @@ class DPOModule(RowModule):
         reference = resolve_reference(reference, loss, policy)
         if not 0 <= warmup_ratio <= 1:
             raise PolicyError(f"Expected `warmup_ratio` in [0, 1] but got {warmup_ratio}.")
-        if row_tokens is not None and row_tokens < 1:
-            raise PolicyError(f"Expected `row_tokens` >= 1 but got {row_tokens}.")
+        if microbatch_tokens is not None and microbatch_tokens < 1:
+            raise PolicyError(f"Expected `microbatch_tokens` >= 1 but got {microbatch_tokens}.")
         self.policy, self.loss, self.reference = policy, loss, reference
         self.optimizer, self.lr_scheduler, self.warmup_ratio = optimizer, lr_scheduler, warmup_ratio
-        self.row_tokens = row_tokens
+        self.microbatch_tokens = microbatch_tokens
         self.model: Any = None
         self.register_buffer("loss_state", loss.initial_state())
         self.fresh = True  # until it has trained, or was loaded with a checkpoint's adapter
@@ -99,6 +117,7 @@ class DPOModule(RowModule):
         self.val_metrics = self.configure_metrics().clone(prefix="val/")
         self.test_metrics = self.configure_metrics().clone(prefix="test/")
         self.eval_sets = torch.nn.ModuleDict()  # metrics of each validation or test set, where there are several
+        self.register_load_state_dict_post_hook(frozen_is_not_missing)  # type: ignore[no-untyped-call]
         self.window = Window()
         self.unlogged = False  # whether the training metrics have counted something since the last row
         self.fetched: dict[str, Tensor] | None = None  # their values on the CPU, until they count the next batch
@@ -136,23 +155,23 @@ class DPOModule(RowModule):
             "rejected_logps": metrics.RejectedLogps(),
             **{f"loss_{name}": metrics.LossPart(name) for name in self.loss.part_names},
         }
-        if "tokens" in self.reference.gives:
+        if "per_token" in self.reference.gives:
             measured["kl"] = metrics.KLEstimate()
         return MetricCollection(measured, compute_groups=False)  # type: ignore[arg-type]
 
     def forward(self, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
         """Log-probs of the chosen and of the rejected completions under the policy."""
-        return pair_logps(self.model, batch, collision=self._reads("collision"))
+        return completion_logps(self.model, batch, collision=self._reads("collision"))
 
     def pair_logps(self, batch: PairBatch) -> PairLogps:
-        """The record that losses and metrics read: policy with gradients, reference without, what the rows say.
+        """The record that losses and metrics read: policy with gradients, reference without, what the data say.
 
         For a loss that reads the divergence of whole distributions (`kl`) both models are scored together, without
         `forward`.
         """
         if self._reads("kl"):
-            active, collision = self.reference.active, self._reads("collision")
-            sides: Any = pair_logps_with_kl(self.model, batch, active, collision=collision)
+            active, collision = self.reference.activated, self._reads("collision")
+            sides: Any = completion_logps_with_kl(self.model, batch, active, collision=collision)
         else:
             reference = self.reference.logps(self.model, batch)
             scored = self(batch)
@@ -167,12 +186,12 @@ class DPOModule(RowModule):
         )
 
     def compute_loss(self, pairs: PairLogps) -> Tensor:
-        """Losses `(B,)`, times the rows' weights; the module takes their mean over all pairs of an optimizer step."""
+        """Losses `(B,)`, times the pairs' weights; the module takes their mean over all pairs of an optimizer step."""
         losses = self.loss(pairs)
         return losses if pairs.weight is None else losses * pairs.weight
 
     def configure_optimizers(self) -> Any:
-        """The optimizer on the adapters, and the learning rate's course per step."""
+        """The optimizer on the adapters, and the learning rate's schedule per step."""
         from transformers import get_scheduler
 
         if self.model is None:
@@ -189,9 +208,9 @@ class DPOModule(RowModule):
         steps = self.schedule_steps = int(total)
         warm_up = round(self.warmup_ratio * steps)
         # transformers' plain "constant" ignores the warm-up
-        course = "constant_with_warmup" if self.lr_scheduler == "constant" and warm_up else self.lr_scheduler
+        name = "constant_with_warmup" if self.lr_scheduler == "constant" and warm_up else self.lr_scheduler
         scheduler = get_scheduler(
-            course,
+            name,
             optimizer,
             num_warmup_steps=warm_up,
             num_training_steps=steps,
@@ -224,7 +243,7 @@ class DPOModule(RowModule):
         self.unlogged = True
         parameters = [p for p in self.parameters() if p.requires_grad]
         mean = self.window.loss(total, batch.size, batch_idx, self.trainer, parameters)
-        self.window.note(batch_idx, batch.rows, losses)
+        self.window.note(batch_idx, batch.indices, losses)
         return mean
 
     def validation_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -243,7 +262,7 @@ class DPOModule(RowModule):
         names = ("chosen_reward", "rejected_reward", "margin", "chosen_logps", "rejected_logps")
         numbers = torch.stack(columns).cpu()  # one copy: each waits for the device
         return {
-            "row": batch.rows,
+            "index": batch.indices,
             **dict(zip(names, numbers, strict=True)),
             "chosen_length": batch.chosen_lengths,
             "rejected_length": batch.rejected_lengths,
@@ -254,12 +273,129 @@ class DPOModule(RowModule):
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         return self if device is None else super().to(device)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The policy's adapter and whatever a subclass added; what is frozen is not stored."""
+        model = self._modules.pop("model", None)
+        try:
+            state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        finally:
+            self._modules["model"] = model
+        if model is not None:
+            state |= adapter_state(self, kwargs.get("prefix", args[1] if len(args) > 1 else ""))
+        return state
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load adapters, strictly: every key must match.
+
+        Raises:
+            ResumeError: listing keys that are missing, unknown or of another shape.
+        """
+        self.configure_model()
+        training = self._trainer is not None and self.trainer.state.fn == "fit" and not self.accepts_changes
+        load_strictly(self.state_dict(keep_vars=True), dict(state_dict), training=training)
+        self.fresh = False
+        return torch.nn.modules.module._IncompatibleKeys([], [])
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """A module as a checkpoint says it was, with its adapter; see Lightning.
+
+        But no file says that code is run: `trust_remote_code` is false unless it is given here, within `policy=` or
+        `reference=`.
+
+        Raises:
+            ResumeError: if the base that is there now is not the one that the adapter belongs to.
+            PolicyError: if that base comes with code of its own.
+        """
+        file = kwargs.get("hparams_file", args[1] if len(args) > 1 else None)
+        kwargs = untrusting(checkpoint_path, cls.CHECKPOINT_HYPER_PARAMS_KEY, file) | kwargs
+        module = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        check_belongs(read_checkpoint(checkpoint_path), describe(module), training=False)
+        return module
+
+    # ---- micro-batches ----
+
+    @property
+    def microbatch_limit(self) -> int:
+        """Most tokens that run at once, a longer pair excepted: `microbatch_tokens`, or what suits the device."""
+        return self.microbatch_tokens or MICROBATCH_TOKENS["cuda" if self.device.type == "cuda" else "cpu"]
+
+    @property
+    def why_whole(self) -> str | None:
+        """Why a training batch must not be cut, or None."""
+        if self._may_couple_pairs:
+            return f"{type(self).__name__} may couple pairs (`couples_pairs = False` in its class says it does not)"
+        if self.loss.couples_pairs or self.loss.initial_state() is not None:
+            # it needs all pairs before it knows any gradient
+            return f"{self.loss} couples the pairs of a batch"
+        return why_whole(self.trainer.strategy, self.parameters())
+
+    @property
+    def _may_couple_pairs(self) -> bool:
+        if self.couples_pairs is not None:
+            return self.couples_pairs
+        methods = (getattr(type(self), name) for name in ("forward", "pair_logps", "compute_loss"))
+        return any(not method.__module__.startswith("lit_dpo.") for method in methods)
+
+    def batch_logps(self, batch: PairBatch) -> PairLogps:
+        """`pair_logps` of a batch of any size, without gradients and dropout, one micro-batch at a time."""
+        training = self.model.training
+        if training:
+            self.model.eval()
+        try:
+            with torch.no_grad():
+                parts = [batch] if self._may_couple_pairs else batch.cut(self.microbatch_limit)
+                return join([self.pair_logps(part) for part in parts])
+        finally:
+            if training:
+                self.model.train()
+
+    def _microbatches(self, batch: PairBatch) -> list[PairBatch]:
+        """A training batch in parts; whole where it must be, in a line that says so once."""
+        parts = batch.cut(self.microbatch_limit)
+        if len(parts) == 1 or (reason := self.why_whole) is None:
+            return parts
+        if not self._said_whole:
+            rank_zero_info(f"training batches run in one piece, whatever `microbatch_tokens` is: {reason}")
+            self._said_whole = True
+        return [batch]
+
+    def accumulate(self, parts: Sequence[PairBatch]) -> tuple[Tensor, Tensor, PairLogps]:
+        """The sum of a batch's losses, to run backward from, the losses and the record; see `in_microbatches`."""
+
+        def score(part: PairBatch) -> tuple[Tensor, PairLogps]:
+            pairs = self.pair_logps(part)
+            return self.losses_of(pairs), pairs
+
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self._trainer is not None else None
+        trained = [p for p in self.parameters() if p.requires_grad]
+        # not `get_scale`, which waits for the device
+        scale = scaler.scale(torch.ones((), device=self.device)) if scaler else 1.0
+        return in_microbatches(parts, score, trained, scale)
+
     # ---- helpers ----
+
+    def losses_of(self, pairs: PairLogps) -> Tensor:
+        """`compute_loss`, which must not be reduced: `(B,)`.
+
+        Raises:
+            TrainingError: naming both shapes; a mean would train with a part of the gradient.
+        """
+        losses = self.compute_loss(pairs)
+        expected, found = tuple(pairs.policy_chosen.total.shape), getattr(losses, "shape", None)
+        if found is None or tuple(found) != expected:
+            what = f"a {type(losses).__name__}" if found is None else f"the shape {tuple(found)}"
+            raise TrainingError(
+                f"Expected a loss for each pair, of shape {expected}, but {type(self.loss).__name__} and "
+                f"{type(self).__name__}.compute_loss gave {what}. Leave out the mean: the module takes it over all "
+                "pairs of an optimizer step."
+            )
+        return losses
 
     def _step(self, batch: PairBatch, *measured: MetricCollection, training: bool = False) -> tuple[Tensor, Tensor]:
         """Measure a batch; the sum of its losses, and the losses."""
-        if training and len(rows := self.training_rows(batch)) > 1:
-            total, losses, seen = self.row_by_row(rows)
+        if training and len(parts := self._microbatches(batch)) > 1:
+            total, losses, seen = self.accumulate(parts)
         else:
             pairs = self.pair_logps(batch) if training else self.batch_logps(batch)
             seen = pairs.detach()

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from lit_dpo.data.batch import ROW_FIELDS
 from lit_dpo.errors import DataError, PolicyError, TrainingError
-from lit_dpo.limits import Limits, limits, policy_limits
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.policy.limits import Limits, limits, policy_limits
 from lit_dpo.references.adapter import NoReference, default_reference
 from lit_dpo.references.base import Reference
 from lit_dpo.references.cache import CachedReference
 from lit_dpo.references.model import ModelReference
 
 if TYPE_CHECKING:
-    from lit_dpo.policy import QLoRAPolicy
+    from lit_dpo.policy import LoRAPolicy
 
 
-def resolve_reference(reference: Reference | None, loss: PreferenceLoss, policy: QLoRAPolicy) -> Reference:
+def resolve_reference(reference: Reference | None, loss: PreferenceLoss, policy: LoRAPolicy) -> Reference:
     """The reference that was asked for, or else the right one, if the loss can go with it.
 
     Raises:
@@ -33,10 +33,10 @@ def resolve_reference(reference: Reference | None, loss: PreferenceLoss, policy:
     if loss.needs_reference == isinstance(reference, NoReference):
         wanted = "needs a reference" if loss.needs_reference else "reads no reference"
         raise PolicyError(f"{loss} {wanted} but got {reference}. Leave `reference` out.")
-    names = {"kl": "whole distribution", "reference_tokens": "log-probs per token"}
-    given = {"reference_tokens" if name == "tokens" else name for name in reference.gives}
+    names = {"kl": "whole distribution", "reference_per_token": "log-probs per token"}
+    given = {"reference_per_token" if name == "per_token" else name for name in reference.gives}
     if lacking := [said for name, said in names.items() if name in loss.needs - given]:
-        remedy = f"Use {reference.bare} itself" if reference.bare != reference else "Use another reference"
+        remedy = f"Use {reference.unwrapped} itself" if reference.unwrapped != reference else "Use another reference"
         raise PolicyError(f"{loss} reads the reference's {' and '.join(lacking)}, which {reference} has not. {remedy}.")
     return reference
 
@@ -113,5 +113,5 @@ def _limits(module: Any) -> Iterator[tuple[str, Limits]]:
     """Of the policy, and of a reference that is a model of its own."""
     loaded = module.model is not None
     yield repr(module.policy.model), limits(module.model) if loaded else policy_limits(module.policy)
-    if isinstance(module.reference.bare, ModelReference):
-        yield f"the reference {module.reference.bare.model!r}", module.reference.bare.limits()
+    if isinstance(module.reference.unwrapped, ModelReference):
+        yield f"the reference {module.reference.unwrapped.model!r}", module.reference.unwrapped.limits()

@@ -58,17 +58,17 @@ class Window:
         found: Tensor = _Weighed.apply(total, divisor / pairs, divisor / after)  # type: ignore[no-untyped-call]
         return found
 
-    def note(self, batch_idx: int, rows: Tensor, losses: Tensor) -> None:
-        """Remember a batch's rows and losses, for `nonfinite`."""
-        self._seen[batch_idx] = (rows, losses.detach())
+    def note(self, batch_idx: int, indices: Tensor, losses: Tensor) -> None:
+        """Remember the pairs of a batch and their losses, for `nonfinite`."""
+        self._seen[batch_idx] = (indices, losses.detach())
 
-    def rows(self) -> list[int]:
+    def indices(self) -> list[int]:
         """Row numbers of the step's pairs on this rank."""
-        return [row for rows, _ in self._seen.values() for row in rows.tolist()]
+        return [index for indices, _ in self._seen.values() for index in indices.tolist()]
 
     def nonfinite(self) -> list[int]:
         """Row numbers of those whose loss is not a finite number."""
-        return [row for rows, losses in self._seen.values() for row in rows[~losses.isfinite().cpu()].tolist()]
+        return [i for indices, losses in self._seen.values() for i in indices[~losses.isfinite().cpu()].tolist()]
 
 
 class _Weighed(torch.autograd.Function):

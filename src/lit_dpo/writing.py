@@ -27,7 +27,7 @@ _REMEDIES = {
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file or a folder to; it takes the place of `path` when it is whole, and flushed.
+    """A name next to `path` to write a file or a folder to; it takes the place of `path` when it is whole, and flushed.
 
     Whatever happens before, `path` is as it was. The other name is gone then, or after a kill with the next call.
 
@@ -36,7 +36,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     with refusals(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = beside(path, "tmp")
+        temporary = temporary_name(path, "tmp")
         try:
             yield temporary
             put_in_place({path: temporary})
@@ -48,14 +48,14 @@ def put_in_place(made: dict[Path, Path]) -> None:
     """Give what was made its names, in this order, after all of it is on the disk.
 
     A folder cannot replace another in one step. So folders that are in the way go first, all of them: what is then
-    found at any moment, beside what came from this call or stood there before, is nothing.
+    found at any moment, besides what came from this call or stood there before, is nothing.
 
     Args:
         made: where each goes, and what; in one parent folder.
     """
     for temporary in made.values():
         _flush(temporary)
-    old = {path: beside(path, "old") for path in made}
+    old = {path: temporary_name(path, "old") for path in made}
     old = {path: away for path, away in old.items() if path.is_dir()}
     for path, away in old.items():
         os.replace(path, away)
@@ -71,7 +71,7 @@ def put_in_place(made: dict[Path, Path]) -> None:
             remove(away)
 
 
-def beside(path: Path, kind: str) -> Path:
+def temporary_name(path: Path, kind: str) -> Path:
     """A hidden name in the same folder, of this process; what killed ones left under theirs is removed."""
     start = f".{path.name}.{gethostname()}-"
     for found in path.parent.glob(f"{glob.escape(start)}*.{kind}"):

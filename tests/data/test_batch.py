@@ -8,14 +8,14 @@ PAIRS = [EncodedPair([1, 2, 3], [4, 5], [6]), EncodedPair([7], [8], [9, 10, 11])
 
 
 def test_the_row_holds_every_token_once_in_order() -> None:
-    batch = collate_pairs(PAIRS, rows=[7, 3])
+    batch = collate_pairs(PAIRS, indices=[7, 3])
     flat = batch.input_ids[0].tolist()
     rebuilt = []
     for prompt, chosen, rejected in zip(*(batch[i].tolist() for i in (2, 3, 4)), strict=True):
         parts = [flat[:prompt], flat[prompt : prompt + chosen], flat[prompt + chosen : prompt + chosen + rejected]]
         rebuilt.append(EncodedPair(*parts))
         flat = flat[prompt + chosen + rejected :]
-    assert (rebuilt, flat, batch.rows.tolist(), batch.size) == (PAIRS, [], [7, 3], 2)
+    assert (rebuilt, flat, batch.indices.tolist(), batch.size) == (PAIRS, [], [7, 3], 2)
 
 
 def test_both_answers_continue_at_the_length_of_the_prompt() -> None:
@@ -30,15 +30,15 @@ def test_an_empty_part_is_refused(part: str) -> None:
 
 
 def test_a_selection_is_the_batch_of_those_pairs_alone() -> None:
-    whole = collate_pairs([*PAIRS, PAIRS[0]], rows=[7, 3, 5], fields={"weight": [0.5, 1.0, 2.0]})
+    whole = collate_pairs([*PAIRS, PAIRS[0]], indices=[7, 3, 5], fields={"weight": [0.5, 1.0, 2.0]})
     some = whole.select([2, 1])
-    alone = collate_pairs([PAIRS[0], PAIRS[1]], rows=[5, 3], fields={"weight": [2.0, 1.0]})
+    alone = collate_pairs([PAIRS[0], PAIRS[1]], indices=[5, 3], fields={"weight": [2.0, 1.0]})
     for name, mine, expected in zip(alone._fields, some, alone, strict=True):
         assert mine is expected is None or mine.equal(expected), name
 
 
 def test_equal_pairs_have_equal_keys_and_other_pairs_others() -> None:
-    first, second = collate_pairs(PAIRS, rows=[1, 2]), collate_pairs([PAIRS[1], PAIRS[0]])
+    first, second = collate_pairs(PAIRS, indices=[1, 2]), collate_pairs([PAIRS[1], PAIRS[0]])
     assert first.keys.tolist() == second.keys.flip(0).tolist()
     moved = EncodedPair([1, 2], [3, 4, 5], [6])  # the same tokens, cut elsewhere
     other = EncodedPair([1, 2, 3], [4, 6], [5])

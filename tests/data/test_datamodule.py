@@ -35,14 +35,14 @@ class Recorder(LightningModule):
         self.validated: list[int] = []
 
     def training_step(self, batch: PairBatch, _: int) -> torch.Tensor:
-        self.seen.append(batch.rows.tolist())
+        self.seen.append(batch.indices.tolist())
         return self.layer(torch.ones(1, 1)).sum()
 
     def validation_step(self, batch: PairBatch, _: int) -> None:
-        self.validated += batch.rows.tolist()
+        self.validated += batch.indices.tolist()
 
     def predict_step(self, batch: PairBatch, _: int) -> list[int]:
-        return batch.rows.tolist()
+        return batch.indices.tolist()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.01)
@@ -85,7 +85,7 @@ def test_a_batch_is_what_the_files_say(data, jsonl, chat_tokenizer) -> None:
     module.setup("fit")
     table = module._tables["train"]
     batch = table.batch([4, 1])
-    assert batch.rows.tolist() == [4, 1]
+    assert batch.indices.tolist() == [4, 1]
     expected = [module.preference("train", row) for row in (4, 1)]
     assert [preference.prompt for preference in expected] == ["question 11", "question 1"]
     text = "".join(f"{p.prompt}{p.chosen}<eos>{p.rejected}<eos>" for p in expected)
@@ -115,7 +115,7 @@ def test_a_pair_too_long_is_named_where_that_is_an_error(data, jsonl) -> None:
     message = stop(data(train=jsonl("a.jsonl", rows(5)), max_length=12, truncation="error"))
     assert "a.jsonl, row " in message
     assert "max_length=12" in message
-    assert "tokens" in message
+    assert "per_token" in message
 
 
 def test_dropped_pairs_are_counted_in_one_line_and_rows_keep_their_numbers(data, caplog, jsonl) -> None:
@@ -129,7 +129,7 @@ def test_dropped_pairs_are_counted_in_one_line_and_rows_keep_their_numbers(data,
         lines = [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
         assert lines == ["train: 2 of 8 pairs dropped: longer than max_length=60 (truncation=drop)"]
         assert module._tables["train"].rows.tolist() == [1, 3, 4, 5, 6, 7]
-        assert module._tables["train"].batch([2, 0]).rows.tolist() == [4, 1]
+        assert module._tables["train"].batch([2, 0]).indices.tolist() == [4, 1]
         assert module.preference("train", 3) == Preference("question 3", " yes" * 4, " no")
 
 
@@ -305,16 +305,16 @@ def test_a_pair_over_the_budget_stops_before_training_with_the_remedy(data, json
         data(max_tokens=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_size": None, "max_tokens": 90}], ids=["pairs", "tokens"])
-@pytest.mark.parametrize("row_tokens", [math.inf, 60])
-def test_the_largest_rows_are_those_of_the_epoch(data, options: dict, row_tokens: float) -> None:
+@pytest.mark.parametrize("options", [{}, {"batch_size": None, "max_tokens": 90}], ids=["pairs", "per_token"])
+@pytest.mark.parametrize("microbatch_tokens", [math.inf, 60])
+def test_the_largest_microbatches_are_those_of_the_epoch(data, options: dict, microbatch_tokens: float) -> None:
     pairs = data(**options)
     pairs.setup("fit")
     loader = pairs.train_dataloader()
-    (flat, padded), several = loader.largest_rows(row_tokens)
+    (flat, padded), several = loader.largest_microbatches(microbatch_tokens)
     batches = list(loader)
-    rows = [row for batch in batches for row in batch.cut(row_tokens)]
-    assert several == (len(rows) > len(batches)) == (row_tokens == 60)
+    rows = [row for batch in batches for row in batch.cut(microbatch_tokens)]
+    assert several == (len(rows) > len(batches)) == (microbatch_tokens == 60)
     assert flat.sum() == max(row.input_ids.shape[1] for row in rows)
     assert len(padded) * (padded[:, 0] + padded[:, 1:].max(1)).max() == max(
         row.size * int((row.prompt_lengths + torch.maximum(row.chosen_lengths, row.rejected_lengths)).max())

@@ -171,7 +171,7 @@ def sizes(pair: EncodedPair) -> tuple[int, int, int]:
     return len(pair.prompt), len(pair.chosen), len(pair.rejected)
 
 
-POLICIES = ["drop", "truncate_prompt", "truncate_response", "truncate_both", "error"]
+POLICIES = ["drop", "truncate_prompt", "truncate_completion", "truncate_both", "error"]
 LIMITS = [
     (policy, length, prompt)
     for policy in POLICIES
@@ -204,7 +204,7 @@ def test_every_pair_is_dropped_or_fits(tokenizer, truncation, max_length, max_pr
             assert pair.prompt[1:] == full.prompt[len(full.prompt) - prompt + 1 :]
             if truncation == "truncate_prompt":
                 assert (chosen, rejected) == sizes(full)[1:]
-            if truncation == "truncate_response":
+            if truncation == "truncate_completion":
                 assert pair.prompt == full.prompt
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 import tiny
-from lit_dpo import DPOModule, QLoRAPolicy
+from lit_dpo import DPOModule, LoRAPolicy
 from training import data, trainer
 
 
@@ -23,7 +23,7 @@ def characters(tmp_path_factory) -> Path:
 def _module(model: Path) -> DPOModule:
     torch.manual_seed(0)
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-2)
-    return DPOModule(QLoRAPolicy(str(model), quantization="none", r=4), optimizer=optimizer)
+    return DPOModule(LoRAPolicy(str(model), quantization="none", r=4), optimizer=optimizer)
 
 
 def _ids(pairs) -> list[int]:
@@ -62,6 +62,6 @@ def test_the_same_tokenizer_is_not_encoded_again(tiny_model, pairs_file, tmp_pat
     pairs = data(pairs_file)
     trainer(tmp_path, max_steps=1).fit(_module(tiny_model), pairs)
     before = pairs._tables["train"]
-    other = DPOModule(QLoRAPolicy(str(tiny_model), quantization="none", r=2))
+    other = DPOModule(LoRAPolicy(str(tiny_model), quantization="none", r=2))
     trainer(tmp_path, max_steps=1).fit(other, pairs)
     assert pairs._tables["train"] is before

@@ -120,9 +120,9 @@ def test_what_is_no_source_is_refused(source) -> None:
 
 
 def test_the_quickstart_is_train_and_val(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lit_dpo.quickstart
+    import lit_dpo.quickstart.model
 
-    monkeypatch.setattr(lit_dpo.quickstart, "quickstart_directory", lambda: tmp_path)
+    monkeypatch.setattr(lit_dpo.quickstart.model, "quickstart_directory", lambda: tmp_path)
     for name in ("train", "val"):
         write(tmp_path / f"{name}.jsonl")
     for stage, name in (("train", "train"), ("val", "val"), ("test", "val"), ("predict", "val")):

@@ -25,10 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 import tiny
-from lit_dpo import AdapterReference, BaseReference, CachedReference, EMAReference, ModelReference, QLoRAPolicy
+from lit_dpo import AdapterReference, BaseReference, CachedReference, EMAReference, LoRAPolicy, ModelReference
 from lit_dpo.data.batch import PairBatch, collate_pairs
 from lit_dpo.logps import attention
-from lit_dpo.logps.score import pair_logps, pair_logps_with_kl
+from lit_dpo.logps.score import completion_logps, completion_logps_with_kl
 from lit_dpo.module import DPOModule
 from lit_dpo.references.base import keep, kept
 from lit_dpo.references.store import Stored
@@ -82,7 +82,7 @@ class FakeCuda:
         """The types of the kernel's calls."""
         self.calls.clear()
         with self.on:
-            sides = pair_logps(model, batch)
+            sides = completion_logps(model, batch)
             _all_there(sides)
         assert {one.dtype for one in tree_leaves(sides) if one is not None} == {torch.float32}
         return [str(one) for one in self.calls]
@@ -97,7 +97,7 @@ def walks(fake: FakeCuda, folder: Path) -> dict[str, Callable[[], Any]]:
     """By name: every architecture, references, rows, divergences, losses and metrics."""
     real = collate_pairs(tiny.pairs(*PAIRS), fields={"weight": [1.0, 2.0, 3.0]})
     batch = fake.batch(real)
-    policy = QLoRAPolicy(str(folder / "model"), quantization="none", r=2)
+    policy = LoRAPolicy(str(folder / "model"), quantization="none", r=2)
     found: dict[str, Callable[[], Any]] = {
         f"{name} {str(dtype).removeprefix('torch.')}": lambda name=name, dtype=dtype: fake.scored(
             fake.model(name, dtype=dtype), batch
@@ -136,7 +136,7 @@ def walks(fake: FakeCuda, folder: Path) -> dict[str, Callable[[], Any]]:
     def divergence() -> None:
         model = fake.model("llama")
         with fake.on:
-            _all_there(pair_logps_with_kl(model, batch, BaseReference().active, collision=True))
+            _all_there(completion_logps_with_kl(model, batch, BaseReference().active, collision=True))
 
     def module() -> None:
         dpo = DPOModule(policy)

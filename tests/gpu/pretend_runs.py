@@ -29,8 +29,8 @@ from lit_dpo import (
     CachedReference,
     DPOModule,
     EMAReference,
+    LoRAPolicy,
     ModelReference,
-    QLoRAPolicy,
 )
 from lit_dpo.data.formats import Triples
 from lit_dpo.logps.attention import has_pair_attention
@@ -40,13 +40,13 @@ from losses.test_contract import LOSSES, SETTINGS, _random
 
 def _load_and_move(name: str) -> None:
     """Transformers' own loading is not what is looked at."""
-    load = getattr(QLoRAPolicy, name)
+    load = getattr(LoRAPolicy, name)
 
-    def moved(self: QLoRAPolicy, device: torch.device, *dtype: Any) -> Any:
+    def moved(self: LoRAPolicy, device: torch.device, *dtype: Any) -> Any:
         assert device == DEVICE
         return load(self, torch.device("cpu"), *dtype).to(DEVICE)
 
-    setattr(QLoRAPolicy, name, moved)
+    setattr(LoRAPolicy, name, moved)
 
 
 class _Scaled(MixedPrecision):
@@ -90,7 +90,7 @@ def fit(folder: Path, stages: tuple[str, ...] = (), **given: Any) -> None:
     )  # fmt: skip
     strategy.trainer = trainer
     made = {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3), "lr_scheduler": "linear", **given}
-    module = DPOModule(QLoRAPolicy(str(folder / "model"), **policy), **made)
+    module = DPOModule(LoRAPolicy(str(folder / "model"), **policy), **made)
     file = str(folder / "pairs.jsonl")
     data = training.data(file, val=file, test=file, predict=file, **rows)
     trainer.fit(module, data)
@@ -102,14 +102,16 @@ def score(loss: Any) -> None:
     """A loss by itself, on a record of pairs: values, gradients, rewards, parts, memory, metrics."""
     pairs = tree_map(lambda one: one.to(DEVICE) if isinstance(one, torch.Tensor) else one, _random())
     measured = pl.LightningModule()  # holds them, so that they move as the module's do
-    measured.metrics = DPOModule(QLoRAPolicy("any"), loss).train_metrics
+    measured.metrics = DPOModule(LoRAPolicy("any"), loss).train_metrics
     measured.to(DEVICE)
     if (state := loss.initial_state()) is not None:
         state = state.to(DEVICE)
     LOG.begin("steps")
     for _ in range(2):
         side = pairs.policy_chosen
-        side = side._replace(total=side.total.clone().requires_grad_(), tokens=side.tokens.clone().requires_grad_())
+        side = side._replace(
+            total=side.total.clone().requires_grad_(), per_token=side.per_token.clone().requires_grad_()
+        )
         seen = pairs._replace(policy_chosen=side, state=state)
         if state is not None:
             state = loss.next_state(state, loss.sums(seen.detach()))
@@ -138,8 +140,8 @@ def cases(folder: Path) -> dict[str, Callable[[], None]]:
             "gradient_clip_val": 1.0,
             "stages": ("validate", "test", "predict"),
         },
-        "rows": {"row_tokens": 60, "policy": {"dropout": 0.1}},
-        "accumulated": {"accumulate_grad_batches": 2, "row_tokens": 60},
+        "rows": {"microbatch_tokens": 60, "policy": {"dropout": 0.1}},
+        "accumulated": {"accumulate_grad_batches": 2, "microbatch_tokens": 60},
         "checkpointing": {"policy": {"gradient_checkpointing": True, "target_modules": ["q_proj", "lm_head"]}},
         "padded": {"policy": {"attention": "eager"}},
         "padded sdpa": {"policy": {"attention": "sdpa"}},
@@ -148,7 +150,7 @@ def cases(folder: Path) -> dict[str, Callable[[], None]]:
         "moving": {"reference": EMAReference(every=1), "loss": BetaDPOLoss()},
         "stored": {"max_epochs": 2, "reference": CachedReference(directory=str(folder / "cache"))},
         "all columns": {"loss": mixed, "rows": {"format": Triples(**columns)}},
-        "scaled": {"plugins": [_Scaled("16-mixed", DEVICE.type)], "row_tokens": 60},
+        "scaled": {"plugins": [_Scaled("16-mixed", DEVICE.type)], "microbatch_tokens": 60},
     }
     made = {name: lambda given=given: fit(folder, **given) for name, given in found.items()}
     for kind in LOSSES:

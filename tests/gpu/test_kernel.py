@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import tiny
-from lit_dpo import QLoRAPolicy
+from lit_dpo import LoRAPolicy
 from lit_dpo.data.batch import collate_pairs
 from lit_dpo.logps.probe import without_outliers
-from lit_dpo.logps.score import base_model, choose_layout, pair_logps
+from lit_dpo.logps.score import base_model, choose_layout, completion_logps
 
 pytestmark = pytest.mark.gpu
 # Beyond the kernel's blocks of 128, answers of one token, pairs that are nothing but short.
@@ -47,7 +47,7 @@ def folders(tmp_path_factory):
 
 
 def _policy(folder, gpu, dtype, layout, **options):
-    model = QLoRAPolicy(str(folder), **{"quantization": "none", "r": 4, **options}).load(gpu, dtype)
+    model = LoRAPolicy(str(folder), **{"quantization": "none", "r": 4, **options}).load(gpu, dtype)
     tiny.randomize(model, scale=0.02)
     if layout == "flat":
         assert choose_layout(model) == "flat"
@@ -61,15 +61,15 @@ def _scored(model, alone=False):
             parts = tiny.one_at_a_time(model, PAIRS)
             tokens, totals = torch.cat(parts), torch.stack([part.sum() for part in parts])
         else:
-            chosen, rejected = pair_logps(model, collate_pairs(PAIRS).to(model.device))
-            tokens = torch.cat([chosen.tokens, rejected.tokens])
+            chosen, rejected = completion_logps(model, collate_pairs(PAIRS).to(model.device))
+            tokens = torch.cat([chosen.per_token, rejected.per_token])
             totals = torch.cat([chosen.total, rejected.total])
         tiny.weighted(totals).backward()
     return tokens.detach().cpu(), {name: one.cpu() for name, one in tiny.gradients(model).items()}
 
 
 def _apart(found, expected):
-    """Nats per token, on average, and the distance of the gradients beside their length."""
+    """Nats per token, on average, and the distance of the gradients compared with their length."""
     mine, theirs = (torch.cat([one[name].flatten() for name in expected[1]]) for one in (found[1], expected[1]))
     return float((found[0] - expected[0]).abs().mean()), float((mine - theirs).norm() / theirs.norm())
 

@@ -10,11 +10,11 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import tiny
-from lit_dpo import BaseReference, CachedReference, EMAReference, ModelReference, QLoRAPolicy
+from lit_dpo import BaseReference, CachedReference, EMAReference, LoRAPolicy, ModelReference
 from lit_dpo.cli import main
-from lit_dpo.logps.score import choose_layout, pair_logps
+from lit_dpo.logps.score import choose_layout, completion_logps
 from lit_dpo.memory import LiveBytes, estimate_step, stored_bytes
-from lit_dpo.policy import adapter_parameters
+from lit_dpo.policy.adapters import adapter_parameters
 from training import Trace, adapter, data, module, trainer
 
 pytestmark = pytest.mark.gpu
@@ -99,7 +99,7 @@ def test_a_batch_in_rows_is_the_same_step(fit, tiny_model, precision, tolerance)
     policy = {"dtype": "float32"} if precision == "32-true" else {}
     given = {"lr": 1e-3, "max_steps": 4, "precision": precision, "policy": policy}
     whole, _ = fit(tiny_model, "whole", **given)
-    rows, _ = fit(tiny_model, "rows", row_tokens=1, **given)
+    rows, _ = fit(tiny_model, "rows", microbatch_tokens=1, **given)
     assert rows == pytest.approx(whole, abs=tolerance)
 
 
@@ -159,7 +159,7 @@ def test_a_step_needs_the_memory_that_was_estimated(gpu, tmp_path, quantization,
     width, vocabulary, prompt = (1024, 32_000, 900) if large else (128, 1500, 60)
     sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 4, "vocab_size": vocabulary}
     base = tiny.directory(tmp_path / "base", max_position_embeddings=2048, **sizes)
-    policy = QLoRAPolicy(str(base), quantization=quantization, gradient_checkpointing=checkpointing)
+    policy = LoRAPolicy(str(base), quantization=quantization, gradient_checkpointing=checkpointing)
     lengths = [(prompt, prompt // 2, prompt // 3)] * (6 if large else 2)
     small, batch = tiny.batch((4, 3, 2)).to(gpu), tiny.batch(*lengths).to(gpu)
     before = torch.cuda.memory_allocated() if large else 0
@@ -168,7 +168,7 @@ def test_a_step_needs_the_memory_that_was_estimated(gpu, tmp_path, quantization,
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
     def step(given):
-        chosen, rejected = pair_logps(model, given)
+        chosen, rejected = completion_logps(model, given)
         (chosen.total - rejected.total).sum().backward()
 
     step(small)  # gradients, workspaces of libraries

@@ -170,12 +170,12 @@ def test_plain_attention_without_the_pair_attention_does_nothing():
 
 def test_a_dropout_in_training_mode_is_refused_and_not_ignored():
     """The base's dropouts are off by the policy; one that is not must not pass in silence, at start-up or later."""
-    from lit_dpo.logps.score import choose_layout, pair_logps
+    from lit_dpo.logps.score import choose_layout, completion_logps
 
     model = tiny.model(attention_dropout=0.3)
     with pytest.raises(PolicyError, match=r"LlamaForCausalLM: in training mode.*'dropout'.*config\.json"):
         choose_layout(model)
     use_pair_attention(model)
-    pair_logps(model, tiny.batch())
+    completion_logps(model, tiny.batch())
     with pytest.raises(UnsupportedAttentionError, match="dropout"):
-        pair_logps(model.train(), tiny.batch())
+        completion_logps(model.train(), tiny.batch())

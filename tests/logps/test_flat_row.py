@@ -13,16 +13,18 @@ from lit_dpo.data.batch import EncodedPair, collate_pairs
 from lit_dpo.errors import PolicyError, UnsupportedAttentionError
 from lit_dpo.logps.attention import PAIR_ATTENTION, has_pair_attention, plain_attention
 from lit_dpo.logps.layouts import padded_rows, segments
-from lit_dpo.logps.score import choose_layout, pair_logps
+from lit_dpo.logps.score import choose_layout, completion_logps
 
 PAIRS = tiny.pairs()
 
 
 def _assert_equals_one_at_a_time(model, reference, pairs, tolerance=1e-4):
     """Values per token and gradients of a weighted sum; `reference` is an untouched copy of `model`."""
-    chosen, rejected = pair_logps(model, collate_pairs(pairs))
+    chosen, rejected = completion_logps(model, collate_pairs(pairs))
     truth = tiny.one_at_a_time(reference, pairs)
-    torch.testing.assert_close(torch.cat([chosen.tokens, rejected.tokens]), torch.cat(truth), rtol=0, atol=tolerance)
+    torch.testing.assert_close(
+        torch.cat([chosen.per_token, rejected.per_token]), torch.cat(truth), rtol=0, atol=tolerance
+    )
     totals, expected = torch.cat([chosen.total, rejected.total]), torch.stack([part.sum() for part in truth])
     torch.testing.assert_close(totals, expected, rtol=1e-5, atol=tolerance)
     assert torch.cat([chosen.length, rejected.length]).tolist() == [len(part) for part in truth]
@@ -99,7 +101,7 @@ def test_a_batch_mate_that_would_change_the_rope_is_refused():
     choose_layout(model)
     _assert_equals_one_at_a_time(model, reference, tiny.pairs((3, 5, 7), (10, 14, 8)))
     with pytest.raises(PolicyError, match=r"up to 24 tokens but one has 40[\s\S]*max_length"):
-        pair_logps(model, collate_pairs(tiny.pairs((3, 5, 7), (10, 30, 8))))
+        completion_logps(model, collate_pairs(tiny.pairs((3, 5, 7), (10, 30, 8))))
 
 
 def test_deepseek_with_values_narrower_than_keys_is_exact_in_whichever_layout():
@@ -210,7 +212,7 @@ def model(request):
 
 
 def _by_pair(model, pairs):
-    chosen, rejected = pair_logps(model, collate_pairs(pairs))
+    chosen, rejected = completion_logps(model, collate_pairs(pairs))
     return torch.stack([chosen.total, rejected.total], dim=1)
 
 
@@ -292,10 +294,10 @@ def test_gradient_checkpointing_changes_no_number(name, monkeypatch):
 
             monkeypatch.setattr(checkpointing, "checkpoint", counted)
             monkeypatch.setattr(transformers.modeling_utils, "checkpoint", counted, raising=False)
-            from lit_dpo.policy_checks import enable_checkpointing
+            from lit_dpo.policy.checks import enable_checkpointing
 
             enable_checkpointing(model.get_base_model())
-        chosen, rejected = pair_logps(model, batch)
+        chosen, rejected = completion_logps(model, batch)
         totals = torch.cat([chosen.total, rejected.total])
         tiny.weighted(totals).backward()
         assert bool(calls) is on
@@ -316,8 +318,8 @@ def test_bfloat16_rows_agree_within_the_tolerance_of_the_dtype(name):
     for attention in ("auto", "eager"):
         model = tiny.model(name).requires_grad_(False).to(torch.bfloat16)
         layout = choose_layout(model, attention)
-        chosen, rejected = pair_logps(model, collate_pairs(PAIRS))
-        assert chosen.total.dtype == chosen.tokens.dtype == torch.float32
+        chosen, rejected = completion_logps(model, collate_pairs(PAIRS))
+        assert chosen.total.dtype == chosen.per_token.dtype == torch.float32
         found[layout] = torch.cat([chosen.total, rejected.total])
     noise = float((found["padded"] - truth).abs().max())
     assert float((found["flat"] - truth).abs().max()) < 3 * noise + 0.05

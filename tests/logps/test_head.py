@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from lit_dpo.logps import head as head_module
-from lit_dpo.logps.head import backbone, model_head, selected_logps
+from lit_dpo.logps.head import selected_logps
+from lit_dpo.logps.model_head import backbone, model_head
 
 TOKENS, WIDTH, VOCABULARY = 200, 8, 97
 
@@ -100,7 +101,7 @@ def test_no_tensor_has_tokens_times_vocabulary_elements_forward_or_backward(froz
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_no_tensor_has_tokens_times_vocabulary_elements_in_a_whole_step(name):
     """2 × 8 layers wide states stay below 16 rows × 5,000 tokens of vocabulary; dense would be 180 × 5,000."""
-    from lit_dpo.logps.score import choose_layout, pair_logps
+    from lit_dpo.logps.score import choose_layout, completion_logps
 
     vocabulary = 5000
     model = tiny.model(name, vocab_size=vocabulary, max_position_embeddings=256)
@@ -109,7 +110,7 @@ def test_no_tensor_has_tokens_times_vocabulary_elements_in_a_whole_step(name):
     choose_layout(model)
     batch = tiny.batch((5, 60, 50), (4, 40, 30), vocabulary=vocabulary)
     with _Largest() as seen:
-        chosen, rejected = pair_logps(model, batch)
+        chosen, rejected = completion_logps(model, batch)
         (chosen.total - rejected.total).sum().backward()
     assert seen.elements <= vocabulary * 32  # 16 rows of logits, or the transposed view of the head
 
@@ -120,7 +121,7 @@ def test_no_tensor_has_tokens_times_vocabulary_elements_in_a_whole_step_of_dpo(t
     """Policy and reference, losses and gradients; 180 scored tokens in chunks of 16."""
     from lit_dpo import DPOLoss
     from lit_dpo.logps import PairLogps
-    from lit_dpo.logps.score import choose_layout, pair_logps
+    from lit_dpo.logps.score import choose_layout, completion_logps
     from lit_dpo.references.adapter import BaseReference
 
     vocabulary = 5000
@@ -129,7 +130,7 @@ def test_no_tensor_has_tokens_times_vocabulary_elements_in_a_whole_step_of_dpo(t
     batch = tiny.batch((5, 60, 50), (4, 40, 30), vocabulary=vocabulary)
     with _Largest() as seen:
         reference = BaseReference().logps(model, batch)
-        DPOLoss()(PairLogps(*pair_logps(model, batch), *reference)).mean().backward()
+        DPOLoss()(PairLogps(*completion_logps(model, batch), *reference)).mean().backward()
     assert seen.elements <= vocabulary * 32  # the embedding's weights
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 

@@ -14,11 +14,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 import tiny
 from lit_dpo.data.batch import collate_pairs
 from lit_dpo.errors import PolicyError
-from lit_dpo.limits import limits
 from lit_dpo.logps.layouts import segments
 from lit_dpo.logps.probe import probe_batch
-from lit_dpo.logps.score import choose_layout, pair_logps
-from lit_dpo.settings import rope_limit
+from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.policy.limits import limits
+from lit_dpo.policy.settings import rope_limit
 
 LONG = {"max_position_embeddings": 512}
 
@@ -31,7 +31,7 @@ def _said(model, *attention):
 
 def _tokens(model, pairs):
     with torch.no_grad():
-        return torch.cat([side.tokens for side in pair_logps(model, collate_pairs(pairs))])
+        return torch.cat([side.per_token for side in completion_logps(model, collate_pairs(pairs))])
 
 
 # ---- windows and lengths ----
@@ -124,7 +124,7 @@ def test_the_last_length_at_which_positions_are_a_pairs_own_is_scored_and_the_ne
     with pytest.raises(
         PolicyError, match=rf"up to {limit} tokens but one has {limit + 1}.*data.max_length` to {limit}"
     ):
-        pair_logps(model, collate_pairs(short + beyond))
+        completion_logps(model, collate_pairs(short + beyond))
     assert limits(model).context == limit, "longer pairs are refused with file and row before weights load"
 
 

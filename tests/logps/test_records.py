@@ -45,13 +45,13 @@ def test_detached_records_hold_the_same_numbers_without_a_graph():
     pairs = PairLogps(side, side).detach()
     assert pairs.policy_chosen.total.item() == -2.0
     assert not pairs.policy_chosen.total.requires_grad
-    assert not pairs.policy_rejected.tokens.requires_grad
+    assert not pairs.policy_rejected.per_token.requires_grad
     assert pairs.reference_chosen is None
     assert side.total.requires_grad
 
 
 def test_records_without_tokens_detach():
-    assert PAIRS.policy_chosen.detach().tokens is None
+    assert PAIRS.policy_chosen.detach().per_token is None
 
 
 def test_records_pickle():
@@ -61,12 +61,12 @@ def test_records_pickle():
 
 
 def test_scored_totals_are_the_sums_of_their_tokens_and_lengths():
-    from lit_dpo.logps.score import choose_layout, pair_logps
+    from lit_dpo.logps.score import choose_layout, completion_logps
 
     model = tiny.model().requires_grad_(False)
     choose_layout(model)
-    for side in pair_logps(model, tiny.batch()):
-        parts = side.tokens.split([int(length) for length in side.length])
+    for side in completion_logps(model, tiny.batch()):
+        parts = side.per_token.split([int(length) for length in side.length])
         assert len(parts) == len(side.total)
         torch.testing.assert_close(torch.stack([part.sum() for part in parts]), side.total)
         assert all(field.dtype == torch.float32 for field in side[:3])
@@ -83,7 +83,7 @@ def test_sums_are_taken_per_sequence_and_have_gradients():
     assert gradient.tolist() == [1.0, 1.0, 10.0, 100.0, 100.0, 100.0]
 
 
-@pytest.mark.parametrize("name", ["score_margin", "probability", "weight", "state", "policy_chosen.tokens",
+@pytest.mark.parametrize("name", ["score_margin", "probability", "weight", "state", "policy_chosen.per_token",
                                   "policy_rejected.kl", "reference_chosen"])  # fmt: skip
 def test_what_is_not_there_is_an_error_by_name(name):
     pairs = PairLogps(PAIRS.policy_chosen, PAIRS.policy_rejected)

@@ -14,15 +14,15 @@ from torch import nn
 import tiny
 from lit_dpo.data.batch import collate_pairs
 from lit_dpo.errors import PolicyError
-from lit_dpo.logps.score import choose_layout, pair_logps
-from lit_dpo.policy import QLoRAPolicy
-from lit_dpo.policy_checks import turn_off_dropout, turn_off_dropout_layers
-from lit_dpo.settings import settings
+from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.policy import LoRAPolicy
+from lit_dpo.policy.checks import turn_off_dropout, turn_off_dropout_layers
+from lit_dpo.policy.settings import settings
 
 
 def _tokens(model, pairs):
     with torch.no_grad():
-        return torch.cat([side.tokens for side in pair_logps(model, collate_pairs(pairs))])
+        return torch.cat([side.per_token for side in completion_logps(model, collate_pairs(pairs))])
 
 
 class _Noisy(nn.Module):
@@ -65,7 +65,7 @@ def test_what_trains_otherwise_than_it_evaluates_is_refused(part, match, attenti
 def test_dropout_layers_that_the_models_code_makes_by_itself_are_off_and_said_to_be():
     model = tiny.model()
     model.model.layers[0].mlp = _Noisy(model.model.layers[0].mlp, nn.Dropout(0.1))
-    with tiny.records("lit_dpo.policy_checks") as lines:
+    with tiny.records("lit_dpo.policy.checks") as lines:
         turn_off_dropout_layers(model)
         turn_off_dropout_layers(tiny.model())
     assert [line.getMessage() for line in lines] == [
@@ -118,10 +118,8 @@ def test_dropouts_of_nested_configurations_are_off_and_said_to_be(config, dropou
     tiny.from_config(config).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     attention = "auto" if type(config).__name__ == "MptConfig" else attention
-    policy = QLoRAPolicy(
-        str(tmp_path), quantization="none", r=2, attention=attention, target_modules=r".*(Wqkv|q_proj)"
-    )
-    with tiny.records("lit_dpo.policy_checks") as lines:
+    policy = LoRAPolicy(str(tmp_path), quantization="none", r=2, attention=attention, target_modules=r".*(Wqkv|q_proj)")
+    with tiny.records("lit_dpo.policy.checks") as lines:
         model = policy.load()
     (line,) = [line.getMessage() for line in lines]
     assert all(one in line for one in dropouts)
@@ -174,8 +172,8 @@ def test_a_models_own_code_with_a_dropout_trains_without_it(tmp_path, monkeypatc
         name.replace("model.norm.", "model.norm.0."): w for name, w in load_file(folder / "model.safetensors").items()
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    policy = QLoRAPolicy(str(folder), quantization="none", r=2, trust_remote_code=True)
-    with tiny.records("lit_dpo.policy_checks") as lines:
+    policy = LoRAPolicy(str(folder), quantization="none", r=2, trust_remote_code=True)
+    with tiny.records("lit_dpo.policy.checks") as lines:
         model = policy.load()
     assert type(model.get_base_model()).__name__ == "OwnForCausalLM"
     assert "dropout that is not in the base's configuration is off" in lines[0].getMessage()

@@ -13,7 +13,7 @@ import kernel
 import tiny
 from lit_dpo.data.batch import collate_pairs
 from lit_dpo.logps import attention
-from lit_dpo.logps.score import choose_layout, pair_logps
+from lit_dpo.logps.score import choose_layout, completion_logps
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # float32, so that one token shows in any digit
 # Answers of one token, the longest in the middle, rejected longer and shorter than chosen, prompts beyond any window.
@@ -24,14 +24,14 @@ WINDOWED = {"mistral-window": 2, "qwen2-window": 1, "gemma3": 2, "olmo3": 2, "af
 
 def _apart(model, reference):
     """How far values, nats per token, and gradients, of the largest, are from one sequence at a time."""
-    chosen, rejected = pair_logps(model, collate_pairs(PAIRS))
+    chosen, rejected = completion_logps(model, collate_pairs(PAIRS))
     truth = tiny.one_at_a_time(reference, PAIRS)
     tiny.weighted(torch.cat([chosen.total, rejected.total])).backward()
     tiny.weighted(torch.stack([part.sum() for part in truth])).backward()
     found, expected = tiny.gradients(model), tiny.gradients(reference)
     assert expected.keys() == found.keys()
     largest = max(float(one.abs().max()) for one in expected.values())
-    values = float((torch.cat([chosen.tokens, rejected.tokens]) - torch.cat(truth)).detach().abs().max())
+    values = float((torch.cat([chosen.per_token, rejected.per_token]) - torch.cat(truth)).detach().abs().max())
     return values, max(float((found[name] - expected[name]).abs().max()) for name in found) / largest
 
 

@@ -31,7 +31,7 @@ def test_slopes_by_hand():
 
 
 def test_far_below_the_reference_it_is_dpo():
-    """Where both answers are, u is nothing beside log u."""
+    """Where both answers are, u is nothing next to log u."""
     pairs = tiny.logps([-60.0], [-50.0], [0.0], [0.0])
     torch.testing.assert_close(ChiPOLoss(0.1)(pairs), DPOLoss(0.1)(pairs))
 

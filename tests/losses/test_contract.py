@@ -145,7 +145,7 @@ def _scaled(weight: float, value: float, slope: float) -> tuple[float, float]:
     return weight * value, weight * slope
 
 
-# Arguments beside the defaults under which a loss is tested too: what only they turn on.
+# Arguments besides the defaults under which a loss is tested too: what only they turn on.
 SETTINGS = {
     IPOLoss: [{"average": "sum"}],
     AOTLoss: [{"label_smoothing": 0.1}],
@@ -199,7 +199,7 @@ def make(request):
 
 # ---- records ----
 
-PER_TOKEN, PER_PAIR = ("tokens", "collision", "kl", "reference_tokens"), ("score_margin", "probability")
+PER_TOKEN, PER_PAIR = ("per_token", "collision", "kl", "reference_per_token"), ("score_margin", "probability")
 SIDES = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
 
 
@@ -215,7 +215,7 @@ def _random(size=6, dtype=torch.float64, seed=0) -> PairLogps:
     for length in (*lengths, *lengths):
         count = int(length.sum())
         side = SequenceLogps(length, length, draw(count, -1, 0), draw(count, -3, 0), draw(count, 0, 2))
-        sides.append(side._replace(total=side.sums(side.tokens)))
+        sides.append(side._replace(total=side.sums(side.per_token)))
     return PairLogps(*sides, draw(size, 0.5, 2), draw(size, 0.2, 3), draw(size, 0.55, 0.95))
 
 
@@ -227,7 +227,7 @@ def _complete(pairs: PairLogps) -> PairLogps:
             tokens = (side.total / side.length).repeat_interleave(side.length.long())
             answer = name.split("_")[1]
             kl = torch.full_like(tokens, KL[answer])
-            changed[name] = side._replace(tokens=tokens, collision=tokens + BELOW[answer], kl=kl)
+            changed[name] = side._replace(per_token=tokens, collision=tokens + BELOW[answer], kl=kl)
     rows = torch.ones_like(pairs.policy_chosen.total)
     return pairs._replace(**changed, score_margin=SCORE_MARGIN * rows, probability=PROBABILITY * rows)
 
@@ -237,13 +237,13 @@ def _with_tokens(pairs: PairLogps, chosen: torch.Tensor, rejected: torch.Tensor)
     changed = {}
     for name, tokens in (("policy_chosen", chosen), ("policy_rejected", rejected)):
         side = getattr(pairs, name)
-        changed[name] = side._replace(tokens=tokens, total=side.sums(tokens))
+        changed[name] = side._replace(per_token=tokens, total=side.sums(tokens))
     return pairs._replace(**changed)
 
 
 def _leaves(pairs: PairLogps) -> tuple[PairLogps, list[torch.Tensor]]:
     """The record as a function of the policy's tokens, which ask for gradients."""
-    leaves = [side.tokens.detach().clone().requires_grad_() for side in pairs[:2]]
+    leaves = [side.per_token.detach().clone().requires_grad_() for side in pairs[:2]]
     return _with_tokens(pairs, *leaves), leaves
 
 
@@ -264,7 +264,7 @@ def _pick(pairs: PairLogps, order: list[int]) -> PairLogps:
 def _without(pairs: PairLogps, name: str) -> PairLogps:
     if name in PER_PAIR or name in SIDES:
         return pairs._replace(**{name: None})
-    model, field = ("reference", "tokens") if name == "reference_tokens" else ("policy", name)
+    model, field = ("reference", "per_token") if name == "reference_per_token" else ("policy", name)
     sides = [side for side in SIDES if side.startswith(model)]
     return pairs._replace(**{side: getattr(pairs, side)._replace(**{field: None}) for side in sides})
 
@@ -384,7 +384,7 @@ def test_gradients_are_those_of_the_values(make, monkeypatch):
     pairs, weights = _random(4), WPOLoss.weights
     # WPO's weights are constants to the gradient, so they have to be to the differences too
     monkeypatch.setattr(WPOLoss, "weights", lambda loss, _: weights(loss, pairs))
-    leaves = [side.tokens.clone().requires_grad_() for side in pairs[:2]]
+    leaves = [side.per_token.clone().requires_grad_() for side in pairs[:2]]
     assert torch.autograd.gradcheck(lambda *tokens: _score(make(), _with_tokens(pairs, *tokens)), leaves)
 
 

@@ -45,8 +45,8 @@ def test_values_by_hand_with_the_reference_plain():
 
 
 def test_the_slope_is_alphas_part_in_surplus_tokens_only():
-    tokens = PAIRS.policy_chosen.tokens.clone().requires_grad_()
-    chosen = PAIRS.policy_chosen._replace(tokens=tokens, total=PAIRS.policy_chosen.sums(tokens))
+    tokens = PAIRS.policy_chosen.per_token.clone().requires_grad_()
+    chosen = PAIRS.policy_chosen._replace(per_token=tokens, total=PAIRS.policy_chosen.sums(tokens))
     losses = LDDPOLoss(DPOLoss(0.1), surplus_weight=0.25)(PAIRS._replace(policy_chosen=chosen))
     losses[0].backward()
     slope = -0.1 / (1 + math.exp(0.1 * ((-4.75 + 6) - (-2.5 + 4))))

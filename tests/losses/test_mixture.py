@@ -61,7 +61,7 @@ def test_names_are_numbered_where_they_repeat():
 
 
 def test_it_needs_what_its_parts_need():
-    assert MixtureLoss([TDPOLoss(), WPOLoss()]).needs == {"kl", "tokens", "collision"}
+    assert MixtureLoss([TDPOLoss(), WPOLoss()]).needs == {"kl", "per_token", "collision"}
     assert MixtureLoss([SimPOLoss(), DPOLoss()]).needs_reference
     assert not MixtureLoss([SimPOLoss(), SFTLoss()]).needs_reference
     assert MixtureLoss([DPOLoss(), SFTLoss("token")]).couples_pairs

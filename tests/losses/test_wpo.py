@@ -15,7 +15,7 @@ def _side(tokens: list[float], collision: list[float], lengths: list[int]) -> Se
     length = torch.tensor(lengths, dtype=torch.float64)
     numbers = (torch.tensor(given, dtype=torch.float64) for given in (tokens, collision))
     side = SequenceLogps(length, length, *numbers)
-    return side._replace(total=side.sums(side.tokens))
+    return side._replace(total=side.sums(side.per_token))
 
 
 # Lengths 2, 1 and 1, 2. log w: −1 and 2.5 of the chosen, −0.5 and 0.5 of the rejected answers.
@@ -47,8 +47,8 @@ def test_it_is_the_product_that_is_held_at_1_not_each_weight():
 @pytest.mark.parametrize("inner", [DPOLoss(0.1), CDPOLoss(0.2, 0.1), MixtureLoss([DPOLoss(), SFTLoss()])])
 def test_the_gradient_is_the_inner_losss_times_the_weight(inner):
     def gradient(loss, number):
-        leaf = CHOSEN.tokens.clone().requires_grad_()
-        pairs = PAIRS._replace(policy_chosen=CHOSEN._replace(tokens=leaf, total=CHOSEN.sums(leaf)))
+        leaf = CHOSEN.per_token.clone().requires_grad_()
+        pairs = PAIRS._replace(policy_chosen=CHOSEN._replace(per_token=leaf, total=CHOSEN.sums(leaf)))
         loss(pairs)[number].backward()
         return leaf.grad
 
@@ -58,7 +58,9 @@ def test_the_gradient_is_the_inner_losss_times_the_weight(inner):
 
 def test_weights_are_of_the_models_own_log_probs_whichever_way_it_is_nested():
     around, within = WPOLoss(LDDPOLoss(DPOLoss(), 0.2)), LDDPOLoss(WPOLoss(DPOLoss()), 0.2)
-    pairs = PAIRS._replace(reference_chosen=CHOSEN, reference_rejected=REJECTED._replace(tokens=REJECTED.tokens - 1))
+    pairs = PAIRS._replace(
+        reference_chosen=CHOSEN, reference_rejected=REJECTED._replace(per_token=REJECTED.per_token - 1)
+    )
     torch.testing.assert_close(around(pairs), within(pairs))
 
 

@@ -35,7 +35,7 @@ def _pairs(size=12, seed=0) -> PairLogps:
 
 def _part(pairs: PairLogps, start: int, stop: int) -> PairLogps:
     def side(given: SequenceLogps) -> SequenceLogps:
-        parts = given.tokens.split([int(length) for length in given.length])
+        parts = given.per_token.split([int(length) for length in given.length])
         return SequenceLogps(given.total[start:stop], given.length[start:stop], torch.cat(parts[start:stop]))
 
     return PairLogps(*(side(given) for given in pairs[:4]))
@@ -169,15 +169,15 @@ def test_kl_is_half_the_mean_squared_difference_per_token():
     """Differences 1, 0 and 2 in three tokens: ½ · 5/3."""
     policy = SequenceLogps(torch.tensor([-3.0]), torch.tensor([2.0]), torch.tensor([-1.0, -2.0]))
     other = SequenceLogps(torch.tensor([-3.0]), torch.tensor([1.0]), torch.tensor([-3.0]))
-    reference = policy._replace(tokens=torch.tensor([-2.0, -2.0]))
-    pairs = PairLogps(policy, other, reference, other._replace(tokens=torch.tensor([-5.0])))
+    reference = policy._replace(per_token=torch.tensor([-2.0, -2.0]))
+    pairs = PairLogps(policy, other, reference, other._replace(per_token=torch.tensor([-5.0])))
     assert _update_pairs(KLEstimate(), pairs) == pytest.approx(5 / 6)
 
 
 def test_kl_is_zero_only_where_policy_and_reference_agree_on_every_token():
     """Differences that cancel in the sum do not cancel here."""
     policy = SequenceLogps(torch.tensor([-3.0]), torch.tensor([2.0]), torch.tensor([-1.0, -2.0]))
-    reference = policy._replace(tokens=torch.tensor([-2.0, -1.0]))
+    reference = policy._replace(per_token=torch.tensor([-2.0, -1.0]))
     assert _update_pairs(KLEstimate(), PairLogps(policy, policy, reference, policy)) > 0
 
 
@@ -185,7 +185,7 @@ def test_kl_is_zero_only_where_policy_and_reference_agree_on_every_token():
 def test_kl_without_a_reference_or_without_tokens_is_nan_and_not_0():
     pairs = _pairs()
     alone = PairLogps(pairs.policy_chosen, pairs.policy_rejected)
-    sums = PairLogps(*(side._replace(tokens=None) for side in pairs[:4]))
+    sums = PairLogps(*(side._replace(per_token=None) for side in pairs[:4]))
     assert math.isnan(_update_pairs(KLEstimate(), alone))
     assert math.isnan(_update_pairs(KLEstimate(), sums))
 

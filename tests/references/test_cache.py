@@ -16,8 +16,8 @@ import tiny
 from lit_dpo import AdapterReference, BaseReference, CachedReference, EMAReference, IPOLoss, ModelReference, NoReference
 from lit_dpo.data.batch import collate_pairs
 from lit_dpo.errors import PolicyError
-from lit_dpo.logps.score import choose_layout, pair_logps
-from lit_dpo.policy import QLoRAPolicy
+from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.policy import LoRAPolicy
 from training import Trace, adapter, data, module, trainer
 
 PAIRS = tiny.pairs()
@@ -29,8 +29,8 @@ def forwards(monkeypatch):
     counted = []
 
     def counting(model, batch, **options):
-        counted.extend(batch.rows.tolist())
-        return pair_logps(model, batch, **options)
+        counted.extend(batch.indices.tolist())
+        return completion_logps(model, batch, **options)
 
     monkeypatch.setattr(references, "pair_logps", counting)
     return counted
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 
 def _policy(folder, **options):
-    return QLoRAPolicy(str(folder), **{"quantization": "none", "r": 2, **options})
+    return LoRAPolicy(str(folder), **{"quantization": "none", "r": 2, **options})
 
 
 def _attached(reference, policy):
@@ -55,7 +55,7 @@ def _attached(reference, policy):
 
 def _same(found, expected):
     for mine, theirs in zip(found, expected, strict=True):
-        for field in ("total", "length", "tokens"):
+        for field in ("total", "length", "per_token"):
             assert torch.equal(getattr(mine, field), getattr(theirs, field)), field
 
 
@@ -78,13 +78,13 @@ def test_what_is_read_is_what_was_computed_to_the_bit(folder, tmp_path, forwards
 def test_only_what_is_missing_is_computed(folder, tmp_path, forwards):
     reference = CachedReference(BaseReference(), str(tmp_path))
     model = _attached(reference, _policy(folder))
-    reference.logps(model, collate_pairs([PAIRS[1]], rows=[1]))
-    mixed = collate_pairs([PAIRS[2], PAIRS[1], PAIRS[0]], rows=[2, 1, 0])
+    reference.logps(model, collate_pairs([PAIRS[1]], indices=[1]))
+    mixed = collate_pairs([PAIRS[2], PAIRS[1], PAIRS[0]], indices=[2, 1, 0])
     found = reference.logps(model, mixed)
     assert forwards == [1, 2, 0]
     for mine, theirs in zip(found, BaseReference().logps(model, mixed), strict=True):
         torch.testing.assert_close(mine.total, theirs.total, rtol=0, atol=1e-4)
-        torch.testing.assert_close(mine.tokens, theirs.tokens, rtol=0, atol=1e-5)
+        torch.testing.assert_close(mine.per_token, theirs.per_token, rtol=0, atol=1e-5)
 
 
 def test_a_pair_in_a_batch_twice_is_right_twice(folder, tmp_path):
@@ -97,19 +97,19 @@ def test_a_pair_in_a_batch_twice_is_right_twice(folder, tmp_path):
 
 
 def test_sums_alone_can_be_stored_and_losses_that_read_tokens_then_refuse(folder, tmp_path):
-    sums, whole = (CachedReference(BaseReference(), str(tmp_path), tokens=tokens) for tokens in (False, True))
+    sums, whole = (CachedReference(BaseReference(), str(tmp_path), per_token=tokens) for tokens in (False, True))
     model, batch = _attached(sums, _policy(folder)), collate_pairs(PAIRS)
     expected = BaseReference().logps(model, batch)
     for _ in range(2):
         for mine, theirs in zip(sums.logps(model, batch), expected, strict=True):
             assert torch.equal(mine.total, theirs.total)
-            assert mine.tokens is None
+            assert mine.per_token is None
     bytes_of = {True: 0, False: 0}
     for file in tmp_path.glob("*/*.logps"):
-        bytes_of[json.loads((file.parent / "reference.json").read_text())["tokens"]] += file.stat().st_size
+        bytes_of[json.loads((file.parent / "reference.json").read_text())["per_token"]] += file.stat().st_size
     assert bytes_of == {False: 3 * 8, True: 0}
     assert sums.gives == frozenset()
-    assert whole.gives == {"tokens"}
+    assert whole.gives == {"per_token"}
     assert "kl" not in module(folder, reference=sums).train_metrics
     assert "kl" in module(folder, reference=whole).train_metrics
 
@@ -164,7 +164,7 @@ def test_what_changes_the_numbers_runs_all_of_them(tiny_model, pairs_file, tmp_p
     assert passes(policy={"quantization": "nf4", "double_quantization": False}) == 21
     assert passes(policy={"quantization": "int8"}) == 21
     assert passes(policy={"dtype": "bfloat16"}) == 21
-    changed = passes(max_length=25, truncation="truncate_response")
+    changed = passes(max_length=25, truncation="truncate_completion")
     assert 0 < changed <= 21, "those that are cut"
     weights = moved / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -193,7 +193,7 @@ def test_another_adapter_as_the_reference_runs_all_of_them(folder, tmp_path, for
     batch, totals = collate_pairs(PAIRS), []
     for seed in (1, 2):
         tiny.lora(AutoModelForCausalLM.from_pretrained(folder), seed=seed).save_pretrained(tmp_path / f"{seed}")
-        policy = QLoRAPolicy(str(folder), quantization="none", adapter_path=str(tmp_path / f"{seed}"))
+        policy = LoRAPolicy(str(folder), quantization="none", adapter_path=str(tmp_path / f"{seed}"))
         for reference in (CachedReference(directory=str(tmp_path)), CachedReference(AdapterReference(), str(tmp_path))):
             totals.append(reference.logps(_attached(reference, policy), batch)[0].total)
     assert forwards == [0, 1, 2, 0, 1, 2]
@@ -325,8 +325,8 @@ def test_under_autocast_too_every_pair_runs_once(tiny_model, pairs_file, tmp_pat
 
 def test_a_reference_that_cannot_say_what_it_depends_on_is_refused(folder, tmp_path):
     class Mine(BaseReference):
-        def identity(self, policy):
-            return references.Reference.identity(self, policy)
+        def cache_identity(self, policy):
+            return references.Reference.cache_identity(self, policy)
 
     reference = CachedReference(Mine(), str(tmp_path))
     with pytest.raises(PolicyError, match="`identity`"):
@@ -337,9 +337,9 @@ def test_a_reference_without_tokens_is_cached_as_sums():
     class Sums(BaseReference):
         gives = frozenset()
 
-    with pytest.raises(PolicyError, match=r"set `reference\.tokens` to false"):
+    with pytest.raises(PolicyError, match=r"set `reference\.per_token` to false"):
         CachedReference(Sums())
-    assert CachedReference(Sums(), tokens=False).gives == frozenset()
+    assert CachedReference(Sums(), per_token=False).gives == frozenset()
 
 
 def test_a_checkpoint_goes_on_with_or_without_a_cache(tiny_model, pairs_file, tmp_path):
@@ -362,7 +362,7 @@ def test_it_is_a_frozen_value():
     assert reference == copy.copy(reference) != CachedReference(BaseReference(), "y")
     assert hash(reference) == hash(copy.copy(reference))
     with pytest.raises(PolicyError, match="has no model to run"):
-        reference.active(None)
+        reference.activated(None)
 
 
 def test_a_full_disk_is_said(folder, tmp_path, monkeypatch):

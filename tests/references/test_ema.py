@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 import tiny
 from lit_dpo import EMAReference
 from lit_dpo.errors import PolicyError, TrainingError
-from lit_dpo.logps.score import choose_layout, pair_logps
-from lit_dpo.policy import QLoRAPolicy, adapter_parameters
+from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.policy import LoRAPolicy
+from lit_dpo.policy.adapters import adapter_parameters
 from training import Trace, adapter, data, module, trainer
 
 BATCH = tiny.batch()
@@ -32,7 +33,7 @@ def _totals(sides):
 @pytest.mark.parametrize(("alpha", "every"), [(0.6, 1), (0.3, 2), (1.0, 3)])
 def test_after_k_updates_it_is_the_model_built_by_hand(folder, alpha, every):
     """Both factors are averaged: ref ← α·policy + (1 − α)·ref every `every` steps."""
-    reference, policy = EMAReference(alpha, every), QLoRAPolicy(str(folder), quantization="none", r=2, dropout=0.5)
+    reference, policy = EMAReference(alpha, every), LoRAPolicy(str(folder), quantization="none", r=2, dropout=0.5)
     model = policy.load()
     reference.attach(model, policy)
     choose_layout(model)
@@ -52,22 +53,22 @@ def test_after_k_updates_it_is_the_model_built_by_hand(folder, alpha, every):
             p.copy_(by_hand[name])
     choose_layout(alone)
     found = _totals(reference.logps(model, BATCH))
-    torch.testing.assert_close(found, _totals(pair_logps(alone.eval(), BATCH)), rtol=0, atol=1e-4)
-    assert not torch.allclose(found, _totals(pair_logps(model.eval(), BATCH)), atol=1e-2) or alpha == 1
+    torch.testing.assert_close(found, _totals(completion_logps(alone.eval(), BATCH)), rtol=0, atol=1e-4)
+    assert not torch.allclose(found, _totals(completion_logps(model.eval(), BATCH)), atol=1e-2) or alpha == 1
 
 
 def test_it_starts_at_the_policy_and_a_hard_update_puts_the_policy_in_its_place(folder):
-    reference, policy = EMAReference(1.0, 2), QLoRAPolicy(str(folder), quantization="none", r=2)
+    reference, policy = EMAReference(1.0, 2), LoRAPolicy(str(folder), quantization="none", r=2)
     model = policy.load()
     reference.attach(model, policy)
     choose_layout(model)
-    start = _totals(pair_logps(model, BATCH))
+    start = _totals(completion_logps(model, BATCH))
     assert torch.equal(_totals(reference.logps(model, BATCH)), start)
     tiny.randomize(model)
     reference.update(model, 1)
     assert torch.equal(_totals(reference.logps(model, BATCH)), start)
     reference.update(model, 2)
-    assert torch.equal(_totals(reference.logps(model, BATCH)), _totals(pair_logps(model, BATCH)))
+    assert torch.equal(_totals(reference.logps(model, BATCH)), _totals(completion_logps(model, BATCH)))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == set(adapter_parameters(model))
     assert model.training

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 import tiny
 from lit_dpo import ModelReference
 from lit_dpo.errors import PolicyError
-from lit_dpo.logps.score import choose_layout, pair_logps
-from lit_dpo.policy import QLoRAPolicy
+from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.policy import LoRAPolicy
 from training import adapter, data, module, trainer
 
 BATCH = tiny.batch()
@@ -28,7 +28,7 @@ def _totals(sides):
 
 
 def _attached(reference, folder, **options):
-    policy = QLoRAPolicy(str(folder), r=2, **{"quantization": "none", **options})
+    policy = LoRAPolicy(str(folder), r=2, **{"quantization": "none", **options})
     reference.check(policy)
     model = policy.load()
     reference.attach(model, policy)
@@ -42,17 +42,17 @@ def test_it_is_that_model_loaded_alone(folders):
     alone = AutoModelForCausalLM.from_pretrained(folders[1])
     choose_layout(alone)
     found = _totals(reference.logps(model, BATCH))
-    assert torch.equal(found, _totals(pair_logps(alone, BATCH)))
-    assert not torch.allclose(found, _totals(pair_logps(model, BATCH)))
+    assert torch.equal(found, _totals(completion_logps(alone, BATCH)))
+    assert not torch.allclose(found, _totals(completion_logps(model, BATCH)))
 
 
 def test_it_has_its_own_quantisation(folders):
     full, four = (ModelReference(str(folders[0]), quantization=kind) for kind in ("none", "nf4"))
     sides = [_totals(one.logps(_attached(one, folders[0]), BATCH)) for one in (full, four)]
     assert not torch.allclose(*sides)
-    policy = QLoRAPolicy(str(folders[0]), quantization="nf4", r=2).load()
+    policy = LoRAPolicy(str(folders[0]), quantization="nf4", r=2).load()
     choose_layout(policy)
-    assert torch.equal(sides[1], _totals(pair_logps(policy, BATCH)))  # a fresh adapter does nothing
+    assert torch.equal(sides[1], _totals(completion_logps(policy, BATCH)))  # a fresh adapter does nothing
 
 
 def test_it_may_carry_an_adapter(folders, tmp_path):
@@ -62,13 +62,13 @@ def test_it_may_carry_an_adapter(folders, tmp_path):
     choose_layout(trained)
     model = _attached(reference, folders[0])
     torch.testing.assert_close(
-        _totals(reference.logps(model, BATCH)), _totals(pair_logps(trained, BATCH)), rtol=0, atol=1e-5
+        _totals(reference.logps(model, BATCH)), _totals(completion_logps(trained, BATCH)), rtol=0, atol=1e-5
     )
 
 
 def test_it_is_neither_trained_nor_counted_nor_saved_with_the_policy(folders):
     model = _attached(ModelReference(str(folders[1])), folders[0])
-    policy = QLoRAPolicy(str(folders[0]), quantization="none", r=2).load()
+    policy = LoRAPolicy(str(folders[0]), quantization="none", r=2).load()
     assert model.get_nb_trainable_parameters() == policy.get_nb_trainable_parameters()
     assert set(model.state_dict()) == set(policy.state_dict())
     model.train()
@@ -91,14 +91,14 @@ def test_training_against_it_moves_the_policy_and_not_it(tiny_model, pairs_file,
 def test_it_follows_the_policy_to_another_device(folders):
     reference = ModelReference(str(folders[1]), quantization="none")
     model = _attached(reference, folders[0]).to("meta")
-    with reference.active(model) as other:
+    with reference.activated(model) as other:
         assert next(other.parameters()).device.type == "meta"
 
 
 def test_what_is_not_in_four_bits_is_refused_if_it_was_asked_for(folders, monkeypatch):
-    monkeypatch.setattr(QLoRAPolicy, "quantization_config", lambda self, dtype: None)
+    monkeypatch.setattr(LoRAPolicy, "quantization_config", lambda self, dtype: None)
     with pytest.raises(PolicyError, match="Expected Linear4bit"):
-        QLoRAPolicy(str(folders[0])).load_frozen()
+        LoRAPolicy(str(folders[0])).load_frozen()
 
 
 def test_a_model_with_another_vocabulary_is_refused_before_weights_load(folders, tiny_model, pairs_file, tmp_path):
@@ -111,6 +111,6 @@ def test_a_model_with_another_vocabulary_is_refused_before_weights_load(folders,
 def test_a_model_that_is_not_there_is_named_before_weights_load(folders, tmp_path):
     reference = ModelReference(str(tmp_path / "nothing"))
     with pytest.raises(PolicyError, match="nothing"):
-        reference.check(QLoRAPolicy(str(folders[0])))
+        reference.check(LoRAPolicy(str(folders[0])))
     with pytest.raises(PolicyError, match="`quantization`"):
         ModelReference("x", quantization="fp4")

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 import tiny
 from lit_dpo.errors import PolicyError, ResumeError
 from lit_dpo.logps import PairLogps
-from lit_dpo.logps.score import choose_layout, pair_logps
+from lit_dpo.logps.score import choose_layout, completion_logps
 from lit_dpo.losses import DPOLoss
-from lit_dpo.policy import QLoRAPolicy
+from lit_dpo.policy import LoRAPolicy
 from lit_dpo.references import AdapterReference, BaseReference, ModelReference, NoReference, Reference
 
 BATCH = tiny.batch()
@@ -36,7 +36,7 @@ def adapter(folder):
 
 def _policy(folder, adapter=None, **options):
     options = {"r": 2, "alpha": 4} | options if adapter is None else options
-    return QLoRAPolicy(str(folder), quantization="none", adapter_path=adapter and str(adapter), **options)
+    return LoRAPolicy(str(folder), quantization="none", adapter_path=adapter and str(adapter), **options)
 
 
 def _attached(reference, policy):
@@ -75,13 +75,15 @@ def test_base_reference_is_the_base_model_loaded_alone(folder):
     alone = AutoModelForCausalLM.from_pretrained(folder)
     choose_layout(alone)
     found = _totals(BaseReference().logps(model, BATCH))
-    assert torch.equal(found, _totals(pair_logps(alone, BATCH)).detach())
-    assert not torch.allclose(found, _totals(pair_logps(model, BATCH)))
+    assert torch.equal(found, _totals(completion_logps(alone, BATCH)).detach())
+    assert not torch.allclose(found, _totals(completion_logps(model, BATCH)))
 
 
 def test_adapter_reference_is_the_policy_before_the_first_step(folder, adapter):
     model = _attached(AdapterReference(), _policy(folder, adapter)).eval()
-    assert torch.equal(_totals(AdapterReference().logps(model, BATCH)), _totals(pair_logps(model, BATCH)).detach())
+    assert torch.equal(
+        _totals(AdapterReference().logps(model, BATCH)), _totals(completion_logps(model, BATCH)).detach()
+    )
 
 
 def test_adapter_reference_is_its_adapter_on_the_base_loaded_alone(folder, adapter):
@@ -91,7 +93,10 @@ def test_adapter_reference_is_its_adapter_on_the_base_loaded_alone(folder, adapt
     alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter)
     choose_layout(alone)
     torch.testing.assert_close(
-        _totals(AdapterReference().logps(model, BATCH)), _totals(pair_logps(alone, BATCH)).detach(), rtol=0, atol=1e-5
+        _totals(AdapterReference().logps(model, BATCH)),
+        _totals(completion_logps(alone, BATCH)).detach(),
+        rtol=0,
+        atol=1e-5,
     )
 
 
@@ -107,10 +112,10 @@ def test_adapter_reference_takes_another_adapter_than_the_policys(folder, adapte
 def test_a_reference_does_not_move_with_the_policy(kind, folder, adapter):
     reference = BaseReference() if kind == "base" else AdapterReference()
     model = _attached(reference, _policy(folder, adapter))
-    before, policy = _totals(reference.logps(model, BATCH)), _totals(pair_logps(model.eval(), BATCH)).detach()
+    before, policy = _totals(reference.logps(model, BATCH)), _totals(completion_logps(model.eval(), BATCH)).detach()
     tiny.randomize(model, seed=11)
     assert torch.equal(_totals(reference.logps(model, BATCH)), before)
-    assert not torch.allclose(_totals(pair_logps(model, BATCH)), policy)
+    assert not torch.allclose(_totals(completion_logps(model, BATCH)), policy)
 
 
 def test_training_steps_do_not_move_a_reference(case):
@@ -119,7 +124,7 @@ def test_training_steps_do_not_move_a_reference(case):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
         sides = reference.logps(model, BATCH)
-        DPOLoss()(PairLogps(*pair_logps(model, BATCH), *sides)).mean().backward()
+        DPOLoss()(PairLogps(*completion_logps(model, BATCH), *sides)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     assert torch.equal(_totals(reference.logps(model, BATCH)), before)
@@ -156,11 +161,11 @@ def test_only_the_policys_adapter_requires_gradients(case):
 def test_a_reference_pass_leaves_the_policys_log_probs_and_mode_as_they_were(case):
     reference, model = case
     model.eval()
-    before = _totals(pair_logps(model, BATCH)).detach()
+    before = _totals(completion_logps(model, BATCH)).detach()
     model.train()
     reference.logps(model, BATCH)
     assert model.training
-    assert torch.equal(_totals(pair_logps(model.eval(), BATCH)).detach(), before)
+    assert torch.equal(_totals(completion_logps(model.eval(), BATCH)).detach(), before)
 
 
 def test_a_reference_pass_between_forward_and_backward_changes_no_gradient(case):
@@ -168,7 +173,7 @@ def test_a_reference_pass_between_forward_and_backward_changes_no_gradient(case)
     model.eval()
     found = []
     for between in (False, True):
-        totals = _totals(pair_logps(model, BATCH))
+        totals = _totals(completion_logps(model, BATCH))
         if between:
             reference.logps(model, BATCH)
         tiny.weighted(totals).backward()
@@ -178,13 +183,13 @@ def test_a_reference_pass_between_forward_and_backward_changes_no_gradient(case)
 
 def test_reference_log_probs_have_no_graph(case):
     reference, model = case
-    assert not any(side.total.requires_grad or side.tokens.requires_grad for side in reference.logps(model, BATCH))
+    assert not any(side.total.requires_grad or side.per_token.requires_grad for side in reference.logps(model, BATCH))
 
 
 def test_an_error_in_a_reference_pass_leaves_the_policys_adapter_on(case, monkeypatch):
     reference, model = case
     model.eval()
-    before = _totals(pair_logps(model, BATCH)).detach()
+    before = _totals(completion_logps(model, BATCH)).detach()
 
     def fail(*_):
         raise RuntimeError("out of memory")
@@ -193,13 +198,15 @@ def test_an_error_in_a_reference_pass_leaves_the_policys_adapter_on(case, monkey
         patched.setattr("lit_dpo.references.base.pair_logps", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             reference.logps(model, BATCH)
-    assert torch.equal(_totals(pair_logps(model, BATCH)).detach(), before)
+    assert torch.equal(_totals(completion_logps(model, BATCH)).detach(), before)
 
 
 def test_adapter_dropout_in_training_does_not_touch_the_reference(case):
     reference, model = case
     with torch.no_grad():
-        assert not torch.equal(_totals(pair_logps(model, BATCH)), _totals(pair_logps(model, BATCH)))  # it is on
+        assert not torch.equal(
+            _totals(completion_logps(model, BATCH)), _totals(completion_logps(model, BATCH))
+        )  # it is on
     first, second = _totals(reference.logps(model, BATCH)), _totals(reference.logps(model, BATCH))
     assert torch.equal(first, second)
     assert torch.equal(first, _totals(reference.logps(model.eval(), BATCH)))
@@ -280,7 +287,7 @@ def test_no_reference_gives_nothing_and_losses_that_need_one_say_so(folder):
     sides = NoReference().logps(model, BATCH)
     assert sides == (None, None)
     with pytest.raises(ValueError, match="NoReference"):
-        DPOLoss()(PairLogps(*pair_logps(model, BATCH), *sides))
+        DPOLoss()(PairLogps(*completion_logps(model, BATCH), *sides))
 
 
 def test_adapter_reference_without_any_adapter_is_a_policy_error(folder):

@@ -52,7 +52,7 @@ def test_nothing_is_written_before_there_is_something(tmp_path):
 
 
 def test_ten_thousand_pairs_put_in_batches_are_all_there(tmp_path):
-    """More than are kept beside the index, so that it is read again in between."""
+    """More than are kept with the index, so that it is read again in between."""
     store = LogpStore(tmp_path)
     for start in range(0, 10_000, 100):
         _fill(store, range(start, start + 100))

@@ -1,6 +1,6 @@
-"""Callbacks; `DPOModule` brings all but `SampleAnswers` and `LastCheckpoint` with it."""
+"""Callbacks; `DPOModule` brings all but `SampleCompletions` and `LastCheckpoint` with it."""
 
-from lit_dpo.callbacks.answers import SampleAnswers
+from lit_dpo.callbacks.completions import SampleCompletions
 from lit_dpo.callbacks.export import AdapterExport
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.last import LastCheckpoint
@@ -16,6 +16,6 @@ __all__ = [
     "MemoryEstimate",
     "OptimizerSteps",
     "PredictionWriter",
-    "SampleAnswers",
+    "SampleCompletions",
     "TrainingHealth",
 ]

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.checkpoint import check_finite, check_writable, save_adapter
-from lit_dpo.policy import adapter_parameters
+from lit_dpo.policy.adapters import adapter_parameters
 from lit_dpo.writing import refusals
 
 

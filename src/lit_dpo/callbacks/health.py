@@ -63,7 +63,7 @@ class TrainingHealth(pl.Callback):
         if all(optimizer.defaults.get("lr") == 0 for optimizer in trainer.optimizers):
             raise TrainingError("Expected a learning rate > 0 but got 0, with which nothing trains.")
         every, steps = getattr(pl_module.reference, "every", 1), trainer.estimated_stepping_batches
-        if pl_module.reference.moves and every > steps:
+        if pl_module.reference.follows_policy and every > steps:
             raise TrainingError(
                 f"{pl_module.reference} moves every {every} steps but the run has {steps:.0f}: it would never move. "
                 "Lower `reference.every`."
@@ -150,7 +150,7 @@ class TrainingHealth(pl.Callback):
             return
         if getattr(trainer.precision_plugin, "scaler", None) is not None and not pl_module.window.nonfinite():
             return  # float16: the scaler skips the step, and takes a smaller scale
-        where = _rows(trainer, pl_module.window.nonfinite() or pl_module.window.rows())
+        where = _places(trainer, pl_module.window.nonfinite() or pl_module.window.indices())
         what = "loss" if pl_module.window.nonfinite() else "gradient"
         if self.nonfinite == "stop":
             raise TrainingError(
@@ -191,16 +191,16 @@ class TrainingHealth(pl.Callback):
             )
 
 
-def _rows(trainer: Any, rows: list[int]) -> str:
+def _places(trainer: Any, indices: list[int]) -> str:
     """Where rows of the data set are, as far as the data can say."""
-    if not rows:
+    if not indices:
         return "a batch of a `training_step` of one's own"
-    shown = rows[:5]
+    shown = indices[:5]
     if hasattr(trainer.datamodule, "place"):
         places = [trainer.datamodule.place("train", row) for row in shown]
     else:
         places = [f"row {row}" for row in shown]
-    return "; ".join(places) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
+    return "; ".join(places) + (f" and {len(indices) - 5} more" if len(indices) > 5 else "")
 
 
 def _stepped(trainer: Any) -> list[Any]:

@@ -15,22 +15,22 @@ log = logging.getLogger(__name__)
 
 
 class MemoryEstimate(pl.Callback):
-    """Says before training what a step over the epoch's largest row needs, and on a GPU whether it is there.
+    """Says before training what a step over the epoch's largest micro-batch needs, and on a GPU whether it is there.
 
     It needs the lengths of all pairs, which `PreferenceDataModule` knows; with other loaders it says nothing.
     """
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Print the estimate; warn if it will not fit."""
-        largest = getattr(trainer.train_dataloader, "largest_rows", None)
+        largest = getattr(trainer.train_dataloader, "largest_microbatches", None)
         if largest is None or not trainer.is_global_zero:
             return
         with alone("The estimate of a step's memory"):
-            rows, several = largest(math.inf if pl_module.why_one_row else pl_module.row_limit)
+            parts, several = largest(math.inf if pl_module.why_whole else pl_module.microbatch_limit)
             step = estimate_step(
                 pl_module.model,
-                rows,
-                several_rows=several,
+                parts,
+                several=several,
                 optimizer=pl_module.optimizer,
                 with_kl="kl" in pl_module.loss.needs,
                 context=trainer.precision_plugin.train_step_context,
@@ -38,7 +38,7 @@ class MemoryEstimate(pl.Callback):
             room = _room(pl_module.device)
             rank_zero_info(f"a step needs about {step}" + (f"; the device has {room / 2**30:.2f} GiB" if room else ""))
             if room and step.total > room:
-                log.warning(_remedy(step, room, pl_module, one_pair=max(map(len, rows)) == 1))
+                log.warning(_remedy(step, room, pl_module, one_pair=max(map(len, parts)) == 1))
 
 
 def _room(device: torch.device) -> int | None:
@@ -50,7 +50,9 @@ def _room(device: torch.device) -> int | None:
 
 def _remedy(step: StepMemory, room: int, pl_module: Any, one_pair: bool) -> str:
     again = "" if pl_module.policy.gradient_checkpointing else "set `--model.policy.gradient_checkpointing true`, or "
-    pairs = "`--data.max_tokens` (or `--data.batch_size`) or " if pl_module.why_one_row else "`--model.row_tokens` or "
+    pairs = (
+        "`--data.max_tokens` (or `--data.batch_size`) or " if pl_module.why_whole else "`--model.microbatch_tokens` or "
+    )
     return (
         f"A step will not fit: it needs about {step.total / 2**30:.2f} GiB and the device has {room / 2**30:.2f}; "
         f"{again}lower {'' if one_pair else pairs}`--data.max_length`."

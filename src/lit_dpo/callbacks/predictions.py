@@ -14,9 +14,9 @@ from lit_dpo.writing import written_whole
 
 
 class PredictionWriter(pl.Callback):
-    """Writes what `predict` says of each pair, one JSON object a line, ordered by row.
+    """Writes what `predict` says of each pair, one JSON object a line, ordered by index.
 
-    Fields: `row` (of the data set, from 0), `chosen_reward`, `rejected_reward`, `margin`, `chosen_logps`,
+    Fields: `index` (of the row in the data set, from 0), `chosen_reward`, `rejected_reward`, `margin`, `chosen_logps`,
     `rejected_logps` (sums, nats), `chosen_length`, `rejected_length` (tokens).
 
     Args:
@@ -34,7 +34,7 @@ class PredictionWriter(pl.Callback):
     def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int,
                              dataloader_idx: int = 0) -> None:  # fmt: skip
         """Keep the numbers, not the tensors; those of a `predict_step` of one's own are its own affair."""
-        if not isinstance(outputs, dict) or "row" not in outputs:
+        if not isinstance(outputs, dict) or "index" not in outputs:
             return
         columns = {name: column.tolist() for name, column in outputs.items()}
         self._rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -58,5 +58,5 @@ class PredictionWriter(pl.Callback):
             say_it_is_the_same(trainer, pl_module)
         path = Path(self.path) if self.path else directory / "predictions.jsonl"
         with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["row"]))
+            stream.writelines(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["index"]))
         rank_zero_info(f"Rewards and margins of {len(rows)} pairs are in {path}")

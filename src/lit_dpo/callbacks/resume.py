@@ -40,7 +40,7 @@ class ExactResume(pl.Callback):
 
     Before weights load: what the checkpoints will say of the run is worked out, so that it cannot fail later. In each
     file: what its adapters belong to, the random states of all ranks, and the arguments that build the module again; a
-    PEFT directory is beside it. On loading: all of it is compared, and random states go on before the first batch.
+    PEFT directory is next to it. On loading: all of it is compared, and random states go on before the first batch.
 
     None of it is in a hook of the module, which is the user's to override.
 
@@ -87,13 +87,13 @@ class ExactResume(pl.Callback):
                 self._go_back(checkpoint, type(trainer.datamodule).__qualname__)
                 self._say_changes(checkpoint[KEY], belongs)
 
-        def beside(checkpoint: dict[str, Any], directory: Path) -> None:
+        def export(checkpoint: dict[str, Any], directory: Path) -> None:
             save_adapter(pl_module.model, tokenizer_of(trainer), directory, checkpoint["state_dict"])
 
         strategy = trainer.strategy
         inner = strategy.checkpoint_io
         inner = inner.inner if isinstance(inner, AdapterCheckpointIO) else inner
-        strategy.checkpoint_io = AdapterCheckpointIO(inner, on_save, on_load, beside)
+        strategy.checkpoint_io = AdapterCheckpointIO(inner, on_save, on_load, export)
         if any(isinstance(one, StochasticWeightAveraging) for one in trainer.callbacks):
             pl_module.configure_model()  # it copies the module in `setup`: a module without weights averages nothing
 
@@ -123,7 +123,7 @@ class ExactResume(pl.Callback):
         if "optimizer_states" not in checkpoint:
             raise ResumeError(
                 "The checkpoint holds weights alone, so that no run can be continued from it. To start a new run from "
-                "its adapter, give `policy.adapter_path` the directory beside it, not --ckpt_path."
+                "its adapter, give `policy.adapter_path` the directory next to it, not --ckpt_path."
             )
         self._loaded = checkpoint
         if f"{KEY}_run" not in checkpoint:

@@ -53,7 +53,7 @@ class OptimizerSteps(pl.Callback):
             return
         self._last = trainer.global_step
         pl_module.fresh = False
-        if pl_module.reference.moves:
+        if pl_module.reference.follows_policy:
             pl_module.reference.update(pl_module.model, trainer.global_step)
         row = {}
         if pl_module.unlogged:
@@ -84,7 +84,7 @@ class OptimizerSteps(pl.Callback):
         _log_together(pl_module, pl_module.test_metrics, trainer.num_test_batches)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Let TensorBoard compare runs: flat hyper-parameters beside the last validation's reward accuracy."""
+        """Let TensorBoard compare runs: flat hyper-parameters with the last validation's reward accuracy."""
         accuracy = trainer.callback_metrics.get("val/reward_accuracy")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and accuracy is not None:

@@ -1,4 +1,4 @@
-"""Checkpoints of adapters: what is in them, what they belong to, and the PEFT directory beside each."""
+"""Checkpoints of adapters: what is in them, what they belong to, and the PEFT directory next to each."""
 
 from lit_dpo.checkpoint.identity import (
     KEY,
@@ -13,16 +13,16 @@ from lit_dpo.checkpoint.identity import (
     to_builtins,
 )
 from lit_dpo.checkpoint.io import AdapterCheckpointIO, check_finite, check_writable, save_adapter
-from lit_dpo.checkpoint.module import AdapterModule
 from lit_dpo.checkpoint.position import Standing, remeasure, rewind, standing, take_settings
 from lit_dpo.checkpoint.random import gather, random_state, restore_random_state
+from lit_dpo.checkpoint.state import adapter_state, frozen_is_not_missing, load_strictly, read_checkpoint, untrusting
 
 __all__ = [
     "KEY",
     "REMEDY",
     "AdapterCheckpointIO",
-    "AdapterModule",
     "Standing",
+    "adapter_state",
     "check_belongs",
     "check_finite",
     "check_writable",
@@ -32,8 +32,11 @@ __all__ = [
     "describe",
     "describe_steps",
     "flatten",
+    "frozen_is_not_missing",
     "gather",
+    "load_strictly",
     "random_state",
+    "read_checkpoint",
     "remeasure",
     "restore_random_state",
     "rewind",
@@ -41,4 +44,5 @@ __all__ = [
     "standing",
     "take_settings",
     "to_builtins",
+    "untrusting",
 ]

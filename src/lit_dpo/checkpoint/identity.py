@@ -18,10 +18,10 @@ REMEDY = (
     "To continue that run, give these values as they were. To go on from it under the new ones, let the trainer have "
     "the callback `ExactResume(changes='accept')`: `--trainer.callbacks+=ExactResume "
     "--trainer.callbacks.changes=accept`. To start a new run from its adapter, give `policy.adapter_path` the "
-    "directory beside the checkpoint instead of --ckpt_path."
+    "directory next to the checkpoint instead of --ckpt_path."
 )
 
-# What the trainer says that changes the course of training.
+# What the trainer says that changes the schedule of training.
 _OF_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches", "limit_train_batches")
 
 # Hyper-parameters of a module that stand in other parts; the rest is its class, and what a subclass brings.
@@ -32,7 +32,7 @@ _SAID_ELSEWHERE = (
     "optimizer",
     "lr_scheduler",
     "warmup_ratio",
-    "row_tokens",
+    "microbatch_tokens",
     "_instantiator",
 )
 
@@ -48,20 +48,21 @@ _MAY_CHANGE = (
 def describe(module: Any) -> dict[str, Any]:
     """What a checkpoint's adapters belong to, in builtins only, so that `torch.load(weights_only=True)` reads it."""
     policy, loss, reference, trainer = module.policy, module.loss, module.reference, module._trainer
-    course = {"lr_scheduler": module.lr_scheduler, "warmup_ratio": module.warmup_ratio}
+    schedule = {"lr_scheduler": module.lr_scheduler, "warmup_ratio": module.warmup_ratio}
     if policy.dropout:  # masks are drawn for each row
-        course |= {"row_tokens": module.row_tokens}
+        schedule |= {"microbatch_tokens": module.microbatch_tokens}
     if trainer is not None:
-        course |= {"precision": str(trainer.precision), "data": getattr(trainer.datamodule, "train_digest", None)}
-        course |= {name: _plain(getattr(trainer, name)) for name in _OF_TRAINER}
+        schedule |= {"precision": str(trainer.precision), "data": getattr(trainer.datamodule, "train_digest", None)}
+        schedule |= {name: _plain(getattr(trainer, name)) for name in _OF_TRAINER}
     return {
-        "training": course,
+        "training": schedule,
         "module": {name: value for name, value in configuration(module).items() if name not in _SAID_ELSEWHERE},
         "version": 1,
-        "base": policy.identity(),
-        "policy": {k: v for k, v in to_builtins(policy).items() if k not in _MAY_CHANGE} | {"adapter": policy.start()},
+        "base": policy.checkpoint_identity(),
+        "policy": {k: v for k, v in to_builtins(policy).items() if k not in _MAY_CHANGE}
+        | {"adapter": policy.adapter_digest()},
         "loss": to_builtins(loss),
-        "reference": {**to_builtins(reference.bare), "content": reference.bare.content(policy)},
+        "reference": {**to_builtins(reference.unwrapped), "content": reference.unwrapped.checkpoint_identity(policy)},
     }
 
 
@@ -188,7 +189,7 @@ def to_builtins(given: Any) -> Any:
     if is_dataclass(given) and not isinstance(given, type):
         arguments = {field.name: to_builtins(getattr(given, field.name)) for field in fields(given) if field.init}
         # the policy is named by its place in the signature, strategies by their class
-        if type(given).__name__ == "QLoRAPolicy":
+        if type(given).__name__ == "LoRAPolicy":
             return arguments
         return {"class_path": _path(type(given)), "init_args": arguments}
     if isinstance(given, functools.partial):

@@ -11,11 +11,11 @@ import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
 from lit_dpo.errors import TrainingError
-from lit_dpo.writing import beside, put_in_place, refusals, remove, written_whole
+from lit_dpo.writing import put_in_place, refusals, remove, temporary_name, written_whole
 
 
 class AdapterCheckpointIO(CheckpointIO):
-    """Writes each checkpoint whole or not at all, and a PEFT directory of the same name beside it.
+    """Writes each checkpoint whole or not at all, and a PEFT directory of the same name next to it.
 
     Args:
         inner: the strategy's own plugin.
@@ -44,7 +44,7 @@ class AdapterCheckpointIO(CheckpointIO):
             self.inner.save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        folder = _beside(path)
+        folder = _adapter_folder(path)
         if isinstance(self.inner, AsyncCheckpointIO):  # it writes later, and whole
             self.inner.save_checkpoint(checkpoint, path, storage_options)
             self.export(checkpoint, folder)
@@ -52,7 +52,7 @@ class AdapterCheckpointIO(CheckpointIO):
         check_writable(folder)
         with refusals(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = beside(path, "tmp")
+            scratch = temporary_name(path, "tmp")
             try:
                 self.export(checkpoint, scratch / folder.name)
                 self.inner.save_checkpoint(checkpoint, scratch / path.name, storage_options)
@@ -74,11 +74,11 @@ class AdapterCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove both."""
         self.inner.remove_checkpoint(path)
-        if "://" not in str(path) and _is_adapter(_beside(Path(path))):
-            shutil.rmtree(_beside(Path(path)), ignore_errors=True)
+        if "://" not in str(path) and _is_adapter(_adapter_folder(Path(path))):
+            shutil.rmtree(_adapter_folder(Path(path)), ignore_errors=True)
 
 
-def _beside(path: Path) -> Path:
+def _adapter_folder(path: Path) -> Path:
     return path.with_suffix("") if path.suffix == ".ckpt" else path.with_name(f"{path.name}-adapter")
 
 

@@ -14,7 +14,7 @@ from lit_dpo.checkpoint.random import random_state
 
 @dataclass
 class Standing:
-    """How things stood after the last optimizer step: what a run that goes on from it needs beside weights.
+    """How things stood after the last optimizer step: what a run that goes on from it needs besides weights.
 
     Attributes:
         step: how many were made.

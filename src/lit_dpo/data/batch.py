@@ -38,7 +38,7 @@ class PairBatch(NamedTuple):
         prompt_lengths: `(B,)` tokens, on the CPU in the collate function like all that follows.
         chosen_lengths: `(B,)` tokens.
         rejected_lengths: `(B,)` tokens.
-        rows: `(B,)` row numbers in the data set, for reports and for metrics that must not count a pair twice.
+        indices: `(B,)` row numbers in the data set, for reports and for metrics that must not count a pair twice.
         keys: `(B, 16)` bytes, a hash of the pair's token ids: the same pair has the same key in any data set.
         weight: `(B,)` float32, by which the row's loss is multiplied; None where the data do not say.
         score_margin: `(B,)` float32, how much better the chosen completion was scored; or None.
@@ -50,7 +50,7 @@ class PairBatch(NamedTuple):
     prompt_lengths: Tensor
     chosen_lengths: Tensor
     rejected_lengths: Tensor
-    rows: Tensor
+    indices: Tensor
     keys: Tensor
     weight: Tensor | None = None
     score_margin: Tensor | None = None
@@ -59,7 +59,7 @@ class PairBatch(NamedTuple):
     @property
     def size(self) -> int:
         """Number of pairs `B`; `len` of a NamedTuple is its number of fields."""
-        return self.rows.shape[0]
+        return self.indices.shape[0]
 
     def to(self, device: torch.device | str, **_: Any) -> PairBatch:
         """Tokens on `device`; lengths stay on the CPU, where the layout is computed without a device sync.
@@ -109,11 +109,11 @@ class PairBatch(NamedTuple):
                 **{name: field[:, ends[first] : ends[last]] for name, field in row.items()},
                 **{name: field[first:last] for name, field in rest.items()},
             )
-            for first, last in pairwise(row_borders(lengths, tokens))
+            for first, last in pairwise(microbatch_borders(lengths, tokens))
         ]
 
 
-def row_borders(lengths: NDArray[np.int64], tokens: float) -> list[int]:
+def microbatch_borders(lengths: NDArray[np.int64], tokens: float) -> list[int]:
     """Where rows of at most `tokens` tokens begin, and where the last one ends.
 
     Args:
@@ -121,7 +121,7 @@ def row_borders(lengths: NDArray[np.int64], tokens: float) -> list[int]:
         tokens: most tokens of a row.
 
     Example:
-        >>> row_borders(np.array([30, 40, 120, 50, 50]), 100)
+        >>> microbatch_borders(np.array([30, 40, 120, 50, 50]), 100)
         [0, 2, 3, 5]
     """
     found, filled = [0], 0
@@ -135,14 +135,14 @@ def row_borders(lengths: NDArray[np.int64], tokens: float) -> list[int]:
 
 def collate_pairs(
     pairs: Sequence[EncodedPair],
-    rows: Sequence[int] | None = None,
+    indices: Sequence[int] | None = None,
     fields: Mapping[str, Sequence[float]] | None = None,
 ) -> PairBatch:
     """Lay pairs out in one row.
 
     Args:
         pairs: the encoded pairs, in order.
-        rows: their row numbers; `0 … B-1` if not given.
+        indices: their row numbers; `0 … B-1` if not given.
         fields: what the rows say beside: a number per pair for each of some `ROW_FIELDS`.
 
     Raises:
@@ -170,7 +170,7 @@ def collate_pairs(
         prompt_lengths=torch.tensor([len(pair.prompt) for pair in pairs]),
         chosen_lengths=torch.tensor([len(pair.chosen) for pair in pairs]),
         rejected_lengths=torch.tensor([len(pair.rejected) for pair in pairs]),
-        rows=torch.tensor(list(rows) if rows is not None else list(range(len(pairs)))),
+        indices=torch.tensor(list(indices) if indices is not None else list(range(len(pairs)))),
         keys=torch.from_numpy(np.stack([_key(pair) for pair in pairs])),
         **{name: torch.tensor(values, dtype=torch.float32) for name, values in (fields or {}).items()},
     )

@@ -42,9 +42,9 @@ class PreferenceDataModule(LightningDataModule):
         format: how a row becomes a preference: which columns, for instance.
         tokenizer: a folder, or `organisation/name` or `organisation/name@revision` of the hub. None: the tokenizer of
             the module's policy.
-        max_length: most tokens of a prompt and one answer together. None: no limit.
+        max_length: most tokens of a prompt and one completion together. None: no limit.
         max_prompt_length: most tokens of a prompt. None: no limit of its own.
-        truncation: what happens to longer pairs: `drop`, `truncate_prompt`, `truncate_response`, `truncate_both` or
+        truncation: what happens to longer pairs: `drop`, `truncate_prompt`, `truncate_completion`, `truncate_both` or
             `error`.
         batch_size: pairs per device and batch, or with `max_tokens` the most of them. None: 8, or with `max_tokens` as
             many as fit.
@@ -212,7 +212,7 @@ class PreferenceDataModule(LightningDataModule):
     # --- for reports -----------------------------------------------------------------------------------------------
 
     def preference(self, split: str, row: int) -> Preference:
-        """The raw prompt and answers of a row number, as found in `batch.rows`, of a split.
+        """The raw prompt and completions of a row number, as found in `batch.indices`, of a split.
 
         Splits are `train`, `val`, …, and `val/NAME` where there are several.
         """
@@ -297,7 +297,7 @@ class PreferenceDataModule(LightningDataModule):
         if self.max_tokens is None or not (longer := int((table.lengths > self.max_tokens).sum())):
             return
         raise DataError(
-            f"{split}: Expected pairs of up to `max_tokens`={self.max_tokens} tokens (prompt and both answers) but "
+            f"{split}: Expected pairs of up to `max_tokens`={self.max_tokens} tokens (prompt and both completions) but "
             f"{longer} of {table.size} are longer, the longest {table.lengths.max()}. "
             "Raise `--data.max_tokens`, or lower `--data.max_length`, and `--data.truncation` drops or cuts them."
         )

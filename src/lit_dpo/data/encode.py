@@ -1,12 +1,13 @@
-"""From preferences to token ids: where the prompt ends, which tokens end an answer, what happens to long pairs.
+"""From preferences to token ids: where the prompt ends, which tokens end a completion, what happens to long pairs.
 
 **Text.** The prompt's ids are exactly what the tokenizer gives for the prompt, with its BOS: what generation will see,
-and what both sides share. An answer's ids are what follows them in the ids of prompt and answer together. Where the
-tokenizer merges across the boundary there is no such cut; the answer is then tokenised on its own, after a newline if
-that shows to work, because SentencePiece tokenizers put a space before what comes first. Both answers end in one EOS.
+and what both sides share. A completion's ids are what follows them in the ids of prompt and completion together. Where
+the tokenizer merges across the boundary there is no such cut; the completion is then tokenised on its own, after a
+newline if that shows to work, because SentencePiece tokenizers put a space before what comes first. Both completions
+end in one EOS.
 
-**Conversations.** The chat template renders the prompt (with the header of the answer, as for generation) and both
-whole conversations; no special token is added to what it renders, except an EOS after an answer that ends with none.
+**Conversations.** The chat template renders the prompt (with the header of the completion, as for generation) and both
+whole conversations; no special token is added to what it renders, except an EOS after a completion that ends with none.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lit_dpo.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Truncation: TypeAlias = Literal["drop", "truncate_prompt", "truncate_response", "truncate_both", "error"]
+Truncation: TypeAlias = Literal["drop", "truncate_prompt", "truncate_completion", "truncate_both", "error"]
 
 _ANCHOR = "\n"
 
@@ -46,7 +47,7 @@ class Dropped(NamedTuple):
 
 
 class _Rendered(NamedTuple):
-    """A preference as text: both answers follow the prompt."""
+    """A preference as text: both completions follow the prompt."""
 
     prompt: str
     chosen: str
@@ -61,18 +62,18 @@ class PairEncoder:
     Policies for a pair with a side of more than `max_length` tokens, or a prompt of more than `max_prompt_length`:
 
     - `drop`: leave the pair out, and count it.
-    - `truncate_prompt`: keep the end of the prompt (and its BOS), so that the longer answer fits; drop the pair if that
-      leaves no token of the prompt.
-    - `truncate_response`: cut the end of the answers, which then have no EOS; drop the pair if that leaves no token of
-      them.
-    - `truncate_both`: the end of the prompt to `max_prompt_length`, then the answers to what is left.
+    - `truncate_prompt`: keep the end of the prompt (and its BOS), so that the longer completion fits; drop the pair if
+      that leaves no token of the prompt.
+    - `truncate_completion`: cut the end of the completions, which then have no EOS; drop the pair if that leaves no
+      token of them.
+    - `truncate_both`: the end of the prompt to `max_prompt_length`, then the completions to what is left.
     - `error`: stop.
 
     Whatever the policy, each part of an encoded pair has at least one token.
 
     Args:
         tokenizer: a transformers tokenizer. Its padding side and pad token do not matter: nothing is padded.
-        max_length: most tokens per side, prompt and answer together. None: no limit.
+        max_length: most tokens per side, prompt and completion together. None: no limit.
         max_prompt_length: most tokens of the prompt. None: no limit of its own.
         truncation: the policy.
         chat_template_kwargs: more arguments for the chat template, such as `{"enable_thinking": False}`.
@@ -107,7 +108,7 @@ class PairEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of all that decides the ids, beside this code: equal ones encode a preference alike."""
+        """Hex digest of all that decides the ids, besides this code: equal ones encode a preference alike."""
         parts = [
             _tokenizer_content(self.tokenizer),
             [self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.chat_template],
@@ -133,8 +134,8 @@ class PairEncoder:
             )
         try:
             sides = self._apply_template(prompt + chosen), self._apply_template(prompt + rejected)
-            # With the header of the answer, as for generation. A template may put things there (an empty thought) that
-            # it leaves out of a finished answer; the conversation without the header is then what both share.
+            # With the header of the completion, as for generation. A template may put things there (an empty thought)
+            # that it leaves out of a finished completion; the conversation without the header is then what both share.
             for header in (True, False):
                 start = self._apply_template(prompt, header=header)
                 if all(side.startswith(start) and len(side) > len(start) for side in sides):
@@ -176,44 +177,46 @@ class PairEncoder:
         return list(ids[:length])
 
     def _pair(self, text: _Rendered, prompt: list[int], *sides: list[int]) -> EncodedPair | Dropped:
-        answers = []
-        for name, answer_text, whole in zip(("chosen", "rejected"), (text.chosen, text.rejected), sides, strict=True):
-            answer = self._answer(prompt, answer_text, whole)
-            if not answer:
-                return Dropped(f"`{name}` encodes to no token: {answer_text[:60]!r}", fatal=True)
-            answers.append(self._terminated(answer, answer_text, text.is_conversation))
+        completions = []
+        for name, completion_text, whole in zip(
+            ("chosen", "rejected"), (text.chosen, text.rejected), sides, strict=True
+        ):
+            completion = self._completion(prompt, completion_text, whole)
+            if not completion:
+                return Dropped(f"`{name}` encodes to no token: {completion_text[:60]!r}", fatal=True)
+            completions.append(self._terminated(completion, completion_text, text.is_conversation))
         start = self._start(prompt, text.is_conversation)
         if not start:
             return Dropped("the prompt encodes to no token, and the tokenizer has no BOS to stand for it", fatal=True)
-        return self._fit(EncodedPair(start, *answers))
+        return self._fit(EncodedPair(start, *completions))
 
     def _start(self, prompt: list[int], is_conversation: bool) -> list[int]:
         """The prompt with the tokenizer's BOS, once; templates write theirs themselves."""
         prefix = [] if is_conversation or prompt[: len(self._prefix)] == self._prefix else self._prefix
         return [*prefix, *prompt] or ([] if self._bos is None else [self._bos])
 
-    def _answer(self, prompt: list[int], answer: str, whole: list[int]) -> list[int]:
-        """Ids of the answer after the ids of the prompt, given those of both together."""
+    def _completion(self, prompt: list[int], completion: str, whole: list[int]) -> list[int]:
+        """Ids of the completion after the ids of the prompt, given those of both together."""
         if whole[: len(prompt)] == prompt:
             return whole[len(prompt) :]
-        anchor, anchored, apart = self._tokenize([_ANCHOR, _ANCHOR + answer, answer])
+        anchor, anchored, apart = self._tokenize([_ANCHOR, _ANCHOR + completion, completion])
         same_start = anchored[: len(anchor)] == anchor
-        if same_start and self._decode(anchored) == self._decode(anchor) + answer:
+        if same_start and self._decode(anchored) == self._decode(anchor) + completion:
             return anchored[len(anchor) :]
         return apart
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
-    def _terminated(self, answer: list[int], text: str, is_conversation: bool) -> list[int]:
+    def _terminated(self, completion: list[int], text: str, is_conversation: bool) -> list[int]:
         if is_conversation and text.rstrip().endswith(self._special_tokens):
-            return answer
+            return completion
         if self._eos is None:
             raise DataError(
                 f"Expected a tokenizer with an EOS token but `{self.tokenizer.name_or_path}` has none: the model would "
-                "never learn where an answer ends. Set `eos_token` in its `tokenizer_config.json`."
+                "never learn where a completion ends. Set `eos_token` in its `tokenizer_config.json`."
             )
-        return answer if answer[-1] == self._eos else [*answer, self._eos]
+        return completion if completion[-1] == self._eos else [*completion, self._eos]
 
     @cached_property
     def _bos(self) -> int | None:
@@ -239,16 +242,16 @@ class PairEncoder:
         too_long = self._too_long(pair)
         if too_long is None or self.truncation in ("drop", "error"):
             return pair if too_long is None else Dropped(too_long, fatal=self.truncation == "error")
-        if self.truncation == "truncate_response":
+        if self.truncation == "truncate_completion":
             if len(pair.prompt) > min(prompt_limit, limit - 1):
-                return Dropped(f"the prompt leaves no room for an answer: {too_long}")
-            return _cut_answers(pair, limit - len(pair.prompt))
+                return Dropped(f"the prompt leaves no room for a completion: {too_long}")
+            return _cut_completions(pair, limit - len(pair.prompt))
         if self.truncation == "truncate_both":
             pair = pair._replace(prompt=self._keep_end(pair.prompt, prompt_limit))
-            return _cut_answers(pair, limit - len(pair.prompt))
+            return _cut_completions(pair, limit - len(pair.prompt))
         room = limit - _longest(pair)
         if room < 1:
-            return Dropped(f"an answer leaves no room for the prompt: {too_long}")
+            return Dropped(f"a completion leaves no room for the prompt: {too_long}")
         return pair._replace(prompt=self._keep_end(pair.prompt, min(prompt_limit, room)))
 
     def _too_long(self, pair: EncodedPair) -> str | None:
@@ -266,7 +269,7 @@ class PairEncoder:
     def _keep_end(self, prompt: list[int], length: int) -> list[int]:
         if len(prompt) <= length:
             return prompt
-        # After BOS models behave as trained; one token alone should rather be the one the answer follows.
+        # After BOS models behave as trained; one token alone should rather be the one the completion follows.
         if length > 1 and prompt[0] == self._bos:
             return [prompt[0], *prompt[len(prompt) - length + 1 :]]
         return prompt[len(prompt) - length :]
@@ -279,7 +282,7 @@ def check_limits(max_length: int | None, max_prompt_length: int | None, truncati
         ValueError: if they do not.
     """
     if max_length is not None and max_length < 2:
-        raise ValueError(f"Expected `max_length` >= 2 (a prompt and an answer) but got {max_length}.")
+        raise ValueError(f"Expected `max_length` >= 2 (a prompt and a completion) but got {max_length}.")
     if max_prompt_length is None:
         if truncation == "truncate_both":
             raise ValueError('Expected `max_prompt_length` with `truncation="truncate_both"` but got None.')
@@ -291,7 +294,7 @@ def _longest(pair: EncodedPair) -> int:
     return max(len(pair.chosen), len(pair.rejected))
 
 
-def _cut_answers(pair: EncodedPair, room: int) -> EncodedPair:
+def _cut_completions(pair: EncodedPair, room: int) -> EncodedPair:
     return pair._replace(chosen=pair.chosen[:room], rejected=pair.rejected[:room])
 
 

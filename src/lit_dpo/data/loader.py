@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from lit_dpo.data.batch import PairBatch, row_borders
+from lit_dpo.data.batch import PairBatch, microbatch_borders
 from lit_dpo.data.sampler import PairSampler
 from lit_dpo.data.table import PairTable
 
@@ -65,24 +65,28 @@ class PairLoader(DataLoader[PairBatch]):
             self.batches += 1
             yield batch
 
-    def largest_rows(self, row_tokens: float = math.inf) -> tuple[list[NDArray[np.int64]], bool]:
-        """Of the sampler's present epoch, the row with most tokens and the one with most when padded.
+    def largest_microbatches(self, microbatch_tokens: float = math.inf) -> tuple[list[NDArray[np.int64]], bool]:
+        """Of the sampler's present epoch, the micro-batch with most tokens and the one with most when padded.
 
         Args:
-            row_tokens: most tokens of a row, by default a batch is a row.
+            microbatch_tokens: most tokens of one, by default a batch is one.
 
         Returns:
             Both as `(B, 3)` tokens of the prompt, the chosen and the rejected completion of their pairs; and whether
-            any batch has several rows.
+            any batch has several.
         """
         assert isinstance(self.dataset, PairDataset)
         lengths = self.dataset.table.part_lengths
         batches: list[list[int]] = list(self.sampler)
         totals, longest = lengths.sum(1), lengths[:, 0] + lengths[:, 1:].max(1)
-        rows = [rows[first:last] for rows in batches for first, last in pairwise(row_borders(totals[rows], row_tokens))]
-        flat = max(rows, key=lambda row: totals[row].sum())
-        padded = max(rows, key=lambda row: len(row) * longest[row].max())
-        return [lengths[flat], lengths[padded]], len(rows) > len(batches)
+        parts = [
+            batch[first:last]
+            for batch in batches
+            for first, last in pairwise(microbatch_borders(totals[batch], microbatch_tokens))
+        ]
+        flat = max(parts, key=lambda part: totals[part].sum())
+        padded = max(parts, key=lambda part: len(part) * longest[part].max())
+        return [lengths[flat], lengths[padded]], len(parts) > len(batches)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: that it is there tells Lightning that the loader resumes.

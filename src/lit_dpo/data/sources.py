@@ -156,7 +156,7 @@ def _cache(content: str) -> Path:
 
 
 def _csv_options(path: Path) -> dict[str, Any]:
-    """Every cell is text: an answer may be `None`, `NA` or `42`, which pandas would turn into other things."""
+    """Every cell is text: a completion may be `None`, `NA` or `42`, which pandas would turn into other things."""
     from datasets import Features, Value
 
     with path.open(newline="", encoding="utf-8-sig") as file:

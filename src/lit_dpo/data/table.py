@@ -33,7 +33,7 @@ _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 class PairTable(NamedTuple):
     """Encoded pairs, fetched by lists of indices: `table.batch([3, 0])` is a `PairBatch` of two.
 
-    Row numbers (`batch.rows`, the argument of `preference`) count the rows of all files of the split, one after
+    Row numbers (`batch.indices`, the argument of `preference`) count the rows of all files of the split, one after
     another, dropped ones too, from 0. Indices count the used rows.
 
     Attributes:
@@ -80,7 +80,7 @@ class PairTable(NamedTuple):
 
     @property
     def identical(self) -> int:
-        """Pairs whose two answers are the same."""
+        """Pairs whose two completions are the same."""
         return int(self._facts("identical")[self.rows].sum())
 
     @property
@@ -125,7 +125,7 @@ class PairTable(NamedTuple):
 
         Args:
             vocabulary: ids from 0 that the model knows.
-            context: most tokens of a prompt and one answer. None: no limit.
+            context: most tokens of a prompt and one completion. None: no limit.
         """
         from pyarrow.compute import max as largest
 
@@ -149,7 +149,7 @@ class PairTable(NamedTuple):
 
     @property
     def side_lengths(self) -> NDArray[np.int64]:
-        """`(N,)` tokens of the prompt with the longer answer."""
+        """`(N,)` tokens of the prompt with the longer completion."""
         parts = self.part_lengths
         longest: NDArray[np.int64] = parts[:, 0] + parts[:, 1:].max(axis=1)
         return longest
@@ -273,7 +273,9 @@ def report(split: str, table: PairTable, truncation: str) -> None:
             raise DataError(f"{split}: no pairs are left, {line}. Raise `max_length` or set another `truncation`.")
         rank_zero_info(f"{split}: {line}")
     if table.identical:
-        warn(f"{split}: {table.identical} of {table.size} pairs have two equal answers; kept, but they teach nothing")
+        warn(
+            f"{split}: {table.identical} of {table.size} pairs have two equal completions; kept, but they teach nothing"
+        )
 
 
 def check_tokens(

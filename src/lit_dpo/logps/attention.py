@@ -83,9 +83,9 @@ class PairLayout:
         if self._varlen is None:
             gather, query_lengths, key_lengths = [], [], []
             for s in self.pairs:
-                answer = s.start + s.prompt + s.chosen
-                gather += [torch.arange(s.start, answer), torch.arange(s.start, s.start + s.prompt)]
-                gather += [torch.arange(answer, answer + s.rejected)]
+                completion = s.start + s.prompt + s.chosen
+                gather += [torch.arange(s.start, completion), torch.arange(s.start, s.start + s.prompt)]
+                gather += [torch.arange(completion, completion + s.rejected)]
                 query_lengths += [s.prompt + s.chosen, s.rejected]
                 key_lengths += [s.prompt + s.chosen, s.prompt + s.rejected]
             cumulative = [

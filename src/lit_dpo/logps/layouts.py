@@ -62,15 +62,15 @@ def flat_rows(batch: PairBatch, pairs: list[Segment]) -> Rows:
     """The batch's own row; the caller adds the pair layout for the attention."""
     predictors, targets = [], []
     for s in pairs:
-        answer = s.start + s.prompt
-        predictors.append(torch.arange(answer - 1, answer + s.chosen - 1))
-        targets.append(torch.arange(answer, answer + s.chosen))
+        completion = s.start + s.prompt
+        predictors.append(torch.arange(completion - 1, completion + s.chosen - 1))
+        targets.append(torch.arange(completion, completion + s.chosen))
     for s in pairs:
-        answer = s.start + s.prompt + s.chosen
+        completion = s.start + s.prompt + s.chosen
         # the last prompt token predicts the first rejected token too, across the chosen completion
         predictors.append(torch.tensor([s.start + s.prompt - 1]))
-        predictors.append(torch.arange(answer, answer + s.rejected - 1))
-        targets.append(torch.arange(answer, answer + s.rejected))
+        predictors.append(torch.arange(completion, completion + s.rejected - 1))
+        targets.append(torch.arange(completion, completion + s.rejected))
     device = batch.input_ids.device
     ends = [torch.arange(s.start + s.prompt - 1, s.start + s.prompt + s.chosen + s.rejected) for s in pairs]
     return Rows(
@@ -86,8 +86,10 @@ def padded_rows(batch: PairBatch, pairs: list[Segment]) -> Rows:
     """`2B` right-padded rows `prompt | completion`, chosen first. What the padding is does not matter: it is masked."""
     rows = [torch.arange(s.start, s.start + s.prompt + s.chosen) for s in pairs]
     for s in pairs:
-        answer = s.start + s.prompt + s.chosen
-        rows.append(torch.cat([torch.arange(s.start, s.start + s.prompt), torch.arange(answer, answer + s.rejected)]))
+        completion = s.start + s.prompt + s.chosen
+        rows.append(
+            torch.cat([torch.arange(s.start, s.start + s.prompt), torch.arange(completion, completion + s.rejected)])
+        )
     source = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
     width = source.shape[1]
     predictors, targets = [], []

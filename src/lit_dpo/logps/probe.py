@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
 from lit_dpo.errors import first_line
-from lit_dpo.kernels import Kernels
 from lit_dpo.logps.attention import can_switch_attention
 from lit_dpo.logps.layouts import segments
-from lit_dpo.settings import rope_limit, settings
+from lit_dpo.policy.kernels import Kernels
+from lit_dpo.policy.settings import rope_limit, settings
 
 _FURTHEST = 256
 """Windows and original lengths of up to so many tokens are crossed at start-up; longer ones would cost too much."""
@@ -64,8 +64,8 @@ def _sequences(batch: PairBatch) -> list[tuple[Tensor, int]]:
     for side in ("chosen", "rejected"):
         for s in segments(batch):
             start = s.start + s.prompt + (0 if side == "chosen" else s.chosen)
-            answer = batch.input_ids[0, start : start + getattr(s, side)]
-            rows.append((torch.cat([batch.input_ids[0, s.start : s.start + s.prompt], answer]), s.prompt))
+            completion = batch.input_ids[0, start : start + getattr(s, side)]
+            rows.append((torch.cat([batch.input_ids[0, s.start : s.start + s.prompt], completion]), s.prompt))
     return rows
 
 

@@ -14,7 +14,7 @@ class SequenceLogps(NamedTuple):
     Attributes:
         total: `(B,)` sum over the completion's tokens, nats.
         length: `(B,)` number of completion tokens, at least 1.
-        tokens: `(N,)` the summands, sequence after sequence, `N = length.sum()`; None where only sums are known.
+        per_token: `(N,)` the summands, sequence after sequence, `N = length.sum()`; None where only sums are known.
         collision: `(N,)` log Σ_v π(v)² over the vocabulary where each token is predicted, without gradient; None unless
             a loss asks for it.
         kl: `(N,)` KL(π_ref ‖ π) over the vocabulary where each token is predicted, nats; None unless a loss asks.
@@ -22,7 +22,7 @@ class SequenceLogps(NamedTuple):
 
     total: Tensor
     length: Tensor
-    tokens: Tensor | None = None
+    per_token: Tensor | None = None
     collision: Tensor | None = None
     kl: Tensor | None = None
 
@@ -87,7 +87,7 @@ class PairLogps(NamedTuple):
         """A field that may be None.
 
         Args:
-            name: of a field, such as `score_margin`, or of a field of a side, such as `policy_chosen.tokens`.
+            name: of a field, such as `score_margin`, or of a field of a side, such as `policy_chosen.per_token`.
 
         Raises:
             ValueError: if it is None, saying what would fill it.
@@ -110,7 +110,7 @@ _COLUMN = "Name its column: `--data.format.{} COLUMN`."
 _REMEDIES = {
     "reference_chosen": _NO_REFERENCE,
     "reference_rejected": _NO_REFERENCE,
-    "tokens": "These log-probs were stored as sums; store tokens too.",
+    "per_token": "These log-probs were stored as sums; store tokens too.",
     "collision": _ASK.format("collision"),
     "kl": _ASK.format("kl"),
     "weight": _COLUMN.format("weight"),

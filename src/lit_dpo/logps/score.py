@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError, UnsupportedAttentionError, first_line
-from lit_dpo.kernels import without_kernels
 from lit_dpo.logps.attention import (
     MissingLayoutError,
     PairLayout,
@@ -21,9 +20,10 @@ from lit_dpo.logps.attention import (
     has_pair_attention,
     use_pair_attention,
 )
-from lit_dpo.logps.head import backbone, collision_logps, model_head, reference_kl, selected_logps
+from lit_dpo.logps.head import collision_logps, reference_kl, selected_logps
 from lit_dpo.logps.last_layer import last_layer_on
 from lit_dpo.logps.layouts import Rows, Segment, flat_rows, padded_rows, segments
+from lit_dpo.logps.model_head import backbone, model_head
 from lit_dpo.logps.probe import (
     blind_to,
     eager_attention,
@@ -35,14 +35,15 @@ from lit_dpo.logps.probe import (
     without_outliers,
 )
 from lit_dpo.logps.records import SequenceLogps
-from lit_dpo.settings import rope_limit
+from lit_dpo.policy.kernels import without_kernels
+from lit_dpo.policy.settings import rope_limit
 
 log = logging.getLogger(__name__)
 
 Layout = Literal["flat", "padded"]
 
 
-def pair_logps(model: Any, batch: PairBatch, *, collision: bool = False) -> tuple[SequenceLogps, SequenceLogps]:
+def completion_logps(model: Any, batch: PairBatch, *, collision: bool = False) -> tuple[SequenceLogps, SequenceLogps]:
     """Log-probs of the chosen and of the rejected completions under `model`, float32.
 
     The layout follows the model's attention: the flat row under the pair attention, else padded rows. Both score the
@@ -60,7 +61,7 @@ def pair_logps(model: Any, batch: PairBatch, *, collision: bool = False) -> tupl
     return _sides(scored, _collision(scored) if collision else None)
 
 
-def pair_logps_with_kl(
+def completion_logps_with_kl(
     model: Any,
     batch: PairBatch,
     reference: Callable[[Any], AbstractContextManager[Any]],
@@ -74,7 +75,7 @@ def pair_logps_with_kl(
     Args:
         model: the policy.
         batch: `B` pairs on the model's device.
-        reference: `Reference.active`: given the policy, a context in which it yields the model to compare with.
+        reference: `Reference.activated`: given the policy, a context in which it yields the model to compare with.
         collision: fill `SequenceLogps.collision` of the policy too.
 
     Returns:
@@ -337,7 +338,7 @@ def _leak(base: Any, batch: PairBatch, before: Tensor) -> float:
 
 
 def _tokens(base: Any, batch: PairBatch) -> Tensor:
-    chosen, rejected = pair_logps(base, batch)
-    assert chosen.tokens is not None
-    assert rejected.tokens is not None
-    return torch.cat([chosen.tokens, rejected.tokens])
+    chosen, rejected = completion_logps(base, batch)
+    assert chosen.per_token is not None
+    assert rejected.per_token is not None
+    return torch.cat([chosen.per_token, rejected.per_token])

@@ -16,8 +16,8 @@ from lit_dpo.losses.base import PreferenceLoss
 class AlphaPOLoss(PreferenceLoss):
     """AlphaPO (arXiv 2501.03884; the formula as in TRL's CPO trainer): −log σ(β·(s_w − s_l) − γ), s = (1 − p^(−α))/α.
 
-    p = e^(ℓ/n) is the geometric mean of an answer's token probabilities, chosen (w) or rejected (l); no reference.
-    SimPO with another shape of the reward: s → log p for α → 0; α > 0 weighs the gradient of unlikely answers up
+    p = e^(ℓ/n) is the geometric mean of a completion's token probabilities, chosen (w) or rejected (l); no reference.
+    SimPO with another shape of the reward: s → log p for α → 0; α > 0 weighs the gradient of unlikely completions up
     against that of likely ones, α < 0 the other way round. Where p^(−α) comes within e⁸ of what the type can hold it
     is held there, with no gradient. At equal means ℓ/n = m it is log(1 + e^γ) and its slope in ℓ_w is
     −β·σ(γ)·e^(−α·m)/n_w.

@@ -14,9 +14,9 @@ from lit_dpo.losses.base import PreferenceLoss
 class AOTUnpairedLoss(PreferenceLoss):
     """Alignment via optimal transport without pairs (AOT, arXiv 2406.05882, section 3): cDPO between sorted batches.
 
-    Prefers the *distribution* of log π/π_ref of chosen answers to that of rejected answers, quantile by quantile: with
-    both sorted over the batch, δ = their difference, −(1−ε)·log σ(β·δ) − ε·log σ(−β·δ). Which rejected answer
-    belongs to which chosen one does not matter.
+    Prefers the *distribution* of log π/π_ref of chosen completions to that of rejected completions, quantile by
+    quantile: with both sorted over the batch, δ = their difference, −(1−ε)·log σ(β·δ) − ε·log σ(−β·δ). Which rejected
+    completion belongs to which chosen one does not matter.
 
     The pair that holds a quantile gets its loss, so losses follow the order of pairs; but they depend on the batch
     mates (`couples_pairs`), and on one pair alone the loss is cDPO, or DPO without smoothing. The batch is that of

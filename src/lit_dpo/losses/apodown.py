@@ -12,9 +12,9 @@ from lit_dpo.losses.base import PreferenceLoss
 class APODownLoss(PreferenceLoss):
     """Anchored preference optimization, down (APO, arXiv 2408.06266, eq. 8): σ(β·r_w) + 1 − σ(β·Δ).
 
-    r_w = log π/π_ref of the chosen answer and Δ = r_w − r_l. Pushes both likelihoods down, the rejected one further:
-    for chosen answers that are worse than the model's own. Bounded in (0, 2). At log-ratios 0 it is 1 and its slope in
-    r_w is 0, in r_l β/4.
+    r_w = log π/π_ref of the chosen completion and Δ = r_w − r_l. Pushes both likelihoods down, the rejected one
+    further: for chosen completions that are worse than the model's own. Bounded in (0, 2). At log-ratios 0 it is 1 and
+    its slope in r_w is 0, in r_l β/4.
 
     Args:
         beta: inverse temperature.

@@ -12,9 +12,9 @@ from lit_dpo.losses.base import PreferenceLoss
 class APOZeroLoss(PreferenceLoss):
     """Anchored preference optimization, zero (APO, arXiv 2408.06266, eq. 7): 1 − σ(β·r_w) + σ(β·r_l).
 
-    r = log π/π_ref of the chosen (w) and rejected (l) answer. Pushes the chosen answer's likelihood up and the rejected
-    one's down, each by itself: for chosen answers that are better than the model's own. Bounded in (0, 2). At
-    log-ratios 0 it is 1 and its slope in r_w is −β/4, in r_l β/4.
+    r = log π/π_ref of the chosen (w) and rejected (l) completion. Pushes the chosen completion's likelihood up and the
+    rejected one's down, each by itself: for chosen completions that are better than the model's own. Bounded in (0, 2).
+    At log-ratios 0 it is 1 and its slope in r_w is −β/4, in r_l β/4.
 
     Args:
         beta: inverse temperature.

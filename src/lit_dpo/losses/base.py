@@ -73,7 +73,7 @@ class PreferenceLoss(ABC):
 
     @property
     def part_names(self) -> tuple[str, ...]:
-        """Names of the parts that are logged beside their sum; see `MixtureLoss`."""
+        """Names of the parts that are logged along with their sum; see `MixtureLoss`."""
         return ()
 
     def parts(self, pairs: PairLogps) -> dict[str, Tensor]:

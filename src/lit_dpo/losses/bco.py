@@ -15,8 +15,8 @@ from lit_dpo.losses.base import PreferenceLoss
 class BCOLoss(PreferenceLoss):
     """Binary Classifier Optimization on pairs (BCO, arXiv 2404.04656, section 4): −log σ(r_w − δ) − log σ(−(r_l − δ)).
 
-    r = β·log π/π_ref of the chosen (w) and rejected (l) answer: a classifier that calls the one good and the other
-    bad. Each answer is judged by itself against the baseline δ, the mean reward, so that no class is pushed only
+    r = β·log π/π_ref of the chosen (w) and rejected (l) completion: a classifier that calls the one good and the other
+    bad. Each completion is judged by itself against the baseline δ, the mean reward, so that no class is pushed only
     because all rewards drift.
 
     The references disagree on δ, so it is an argument. `"running"` is the mean of all rewards seen in training, both

@@ -14,13 +14,13 @@ from lit_dpo.losses.base import PreferenceLoss
 class CalDPOLoss(PreferenceLoss):
     """Calibrated DPO (Cal-DPO, arXiv 2412.14516): −log σ(Δ) + c·[(r_w − 1/(2β))² + (r_l + 1/(2β))²].
 
-    r = log π/π_ref of the chosen (w) and rejected (l) answer, and Δ = r_w − r_l, without β in the first term. The
+    r = log π/π_ref of the chosen (w) and rejected (l) completion, and Δ = r_w − r_l, without β in the first term. The
     second one gives each log-ratio its own target, ±1/(2β), so that rewards have a scale and the likelihood of the
-    chosen answer must rise, where DPO only asks that their difference grow. SPPO is that second term alone. At
+    chosen completion must rise, where DPO only asks that their difference grow. SPPO is that second term alone. At
     log-ratios 0 it is log 2 + c/(2β²) and its slope in r_w is −1/2 − c/β.
 
     Args:
-        beta: 1/(2β) is the log-ratio to reach, in nats per answer; 0.002 in the authors' configuration, with a
+        beta: 1/(2β) is the log-ratio to reach, in nats per completion; 0.002 in the authors' configuration, with a
             learning rate of 5e-7.
         calibration_weight: c; 1/2 in the authors' code, 1 in the paper's formula. Expected > 0.
 

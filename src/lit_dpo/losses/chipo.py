@@ -15,9 +15,9 @@ from lit_dpo.losses.base import PreferenceLoss
 class ChiPOLoss(PreferenceLoss):
     """χ²-preference optimization (χPO, arXiv 2407.13399): −log σ(β·[φ(u_w) − φ(u_l)]), φ(u) = u + log u.
 
-    u = π/π_ref of the chosen (w) and rejected (l) answer. DPO, whose φ is log u, for a divergence that adds χ² to the
-    KL: the term u makes it dear to raise an answer far above the reference, which is where a policy exploits what the
-    preferences do not cover. With r = log u: φ = e^r + r.
+    u = π/π_ref of the chosen (w) and rejected (l) completion. DPO, whose φ is log u, for a divergence that adds χ² to
+    the KL: the term u makes it dear to raise a completion far above the reference, which is where a policy exploits
+    what the preferences do not cover. With r = log u: φ = e^r + r.
 
     Where e^r comes within e⁸ of what the type can hold it is held there, with no gradient: in float32 from r ≈ 80 up.
     The paper also clips the difference, which is left out here. At log-ratios 0 it is log 2 and its slope in r_w is −β,

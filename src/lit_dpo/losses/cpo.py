@@ -15,15 +15,15 @@ from lit_dpo.losses.base import PreferenceLoss
 class CPOLoss(PreferenceLoss):
     """Contrastive Preference Optimization (CPO, arXiv 2401.08417, eq. 3): −log σ(β·(ℓ_w − ℓ_l)) − λ·ℓ_w/n_w.
 
-    ℓ = log π of the chosen (w) and rejected (l) answer, n its number of tokens; no reference. The second term, the
-    negative log-likelihood of the chosen answer, keeps its likelihood from falling with the rejected one's. It is taken
-    per token of each pair: TRL takes the mean over all tokens of the batch, so that long answers count more. With
-    λ = 0 it is DPO under a uniform reference (`reference_free` in other packages). At equal log-probs it is
+    ℓ = log π of the chosen (w) and rejected (l) completion, n its number of tokens; no reference. The second term, the
+    negative log-likelihood of the chosen completion, keeps its likelihood from falling with the rejected one's. It is
+    taken per token of each pair: TRL takes the mean over all tokens of the batch, so that long completions count more.
+    With λ = 0 it is DPO under a uniform reference (`reference_free` in other packages). At equal log-probs it is
     log 2 − λ·ℓ_w/n_w and its slope in ℓ_w is −β/2 − λ/n_w.
 
     Args:
         beta: inverse temperature.
-        nll_weight: λ, the weight of the negative log-likelihood of the chosen answer. Expected ≥ 0; 1 in the paper.
+        nll_weight: λ, the weight of the negative log-likelihood of the chosen completion. Expected ≥ 0; 1 in the paper.
 
     Raises:
         ValueError: if `nll_weight` is negative or not finite.

@@ -15,10 +15,10 @@ from lit_dpo.losses.base import PreferenceLoss
 class DPOPLoss(PreferenceLoss):
     """DPO-Positive (DPOP, Smaug, arXiv 2402.13228, eq. 3): −log σ(β·(Δ − λ·max(0, −r_w))).
 
-    r_w = log π/π_ref of the chosen answer: a pair whose chosen answer has become less likely than under the reference
-    has to pay λ times as much for it as it can gain by its margin. For pairs that differ in a few tokens, such as
-    right and wrong sums, under which DPO lowers the likelihood of both. λ is inside β, as in the paper. At log-ratios
-    0 it is log 2 and its slope in r_w is −β/2; just below, −β(1 + λ)/2.
+    r_w = log π/π_ref of the chosen completion: a pair whose chosen completion has become less likely than under the
+    reference has to pay λ times as much for it as it can gain by its margin. For pairs that differ in a few tokens,
+    such as right and wrong sums, under which DPO lowers the likelihood of both. λ is inside β, as in the paper. At
+    log-ratios 0 it is log 2 and its slope in r_w is −β/2; just below, −β(1 + λ)/2.
 
     Args:
         beta: inverse temperature; 0.3 in the paper.

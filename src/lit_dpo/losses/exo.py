@@ -12,7 +12,7 @@ from lit_dpo.losses.base import PreferenceLoss
 
 @dataclass(frozen=True)
 class EXOLoss(PreferenceLoss):
-    """Efficient exact optimization on pairs (EXO, arXiv 2402.00856, eq. 16): KL(p ‖ q) of the two answers.
+    """Efficient exact optimization on pairs (EXO, arXiv 2402.00856, eq. 16): KL(p ‖ q) of the two completions.
 
     p = (σ(β·Δ), σ(−β·Δ)) is what the policy prefers and q = (1−ε, ε) the smoothed label: σ(β·Δ)·[log σ(β·Δ) − log(1−ε)]
     + σ(−β·Δ)·[log σ(−β·Δ) − log ε]. The reverse of the direction that cDPO minimises, up to a constant; both have their
@@ -21,7 +21,8 @@ class EXOLoss(PreferenceLoss):
 
     Args:
         beta: inverse temperature, the paper's β_r.
-        label_smoothing: ε, the label's probability of the rejected answer. Expected in (0, 0.5): at 0 it is infinite.
+        label_smoothing: ε, the label's probability of the rejected completion. Expected in (0, 0.5): at 0 it is
+            infinite.
 
     Raises:
         ValueError: if `label_smoothing` is outside (0, 0.5).

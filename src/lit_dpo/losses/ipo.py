@@ -18,7 +18,7 @@ class IPOLoss(PreferenceLoss):
     The references disagree on Δ, so it is an argument. `"mean"` divides each log-ratio by its completion's number of
     tokens, as TRL and HALOs do, after a word of the authors (a sum over hundreds of tokens drowns the target 1/(2β));
     `"sum"` is the paper's formula as the original DPO repository and OpenRLHF compute it. A good β is larger by about
-    the length of an answer with `"mean"`. At margin 0 the loss is 1/(4β²) and its slope in Δ is −1/β.
+    the length of a completion with `"mean"`. At margin 0 the loss is 1/(4β²) and its slope in Δ is −1/β.
 
     Args:
         beta: the regularisation τ.

@@ -16,13 +16,13 @@ from lit_dpo.losses.dpo import DPOLoss
 class LDDPOLoss(ComposedLoss):
     """Length-desensitised DPO (LD-DPO, arXiv 2409.06411): any loss on log-probs whose surplus tokens weigh α.
 
-    With the shared length n = min(n_w, n_l), an answer's log-prob becomes Σ_{t ≤ n} log p_t + α·Σ_{t > n} log p_t:
-    what only the longer answer has counts less, so that its length alone moves the loss less and answers do not grow
-    as under DPO. A loss that divides by lengths still divides by the real ones.
+    With the shared length n = min(n_w, n_l), a completion's log-prob becomes Σ_{t ≤ n} log p_t + α·Σ_{t > n} log p_t:
+    what only the longer completion has counts less, so that its length alone moves the loss less and completions do not
+    grow as under DPO. A loss that divides by lengths still divides by the real ones.
 
     The references disagree on π_ref, so it is an argument. `"decoupled"` treats it as the policy, so that the policy
     starts at margin 0, as TRL from its 1.0 on does; `"plain"` leaves its sums alone, as TRL 0.24, LLaMA-Factory and
-    ms-swift do. For answers of one length it is the inner loss, with its value and slope.
+    ms-swift do. For completions of one length it is the inner loss, with its value and slope.
 
     Args:
         loss: the loss, with its β; DPO in the paper.
@@ -61,7 +61,7 @@ class LDDPOLoss(ComposedLoss):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         """Log-probs per token, of the reference too where it is decoupled, and what the loss needs."""
-        return super().needs | {"tokens"} | ({"reference_tokens"} if self._changes_reference else set())
+        return super().needs | {"per_token"} | ({"reference_per_token"} if self._changes_reference else set())
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""
@@ -89,7 +89,7 @@ class LDDPOLoss(ComposedLoss):
         if self._changes_reference:
             names += ["reference_chosen", "reference_rejected"]
         changed: dict[str, Any] = {
-            name: self._weigh(pairs.require(name), pairs.require(f"{name}.tokens"), shared) for name in names
+            name: self._weigh(pairs.require(name), pairs.require(f"{name}.per_token"), shared) for name in names
         }
         return super().views(pairs._replace(**changed))
 

@@ -18,11 +18,11 @@ class MixtureLoss(ComposedLoss):
     """A weighted sum of losses, Σ_k w_k·L_k.
 
     By default `DPOLoss` + `SFTLoss`, the recipe called RPO in arXiv 2404.19733 (β 0.1, weight 1, learning rate 7e-7)
-    and 2405.16436 (β 0.01, weight 0.005, learning rate 5e-7): the likelihood of the chosen answers cannot fall with
+    and 2405.16436 (β 0.01, weight 0.005, learning rate 5e-7): the likelihood of the chosen completions cannot fall with
     that of the rejected ones. MPO (arXiv 2411.10442, section 3.2) is `DPOLoss`, `BCOLoss` and `SFTLoss` with weights
     0.8, 0.2 and 1. Any losses mix.
 
-    Each part is logged beside the sum, unweighted, under its short name: `dpo`, `sft`, and `dpo_2` for a second one.
+    Each part is logged along with the sum, unweighted, under its short name: `dpo`, `sft`, `dpo_2` for a second one.
     Rewards, and `beta`, are those of the first loss that reads the reference, or of the first one if none does. Value
     and slope are the weighted sums of the parts'.
 

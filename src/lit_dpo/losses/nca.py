@@ -13,10 +13,10 @@ from lit_dpo.losses.base import PreferenceLoss
 class NCALoss(PreferenceLoss):
     """Noise contrastive alignment on pairs (NCA, arXiv 2402.05369, section 4.1).
 
-    −log σ(β·r_w) − ½·log σ(−β·r_w) − ½·log σ(−β·r_l), where r = log π/π_ref of the chosen (w) and rejected (l) answer.
-    It fits each answer's own log-ratio rather than their difference, so it keeps the likelihood of the chosen answer
-    from falling: in r_w alone its minimum is at β·r_w = log 2. At log-ratios 0 it is 2·log 2 and its slope in r_w is
-    −β/4, in r_l β/4.
+    −log σ(β·r_w) − ½·log σ(−β·r_w) − ½·log σ(−β·r_l), where r = log π/π_ref of the chosen (w) and rejected (l)
+    completion. It fits each completion's own log-ratio rather than their difference, so it keeps the likelihood of the
+    chosen completion from falling: in r_w alone its minimum is at β·r_w = log 2. At log-ratios 0 it is 2·log 2 and its
+    slope in r_w is −β/4, in r_l β/4.
 
     Args:
         beta: inverse temperature, the paper's α; 0.01 there.

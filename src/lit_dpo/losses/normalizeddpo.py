@@ -13,12 +13,12 @@ from lit_dpo.losses.base import PreferenceLoss
 class NormalizedDPOLoss(PreferenceLoss):
     """Length-normalised DPO (Tülu 3, arXiv 2411.15124): −log σ(β·(r_w/n_w − r_l/n_l)).
 
-    r = log π/π_ref of the chosen (w) and rejected (l) answer, divided by its own number of tokens n: a long answer no
-    longer gains margin from its length. With one token each it is DPO. At margin 0 it is log 2 and its slope in r_w is
-    −β/(2·n_w).
+    r = log π/π_ref of the chosen (w) and rejected (l) completion, divided by its own number of tokens n: a long
+    completion no longer gains margin from its length. With one token each it is DPO. At margin 0 it is log 2 and its
+    slope in r_w is −β/(2·n_w).
 
     Args:
-        beta: inverse temperature per token; larger than DPO's by about the length of an answer, 5 in Tülu 3. Rewards
+        beta: inverse temperature per token; larger than DPO's by about the length of a completion, 5 in Tülu 3. Rewards
             stay β times the *summed* log-ratio, as for every loss.
 
     Example:

@@ -16,10 +16,10 @@ from lit_dpo.losses.base import PreferenceLoss
 class ODPOLoss(PreferenceLoss):
     """DPO with an offset (ODPO, arXiv 2402.10571): −log σ(β·Δ − α·f(s)).
 
-    s is how much better the chosen answer was scored than the rejected one, from the data: a pair in which it is much
-    better has to reach a larger margin than one in which it is hardly so. For scored preferences (ratings, a reward
-    model). f is the logarithm in the authors' code; with it a pair whose scores are equal, or the other way round, has
-    no loss, the limit for s → 0. At margin 0 it is log(1 + e^(α·f(s))) and its slope in Δ is −β·σ(α·f(s)).
+    s is how much better the chosen completion was scored than the rejected one, from the data: a pair in which it is
+    much better has to reach a larger margin than one in which it is hardly so. For scored preferences (ratings, a
+    reward model). f is the logarithm in the authors' code; with it a pair whose scores are equal, or the other way
+    round, has no loss, the limit for s → 0. At margin 0 it is log(1 + e^(α·f(s))) and its slope in Δ is −β·σ(α·f(s)).
 
     Args:
         beta: inverse temperature; 0.05 to 0.7 in the authors' runs.

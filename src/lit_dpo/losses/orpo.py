@@ -15,11 +15,11 @@ from lit_dpo.losses.base import PreferenceLoss
 class ORPOLoss(PreferenceLoss):
     """Odds Ratio Preference Optimization (ORPO, arXiv 2403.07691): −ℓ_w/n_w − β·log σ(log odds_w − log odds_l).
 
-    odds = p/(1 − p), where p = e^(ℓ/n) is the geometric mean of the probabilities of an answer's n tokens, chosen (w)
-    or rejected (l); no reference. Fine-tuning on the chosen answer and preference learning in one stage, from a base
-    model. The likelihood is that of the chosen answer, per token of each pair; TRL takes the prompt's tokens too, and
-    the mean over all tokens of the batch. Where p comes within the type's precision of 1 it is held there, with no
-    gradient. At equal probabilities it is −ℓ_w/n_w + β·log 2 and its slope in ℓ_w is −(1 + β/(2(1 − p)))/n_w.
+    odds = p/(1 − p), where p = e^(ℓ/n) is the geometric mean of the probabilities of a completion's n tokens, chosen
+    (w) or rejected (l); no reference. Fine-tuning on the chosen completion and preference learning in one stage, from a
+    base model. The likelihood is that of the chosen completion, per token of each pair; TRL takes the prompt's tokens
+    too, and the mean over all tokens of the batch. Where p comes within the type's precision of 1 it is held there,
+    with no gradient. At equal probabilities it is −ℓ_w/n_w + β·log 2 and its slope in ℓ_w is −(1 + β/(2(1 − p)))/n_w.
 
     Args:
         beta: the weight of the odds ratio, the paper's λ (TRL calls it `beta`, too); 0.1 in the authors' run of

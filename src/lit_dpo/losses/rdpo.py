@@ -14,11 +14,11 @@ from lit_dpo.losses.base import PreferenceLoss
 class RDPOLoss(PreferenceLoss):
     """Length-regularised DPO (R-DPO, arXiv 2403.19159, eq. 9): −log σ(β·Δ + α·(n_w − n_l)).
 
-    n is an answer's number of tokens, chosen (w) or rejected (l). What DPO becomes when every token costs α of the
+    n is a completion's number of tokens, chosen (w) or rejected (l). What DPO becomes when every token costs α of the
     reward that the policy is to maximise: β·log π/π_ref is then the reward less α·n, so the α·n has to be given back
-    before rewards are compared. A chosen answer that is longer has thereby some of its margin for nothing, and is
-    pushed less; one that is shorter is pushed more. Answers get shorter with α. At margin 0 and lengths that differ by
-    d = n_w − n_l it is log(1 + e^(−α·d)) and its slope in Δ is −β·σ(−α·d).
+    before rewards are compared. A chosen completion that is longer has thereby some of its margin for nothing, and is
+    pushed less; one that is shorter is pushed more. Completions get shorter with α. At margin 0 and lengths that differ
+    by d = n_w − n_l it is log(1 + e^(−α·d)) and its slope in Δ is −β·σ(−α·d).
 
     Args:
         beta: inverse temperature.

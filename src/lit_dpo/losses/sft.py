@@ -11,19 +11,20 @@ from lit_dpo.losses.base import PreferenceLoss
 
 @dataclass(frozen=True)
 class SFTLoss(PreferenceLoss):
-    """Negative log-likelihood of the chosen answer: −ℓ_w/n_w.
+    """Negative log-likelihood of the chosen completion: −ℓ_w/n_w.
 
-    Supervised fine-tuning on the chosen answers; the rejected ones and the reference play no part. Meant as a part of
-    a `MixtureLoss`, to keep the likelihood of chosen answers from falling; alone, it is the baseline that a preference
-    loss has to beat.
+    Supervised fine-tuning on the chosen completions; the rejected ones and the reference play no part. Meant as a part
+    of a `MixtureLoss`, to keep the likelihood of chosen completions from falling; alone, it is the baseline that a
+    preference loss has to beat.
 
-    The references disagree on the mean, so it is an argument. `"sequence"` is the mean over each answer's tokens, so
-    that all answers count alike, as in LLaMA-Factory and OpenRLHF; `"token"` is B·(−ℓ_w)/Σn_w over the batch of B
-    pairs, whose mean over pairs is the mean over tokens, as in TRL and Liger: long answers count more, and a pair's
-    loss depends on its batch mates' lengths. For one pair it is −ℓ_w/n_w either way and its slope in ℓ_w is −1/n_w.
+    The references disagree on the mean, so it is an argument. `"sequence"` is the mean over each completion's tokens,
+    so that all completions count alike, as in LLaMA-Factory and OpenRLHF; `"token"` is B·(−ℓ_w)/Σn_w over the batch of
+    B pairs, whose mean over pairs is the mean over tokens, as in TRL and Liger: long completions count more, and a
+    pair's loss depends on its batch mates' lengths. For one pair it is −ℓ_w/n_w either way and its slope in ℓ_w is
+    −1/n_w.
 
     Args:
-        average_over: over each answer's tokens (`"sequence"`) or over the batch's (`"token"`).
+        average_over: over each completion's tokens (`"sequence"`) or over the batch's (`"token"`).
 
     Raises:
         ValueError: if `average_over` is neither.

@@ -16,7 +16,7 @@ from lit_dpo.losses.base import PreferenceLoss
 class SimPOLoss(PreferenceLoss):
     """Simple Preference Optimization (SimPO, arXiv 2405.14734, eq. 6): −log σ(β·(ℓ_w/n_w − ℓ_l/n_l) − γ).
 
-    ℓ = log π of the chosen (w) and rejected (l) answer and n its number of tokens; no reference. γ is the paper's
+    ℓ = log π of the chosen (w) and rejected (l) completion and n its number of tokens; no reference. γ is the paper's
     target reward margin, in units of the reward; the authors' code takes γ/β instead (`gamma_beta_ratio`, a margin in
     nats per token): gamma = beta · gamma_beta_ratio. With z the argument of σ and a smoothing ε, the loss is
     −(1−ε)·log σ(z) − ε·log σ(−z). At equal means it is log(1 + e^γ) and its slope in ℓ_w is −β·σ(γ)/n_w (ε = 0).

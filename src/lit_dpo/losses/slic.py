@@ -15,16 +15,16 @@ from lit_dpo.losses.base import PreferenceLoss
 class SLiCLoss(PreferenceLoss):
     """Sequence likelihood calibration (SLiC-HF, arXiv 2305.10425, section 2): max(0, 1 − β·(ℓ_w − ℓ_l)) − λ·ℓ_w/n_w.
 
-    ℓ = log π of the chosen (w) and rejected (l) answer, n its number of tokens; no reference. The second term, the
-    negative log-likelihood of the chosen answer, is what keeps the policy near its start. The paper, and HALOs, write
-    max(0, δ − ℓ_w + ℓ_l) − λ′·ℓ_w, with the margin δ in nats and the likelihood of the whole answer: for an answer of
-    n_w tokens that is δ times this loss with β = 1/δ and λ = λ′·n_w/δ. One λ for all lengths, per token as here, is how
-    TRL's CPO regularises its hinge: long answers do not count more. The same hinge on log-ratios is `HingeLoss`. At
-    equal log-probs it is 1 − λ·ℓ_w/n_w and its slope in ℓ_w is −β − λ/n_w.
+    ℓ = log π of the chosen (w) and rejected (l) completion, n its number of tokens; no reference. The second term, the
+    negative log-likelihood of the chosen completion, is what keeps the policy near its start. The paper, and HALOs,
+    write max(0, δ − ℓ_w + ℓ_l) − λ′·ℓ_w, with the margin δ in nats and the likelihood of the whole completion: for a
+    completion of n_w tokens that is δ times this loss with β = 1/δ and λ = λ′·n_w/δ. One λ for all lengths, per token
+    as here, is how TRL's CPO regularises its hinge: long completions do not count more. The same hinge on log-ratios is
+    `HingeLoss`. At equal log-probs it is 1 − λ·ℓ_w/n_w and its slope in ℓ_w is −β − λ/n_w.
 
     Args:
         beta: 1/β is the margin in nats from which on a pair is left alone.
-        nll_weight: λ, the weight of the negative log-likelihood per token of the chosen answer. Expected ≥ 0.
+        nll_weight: λ, the weight of the negative log-likelihood per token of the chosen completion. Expected ≥ 0.
 
     Raises:
         ValueError: if `nll_weight` is negative or not finite.

@@ -14,7 +14,7 @@ from lit_dpo.losses.base import PreferenceLoss
 class SoftDPOLoss(PreferenceLoss):
     """Soft labels (cDPO, ericmitchell.ai/cdpo.pdf, eq. 3, a p per pair): −p·log σ(β·Δ) − (1−p)·log σ(−β·Δ).
 
-    p is each pair's own probability that the chosen answer is really the better one, from the data: the share of
+    p is each pair's own probability that the chosen completion is really the better one, from the data: the share of
     annotators, or σ of a reward model's difference. Where cDPO has one ε for all pairs, ε = 1 − p here. Its minimum is
     at β·Δ = log(p/(1−p)), so a pair of equals is pulled to margin 0. At margin 0 it is log 2 and its slope in Δ is
     −β(2p−1)/2.

@@ -12,9 +12,9 @@ from lit_dpo.losses.base import PreferenceLoss
 class SPPOLoss(PreferenceLoss):
     """Self-play preference optimization (SPPO, arXiv 2405.00675, eq. 4.7): (r_w − 1/(2β))² + (r_l + 1/(2β))².
 
-    r = log π/π_ref of the chosen (w) and rejected (l) answer. This is the `hard` form: the paper regresses the
-    log-ratio of an answer onto η·(P − ½), with the probability P that it wins from a preference model; here P is 1 for
-    the chosen and 0 for the rejected one, and β is 1/η. Each log-ratio has its own target, so both likelihoods are
+    r = log π/π_ref of the chosen (w) and rejected (l) completion. This is the `hard` form: the paper regresses the
+    log-ratio of a completion onto η·(P − ½), with the probability P that it wins from a preference model; here P is 1
+    for the chosen and 0 for the rejected one, and β is 1/η. Each log-ratio has its own target, so both likelihoods are
     held, not only their difference. At log-ratios 0 it is 1/(2β²) and its slope in r_w is −1/β, in r_l 1/β.
 
     Args:

@@ -13,13 +13,14 @@ from lit_dpo.losses.base import PreferenceLoss
 
 @dataclass(frozen=True)
 class TDPOLoss(PreferenceLoss):
-    """Token-level DPO (TDPO, arXiv 2404.11999): −log σ(β·(Δ − δ)), δ the difference of the answers' divergences.
+    """Token-level DPO (TDPO, arXiv 2404.11999): −log σ(β·(Δ − δ)), δ the difference of the completions' divergences.
 
-    D = Σ_t KL(π_ref ‖ π) over the vocabulary at each of an answer's tokens, chosen (w) or rejected (l): a forward KL,
-    which holds the policy to all that the reference says, where DPO's margin only sees the tokens that were written.
+    D = Σ_t KL(π_ref ‖ π) over the vocabulary at each of a completion's tokens, chosen (w) or rejected (l): a forward
+    KL, which holds the policy to all that the reference says, where DPO's margin only sees the tokens that were
+    written.
 
     - `"tdpo1"`: δ = D_l − D_w.
-    - `"tdpo2"`: δ = α·(D_l − D_w) with no gradient through D_w, so that the divergence on the chosen answer is free
+    - `"tdpo2"`: δ = α·(D_l − D_w) with no gradient through D_w, so that the divergence on the chosen completion is free
       and that on the rejected one is pushed below it.
 
     The authors prefer TDPO1 for small and TDPO2 for large learning rates. Rewards stay β·log π/π_ref, as for every

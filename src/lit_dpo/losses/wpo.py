@@ -15,7 +15,7 @@ from lit_dpo.losses.dpo import DPOLoss
 class WPOLoss(ComposedLoss):
     """Weighted preference optimization (WPO, arXiv 2406.11827): any loss times w_w·w_l, without gradient.
 
-    w = exp(mean_t[log p_t − log Σ_v π_t(v)²]) tells how likely the policy itself is to write an answer: p_t is the
+    w = exp(mean_t[log p_t − log Σ_v π_t(v)²]) tells how likely the policy itself is to write a completion: p_t is the
     probability of its token t, π_t the distribution over the vocabulary there, and Σ_v π_t(v)² the probability that a
     sampled token would have (the paper's sampled alignment). Pairs that the policy would hardly produce count less, so
     that off-policy data act more like on-policy data.
@@ -62,7 +62,7 @@ class WPOLoss(ComposedLoss):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         """Log-probs per token, log Σ_v π(v)² for the alignment, and what the loss needs."""
-        return super().needs | ({"tokens", "collision"} if self.alignment == "sampled" else {"tokens"})
+        return super().needs | ({"per_token", "collision"} if self.alignment == "sampled" else {"per_token"})
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""
@@ -75,7 +75,7 @@ class WPOLoss(ComposedLoss):
 
     def _nats(self, pairs: PairLogps, name: str) -> Tensor:
         """Log w of one side. Not from its total, which `LDDPOLoss` may have changed."""
-        side, values = pairs.require(name), pairs.require(f"{name}.tokens").detach()
+        side, values = pairs.require(name), pairs.require(f"{name}.per_token").detach()
         if self.alignment == "sampled":
             values = values - pairs.require(f"{name}.collision").detach()
         mean: Tensor = side.sums(values) / side.length

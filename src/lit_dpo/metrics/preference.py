@@ -166,8 +166,8 @@ class KLEstimate(Mean):
             (pairs.policy_chosen, pairs.reference_chosen),
             (pairs.policy_rejected, pairs.reference_rejected),
         ):
-            if reference is not None and policy.tokens is not None and reference.tokens is not None:
-                self.add(0.5 * (policy.tokens.double() - reference.tokens.double()) ** 2)
+            if reference is not None and policy.per_token is not None and reference.per_token is not None:
+                self.add(0.5 * (policy.per_token.double() - reference.per_token.double()) ** 2)
 
 
 def _add_tokens(metric: Mean, side: SequenceLogps) -> None:

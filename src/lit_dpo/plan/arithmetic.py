@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lit_dpo.data.batch import EncodedPair, collate_pairs
 from lit_dpo.logps import score
 from lit_dpo.logps.attention import has_pair_attention
-from lit_dpo.logps.head import backbone
+from lit_dpo.logps.model_head import backbone
 from lit_dpo.memory import PROBES, Context, Lengths, step_features
-from lit_dpo.skeleton import Skeleton
+from lit_dpo.plan.skeleton import Skeleton
 
 
 class Arithmetic(NamedTuple):
@@ -96,13 +96,13 @@ def measured_rate(
 
     Args:
         layer: `(outputs, inputs)`.
-        tokens: of a row.
+        tokens: of a micro-batch.
         quantization: `nf4` has its weight unpacked in each pass.
         device: where.
         dtype: of computation.
         seconds: to measure for, after a first pass.
     """
-    from lit_dpo.sliced import SlicedLinear4bit
+    from lit_dpo.policy.sliced import SlicedLinear4bit
 
     outputs, inputs = layer
     made: Any

@@ -12,15 +12,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.data.datamodule import PreferenceDataModule
-from lit_dpo.devices import default_dtype
 from lit_dpo.errors import TrainingError
+from lit_dpo.logps.microbatch import MICROBATCH_TOKENS
 from lit_dpo.memory import Lengths, StepEstimate, StepMemory, optimizer_bytes, stored_bytes
 from lit_dpo.plan.arithmetic import Arithmetic, count, measured_rate
 from lit_dpo.plan.cards import Card, card
+from lit_dpo.plan.skeleton import Skeleton, skeleton
+from lit_dpo.policy.devices import default_dtype
 from lit_dpo.references import AdapterReference, CachedReference, EMAReference, ModelReference, NoReference
 from lit_dpo.requirements import check_run
-from lit_dpo.rows import ROW_TOKENS
-from lit_dpo.skeleton import Skeleton, skeleton
 
 GIB = 2.0**30
 _PROCESS = 0.5 * GIB
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
         trained: numbers in the adapters.
         step: the memory of a training step, as the run is configured.
         device: what it is planned for.
-        fitting: the most `row_tokens` whose step fits the device; None if no row fits.
+        fitting: the most `microbatch_tokens` whose step fits the device; None if none fits.
         checkpointing: whether that takes `gradient_checkpointing`.
         arithmetic: floating point operations of the whole run, on all devices.
         seconds: from and to.
@@ -135,20 +135,20 @@ class _Search:
 
     def __init__(self, module: Any, loader: Any, device: Device) -> None:
         self.module, self.loader, self.device = module, loader, device
-        self.wanted = module.row_tokens or ROW_TOKENS["cuda" if device.on_gpu else "cpu"]
-        self.whole = module.why_one_row is not None
+        self.wanted = module.microbatch_tokens or MICROBATCH_TOKENS["cuda" if device.on_gpu else "cpu"]
+        self.whole = module.why_whole is not None
         self.skeleton, self.estimate = self._measure(module.policy)
 
     def context(self) -> Any:
         """What a step runs in: on a GPU autocast, for which that of a CPU stands."""
         return torch.autocast("cpu", dtype=torch.bfloat16) if self.device.on_gpu else nullcontext()
 
-    def step(self, row_tokens: int, estimate: StepEstimate | None = None) -> StepMemory:
-        rows, several = self.loader.largest_rows(math.inf if self.whole else row_tokens)
-        return (estimate or self.estimate).of(rows, several)
+    def step(self, microbatch_tokens: int, estimate: StepEstimate | None = None) -> StepMemory:
+        largest, several = self.loader.largest_microbatches(math.inf if self.whole else microbatch_tokens)
+        return (estimate or self.estimate).of(largest, several)
 
     def fitting(self) -> tuple[int | None, bool]:
-        """The most `row_tokens` that fit, if need be with checkpoints; those of the run where they do."""
+        """The most `microbatch_tokens` that fit, if need be with checkpoints; those of the run where they do."""
         if (found := self._most(self.estimate)) or self.module.policy.gradient_checkpointing:
             return found, False
         _, estimate = self._measure(replace(self.module.policy, gradient_checkpointing=True))
@@ -161,7 +161,7 @@ class _Search:
 
     def _measure(self, policy: Any) -> tuple[Skeleton, StepEstimate]:
         whole = self._skeleton(policy)
-        beside = _beside(self.module.reference.bare, whole, self.device)
+        others = _other_models(self.module.reference.unwrapped, whole, self.device)
         frozen, trained = stored_bytes(whole.model)
         if (repeats := whole.repeats) is None:
             shallow = deep = self._estimate(whole)
@@ -169,7 +169,7 @@ class _Search:
         else:
             shallow, deep = (self._estimate(self._skeleton(policy, n)) for n in (repeats.shallow, repeats.deep))
             times = repeats.times
-        return whole, shallow.with_layers(deep, times, frozen + beside, trained)
+        return whole, shallow.with_layers(deep, times, frozen + others, trained)
 
     def _estimate(self, made: Skeleton) -> StepEstimate:
         kept = optimizer_bytes(self.module.optimizer, torch.device("cpu"))
@@ -190,7 +190,7 @@ class _Search:
         return shallow.with_layers(deep, repeats.times)
 
 
-def _beside(reference: Any, made: Skeleton, device: Device) -> int:
+def _other_models(reference: Any, made: Skeleton, device: Device) -> int:
     """Bytes of a reference that is not the policy's own base."""
     if isinstance(reference, ModelReference):
         other = reference.loader
@@ -243,7 +243,7 @@ def _arithmetic(module: Any, one: Arithmetic, epochs: float) -> float:
         passes = min(1.0, epochs)
     else:
         passes = epochs
-    if isinstance(reference.bare, ModelReference):
+    if isinstance(reference.unwrapped, ModelReference):
         rank_zero_info("the reference's passes are counted as if it were as large as the policy")
     return one.training * epochs + one.reference * passes
 
@@ -284,9 +284,11 @@ def _text(made: Plan, module: Any, wanted: int, rate: str, ranks: int) -> str:
 
 def _fits(made: Plan, wanted: int) -> str:
     if made.fitting is None:
-        return "no, not even with gradient checkpointing and small rows: lower `--data.max_length`, or take less model"
+        return (
+            "no, not even with gradient checkpointing, a pair at a time: lower `--data.max_length`, or take less model"
+        )
     options = ["`--model.policy.gradient_checkpointing true`"] if made.checkpointing else []
-    options += [f"`--model.row_tokens {made.fitting}`"] if made.fitting != wanted else []
+    options += [f"`--model.microbatch_tokens {made.fitting}`"] if made.fitting != wanted else []
     return f"yes, with {' and '.join(options)}" if options else "yes"
 
 

@@ -8,20 +8,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-
-from lit_dpo.adapter_checks import check_adapter_keys, check_base, check_lora
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError
-from lit_dpo.fingerprints import sampled_digest
 from lit_dpo.hub import Place, locate_adapter
+from lit_dpo.policy.adapter_checks import check_adapter_keys, check_base, check_lora
+from lit_dpo.policy.adapters import REFERENCE, active_adapter, adapters_off, freeze_second_adapter
+from lit_dpo.policy.digests import sampled_digest
 from lit_dpo.references.base import Reference
 
 if TYPE_CHECKING:
-    from lit_dpo.policy import QLoRAPolicy
-
-NAME = "reference"
-"""Of the second adapter."""
+    from lit_dpo.policy import LoRAPolicy
 
 
 @dataclass(frozen=True)
@@ -33,14 +29,14 @@ class BaseReference(Reference):
     """
 
     @contextmanager
-    def active(self, model: Any) -> Iterator[Any]:
+    def activated(self, model: Any) -> Iterator[Any]:
         """The policy with the adapters off."""
         with adapters_off(model):
             yield model
 
-    def identity(self, policy: QLoRAPolicy) -> dict[str, Any]:
+    def cache_identity(self, policy: LoRAPolicy) -> dict[str, Any]:
         """The base's content and quantisation."""
-        return {"base": policy.content()}
+        return {"base": policy.cache_identity()}
 
 
 @dataclass(frozen=True)
@@ -62,38 +58,41 @@ class AdapterReference(Reference):
         """A path of its own may name any adapter."""
         return self.path is None
 
-    def check(self, policy: QLoRAPolicy) -> None:
+    def check(self, policy: LoRAPolicy) -> None:
         """There is an adapter."""
         place = self._place(policy)
         check_base(policy, check_lora(place), place)
 
-    def attach(self, model: Any, policy: QLoRAPolicy) -> None:
+    def attach(self, model: Any, policy: LoRAPolicy) -> None:
         """Load the copy."""
         place = self._place(policy)
         check_base(policy, check_lora(place), place)
         training = model.training
         try:
-            model.load_adapter(place.folder, adapter_name=NAME, is_trainable=False)
+            model.load_adapter(place.folder, adapter_name=REFERENCE, is_trainable=False)
         except (OSError, ValueError, RuntimeError) as error:
             raise PolicyError(f"No adapter for the reference at {place}: {error}") from error
-        check_adapter_keys(model, place.folder, NAME)
+        check_adapter_keys(model, place.folder, REFERENCE)
         freeze_second_adapter(model, training)
 
     @contextmanager
-    def active(self, model: Any) -> Iterator[Any]:
+    def activated(self, model: Any) -> Iterator[Any]:
         """The policy with the copy in its adapter's place."""
-        with active_adapter(model, NAME):
+        with active_adapter(model, REFERENCE):
             yield model
 
-    def content(self, policy: QLoRAPolicy) -> dict[str, Any]:
+    def checkpoint_identity(self, policy: LoRAPolicy) -> dict[str, Any]:
         """Of the adapter."""
         return {"adapter": sampled_digest(self._place(policy).folder)}
 
-    def identity(self, policy: QLoRAPolicy) -> dict[str, Any]:
+    def cache_identity(self, policy: LoRAPolicy) -> dict[str, Any]:
         """The base's content and quantisation, and the adapter's content."""
-        return {"base": policy.content(), "adapter": policy.adapter_content(str(self._place(policy).folder))}
+        return {
+            "base": policy.cache_identity(),
+            "adapter": policy.adapter_cache_identity(str(self._place(policy).folder)),
+        }
 
-    def _place(self, policy: QLoRAPolicy) -> Place:
+    def _place(self, policy: LoRAPolicy) -> Place:
         if self.path is not None:
             return self._own_place
         if policy.adapter_path is not None:
@@ -118,7 +117,7 @@ class NoReference(Reference):
         """Nothing."""
         return frozenset()
 
-    def active(self, model: Any) -> NoReturn:
+    def activated(self, model: Any) -> NoReturn:
         """There is no model."""
         raise PolicyError("NoReference has no model to run.")
 
@@ -127,53 +126,6 @@ class NoReference(Reference):
         return None, None
 
 
-def default_reference(policy: QLoRAPolicy) -> Reference:
+def default_reference(policy: LoRAPolicy) -> Reference:
     """Where the policy starts: its base, or, if it continues an adapter, a frozen copy of that."""
     return AdapterReference() if policy.adapter_path else BaseReference()
-
-
-@contextmanager
-def adapters_off(model: Any) -> Iterator[None]:
-    """Run the base alone. Not `disable_adapter`: that turns `requires_grad` of all adapter weights off and on again."""
-    layers = _tuner_layers(model)
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, off in zip(layers, before, strict=True):
-            layer._disable_adapters = off
-
-
-@contextmanager
-def active_adapter(model: Any, name: str) -> Iterator[None]:
-    """Run with another adapter. Not `set_adapter`: that flips `requires_grad` and would silently stop training."""
-    layers = _tuner_layers(model)
-    before = [layer._active_adapter for layer in layers]
-    for layer in layers:
-        layer._active_adapter = [name]
-    try:
-        yield
-    finally:
-        for layer, active in zip(layers, before, strict=True):
-            layer._active_adapter = active
-
-
-def freeze_second_adapter(model: Any, training: bool) -> None:
-    """A second adapter that was just added is evaluated, never trained, while the layers around it train.
-
-    Args:
-        model: the policy.
-        training: the mode that it was in; PEFT leaves all of it in eval mode.
-    """
-    model.train(training)
-    for layer in _tuner_layers(model):
-        if NAME in getattr(layer, "lora_dropout", {}):
-            layer.lora_dropout[NAME] = torch.nn.Identity()
-
-
-def _tuner_layers(model: Any) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

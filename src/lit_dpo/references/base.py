@@ -12,22 +12,22 @@ import torch
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError
 from lit_dpo.logps.records import SequenceLogps
-from lit_dpo.logps.score import pair_logps
+from lit_dpo.logps.score import completion_logps
 
 if TYPE_CHECKING:
-    from lit_dpo.policy import QLoRAPolicy
+    from lit_dpo.policy import LoRAPolicy
 
 
 @dataclass(frozen=True)
 class Reference(ABC):
     """A strategy that scores a batch under the reference model, without gradients.
 
-    Subclass it anywhere; nothing has to be registered. Most say in `active` which model to run; one that has its
+    Subclass it anywhere; nothing has to be registered. Most say in `activated` which model to run; one that has its
     numbers from elsewhere overrides `logps` and says in `gives` what it does not have. A reference never calls
-    `set_adapter`, which would flip `requires_grad` of the policy's adapter. What it loads it keeps beside the policy.
+    `set_adapter`, which would flip `requires_grad` of the policy's adapter. What it loads it keeps next to the policy.
     """
 
-    moves: ClassVar[bool] = False
+    follows_policy: ClassVar[bool] = False
     """Whether training changes it (`update`). Its adapter is then named `reference` and part of every checkpoint."""
 
     @property
@@ -37,23 +37,23 @@ class Reference(ABC):
 
     @property
     def gives(self) -> frozenset[str]:
-        """What it has beside sums: `tokens`, log-probs per token, and `kl`, its whole distribution to diverge from."""
-        return frozenset({"tokens", "kl"})
+        """What it has besides sums: `tokens`, log-probs per token, and `kl`, its whole distribution to diverge from."""
+        return frozenset({"per_token", "kl"})
 
     @property
-    def bare(self) -> Reference:
+    def unwrapped(self) -> Reference:
         """The reference without what only makes it faster: runs with equal ones compute the same."""
         return self
 
-    def check(self, policy: QLoRAPolicy) -> None:  # noqa: B027 - most need nothing
+    def check(self, policy: LoRAPolicy) -> None:  # noqa: B027 - most need nothing
         """Find what would fail in `attach`, without loading weights.
 
         Raises:
             PolicyError: naming the file or field, and what there is instead.
         """
 
-    def attach(self, model: Any, policy: QLoRAPolicy) -> None:  # noqa: B027 - most need nothing
-        """Put what the reference needs beside the loaded policy. Called once, after `policy.load`.
+    def attach(self, model: Any, policy: LoRAPolicy) -> None:  # noqa: B027 - most need nothing
+        """Put what the reference needs next to the loaded policy. Called once, after `policy.load`.
 
         Args:
             model: the `peft.PeftModel` of the policy.
@@ -61,8 +61,8 @@ class Reference(ABC):
         """
 
     @abstractmethod
-    def active(self, model: Any) -> AbstractContextManager[Any]:
-        """A context that yields the reference as a model to run, made of the policy's or kept beside it.
+    def activated(self, model: Any) -> AbstractContextManager[Any]:
+        """A context that yields the reference as a model to run, made of the policy's or kept next to it.
 
         Args:
             model: the policy.
@@ -70,35 +70,37 @@ class Reference(ABC):
 
     def logps(self, model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps] | tuple[None, None]:
         """Log-probs of the chosen and rejected completions under the reference; (None, None) if there is none."""
-        with torch.no_grad(), self.active(model) as reference:
-            return pair_logps(reference, batch)
+        with torch.no_grad(), self.activated(model) as reference:
+            return completion_logps(reference, batch)
 
     def update(self, model: Any, step: int) -> None:  # noqa: B027 - most stay as they are
-        """Follow the policy. Called after every optimizer step, on all ranks alike, if `moves`.
+        """Follow the policy. Called after every optimizer step, on all ranks alike, if `follows_policy`.
 
         Args:
             model: the policy.
             step: how many steps have been made, from 1.
         """
 
-    def content(self, policy: QLoRAPolicy) -> dict[str, Any]:
-        """Digests of what it loads beside the policy: resuming with other content, not from elsewhere, stops."""
+    def checkpoint_identity(self, policy: LoRAPolicy) -> dict[str, Any]:
+        """Digests of what it loads next to the policy: resuming with other content, not from elsewhere, stops."""
         return {}
 
-    def identity(self, policy: QLoRAPolicy) -> dict[str, Any]:
+    def cache_identity(self, policy: LoRAPolicy) -> dict[str, Any]:
         """Everything that decides its log-probs of given token ids, in builtins: what a cache of them belongs to.
 
         Raises:
             PolicyError: if it cannot say.
         """
-        raise PolicyError(f"{self} does not say what its log-probs depend on (`identity`), so they cannot be cached.")
+        raise PolicyError(
+            f"{self} does not say what its log-probs depend on (`cache_identity`), so they cannot be cached."
+        )
 
 
-def keep(model: Any, name: str, kept: Any) -> None:
-    """Have something beside the policy that is none of its submodules: not trained, cast, counted or saved with it."""
-    model.__dict__[f"lit_dpo_{name}"] = kept
+def keep_attached(model: Any, name: str, frozen: Any) -> None:
+    """Keep something next to the policy that is none of its submodules: not trained, cast, counted or saved with it."""
+    model.__dict__[f"lit_dpo_{name}"] = frozen
 
 
-def kept(model: Any, name: str) -> Any:
-    """What `keep` put there."""
+def attached(model: Any, name: str) -> Any:
+    """What `keep_attached` put there."""
     return model.__dict__[f"lit_dpo_{name}"]

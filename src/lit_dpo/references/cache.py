@@ -16,16 +16,16 @@ from torch import Tensor
 
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError, TrainingError
-from lit_dpo.kernels import kernels_of
 from lit_dpo.logps.records import SequenceLogps
 from lit_dpo.logps.score import base_model
+from lit_dpo.policy.kernels import kernels_of
 from lit_dpo.references.adapter import NoReference, default_reference
-from lit_dpo.references.base import Reference, keep, kept
+from lit_dpo.references.base import Reference, attached, keep_attached
 from lit_dpo.references.store import LogpStore, Stored
 from lit_dpo.writing import written_whole
 
 if TYPE_CHECKING:
-    from lit_dpo.policy import QLoRAPolicy
+    from lit_dpo.policy import LoRAPolicy
 
 _VERSION = 1  # of what is stored and of how log-probs are computed
 
@@ -44,8 +44,8 @@ class CachedReference(Reference):
     Args:
         reference: what is remembered. None: the module's default, the base or the adapter that is continued.
         directory: where; a folder for each reference is made in it.
-        tokens: store log-probs per token, 4 bytes each: the size of the encoded answers. False stores sums, 8 bytes per
-            pair, and refuses losses that read tokens; `kl` is not measured then.
+        per_token: store log-probs per token, 4 bytes each: the size of the encoded completions. False stores sums, 8
+            bytes per pair, and refuses losses that read tokens; `kl` is not measured then.
 
     Raises:
         PolicyError: for a reference that moves, or none. On attaching, for one that cannot say what it depends on.
@@ -53,14 +53,16 @@ class CachedReference(Reference):
 
     reference: Reference | None = None
     directory: str = "runs/reference-cache"
-    tokens: bool = True
+    per_token: bool = True
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if isinstance(self.reference, CachedReference | NoReference) or (self.reference and self.reference.moves):
+        if isinstance(self.reference, CachedReference | NoReference) or (
+            self.reference and self.reference.follows_policy
+        ):
             raise PolicyError(f"Expected a reference whose log-probs stay as they are but got {self.reference}.")
-        if self.tokens and self.reference and "tokens" not in self.reference.gives:
-            raise PolicyError(f"{self.reference} has no log-probs per token: set `reference.tokens` to false.")
+        if self.per_token and self.reference and "per_token" not in self.reference.gives:
+            raise PolicyError(f"{self.reference} has no log-probs per token: set `reference.per_token` to false.")
 
     @property
     def starts_at_policy(self) -> bool:
@@ -70,17 +72,17 @@ class CachedReference(Reference):
     @property
     def gives(self) -> frozenset[str]:
         """Tokens, if they are stored; never a whole distribution."""
-        return frozenset({"tokens"}) if self.tokens else frozenset()
+        return frozenset({"per_token"}) if self.per_token else frozenset()
 
     @property
-    def bare(self) -> Reference:
+    def unwrapped(self) -> Reference:
         """What is remembered."""
         return self.reference or self
 
-    def check(self, policy: QLoRAPolicy) -> None:
+    def check(self, policy: LoRAPolicy) -> None:
         """As what is remembered; it says what it depends on; and the directory takes files."""
         self._of(policy).check(policy)
-        self.identity(policy)
+        self.cache_identity(policy)
         try:
             Path(self.directory).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.directory):
@@ -88,26 +90,26 @@ class CachedReference(Reference):
         except OSError as error:
             raise PolicyError(f"Expected to write to `reference.directory` {self.directory!r} but {error}.") from error
 
-    def attach(self, model: Any, policy: QLoRAPolicy) -> None:
+    def attach(self, model: Any, policy: LoRAPolicy) -> None:
         """Attach what is remembered, and find its folder."""
         reference = self._of(policy)
         reference.attach(model, policy)
-        keep(model, "cache", _Cache(reference, self, reference.identity(policy)))
+        keep_attached(model, "cache", _Cache(reference, self, reference.cache_identity(policy)))
 
-    def active(self, model: Any) -> NoReturn:
+    def activated(self, model: Any) -> NoReturn:
         """Log-probs are all there is."""
         raise PolicyError(f"{self} has no model to run: use {self.reference or 'what it remembers'} itself.")
 
     def logps(self, model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
         """From disk; what is not there is computed and put there."""
-        cache: _Cache = kept(model, "cache")
+        cache: _Cache = attached(model, "cache")
         return cache.logps(model, batch)
 
-    def identity(self, policy: QLoRAPolicy) -> dict[str, Any]:
+    def cache_identity(self, policy: LoRAPolicy) -> dict[str, Any]:
         """As what is remembered."""
-        return self._of(policy).identity(policy)
+        return self._of(policy).cache_identity(policy)
 
-    def _of(self, policy: QLoRAPolicy) -> Reference:
+    def _of(self, policy: LoRAPolicy) -> Reference:
         return self.reference or default_reference(policy)
 
 
@@ -148,7 +150,7 @@ class _Cache:
     def _side(self, values: tuple[Any, ...], lengths: Tensor, device: torch.device) -> SequenceLogps:
         """The first value of a pair is its total; its tokens follow."""
         total = torch.from_numpy(np.array([one[0] for one in values], np.float32))
-        tokens = torch.from_numpy(np.concatenate([one[1:] for one in values])) if self.settings.tokens else None
+        tokens = torch.from_numpy(np.concatenate([one[1:] for one in values])) if self.settings.per_token else None
         return SequenceLogps(
             total.to(device, non_blocking=True),
             lengths.float().to(device, non_blocking=True),
@@ -160,16 +162,16 @@ class _Cache:
         for side in self.reference.logps(model, batch):
             assert side is not None
             parts.append(side.total.float())
-            if self.settings.tokens:
-                assert side.tokens is not None
-                parts.append(side.tokens.float())
+            if self.settings.per_token:
+                assert side.per_token is not None
+                parts.append(side.per_token.float())
         # one copy: each waits for the device
         values = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
         sides = []
         for lengths in (batch.chosen_lengths, batch.rejected_lengths):
             totals = values.pop(0)[:, None]
             tokens = [totals[:0, 0]] * batch.size
-            if self.settings.tokens:
+            if self.settings.per_token:
                 tokens = np.split(values.pop(0), lengths.numpy().cumsum()[:-1])
             sides.append([np.concatenate(one) for one in zip(totals, tokens, strict=True)])
         return [Stored(*pair) for pair in zip(*sides, strict=True)]
@@ -184,7 +186,7 @@ class _Cache:
         identity = {
             "version": _VERSION,
             **self.identity,
-            "tokens": self.settings.tokens,
+            "per_token": self.settings.per_token,
             "compute": {
                 "dtype": str(base.dtype),
                 "autocast": autocast,

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from lit_dpo.errors import PolicyError
-from lit_dpo.policy import adapter_parameters
-from lit_dpo.references.adapter import NAME, active_adapter, freeze_second_adapter
+from lit_dpo.policy.adapters import REFERENCE, active_adapter, adapter_parameters, freeze_second_adapter
 from lit_dpo.references.base import Reference
 
 if TYPE_CHECKING:
-    from lit_dpo.policy import QLoRAPolicy
+    from lit_dpo.policy import LoRAPolicy
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class EMAReference(Reference):
         PolicyError: for a value outside its domain.
     """
 
-    moves: ClassVar[bool] = True
+    follows_policy: ClassVar[bool] = True
 
     alpha: float = 0.6
     every: int = 64
@@ -53,21 +52,21 @@ class EMAReference(Reference):
             raise PolicyError(f"Expected `reference.every` >= 1 but got {self.every}.")
 
     @torch.no_grad()
-    def attach(self, model: Any, policy: QLoRAPolicy) -> None:
+    def attach(self, model: Any, policy: LoRAPolicy) -> None:
         """Copy the policy's adapter."""
         training = model.training
         config = copy.deepcopy(model.peft_config["default"])
         config.init_lora_weights = True  # its weights are copied below; some initialisations would change the base
-        model.add_adapter(NAME, config)
+        model.add_adapter(REFERENCE, config)
         freeze_second_adapter(model, training)
         for mine, policys in self._weights(model):
             mine.requires_grad_(False)
             mine.data = policys.detach().clone()
 
     @contextmanager
-    def active(self, model: Any) -> Iterator[Any]:
+    def activated(self, model: Any) -> Iterator[Any]:
         """The policy with the average in its adapter's place."""
-        with active_adapter(model, NAME):
+        with active_adapter(model, REFERENCE):
             yield model
 
     @torch.no_grad()
@@ -79,5 +78,5 @@ class EMAReference(Reference):
 
     @staticmethod
     def _weights(model: Any) -> list[tuple[Any, Any]]:
-        mine, policys = (adapter_parameters(model, name).values() for name in (NAME, "default"))
+        mine, policys = (adapter_parameters(model, name).values() for name in (REFERENCE, "default"))
         return list(zip(mine, policys, strict=True))

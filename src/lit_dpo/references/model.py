@@ -9,15 +9,15 @@ from functools import cached_property
 from typing import Any, Literal
 
 from lit_dpo.errors import PolicyError
-from lit_dpo.limits import Limits, policy_limits
 from lit_dpo.logps.score import choose_layout
-from lit_dpo.policy import QLoRAPolicy
-from lit_dpo.references.base import Reference, keep, kept
+from lit_dpo.policy import LoRAPolicy
+from lit_dpo.policy.limits import Limits, policy_limits
+from lit_dpo.references.base import Reference, attached, keep_attached
 
 
 @dataclass(frozen=True)
 class ModelReference(Reference):
-    """Another checkpoint with the policy's vocabulary, frozen beside it: a larger model, or the one before its SFT.
+    """Another checkpoint with the policy's vocabulary, frozen next to it: a larger model, or the one before its SFT.
 
     Costs the memory of that model; `CachedReference` around it costs its passes once. At the first step policy and
     reference may differ, so that rewards do not start at 0.
@@ -56,7 +56,7 @@ class ModelReference(Reference):
         """It is another model."""
         return False
 
-    def check(self, policy: QLoRAPolicy) -> None:
+    def check(self, policy: LoRAPolicy) -> None:
         """It can be loaded, and reads the same tokens."""
         mine = self.loader
         with _as_reference():
@@ -68,18 +68,18 @@ class ModelReference(Reference):
                 f"{len(different)} tokens, first {different[0]!r}: the same ids would be other texts."
             )
 
-    def attach(self, model: Any, policy: QLoRAPolicy) -> None:
+    def attach(self, model: Any, policy: LoRAPolicy) -> None:
         """Load it where the policy is."""
         device = next(model.parameters()).device
         with _as_reference():
             found = self.loader.load_frozen(device)
         choose_layout(found, self.attention)
-        keep(model, "reference", found)
+        keep_attached(model, "reference", found)
 
     @contextmanager
-    def active(self, model: Any) -> Iterator[Any]:
+    def activated(self, model: Any) -> Iterator[Any]:
         """That model, where the policy is."""
-        found, device = kept(model, "reference"), next(model.parameters()).device
+        found, device = attached(model, "reference"), next(model.parameters()).device
         if next(found.parameters()).device != device:
             found.to(device)
         yield found
@@ -88,23 +88,23 @@ class ModelReference(Reference):
         """How many token ids and positions the model has."""
         return policy_limits(self.loader)
 
-    def content(self, policy: QLoRAPolicy) -> dict[str, Any]:
+    def checkpoint_identity(self, policy: LoRAPolicy) -> dict[str, Any]:
         """Of the model and its adapter."""
         mine = self.loader
-        base = mine.identity()
+        base = mine.checkpoint_identity()
         commit = {"commit": base["commit"]} if "commit" in base else {}
-        return {"model": base["fingerprint"], **commit, "adapter": mine.start()}
+        return {"model": base["fingerprint"], **commit, "adapter": mine.adapter_digest()}
 
-    def identity(self, policy: QLoRAPolicy) -> dict[str, Any]:
+    def cache_identity(self, policy: LoRAPolicy) -> dict[str, Any]:
         """Its content, quantisation and dtype, and its adapter's content."""
         mine = self.loader
-        adapter = None if self.adapter_path is None else mine.adapter_content(str(mine.adapter_place.folder))
-        return {"base": mine.content(), "dtype": self.dtype, "adapter": adapter}
+        adapter = None if self.adapter_path is None else mine.adapter_cache_identity(str(mine.adapter_place.folder))
+        return {"base": mine.cache_identity(), "dtype": self.dtype, "adapter": adapter}
 
     @cached_property
-    def loader(self) -> QLoRAPolicy:
+    def loader(self) -> LoRAPolicy:
         """What loads it: one, so that a hub id stays at one commit."""
-        return QLoRAPolicy(
+        return LoRAPolicy(
             self.model,
             revision=self.revision,
             quantization=self.quantization,

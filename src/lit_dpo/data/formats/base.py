@@ -12,16 +12,17 @@ Message: TypeAlias = dict[str, Any]
 
 
 class Preference(NamedTuple):
-    """One preference: a prompt and two answers, all three plain text or all three lists of messages.
+    """One preference: a prompt and two completions, all three plain text or all three lists of messages.
 
     Attributes:
         prompt: what was asked.
-        chosen: the answer that was preferred, without the prompt.
-        rejected: the other answer, without the prompt.
+        chosen: the completion that was preferred, without the prompt.
+        rejected: the other completion, without the prompt.
         weight: by which the pair's loss is multiplied. Expected ≥ 0. This and what follows are given for all rows of a
             split or for none.
-        score_margin: how much better the chosen answer was scored than the other.
-        probability: that the chosen answer is the better one: the share of annotators who said so. Expected in [0, 1].
+        score_margin: how much better the chosen completion was scored than the other.
+        probability: that the chosen completion is the better one: the share of annotators who said so. Expected in [0,
+            1].
     """
 
     prompt: str | list[Message]

@@ -13,16 +13,16 @@ from lit_dpo.errors import DataError
 
 @dataclass(frozen=True)
 class Triples(PreferenceFormat):
-    """Rows with a prompt and two answers: three texts, or three lists of messages `{"role": …, "content": …}`.
+    """Rows with a prompt and two completions: three texts, or three lists of messages `{"role": …, "content": …}`.
 
     Args:
         prompt: name of the column that holds the prompt.
-        chosen: name of the column that holds the preferred answer, without the prompt.
-        rejected: name of the column that holds the other answer, without the prompt.
+        chosen: name of the column that holds the preferred completion, without the prompt.
+        rejected: name of the column that holds the other completion, without the prompt.
         weight: name of a column of numbers ≥ 0 by which each pair's loss is multiplied. None: all pairs count the same.
-        score_margin: name of a column of numbers: the chosen answer's score minus the other's; `ODPOLoss` reads it.
-        probability: name of a column of numbers in [0, 1]: the probability that the chosen answer is the better one;
-            `SoftDPOLoss` reads it.
+        score_margin: name of a column of numbers: the chosen completion's score minus the other's; `ODPOLoss` reads it.
+        probability: name of a column of numbers in [0, 1]: the probability that the chosen completion is the better
+            one; `SoftDPOLoss` reads it.
 
     Example:
         >>> from lit_dpo.data.formats import Triples
@@ -57,9 +57,9 @@ class Triples(PreferenceFormat):
         """The row's cells.
 
         Raises:
-            DataError: for a missing cell, an empty prompt or answer, text beside messages, a message without role or
-                content, an answer in which the assistant says nothing, one that repeats the conversation, or a number
-                that is none or out of its range.
+            DataError: for a missing cell, an empty prompt or completion, text next to messages, a message without role
+                or content, a completion in which the assistant says nothing, one that repeats the conversation, or a
+                number that is none or out of its range.
         """
         numbers = (
             _number(self.weight, row, 0, math.inf),
@@ -75,8 +75,8 @@ class Triples(PreferenceFormat):
             _check_texts(row, columns)
             return Preference(row[self.prompt], row[self.chosen], row[self.rejected], *numbers)
         prompt, chosen, rejected = (_messages(name, row[name]) for name in columns)
-        _check_answer(self.chosen, chosen)
-        _check_answer(self.rejected, rejected)
+        _check_completion(self.chosen, chosen)
+        _check_completion(self.rejected, rejected)
         return Preference(prompt, chosen, rejected, *numbers)
 
 
@@ -106,12 +106,12 @@ def _kind(name: str, cell: Any) -> str:
 
 
 def _check_texts(row: Mapping[str, Any], columns: tuple[str, str, str]) -> None:
-    prompt, *answers = columns
+    prompt, *completions = columns
     if not row[prompt]:
         raise DataError(f"Expected text in `{prompt}` but it is empty.")
-    for name in answers:
+    for name in completions:
         if not row[name].strip():
-            raise DataError(f"Expected an answer in `{name}` but got {row[name]!r}.")
+            raise DataError(f"Expected a completion in `{name}` but got {row[name]!r}.")
 
 
 def _messages(name: str, cell: list[Any]) -> list[Message]:
@@ -128,12 +128,12 @@ def _messages(name: str, cell: list[Any]) -> list[Message]:
     return [{key: value for key, value in message.items() if value is not None} for message in cell]
 
 
-def _check_answer(name: str, messages: list[Message]) -> None:
+def _check_completion(name: str, messages: list[Message]) -> None:
     others = [message["role"] for message in messages if message["role"] in ("system", "user")]
     if others:
         raise DataError(
-            f"Expected only the answer in `{name}` but it holds a conversation with a {others[0]} message. "
-            "Put the messages before the answer in the prompt column."
+            f"Expected only the completion in `{name}` but it holds a conversation with a {others[0]} message. "
+            "Put the messages before the completion in the prompt column."
         )
     if not any(_says_something(message) for message in messages if message["role"] == "assistant"):
         raise DataError(f"Expected an assistant message with text in `{name}` but got {_short(messages)}.")
@@ -144,10 +144,10 @@ def _says_something(message: Message) -> bool:
 
 
 def _hint(row: Mapping[str, Any], kinds: Mapping[str, str]) -> str:
-    """What to do where a text prompt stands beside whole conversations, a layout that many data sets have."""
+    """What to do where a text prompt stands next to whole conversations, a layout that many data sets have."""
     for name, kind in kinds.items():
         if kind == "messages" and any(isinstance(m, dict) and m.get("role") == "user" for m in row[name]):
-            return f" `{name}` holds a whole conversation: put all but the answer in the prompt, as messages."
+            return f" `{name}` holds a whole conversation: put all but the completion in the prompt, as messages."
     return ""
 
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from lit_dpo.fingerprints import sampled_digest, whole_digest
+from lit_dpo.policy.digests import sampled_digest, whole_digest
 
 
 @pytest.fixture

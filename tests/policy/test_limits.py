@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from lit_dpo import CachedReference, ModelReference
 from lit_dpo.errors import DataError
-from lit_dpo.limits import limits, skeleton_limits
+from lit_dpo.policy.limits import limits, skeleton_limits
 from training import data, module, trainer
 
 LEARNED = ("gpt2", "opt-projected")

@@ -6,9 +6,9 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from lit_dpo import sliced
 from lit_dpo.memory import LiveBytes
-from lit_dpo.sliced import SlicedLinear4bit, multiply_in_slices
+from lit_dpo.policy import sliced
+from lit_dpo.policy.sliced import SlicedLinear4bit, multiply_in_slices
 from training import module
 
 

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
-from lit_dpo import adapter_checks as adapters
 from lit_dpo import hub
-from lit_dpo import policy_checks as checks
-from lit_dpo.devices import default_dtype
 from lit_dpo.errors import PolicyError, first_line
-from lit_dpo.fingerprints import sampled_digest, whole_digest
-from lit_dpo.heap import returned_at_once
-from lit_dpo.kernels import use_kernels
+from lit_dpo.policy import adapter_checks, checks
+from lit_dpo.policy.devices import default_dtype
+from lit_dpo.policy.digests import sampled_digest, whole_digest
+from lit_dpo.policy.heap import returned_at_once
+from lit_dpo.policy.kernels import use_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +26,7 @@ QUICKSTART = "lit-dpo/quickstart"
 
 
 @dataclass(frozen=True)
-class QLoRAPolicy:
+class LoRAPolicy:
     """What is trained: a frozen base model and LoRA adapters (arXiv 2106.09685), NF4 by default (arXiv 2305.14314).
 
     Building one costs nothing; `check` reads configuration files only; `load` loads weights.
@@ -59,7 +58,7 @@ class QLoRAPolicy:
         PolicyError: for a value outside its domain, or fields that contradict each other.
 
     Example:
-        >>> QLoRAPolicy("facebook/opt-350m", r=16, alpha=16, dropout=0.1, target_modules=["q_proj", "v_proj"]).r
+        >>> LoRAPolicy("facebook/opt-350m", r=16, alpha=16, dropout=0.1, target_modules=["q_proj", "v_proj"]).r
         16
     """
 
@@ -81,7 +80,7 @@ class QLoRAPolicy:
 
     def __post_init__(self) -> None:
         """Check the fields against each other."""
-        types = get_type_hints(QLoRAPolicy)
+        types = get_type_hints(LoRAPolicy)
         for name in ("quantization", "dtype", "adapter_base", "kernels"):
             if getattr(self, name) not in (allowed := get_args(types[name])):
                 raise PolicyError(f"Expected `{name}` among {', '.join(allowed)} but got {getattr(self, name)!r}.")
@@ -117,7 +116,7 @@ class QLoRAPolicy:
             checks.check_bitsandbytes(self.quantization)
         targets: Any = self.target_modules
         if self.adapter_path is not None:
-            targets = adapters.check_adapter(self, self.adapter_place)
+            targets = adapter_checks.check_adapter(self, self.adapter_place)
         if targets != "all-linear":
             checks.check_targets(config, targets, self.trust_remote_code)
 
@@ -216,7 +215,7 @@ class QLoRAPolicy:
         checks.turn_off_dropout_layers(base)
         checks.keep_trainable(base)
         if self.quantization == "nf4":
-            from lit_dpo.sliced import multiply_in_slices
+            from lit_dpo.policy.sliced import multiply_in_slices
 
             multiply_in_slices(base)
         base.name_or_path = base.config.name_or_path = self.place.name  # for model cards: not a folder of the cache
@@ -228,7 +227,7 @@ class QLoRAPolicy:
         folder = self.adapter_place.folder
         with checks.as_policy_error(f"the adapter {self.adapter_path!r}"):
             model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
-        adapters.check_adapter_keys(model, folder)
+        adapter_checks.check_adapter_keys(model, folder)
         return model
 
     def load_tokenizer(self) -> Any:
@@ -279,7 +278,7 @@ class QLoRAPolicy:
         assert isinstance(found, torch.dtype)
         return found
 
-    def identity(self) -> dict[str, Any]:
+    def checkpoint_identity(self) -> dict[str, Any]:
         """What a checkpoint of adapters must be put back onto: the base's content (not its place) and quantisation.
 
         A hub id and a copy of it in a directory have one fingerprint; two commits of a hub id differ in any case.
@@ -294,8 +293,8 @@ class QLoRAPolicy:
             **self._quantised(),
         }
 
-    def content(self) -> dict[str, Any]:
-        """What decides the base's log-probs beside dtypes: every byte of it, or a hub id's commit, and quantisation."""
+    def cache_identity(self) -> dict[str, Any]:
+        """What decides the base's log-probs besides dtypes: every byte, or a hub id's commit, and quantisation."""
         place = self.place
         return {
             "weights": whole_digest(place.folder) if place.commit is None else f"commit {place.commit}",
@@ -306,7 +305,7 @@ class QLoRAPolicy:
         double = self.quantization == "nf4" and self.double_quantization
         return {"quantization": self.quantization, "double_quantization": double}
 
-    def adapter_content(self, path: str) -> str:
+    def adapter_cache_identity(self, path: str) -> str:
         """A digest of every byte of an adapter, in a directory or of a hub id.
 
         Raises:
@@ -320,7 +319,7 @@ class QLoRAPolicy:
             )
         return whole_digest(folder)
 
-    def start(self) -> str | None:
+    def adapter_digest(self) -> str | None:
         """A digest of the adapter that is continued; None for a fresh one."""
         return None if self.adapter_path is None else sampled_digest(self.adapter_place.folder)
 
@@ -365,8 +364,3 @@ class QLoRAPolicy:
             bnb_4bit_use_double_quant=self.double_quantization,
             bnb_4bit_compute_dtype=dtype,
         )
-
-
-def adapter_parameters(model: Any, adapter: str = "default") -> dict[str, torch.nn.Parameter]:
-    """The parameters of one of a policy's adapters by name, in the model's order; `default` is what is trained."""
-    return {name: p for name, p in model.named_parameters() if "lora_" in name and f".{adapter}." in f"{name}."}

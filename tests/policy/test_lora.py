@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from lit_dpo.errors import PolicyError
-from lit_dpo.logps.score import choose_layout, pair_logps
-from lit_dpo.policy import QLoRAPolicy
-from lit_dpo.policy_checks import keep_trainable
+from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.policy import LoRAPolicy
+from lit_dpo.policy.checks import keep_trainable
 from lit_dpo.references import BaseReference
 
 BATCH = tiny.batch()
@@ -46,7 +46,7 @@ def no_weights(monkeypatch):
 
 
 def _totals(model):
-    return torch.cat([side.total for side in pair_logps(model, BATCH)]).detach()
+    return torch.cat([side.total for side in completion_logps(model, BATCH)]).detach()
 
 
 def _bases(model):
@@ -62,7 +62,7 @@ def _edit(path, **changes):
 
 @pytest.mark.parametrize(("quantization", "double"), QUANTIZATIONS)
 def test_adapted_layers_are_quantised_as_asked(quantization, double, folder):
-    model = QLoRAPolicy(str(folder), quantization=quantization, double_quantization=double, r=2).load()
+    model = LoRAPolicy(str(folder), quantization=quantization, double_quantization=double, r=2).load()
     bases = _bases(model)
     assert len(bases) == 2 * 7  # all linear layers but the head
     for base in bases:
@@ -82,7 +82,7 @@ def test_adapted_layers_are_quantised_as_asked(quantization, double, folder):
 
 @pytest.mark.parametrize(("quantization", "double"), QUANTIZATIONS)
 def test_only_adapters_require_gradients_and_they_are_float32(quantization, double, folder):
-    model = QLoRAPolicy(str(folder), quantization=quantization, double_quantization=double, r=2).load()
+    model = LoRAPolicy(str(folder), quantization=quantization, double_quantization=double, r=2).load()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trained.keys() == {name for name, _ in model.named_parameters() if "lora_" in name}
     assert {p.dtype for p in trained.values()} == {torch.float32}
@@ -91,14 +91,14 @@ def test_only_adapters_require_gradients_and_they_are_float32(quantization, doub
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_adapters_are_float32_on_a_bfloat16_base(quantization, folder):
-    model = QLoRAPolicy(str(folder), quantization=quantization, r=2, dtype="bfloat16").load()
+    model = LoRAPolicy(str(folder), quantization=quantization, r=2, dtype="bfloat16").load()
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert model.get_base_model().lm_head.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("quantization", "double"), QUANTIZATIONS)
 def test_a_fresh_adapter_is_the_base_to_the_last_bit(quantization, double, folder):
-    policy = QLoRAPolicy(str(folder), quantization=quantization, double_quantization=double, r=2)
+    policy = LoRAPolicy(str(folder), quantization=quantization, double_quantization=double, r=2)
     model = policy.load()
     choose_layout(model)
     assert torch.equal(_totals(model), torch.cat([side.total for side in BaseReference().logps(model, BATCH)]))
@@ -110,21 +110,21 @@ def test_a_fresh_adapter_on_an_nf4_base_is_that_base_loaded_alone(folder):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     alone = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
     keep_trainable(alone)  # some CPUs would repack it and compute in bfloat16
-    model = QLoRAPolicy(str(folder), r=2).load()
+    model = LoRAPolicy(str(folder), r=2).load()
     for given in (alone, model):
         choose_layout(given)
     assert torch.equal(_totals(model), _totals(alone))
-    full = QLoRAPolicy(str(folder), quantization="none", r=2).load()
+    full = LoRAPolicy(str(folder), quantization="none", r=2).load()
     choose_layout(full)
     assert not torch.allclose(_totals(model), _totals(full))  # 4 bits show
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 def test_every_adapter_gets_a_gradient(quantization, folder):
-    model = QLoRAPolicy(str(folder), quantization=quantization, r=2, gradient_checkpointing=True).load()
+    model = LoRAPolicy(str(folder), quantization=quantization, r=2, gradient_checkpointing=True).load()
     tiny.randomize(model)
     choose_layout(model)
-    chosen, rejected = pair_logps(model, BATCH)
+    chosen, rejected = completion_logps(model, BATCH)
     (chosen.total - rejected.total).sum().backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert not missing
@@ -133,7 +133,7 @@ def test_every_adapter_gets_a_gradient(quantization, folder):
 def test_a_continued_adapter_starts_where_it_was_and_trains(folder, adapter):
     from peft import PeftModel
 
-    model = QLoRAPolicy(str(folder), quantization="none", adapter_path=str(adapter)).load()
+    model = LoRAPolicy(str(folder), quantization="none", adapter_path=str(adapter)).load()
     alone = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder), adapter)
     for given in (model, alone):
         choose_layout(given)
@@ -148,7 +148,7 @@ def test_an_adapter_saved_in_16_bits_continues_in_float32(folder, adapter, tmp_p
     shutil.copytree(adapter, tmp_path / "half")
     weights = tmp_path / "half" / "adapter_model.safetensors"
     save_file({name: tensor.to(torch.bfloat16) for name, tensor in load_file(weights).items()}, weights)
-    model = QLoRAPolicy(str(folder), quantization="none", adapter_path=str(tmp_path / "half")).load()
+    model = LoRAPolicy(str(folder), quantization="none", adapter_path=str(tmp_path / "half")).load()
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
@@ -164,8 +164,8 @@ def test_an_adapter_saved_in_16_bits_continues_in_float32(folder, adapter, tmp_p
 )
 def test_the_dropouts_of_the_base_are_off_and_said_to_be(name, changes, tmp_path):
     tiny.directory(tmp_path / "base", name, **changes)
-    with tiny.records("lit_dpo.policy_checks") as lines:
-        model = QLoRAPolicy(str(tmp_path / "base"), quantization="none", r=2).load()
+    with tiny.records("lit_dpo.policy.checks") as lines:
+        model = LoRAPolicy(str(tmp_path / "base"), quantization="none", r=2).load()
     assert len(lines) == 1
     assert all(field in lines[0].getMessage() for field in changes)
     choose_layout(model)
@@ -175,7 +175,7 @@ def test_the_dropouts_of_the_base_are_off_and_said_to_be(name, changes, tmp_path
 
 
 def test_the_adapters_dropout_is_on_in_training_only(folder):
-    model = QLoRAPolicy(str(folder), quantization="none", r=2, dropout=0.5).load()
+    model = LoRAPolicy(str(folder), quantization="none", r=2, dropout=0.5).load()
     tiny.randomize(model)
     choose_layout(model)
     assert not torch.equal(_totals(model), _totals(model))
@@ -184,7 +184,7 @@ def test_the_adapters_dropout_is_on_in_training_only(folder):
 
 
 def test_building_a_policy_reads_nothing():
-    assert QLoRAPolicy("no/such-model", adapter_path="nowhere").r == 16
+    assert LoRAPolicy("no/such-model", adapter_path="nowhere").r == 16
 
 
 # ---- what is refused before weights load ----
@@ -192,18 +192,18 @@ def test_building_a_policy_reads_nothing():
 
 def _expect(match, *args, **options):
     """Both `check` and `load` refuse, and neither reads weights."""
-    policy = QLoRAPolicy(*args, **options)
+    policy = LoRAPolicy(*args, **options)
     for refuse in (policy.check, policy.load):
         with pytest.raises(PolicyError, match=match):
             refuse()
 
 
 def test_a_good_policy_passes_check(folder, adapter, no_weights):
-    QLoRAPolicy(str(folder)).check()
-    QLoRAPolicy(str(folder), target_modules=["q_proj", "self_attn.v_proj"]).check()
-    QLoRAPolicy(str(folder), target_modules=r".*\.[qv]_proj").check()
-    QLoRAPolicy(str(folder), adapter_path=str(adapter)).check()
-    QLoRAPolicy(str(folder), adapter_path=str(adapter), r=2, alpha=4, target_modules=["v_proj", "q_proj"]).check()
+    LoRAPolicy(str(folder)).check()
+    LoRAPolicy(str(folder), target_modules=["q_proj", "self_attn.v_proj"]).check()
+    LoRAPolicy(str(folder), target_modules=r".*\.[qv]_proj").check()
+    LoRAPolicy(str(folder), adapter_path=str(adapter)).check()
+    LoRAPolicy(str(folder), adapter_path=str(adapter), r=2, alpha=4, target_modules=["v_proj", "q_proj"]).check()
 
 
 @pytest.mark.parametrize("name", ["/no/such/dir", "./no-such-dir", "no-such-dir", "~/no-such-dir"])
@@ -305,7 +305,7 @@ def test_an_unknown_attention_is_refused_by_name(folder, no_weights):
 )
 def test_a_value_outside_its_domain_is_refused_where_it_is_written(given, match):
     with pytest.raises(PolicyError, match=match):
-        QLoRAPolicy("some/model", **given)
+        LoRAPolicy("some/model", **given)
 
 
 # ---- what is refused while loading ----
@@ -314,7 +314,7 @@ def test_a_value_outside_its_domain_is_refused_where_it_is_written(given, match)
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_an_adapted_layer_that_the_loader_left_unquantised_is_refused_by_name(quantization, folder):
     """transformers never quantises the head."""
-    policy = QLoRAPolicy(str(folder), quantization=quantization, r=2, target_modules=["q_proj", "lm_head"])
+    policy = LoRAPolicy(str(folder), quantization=quantization, r=2, target_modules=["q_proj", "lm_head"])
     with pytest.raises(PolicyError, match=r"1 of 3 are not.*lm_head"):
         policy.load()
 
@@ -326,22 +326,22 @@ def test_all_adapted_layers_left_unquantised_are_refused(folder, monkeypatch):
         skipped = [r"model\.layers", "lm_head"]
         return transformers.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped)
 
-    monkeypatch.setattr(QLoRAPolicy, "quantization_config", skipping)
+    monkeypatch.setattr(LoRAPolicy, "quantization_config", skipping)
     with pytest.raises(PolicyError, match="14 of 14 are not"):
-        QLoRAPolicy(str(folder), r=2).load()
+        LoRAPolicy(str(folder), r=2).load()
 
 
 def test_another_4_bit_type_than_nf4_is_refused(folder, monkeypatch):
     def fp4(self, dtype):
         return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
 
-    monkeypatch.setattr(QLoRAPolicy, "quantization_config", fp4)
+    monkeypatch.setattr(LoRAPolicy, "quantization_config", fp4)
     with pytest.raises(PolicyError, match="14 of 14 are not"):
-        QLoRAPolicy(str(folder), r=2).load()
+        LoRAPolicy(str(folder), r=2).load()
 
 
 def test_the_head_can_have_an_adapter_without_quantisation(folder):
-    policy = QLoRAPolicy(str(folder), quantization="none", r=2, target_modules=["q_proj", "lm_head"])
+    policy = LoRAPolicy(str(folder), quantization="none", r=2, target_modules=["q_proj", "lm_head"])
     assert any("lm_head" in name for name, p in policy.load().named_parameters() if p.requires_grad)
 
 
@@ -350,7 +350,7 @@ def test_a_damaged_weight_file_is_a_policy_error(folder, tmp_path):
     weights = tmp_path / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(PolicyError, match="base"):
-        QLoRAPolicy(str(tmp_path / "base"), quantization="none").load()
+        LoRAPolicy(str(tmp_path / "base"), quantization="none").load()
 
 
 def test_a_weight_file_that_lacks_weights_is_refused_and_not_filled_with_random_ones(folder, tmp_path):
@@ -360,7 +360,7 @@ def test_a_weight_file_that_lacks_weights_is_refused_and_not_filled_with_random_
     del tensors["model.layers.1.mlp.down_proj.weight"]
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(PolicyError, match="down_proj"):
-        QLoRAPolicy(str(tmp_path / "base"), quantization="none").load()
+        LoRAPolicy(str(tmp_path / "base"), quantization="none").load()
 
 
 def test_an_adapter_file_that_lacks_weights_is_refused_and_not_filled_with_fresh_ones(folder, adapter, tmp_path):
@@ -370,13 +370,13 @@ def test_an_adapter_file_that_lacks_weights_is_refused_and_not_filled_with_fresh
     del tensors[next(name for name in tensors if "lora_B" in name)]
     save_file(tensors, weights)
     with pytest.raises(PolicyError, match="lora_B"):
-        QLoRAPolicy(str(folder), quantization="none", adapter_path=str(tmp_path / "adapter")).load()
+        LoRAPolicy(str(folder), quantization="none", adapter_path=str(tmp_path / "adapter")).load()
 
 
 def test_an_adapter_of_another_shape_is_a_policy_error(adapter, tmp_path):
     tiny.directory(tmp_path / "wide", hidden_size=64)
     with pytest.raises(PolicyError, match="adapter"):
-        QLoRAPolicy(str(tmp_path / "wide"), quantization="none", adapter_path=str(adapter)).load()
+        LoRAPolicy(str(tmp_path / "wide"), quantization="none", adapter_path=str(adapter)).load()
 
 
 # ---- identity ----
@@ -384,12 +384,12 @@ def test_an_adapter_of_another_shape_is_a_policy_error(adapter, tmp_path):
 
 def _content(policy):
     """What of the identity is compared: a place is not content."""
-    return {name: value for name, value in policy.identity().items() if name not in ("model", "revision")}
+    return {name: value for name, value in policy.checkpoint_identity().items() if name not in ("model", "revision")}
 
 
 def test_a_copied_directory_is_the_same_base(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
-    assert _content(QLoRAPolicy(str(folder))) == _content(QLoRAPolicy(str(tmp_path / "copy")))
+    assert _content(LoRAPolicy(str(folder))) == _content(LoRAPolicy(str(tmp_path / "copy")))
 
 
 def test_a_changed_weight_is_another_base(folder, tmp_path):
@@ -398,18 +398,18 @@ def test_a_changed_weight_is_another_base(folder, tmp_path):
     tensors = load_file(weights)
     tensors["model.norm.weight"][3] += 1e-3
     save_file(tensors, weights, metadata={"format": "pt"})
-    assert _content(QLoRAPolicy(str(folder))) != _content(QLoRAPolicy(str(tmp_path / "copy")))
+    assert _content(LoRAPolicy(str(folder))) != _content(LoRAPolicy(str(tmp_path / "copy")))
 
 
 def test_a_changed_configuration_is_another_base(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     _edit(tmp_path / "copy" / "config.json", rms_norm_eps=1e-3)
-    assert _content(QLoRAPolicy(str(folder))) != _content(QLoRAPolicy(str(tmp_path / "copy")))
+    assert _content(LoRAPolicy(str(folder))) != _content(LoRAPolicy(str(tmp_path / "copy")))
 
 
 def test_another_quantisation_is_another_base(folder):
     found = [
-        _content(QLoRAPolicy(str(folder), quantization=quantization, double_quantization=double))
+        _content(LoRAPolicy(str(folder), quantization=quantization, double_quantization=double))
         for quantization, double in QUANTIZATIONS
     ]
     assert all(one != other for number, one in enumerate(found) for other in found[:number])
@@ -417,15 +417,15 @@ def test_another_quantisation_is_another_base(folder):
 
 def test_double_quantisation_without_nf4_is_refused(folder):
     with pytest.raises(PolicyError, match="no effect with quantization=int8"):
-        QLoRAPolicy(str(folder), quantization="int8", double_quantization=False)
+        LoRAPolicy(str(folder), quantization="int8", double_quantization=False)
 
 
 def test_adapters_are_no_part_of_the_identity_of_the_base(folder, adapter):
-    assert _content(QLoRAPolicy(str(folder), r=4)) == _content(QLoRAPolicy(str(folder), adapter_path=str(adapter)))
+    assert _content(LoRAPolicy(str(folder), r=4)) == _content(LoRAPolicy(str(folder), adapter_path=str(adapter)))
 
 
 def test_identity_is_builtins(folder):
-    identity = QLoRAPolicy(str(folder)).identity()
+    identity = LoRAPolicy(str(folder)).checkpoint_identity()
     assert json.loads(json.dumps(identity)) == identity
 
 
@@ -433,39 +433,39 @@ def test_identity_is_builtins(folder):
 
 
 def test_the_tokenizer_is_the_models(folder):
-    assert QLoRAPolicy(str(folder)).load_tokenizer()("ab")["input_ids"] == tiny.tokenizer()("ab")["input_ids"]
+    assert LoRAPolicy(str(folder)).load_tokenizer()("ab")["input_ids"] == tiny.tokenizer()("ab")["input_ids"]
 
 
 def test_the_adapters_own_tokenizer_goes_first(folder, adapter, tmp_path):
-    assert QLoRAPolicy(str(folder), adapter_path=str(adapter)).load_tokenizer().chat_template is None
+    assert LoRAPolicy(str(folder), adapter_path=str(adapter)).load_tokenizer().chat_template is None
     shutil.copytree(adapter, tmp_path / "adapter")
     theirs = copy.deepcopy(tiny.tokenizer())
     theirs.chat_template = "{{ messages[0]['content'] }}"
     theirs.save_pretrained(tmp_path / "adapter")
-    found = QLoRAPolicy(str(folder), adapter_path=str(tmp_path / "adapter")).load_tokenizer()
+    found = LoRAPolicy(str(folder), adapter_path=str(tmp_path / "adapter")).load_tokenizer()
     assert found.chat_template == theirs.chat_template
 
 
 def test_a_model_without_a_tokenizer_is_a_policy_error(tmp_path):
     tiny.model().save_pretrained(tmp_path)
     with pytest.raises(PolicyError, match="No tokenizer"):
-        QLoRAPolicy(str(tmp_path)).load_tokenizer()
+        LoRAPolicy(str(tmp_path)).load_tokenizer()
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_evaluation_in_between_changes_neither_log_probs_nor_gradients(tmp_path, quantization):
     """bitsandbytes repacks 4-bit weights at the first evaluation on some CPUs; gradients then end there, silently."""
     folder = tiny.directory(tmp_path / "model", hidden_size=64, intermediate_size=128)
-    model = QLoRAPolicy(str(folder), quantization=quantization, r=2).load()
+    model = LoRAPolicy(str(folder), quantization=quantization, r=2).load()
     choose_layout(model)
     tiny.randomize(model)
     found = []
     for _ in range(2):
-        totals = torch.cat([side.total for side in pair_logps(model.train(), BATCH)])
+        totals = torch.cat([side.total for side in completion_logps(model.train(), BATCH)])
         tiny.weighted(totals).backward()
         found.append((totals.detach(), tiny.gradients(model)))
         with torch.no_grad():
-            pair_logps(model.eval(), BATCH)
+            completion_logps(model.eval(), BATCH)
     assert torch.equal(found[0][0], found[1][0])
     tiny.assert_same_gradients(found[0][1], found[1][1], tolerance=0)
     assert len(found[0][1]) == 2 * 2 * 7, "A and B of seven layers in two blocks"

@@ -13,13 +13,13 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Single
 from torch.utils._pytree import tree_leaves
 
 import tiny
-from lit_dpo import DPOLoss, DPOModule, IPOLoss, QLoRAPolicy
-from lit_dpo.data.batch import collate_pairs, row_borders
+from lit_dpo import DPOLoss, DPOModule, IPOLoss, LoRAPolicy
+from lit_dpo.data.batch import collate_pairs, microbatch_borders
 from lit_dpo.errors import PolicyError
+from lit_dpo.logps.microbatch import in_microbatches, join, why_whole
 from lit_dpo.logps.score import choose_layout
 from lit_dpo.losses import AOTLoss, BCOLoss, LDDPOLoss, MixtureLoss, SFTLoss, TDPOLoss, WPOLoss
 from lit_dpo.memory import LiveBytes
-from lit_dpo.rows import RowModule, join, row_by_row, why_one_row
 from training import Trace, adapter, data, module, trainer
 
 WHOLE = 10**9
@@ -30,7 +30,7 @@ def test_rows_are_whole_pairs_in_order_and_full():
     random = np.random.default_rng(0)
     for limit in (1, 60, 100, 300, 10**6):
         lengths = random.integers(3, 120, 50)
-        found = row_borders(lengths, limit)
+        found = microbatch_borders(lengths, limit)
         assert (found[0], found[-1]) == (0, 50)
         rows = [lengths[a:b] for a, b in itertools.pairwise(found)]
         assert all(len(row) for row in rows)
@@ -40,7 +40,7 @@ def test_rows_are_whole_pairs_in_order_and_full():
 
 def test_a_cut_batch_is_its_pairs():
     pairs = tiny.pairs(*LENGTHS)
-    batch = collate_pairs(pairs, rows=[7, 3, 5, 1, 9], fields={"weight": [1.0, 2.0, 3.0, 4.0, 5.0]})
+    batch = collate_pairs(pairs, indices=[7, 3, 5, 1, 9], fields={"weight": [1.0, 2.0, 3.0, 4.0, 5.0]})
     rows = batch.cut(40)
     assert [row.size for row in rows] == [2, 1, 2]
     for row, places in zip(rows, ([0, 1], [2], [3, 4]), strict=True):
@@ -51,7 +51,7 @@ def test_a_cut_batch_is_its_pairs():
 
 
 def _module(name="llama", r=4, **sizes):
-    made = DPOModule(QLoRAPolicy("nowhere", quantization="none"))
+    made = DPOModule(LoRAPolicy("nowhere", quantization="none"))
     made.model = tiny.lora(tiny.model(name, **sizes), r=r)
     tiny.randomize(made.model)
     layout = choose_layout(made.model)
@@ -84,13 +84,13 @@ def test_losses_gradients_and_records_are_those_of_one_row(name, loss):
             p.grad = None
         rows = batch.cut(limit)
         assert len(rows) > 1
-        total, losses, record = row_by_row(rows, _score(dpo), [*trained.values()], scale)
+        total, losses, record = in_microbatches(rows, _score(dpo), [*trained.values()], scale)
         (3 * total).backward()
         torch.testing.assert_close(losses, expected.detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(total, expected.sum(), rtol=1e-5, atol=1e-6)
         tiny.assert_same_gradients({name: p.grad for name, p in trained.items()}, gradients, 1e-5)
         _assert_same_record(record, pairs)
-    dpo.row_tokens = 40
+    dpo.microbatch_tokens = 40
     _assert_same_record(dpo.batch_logps(batch), pairs)
 
 
@@ -112,7 +112,7 @@ def test_parameters_that_some_rows_or_all_leave_out():
     def score(row):
         return (one + two) * row + (late * row if row > 1 else 0), record
 
-    total, losses, joined = row_by_row(rows, score, [one, two, late, unused])
+    total, losses, joined = in_microbatches(rows, score, [one, two, late, unused])
     total.backward(retain_graph=True)
     assert [float(p.grad) for p in (one, two, late)] == [6, 6, 5]
     assert unused.grad is None
@@ -132,7 +132,7 @@ def test_autocast_and_bfloat16_compute_what_they_would_in_one_row():
     gradients = {name: p.grad.clone() for name, p in trained.items()}
     dpo.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        total, *_ = row_by_row(batch.cut(1), _score(dpo), [*trained.values()])
+        total, *_ = in_microbatches(batch.cut(1), _score(dpo), [*trained.values()])
     total.backward()
     torch.testing.assert_close(total, expected, rtol=2e-2, atol=2e-2)
     for name, p in trained.items():
@@ -141,7 +141,7 @@ def test_autocast_and_bfloat16_compute_what_they_would_in_one_row():
 
 
 def test_a_step_holds_the_graph_of_one_row():
-    """Eight pairs need what the longest needs, beside gradients that add up."""
+    """Eight pairs need what the longest needs, besides gradients that add up."""
     dpo = _module(max_position_embeddings=512, num_hidden_layers=8, r=64)
     trained = [p for p in dpo.model.parameters() if p.requires_grad]
     copies = sum(p.numel() * p.element_size() for p in trained)
@@ -149,7 +149,7 @@ def test_a_step_holds_the_graph_of_one_row():
     def peak(count, limit):
         batch = tiny.batch(*[(60, 40, 40)] * count)
         with LiveBytes() as memory:
-            row_by_row(batch.cut(limit), _score(dpo), trained)[0].backward()
+            in_microbatches(batch.cut(limit), _score(dpo), trained)[0].backward()
         dpo.zero_grad()
         return memory.peak
 
@@ -161,9 +161,9 @@ def test_a_step_holds_the_graph_of_one_row():
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def _train(model, pairs_file, root, row_tokens, given, **options):
+def _train(model, pairs_file, root, microbatch_tokens, given, **options):
     sgd = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-    dpo, trace = module(model, row_tokens=row_tokens, optimizer=sgd, **copy.deepcopy(given)), Trace()
+    dpo, trace = module(model, microbatch_tokens=microbatch_tokens, optimizer=sgd, **copy.deepcopy(given)), Trace()
     run = trainer(root, max_epochs=2, num_sanity_val_steps=0, callbacks=[trace], **options)
     run.fit(dpo, data(pairs_file, val=str(pairs_file), batch_size=5))
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}
@@ -178,7 +178,7 @@ def _train(model, pairs_file, root, row_tokens, given, **options):
     ids=["plain", "accumulated and clipped", "coupled", "remembering"],
 )
 def test_training_validation_and_predictions_are_those_of_one_row(tiny_model, pairs_file, tmp_path, options, layout):
-    """Small rows, with activation checkpoints, beside batches in one row: losses, adapters, metrics, margins."""
+    """Small micro-batches with activation checkpoints, and whole batches: losses, adapters, metrics, margins."""
     options = dict(options)
     given = {"policy": {"attention": layout}, **({"loss": options.pop("loss")} if "loss" in options else {})}
     whole = _train(tiny_model, pairs_file, tmp_path, WHOLE, given, **options)
@@ -188,12 +188,14 @@ def test_training_validation_and_predictions_are_those_of_one_row(tiny_model, pa
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-class _Half(RowModule):
+class _Half(DPOModule):
     """Its gradient passes through float16, where 1e-8 is 0."""
 
+    couples_pairs = False
+
     def __init__(self):
-        super().__init__()
-        self.weight, self.loss, self.row_tokens = torch.nn.Parameter(torch.ones(())), DPOLoss(), None
+        super().__init__(LoRAPolicy("lit-dpo/quickstart"))
+        self.weight = torch.nn.Parameter(torch.ones(()))
 
     def pair_logps(self, batch):
         return tiny.at_margin(*[0.0] * batch.size)
@@ -203,13 +205,13 @@ class _Half(RowModule):
 
 
 @pytest.mark.parametrize("scale", [None, 2.0**16, 2.0**12])
-def test_a_rows_gradients_are_taken_at_the_scale_of_the_trainers_scaler(scale, tmp_path):
-    """As `16-mixed` does on a GPU: the gradient of a row is there before Lightning scales the loss."""
+def test_a_microbatchs_gradients_are_taken_at_the_scale_of_the_trainers_scaler(scale, tmp_path):
+    """As `16-mixed` does on a GPU: the gradient of a micro-batch is there before Lightning scales the loss."""
     module = _Half()
     run = trainer(tmp_path)
     run.precision_plugin.scaler = scale and torch.amp.GradScaler("cpu", init_scale=scale)
     module._trainer = run
-    total, losses, _ = module.row_by_row(collate_pairs(tiny.pairs(*LENGTHS)).cut(40))
+    total, losses, _ = module.accumulate(collate_pairs(tiny.pairs(*LENGTHS)).cut(40))
     total.backward()
     torch.testing.assert_close(losses, torch.full((5,), 1e-8, dtype=torch.float64))
     torch.testing.assert_close(module.weight.grad, torch.tensor(0.0 if scale is None else 5e-8), rtol=1e-2, atol=0)
@@ -225,13 +227,13 @@ def test_a_loss_that_couples_pairs_keeps_them_together_and_says_so_once(tiny_mod
             (seen if torch.is_grad_enabled() else measured).append(batch.size)
             return super().pair_logps(batch)
 
-    policy = QLoRAPolicy(str(tiny_model), quantization="none")
+    policy = LoRAPolicy(str(tiny_model), quantization="none")
     for loss, sizes in ((AOTLoss(), [5, 5, 5, 5, 1]), (DPOLoss(), [1] * 21)):
         seen.clear()
         with tiny.records("lightning.pytorch.utilities.rank_zero") as found:
             run, pairs = trainer(tmp_path), data(pairs_file, val=str(pairs_file), predict=str(pairs_file), batch_size=5)
-            run.fit(dpo := Seen(policy, loss, row_tokens=1), pairs)
-        said = [record.getMessage() for record in found if "`row_tokens`" in record.getMessage()]
+            run.fit(dpo := Seen(policy, loss, microbatch_tokens=1), pairs)
+        said = [record.getMessage() for record in found if "`microbatch_tokens`" in record.getMessage()]
         assert len(said) == loss.couples_pairs
         assert seen == sizes
         if said:
@@ -240,16 +242,16 @@ def test_a_loss_that_couples_pairs_keeps_them_together_and_says_so_once(tiny_mod
         assert set(measured) == {1}  # evaluation needs no gradients, so that rows are enough for any loss
 
 
-def test_why_a_batch_stays_in_one_row():
+def test_why_a_batch_stays_whole():
     device = SingleDeviceStrategy()
-    assert "BCOLoss" in str(why_one_row(BCOLoss(), device, []))
-    assert "SFTLoss" in str(why_one_row(MixtureLoss([DPOLoss(), SFTLoss("token")]), device, []))
+    for loss, name in ((BCOLoss(), "BCOLoss"), (MixtureLoss([DPOLoss(), SFTLoss("token")]), "SFTLoss")):
+        assert name in str(DPOModule(LoRAPolicy("x"), loss=loss).why_whole)
     for strategy in (FSDPStrategy, DeepSpeedStrategy):  # the second is a DDPStrategy
-        assert strategy.__name__ in str(why_one_row(DPOLoss(), object.__new__(strategy), []))
+        assert strategy.__name__ in str(why_whole(object.__new__(strategy), []))
     parameter = torch.zeros(1, requires_grad=True)
-    assert why_one_row(DPOLoss(), device, [parameter]) is None
+    assert why_whole(device, [parameter]) is None
     parameter.register_hook(lambda gradient: 2 * gradient)
-    assert "hook" in str(why_one_row(DPOLoss(), device, [parameter]))
+    assert "hook" in str(why_whole(device, [parameter]))
 
 
 class Together(DPOModule):
@@ -276,7 +278,7 @@ def test_evaluation_keeps_pairs_together_for_such_an_override(tiny_model, pairs_
             sizes.append(batch.size)
             return super().forward(batch)
 
-    dpo = Mixing(QLoRAPolicy(str(tiny_model), quantization="none"), row_tokens=1)
+    dpo = Mixing(LoRAPolicy(str(tiny_model), quantization="none"), microbatch_tokens=1)
     trainer(tmp_path).validate(dpo, data(pairs_file, val=str(pairs_file), batch_size=21))
     assert sizes == [21]
 
@@ -284,22 +286,22 @@ def test_evaluation_keeps_pairs_together_for_such_an_override(tiny_model, pairs_
 @pytest.mark.parametrize(("kind", "whole"), [(Together, True), (Apart, False), (Logging, True), (DPOModule, False)])
 def test_an_override_that_may_couple_pairs_sees_them_together(tiny_model, pairs_file, tmp_path, kind, whole):
     """What the package cannot know it does not cut, unless the class says that it may."""
-    policy, sgd = QLoRAPolicy(str(tiny_model), quantization="none"), functools.partial(torch.optim.SGD, lr=1.0)
+    policy, sgd = LoRAPolicy(str(tiny_model), quantization="none"), functools.partial(torch.optim.SGD, lr=1.0)
     adapters = []
-    for row_tokens in (WHOLE, 1):
+    for microbatch_tokens in (WHOLE, 1):
         torch.manual_seed(0)
-        dpo = kind(policy, optimizer=sgd, row_tokens=row_tokens)
+        dpo = kind(policy, optimizer=sgd, microbatch_tokens=microbatch_tokens)
         with tiny.records("lightning.pytorch.utilities.rank_zero") as found:
             trainer(tmp_path, max_epochs=3).fit(dpo, data(pairs_file, batch_size=21))
         adapters.append(torch.cat([p.flatten() for p in adapter(dpo).values()]))
-    said = [record.getMessage() for record in found if "`row_tokens`" in record.getMessage()]
+    said = [record.getMessage() for record in found if "`microbatch_tokens`" in record.getMessage()]
     assert [kind.__name__ in line and "`couples_pairs = False`" in line for line in said] == [True] * whole
     assert torch.allclose(*adapters, rtol=0, atol=1e-5) is (kind is not Apart)
 
 
 def test_a_row_holds_a_token(tiny_model):
-    with pytest.raises(PolicyError, match="Expected `row_tokens` >= 1 but got 0"):
-        module(tiny_model, row_tokens=0)
+    with pytest.raises(PolicyError, match="Expected `microbatch_tokens` >= 1 but got 0"):
+        module(tiny_model, microbatch_tokens=0)
 
 
 def test_joining_one_record_or_records_of_sums():
@@ -307,6 +309,6 @@ def test_joining_one_record_or_records_of_sums():
     assert join([record]) is record
     joined = join([record._replace(state=torch.ones(1)), tiny.at_margin(3.0)])
     assert joined.margin.tolist() == [1.0, 2.0, 3.0]
-    assert joined.policy_chosen.tokens is None or len(joined.policy_chosen.tokens) >= 3
+    assert joined.policy_chosen.per_token is None or len(joined.policy_chosen.per_token) >= 3
     assert joined.state is not None
     assert joined.state.tolist() == [1.0]

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import tiny
 from lit_dpo.errors import PolicyError
-from lit_dpo.logps.score import choose_layout, pair_logps
-from lit_dpo.policy import QLoRAPolicy
-from lit_dpo.policy_checks import keep_trainable
+from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.policy import LoRAPolicy
+from lit_dpo.policy.checks import keep_trainable
 
 BATCH = tiny.batch()
 
@@ -44,7 +44,7 @@ def saved(folder):
 
 def _totals(model):
     choose_layout(model)
-    return torch.cat([side.total for side in pair_logps(model, BATCH)]).detach()
+    return torch.cat([side.total for side in completion_logps(model, BATCH)]).detach()
 
 
 KINDS = [("nf4", True), ("nf4", False), ("int8", True)]
@@ -52,14 +52,14 @@ KINDS = [("nf4", True), ("nf4", False), ("int8", True)]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_agrees_with_its_weights_loads_and_trains(saved, kind):
-    policy = QLoRAPolicy(str(saved[kind]), quantization=kind[0], double_quantization=kind[1], r=2)
+    policy = LoRAPolicy(str(saved[kind]), quantization=kind[0], double_quantization=kind[1], r=2)
     model = policy.load()
     tiny.randomize(model)
     choose_layout(model)
-    chosen, rejected = pair_logps(model, BATCH)
+    chosen, rejected = completion_logps(model, BATCH)
     (chosen.total - rejected.total).sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
-    said = policy.identity()
+    said = policy.checkpoint_identity()
     assert (said["quantization"], said["double_quantization"]) == (kind[0], kind == ("nf4", True))
 
 
@@ -67,8 +67,8 @@ def test_what_agrees_with_its_weights_loads_and_trains(saved, kind):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_computes_in_the_policys_dtype_as_the_model_that_is_quantised_here(folder, saved, kind, dtype):
     options = {"quantization": kind[0], "double_quantization": kind[1], "dtype": dtype, "r": 2}
-    here = QLoRAPolicy(str(folder), **options).load()
-    there = QLoRAPolicy(str(saved[kind]), **options).load()
+    here = LoRAPolicy(str(folder), **options).load()
+    there = LoRAPolicy(str(saved[kind]), **options).load()
     layers = [module for module in there.modules() if hasattr(module, "compute_dtype")]
     assert {str(layer.compute_dtype) for layer in layers} == {f"torch.{dtype}"}
     torch.testing.assert_close(_totals(there), _totals(here), rtol=0, atol=1e-4 if dtype == "float32" else 0.5)
@@ -79,7 +79,7 @@ def test_it_computes_in_the_policys_dtype_as_the_model_that_is_quantised_here(fo
 def test_what_contradicts_its_weights_is_refused_with_both(saved, kind, asked):
     if asked == kind:
         return
-    policy = QLoRAPolicy(str(saved[kind]), quantization=asked[0], double_quantization=asked[1])
+    policy = LoRAPolicy(str(saved[kind]), quantization=asked[0], double_quantization=asked[1])
     for refuse in (policy.check, policy.load):
         with pytest.raises(PolicyError) as error:
             refuse()
@@ -90,7 +90,7 @@ def test_what_contradicts_its_weights_is_refused_with_both(saved, kind, asked):
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 def test_fp4_is_refused_by_name(saved, quantization):
     with pytest.raises(PolicyError, match="quantization=fp4"):
-        QLoRAPolicy(str(saved["fp4"]), quantization=quantization).check()
+        LoRAPolicy(str(saved["fp4"]), quantization=quantization).check()
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "mxfp4", "compressed-tensors", "fp8"])
@@ -100,7 +100,7 @@ def test_another_method_is_refused_by_name(folder, tmp_path, method, quantizatio
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": method}}))
     with pytest.raises(PolicyError, match=f"quantised with {method}.*name the model that they were made of"):
-        QLoRAPolicy(str(tmp_path / "model"), quantization=quantization).check()
+        LoRAPolicy(str(tmp_path / "model"), quantization=quantization).check()
 
 
 def test_it_is_the_checkpoint_loaded_alone(saved):
@@ -110,5 +110,5 @@ def test_it_is_the_checkpoint_loaded_alone(saved):
         if hasattr(module, "compute_dtype"):
             module.compute_dtype = torch.float32
     keep_trainable(alone)
-    model = QLoRAPolicy(str(saved["nf4", True]), r=2, dtype="float32").load()
+    model = LoRAPolicy(str(saved["nf4", True]), r=2, dtype="float32").load()
     assert torch.equal(_totals(model), _totals(alone))

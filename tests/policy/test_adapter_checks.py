@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from lit_dpo import AdapterReference, ModelReference
-from lit_dpo.adapter_checks import _say
 from lit_dpo.errors import PolicyError
-from lit_dpo.policy import QLoRAPolicy
+from lit_dpo.policy import LoRAPolicy
+from lit_dpo.policy.adapter_checks import _say
 from training import data, module, trainer
 
 
@@ -52,7 +52,7 @@ def _renamed(adapter, to, **changes):
 
 def _lines(policy):
     _say.cache_clear()
-    with tiny.records("lit_dpo.adapter_checks") as lines:
+    with tiny.records("lit_dpo.policy.adapter_checks") as lines:
         policy.check()
         policy.check()
     return [line.getMessage() for line in lines]
@@ -61,12 +61,12 @@ def _lines(policy):
 def test_an_adapter_goes_onto_its_base_and_onto_a_copy_of_it(folders, adapter, tmp_path):
     shutil.copytree(folders[0], tmp_path / "copy")
     for folder in (folders[0], tmp_path / "copy"):
-        assert _lines(QLoRAPolicy(str(folder), adapter_path=str(adapter))) == []
+        assert _lines(LoRAPolicy(str(folder), adapter_path=str(adapter))) == []
 
 
 @pytest.mark.parametrize("attribute", ["check", "load", "load_frozen"])
 def test_an_adapter_of_another_base_is_refused_before_weights_load(folders, adapter, no_weights, attribute):
-    policy = QLoRAPolicy(str(folders[1]), adapter_path=str(adapter))
+    policy = LoRAPolicy(str(folders[1]), adapter_path=str(adapter))
     with pytest.raises(
         PolicyError, match=r"another base: .*/mine; the policy is .*/other.*`policy.adapter_base` to any"
     ):
@@ -74,21 +74,21 @@ def test_an_adapter_of_another_base_is_refused_before_weights_load(folders, adap
 
 
 def test_it_is_taken_if_that_is_said(folders, adapter):
-    policy = QLoRAPolicy(str(folders[1]), quantization="none", adapter_path=str(adapter), adapter_base="any")
+    policy = LoRAPolicy(str(folders[1]), quantization="none", adapter_path=str(adapter), adapter_base="any")
     config = policy.load().peft_config["default"]
     assert config.base_model_name_or_path == str(folders[1]), "what it is exported as from here"
 
 
 def test_a_references_adapter_is_held_to_the_same(folders, adapter, no_weights):
     reference = AdapterReference(str(adapter))
-    reference.check(QLoRAPolicy(str(folders[0])))
+    reference.check(LoRAPolicy(str(folders[0])))
     with pytest.raises(PolicyError, match=r"`reference.path`.*another base"):
-        reference.check(QLoRAPolicy(str(folders[1])))
-    reference.check(QLoRAPolicy(str(folders[1]), adapter_base="any"))
+        reference.check(LoRAPolicy(str(folders[1])))
+    reference.check(LoRAPolicy(str(folders[1]), adapter_base="any"))
 
 
 def test_a_model_references_adapter_is_held_to_its_model(folders, adapter, no_weights):
-    policy = QLoRAPolicy(str(folders[1]))
+    policy = LoRAPolicy(str(folders[1]))
     ModelReference(str(folders[0]), adapter_path=str(adapter)).check(policy)
     with pytest.raises(PolicyError, match=r"`reference.adapter_path`.*another base.*`reference.adapter_base` to any"):
         ModelReference(str(folders[1]), adapter_path=str(adapter)).check(policy)
@@ -100,7 +100,7 @@ def test_a_model_references_adapter_is_held_to_its_model(folders, adapter, no_we
 )
 def test_a_base_that_is_nowhere_is_said_once_and_training_goes_on(folders, adapter, tmp_path, base, said):
     found = _renamed(adapter, tmp_path / "adapter", base_model_name_or_path=base)
-    (line,) = _lines(QLoRAPolicy(str(folders[1]), adapter_path=str(found)))
+    (line,) = _lines(LoRAPolicy(str(folders[1]), adapter_path=str(found)))
     assert said in line
     assert str(found) in line
 
@@ -123,21 +123,21 @@ def test_a_model_and_an_adapter_in_one_folder_are_refused_with_both_remedies(fol
     with pytest.raises(
         PolicyError, match=f"a model and an adapter.*{both} to `policy.adapter_path`.*{folders[0]}"
     ) as error:
-        QLoRAPolicy(str(both)).check()
+        LoRAPolicy(str(both)).check()
     assert "a copy without adapter_config.json" in str(error.value)
-    QLoRAPolicy(str(folders[0]), adapter_path=str(both)).check()
+    LoRAPolicy(str(folders[0]), adapter_path=str(both)).check()
     with pytest.raises(PolicyError, match="a model and an adapter"):
-        ModelReference(str(both)).check(QLoRAPolicy(str(folders[0])))
+        ModelReference(str(both)).check(LoRAPolicy(str(folders[0])))
 
 
 def test_an_adapter_given_as_the_model_is_told_where_it_belongs(adapter):
     with pytest.raises(PolicyError, match=r"has no config.json.*That is an adapter: give it to `policy.adapter_path`"):
-        QLoRAPolicy(str(adapter)).check()
+        LoRAPolicy(str(adapter)).check()
 
 
 def test_a_revision_of_a_directory_is_refused(folders):
     with pytest.raises(PolicyError, match="no effect on a directory: leave 'v1' out"):
-        QLoRAPolicy(str(folders[0]), revision="v1").check()
+        LoRAPolicy(str(folders[0]), revision="v1").check()
 
 
 def test_logits_of_the_same_adapter_differ_between_the_two_bases(folders, adapter):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+
+from lit_dpo.hub import weight_names
 
 _PIECE = 2**20
 
@@ -26,14 +27,6 @@ def whole_digest(folder: Path) -> str:
             _whole, files, (stat.st_size for stat in stats), ((stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
         )
         return _digest(zip((file.name for file in files), parts, strict=True))
-
-
-def weight_names(folder: Path) -> list[str]:
-    """The files that transformers loads: a repository may hold weights twice, and a cache only some of its files."""
-    index = folder / "model.safetensors.index.json"
-    if not (folder / "model.safetensors").is_file() and index.is_file():
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return ["model.safetensors"]
 
 
 def _files(folder: Path) -> list[Path]:

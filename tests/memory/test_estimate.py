@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import tiny
-from lit_dpo import DPOLoss, NoReference, QLoRAPolicy
+from lit_dpo import DPOLoss, LoRAPolicy, NoReference
 from lit_dpo.callbacks import memory as callback
-from lit_dpo.logps.score import choose_layout, pair_logps, pair_logps_with_kl
+from lit_dpo.logps.score import choose_layout, completion_logps, completion_logps_with_kl
 from lit_dpo.losses import AOTLoss, SFTLoss, TDPOLoss
 from lit_dpo.memory import LiveBytes, StepMemory, estimate_step, optimizer_bytes, stored_bytes
 from lit_dpo.references.base import keep
@@ -31,10 +31,10 @@ def _measured(model, batch, with_kl=False):
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     with LiveBytes() as memory:
         if with_kl:
-            chosen, rejected, *_ = pair_logps_with_kl(model, batch, lambda policy: nullcontext(policy))
+            chosen, rejected, *_ = completion_logps_with_kl(model, batch, lambda policy: nullcontext(policy))
             loss = sum(side.kl.sum() + side.total.sum() for side in (chosen, rejected))
         else:
-            chosen, rejected = pair_logps(model, batch)
+            chosen, rejected = completion_logps(model, batch)
             loss = (chosen.total - rejected.total).sum()
         loss.backward()
     frozen, trained = stored_bytes(model)
@@ -71,7 +71,7 @@ def test_a_large_vocabulary_is_needed_once_per_chunk(targets, with_kl):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("r", [4, 256])
 def test_rows_need_what_the_largest_needs_and_more_copies_of_gradients(tmp_path, r, checkpointing):
-    """Adapters that weigh little and much, beside activations that do; a sum, and a row's own until it is added."""
+    """Adapters that weigh little and much, next to activations that do; a sum, and a part's own until it is added."""
     model = tiny.directory(tmp_path, **LONG)
     policy = {"r": r, "gradient_checkpointing": checkpointing}
     dpo = module(model, reference=NoReference(), loss=SFTLoss(), policy=policy)
@@ -80,16 +80,16 @@ def test_rows_need_what_the_largest_needs_and_more_copies_of_gradients(tmp_path,
     for p in dpo.model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None  # of the batch before
     with LiveBytes() as memory:
-        dpo.row_by_row(tiny.batch(*LENGTHS * 3).cut(1))[0].backward()
+        dpo.accumulate(tiny.batch(*LENGTHS * 3).cut(1))[0].backward()
     sgd, rows = functools.partial(torch.optim.SGD, lr=1.0), [_lengths(pair) for pair in LENGTHS]
-    estimate = estimate_step(dpo.model, rows, several_rows=True, optimizer=sgd)
+    estimate = estimate_step(dpo.model, rows, several=True, optimizer=sgd)
     frozen, kept = stored_bytes(dpo.model)
     assert estimate.tokens == sum(LENGTHS[0])
     assert estimate.total == pytest.approx(frozen + 2 * kept + memory.peak, rel=0.06)
 
 
 def test_nf4_is_counted_as_it_is_stored_and_dequantised_in_the_backward(tmp_path):
-    policy = QLoRAPolicy(str(tiny.directory(tmp_path, hidden_size=128, intermediate_size=1024, **LONG)))
+    policy = LoRAPolicy(str(tiny.directory(tmp_path, hidden_size=128, intermediate_size=1024, **LONG)))
     model = policy.load()
     choose_layout(model)
     estimate = estimate_step(model, [_lengths(*LENGTHS)], optimizer=functools.partial(torch.optim.SGD, lr=1.0))
@@ -169,20 +169,20 @@ def test_fit_says_what_a_step_needs(tiny_model, pairs_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "loss", "row_tokens", "remedy"),
+    ("checkpointing", "loss", "microbatch_tokens", "remedy"),
     [
-        (False, DPOLoss(), None, "--model.row_tokens"),
+        (False, DPOLoss(), None, "--model.microbatch_tokens"),
         (True, AOTLoss(), None, "--data.max_tokens"),
         (False, DPOLoss(), 1, "or lower `--data.max_length`."),
     ],
 )
 def test_fit_warns_of_a_step_that_does_not_fit(
-    tiny_model, pairs_file, tmp_path, monkeypatch, checkpointing, loss, row_tokens, remedy
+    tiny_model, pairs_file, tmp_path, monkeypatch, checkpointing, loss, microbatch_tokens, remedy
 ):
     monkeypatch.setattr(callback, "_room", lambda device: 1000)
     with tiny.records("lit_dpo.callbacks.memory") as found:
         policy = {"gradient_checkpointing": checkpointing}
-        dpo = module(tiny_model, policy=policy, loss=loss, row_tokens=row_tokens)
+        dpo = module(tiny_model, policy=policy, loss=loss, microbatch_tokens=microbatch_tokens)
         trainer(tmp_path, max_steps=1).fit(dpo, data(pairs_file))
     (line,) = [record.getMessage() for record in found]
     assert "will not fit" in line
@@ -190,15 +190,15 @@ def test_fit_warns_of_a_step_that_does_not_fit(
     assert remedy in line
 
 
-@pytest.mark.parametrize(("loss", "row_tokens"), [(DPOLoss(), 100), (AOTLoss(), None)])
-def test_the_estimate_is_of_rows_as_they_run(tiny_model, pairs_file, tmp_path, loss, row_tokens):
+@pytest.mark.parametrize(("loss", "microbatch_tokens"), [(DPOLoss(), 100), (AOTLoss(), None)])
+def test_the_estimate_is_of_rows_as_they_run(tiny_model, pairs_file, tmp_path, loss, microbatch_tokens):
     """The largest row of the epoch, whatever the sampler makes of the pairs; a coupled batch is one row."""
     pairs = data(pairs_file, tokenizer=str(tiny_model))
     pairs.setup("fit")
-    rows = [row for batch in pairs.train_dataloader() for row in batch.cut(row_tokens or math.inf)]
+    rows = [row for batch in pairs.train_dataloader() for row in batch.cut(microbatch_tokens or math.inf)]
     largest = max(row.input_ids.numel() for row in rows)
     with tiny.records("lightning.pytorch.utilities.rank_zero") as found:
-        trainer(tmp_path, max_steps=1).fit(module(tiny_model, loss=loss, row_tokens=100), data(pairs_file))
+        trainer(tmp_path, max_steps=1).fit(module(tiny_model, loss=loss, microbatch_tokens=100), data(pairs_file))
     (line,) = [record.getMessage() for record in found if record.getMessage().startswith("a step needs")]
     assert f"activations of {largest} tokens" in line
 

@@ -14,10 +14,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import tiny
-from lit_dpo import QLoRAPolicy
+from lit_dpo import LoRAPolicy
 from lit_dpo.cli import main
 from lit_dpo.data.batch import PairBatch
-from lit_dpo.devices import remark
+from lit_dpo.policy.devices import remark
 from training import data
 
 AMPERE, TURING = (8, 0), (7, 5)
@@ -112,13 +112,13 @@ def test_the_saved_configuration_says_what_was_chosen_and_gives_the_same_run(
 
 
 def test_auto_is_what_the_card_computes_in(cards):
-    policy, first, second = QLoRAPolicy("x"), torch.device("cuda"), torch.device("cuda", 1)
+    policy, first, second = LoRAPolicy("x"), torch.device("cuda"), torch.device("cuda", 1)
     assert policy.torch_dtype(first) == torch.bfloat16, "a card that is not here, of a plan"
     cards(AMPERE, TURING)
     assert policy.torch_dtype(first) == torch.bfloat16
     assert policy.torch_dtype(second) == torch.float16
     assert policy.torch_dtype(second, torch.bfloat16) == torch.bfloat16, "as a trainer's precision says"
-    assert QLoRAPolicy("x", dtype="bfloat16").torch_dtype(second) == torch.bfloat16
+    assert LoRAPolicy("x", dtype="bfloat16").torch_dtype(second) == torch.bfloat16
     assert policy.torch_dtype(torch.device("cpu")) == torch.float32
     assert policy.torch_dtype(torch.device("mps")) == torch.bfloat16
 

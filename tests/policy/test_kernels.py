@@ -12,11 +12,11 @@ import torch
 
 import tiny
 from interpreted import interpreter  # noqa: F401 - a fixture
-from lit_dpo import QLoRAPolicy, kernels
+from lit_dpo import LoRAPolicy, kernels
 from lit_dpo.checkpoint.identity import describe
 from lit_dpo.errors import PolicyError
-from lit_dpo.kernels import kernels_of, use_kernels, without_kernels
-from lit_dpo.logps.score import choose_layout, pair_logps
+from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.policy.kernels import kernels_of, use_kernels, without_kernels
 from lit_dpo.references import BaseReference, CachedReference
 from training import adapter, data, module, trainer
 
@@ -49,9 +49,9 @@ def _model(name="llama", **changes):
 
 
 def _scored(model, batch=BATCH):
-    chosen, rejected = pair_logps(model, batch)
+    chosen, rejected = completion_logps(model, batch)
     tiny.weighted(torch.cat([chosen.total, rejected.total])).backward()
-    return torch.cat([chosen.tokens, rejected.tokens]).detach(), tiny.gradients(model)
+    return torch.cat([chosen.per_token, rejected.per_token]).detach(), tiny.gradients(model)
 
 
 def _said(model):
@@ -164,7 +164,7 @@ def test_a_liger_that_does_not_know_this_transformers_changes_nothing(interprete
     monkeypatch.setattr(monkey_patch, "_patch_swiglu_module", stop)
     model = tiny.model()
     before = [dict(vars(module)) for module in model.modules()]
-    with tiny.records("lit_dpo.kernels") as lines:
+    with tiny.records("lit_dpo.policy.kernels") as lines:
         use_kernels(model)
     assert [line.getMessage() for line in lines] == ["LlamaForCausalLM: Liger's kernels are not used: no gate_proj"]
     assert kernels_of(model) is None
@@ -202,7 +202,7 @@ def test_a_policys_layers_of_any_kind_take_them(quantization, checkpointing, tmp
     found = []
     for choice in ("auto", "none"):
         torch.manual_seed(0)
-        model = QLoRAPolicy(str(tmp_path), kernels=choice, gradient_checkpointing=checkpointing, **given).load()
+        model = LoRAPolicy(str(tmp_path), kernels=choice, gradient_checkpointing=checkpointing, **given).load()
         tiny.randomize(model)
         said = _said(model)
         assert [line.partition(": ")[2] for line in said] == [f"Liger's kernels in {KNOWN['llama']}."] * (
@@ -231,14 +231,14 @@ def test_a_whole_run_has_the_same_steps_and_a_cache_of_its_own(tiny_model, pairs
 
 
 def test_without_a_gpu_auto_does_nothing(tiny_model):
-    policy = QLoRAPolicy(str(tiny_model), quantization="none", r=2)
+    policy = LoRAPolicy(str(tiny_model), quantization="none", r=2)
     assert policy.kernels == "auto"
     assert kernels_of(policy.load().get_base_model()) is None
 
 
 def test_another_choice_is_refused():
     with pytest.raises(PolicyError, match="Expected `kernels` among auto, none but got 'liger'"):
-        QLoRAPolicy("x", kernels="liger")
+        LoRAPolicy("x", kernels="liger")
 
 
 @pytest.mark.gpu

@@ -55,7 +55,7 @@ def runs(quickstart, tmp_path_factory):
 
 def test_a_4_bit_policy_learns_to_answer_and_still_speaks(runs):
     """Typically 0.45 before and 0.97 after; the bounds leave room for 64 draws and another machine's rounding."""
-    rows = _rows(runs / "version_0" / "answers.jsonl")
+    rows = _rows(runs / "version_0" / "completions.jsonl")
     before, after = _shares(rows, "before"), _shares(rows, "after")
     assert before["good"] <= 0.6
     assert after["good"] >= 0.9
@@ -63,7 +63,7 @@ def test_a_4_bit_policy_learns_to_answer_and_still_speaks(runs):
 
 
 def test_with_the_preference_swapped_it_learns_to_evade(runs):
-    assert _shares(_rows(runs / "version_1" / "answers.jsonl"), "after")["good"] <= 0.1
+    assert _shares(_rows(runs / "version_1" / "completions.jsonl"), "after")["good"] <= 0.1
 
 
 @pytest.mark.parametrize("version", ["version_0", "version_1"])

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from lit_dpo import AdapterReference, BaseReference, hub
-from lit_dpo.adapter_checks import check_embeddings
 from lit_dpo.data.batch import collate_pairs
 from lit_dpo.errors import PolicyError
-from lit_dpo.logps.score import choose_layout, pair_logps
-from lit_dpo.policy import QLoRAPolicy
-from lit_dpo.policy_checks import _say_tied
+from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.policy import LoRAPolicy
+from lit_dpo.policy.adapter_checks import check_embeddings
+from lit_dpo.policy.checks import _say_tied
 
 PAIRS = tiny.pairs()
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -98,11 +98,11 @@ def _assert_scores_as_peft_does(base, adapter):
         with theirs.disable_adapter():
             off = torch.cat(tiny.one_at_a_time(theirs, PAIRS))
         assert (on - off).abs().max() > 0.01
-        model = QLoRAPolicy(str(base), quantization="none", adapter_path=str(adapter)).load()
+        model = LoRAPolicy(str(base), quantization="none", adapter_path=str(adapter)).load()
         choose_layout(model)
         batch = collate_pairs(PAIRS)
-        found = torch.cat([side.tokens for side in pair_logps(model.eval(), batch)])
-        without = torch.cat([side.tokens for side in BaseReference().logps(model, batch)])
+        found = torch.cat([side.per_token for side in completion_logps(model.eval(), batch)])
+        without = torch.cat([side.per_token for side in BaseReference().logps(model, batch)])
     torch.testing.assert_close(found, on, rtol=0, atol=1e-5)
     torch.testing.assert_close(without, off, rtol=0, atol=1e-5)
 
@@ -124,7 +124,7 @@ def test_an_adapter_with_any_other_feature_is_refused_by_its_name(field, folder,
     adapter = _saved(folder("llama"), tmp_path / "adapter")
     given = REFUSED[field]
     _edit(adapter, **{field: given if given != {} else _defaults(field)})
-    policy = QLoRAPolicy(str(folder("llama")), quantization="none", adapter_path=str(adapter))
+    policy = LoRAPolicy(str(folder("llama")), quantization="none", adapter_path=str(adapter))
     for refuse in (policy.check, policy.load, lambda: AdapterReference(str(adapter)).check(policy)):
         with pytest.raises(PolicyError, match=field):
             refuse()
@@ -147,7 +147,7 @@ def test_adalora_is_no_lora(folder, tmp_path):
     adapter = _saved(folder("llama"), tmp_path / "adapter")
     _edit(adapter, peft_type="ADALORA", total_step=10)
     with pytest.raises(PolicyError, match=r"Expected a LoRA adapter.*ADALORA"):
-        QLoRAPolicy(str(folder("llama")), adapter_path=str(adapter)).check()
+        LoRAPolicy(str(folder("llama")), adapter_path=str(adapter)).check()
 
 
 # ---- embeddings and head ----
@@ -173,7 +173,7 @@ def test_an_adapter_that_brings_other_embeddings_is_refused_with_the_way_out(fol
     (key,) = [key for key in tensors if "lora_" not in key and "embed_tokens" in key]
     tensors[key][3] += 1e-3
     save_file(tensors, weights)
-    policy = QLoRAPolicy(str(folder("llama")), quantization="none", adapter_path=str(adapter))
+    policy = LoRAPolicy(str(folder("llama")), quantization="none", adapter_path=str(adapter))
     for refuse in (policy.check, policy.load, lambda: AdapterReference(str(adapter)).check(policy)):
         with pytest.raises(
             PolicyError, match=r"not the base's \(.*embed_tokens.*\)[\s\S]*merge_and_unload[\s\S]*`policy.model`"
@@ -188,10 +188,10 @@ def test_the_way_out_works(folder, tmp_path):
     adapted = tiny.lora(base, targets=["q_proj"])
     adapted.save_pretrained(tmp_path / "adapter")
     with pytest.raises(PolicyError, match="merge_and_unload"):
-        QLoRAPolicy(str(folder("llama")), quantization="none", adapter_path=str(tmp_path / "adapter")).check()
+        LoRAPolicy(str(folder("llama")), quantization="none", adapter_path=str(tmp_path / "adapter")).check()
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     tiny.tokenizer().save_pretrained(tmp_path / "merged")
-    QLoRAPolicy(str(tmp_path / "merged"), quantization="none", r=2).load()
+    LoRAPolicy(str(tmp_path / "merged"), quantization="none", r=2).load()
 
 
 @pytest.mark.parametrize(
@@ -208,8 +208,8 @@ def test_an_adapter_on_tied_weights_is_said_before_training_not_to_merge(targets
     lines = []
     for name in ("llama-tied", "llama"):
         _say_tied.cache_clear()
-        policy = QLoRAPolicy(str(folder(name)), quantization="none", target_modules=targets, r=2)
-        with tiny.records("lit_dpo.policy_checks") as records:
+        policy = LoRAPolicy(str(folder(name)), quantization="none", target_modules=targets, r=2)
+        with tiny.records("lit_dpo.policy.checks") as records:
             policy.check()
             policy.load()
         lines.append([record.getMessage() for record in records])

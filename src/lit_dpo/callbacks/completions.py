@@ -13,25 +13,27 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_dpo.callbacks.alone import alone
 from lit_dpo.callbacks.export import run_directory, tokenizer_of
 from lit_dpo.errors import TrainingError
-from lit_dpo.limits import limits
 from lit_dpo.logps.attention import plain_attention
+from lit_dpo.policy.limits import limits
 from lit_dpo.writing import written_whole
 
 # C0 but for tab and newline, DEL, C1, and marks that turn the direction of text
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
-class SampleAnswers(pl.Callback):
-    """Answers held-out prompts before and after `fit`, prints a few side by side, and writes all to `answers.jsonl`.
+class SampleCompletions(pl.Callback):
+    """Completes held-out prompts before and after `fit`, prints a few side by side, and writes all to
+    `completions.jsonl`.
 
     Whatever fails here fails alone, in a line: it shows, and costs nothing that was trained.
 
     Args:
-        prompts: how many held-out prompts are answered; the first ones of `val`, else of `train`.
+        prompts: how many held-out prompts are completed; the first ones of `val`, else of `train`.
         shown: how many of them are printed.
-        max_new_tokens: length limit of an answer.
+        max_new_tokens: length limit of a completion.
         temperature: of sampling.
-        classify: `(prompt, answer) -> label`, given by its import path; the share of each label is then printed too.
+        classify: `(prompt, completion) -> label`, given by its import path; the share of each label is then printed
+            too.
         seed: of sampling; training's own random state is left alone.
     """
 
@@ -51,35 +53,37 @@ class SampleAnswers(pl.Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """See that there are prompts to take."""
         if not hasattr(trainer.datamodule, "prompts"):
-            raise TrainingError("SampleAnswers takes its prompts from a PreferenceDataModule; fit with `datamodule=`.")
+            raise TrainingError(
+                "SampleCompletions takes its prompts from a PreferenceDataModule; fit with `datamodule=`."
+            )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Answer with the policy as it comes."""
+        """Complete them with the policy as it comes."""
         self._before = None
         if not trainer.is_global_zero:
             return
-        with alone("SampleAnswers"):
+        with alone("SampleCompletions"):
             split = "val" if trainer.datamodule.val_dataloader() else "train"
             self._questions = [
                 (_question(pair.prompt), ids) for _, ids, pair in trainer.datamodule.prompts(split, self.prompts)
             ]
-            self._before = self._answer(trainer, pl_module)
+            self._before = self._complete(trainer, pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Answer again, and compare."""
+        """Complete them again, and compare."""
         directory = run_directory(trainer)
         if self._before is None or trainer.fast_dev_run:
             return
-        with alone("SampleAnswers"):
-            after = self._answer(trainer, pl_module)
+        with alone("SampleCompletions"):
+            after = self._complete(trainer, pl_module)
             questions = [question for question, _ in self._questions]
-            with written_whole(directory / "answers.jsonl") as path, path.open("w", encoding="utf-8") as stream:
+            with written_whole(directory / "completions.jsonl") as path, path.open("w", encoding="utf-8") as stream:
                 for row in zip(questions, self._before, after, strict=True):
                     stream.write(json.dumps(dict(zip(("prompt", "before", "after"), row, strict=True))) + "\n")
             self._print(questions, self._before, after)
 
-    def _answer(self, trainer: Any, pl_module: Any) -> list[str]:
-        return sample_answers(
+    def _complete(self, trainer: Any, pl_module: Any) -> list[str]:
+        return sample_completions(
             pl_module.model,
             tokenizer_of(trainer),
             [ids for _, ids in self._questions],
@@ -94,18 +98,20 @@ class SampleAnswers(pl.Callback):
 
         console = Console()
         columns = (Column(name, overflow="fold") for name in ("held-out prompt", "before", "after"))
-        table = Table(*columns, title="Answers, sampled", show_lines=True)
+        table = Table(*columns, title="Completions, sampled", show_lines=True)
         for row in list(zip(questions, before, after, strict=True))[: self.shown]:
             table.add_row(*(_shown(text, console.encoding) for text in row))
         console.print(table)
         if self.classify is not None:
             shares = [
-                Counter(str(self.classify(*pair)) for pair in zip(questions, answers, strict=True))
-                for answers in (before, after)
+                Counter(str(self.classify(*pair)) for pair in zip(questions, completions, strict=True))
+                for completions in (before, after)
             ]
             for label in sorted(shares[0] | shares[1]):
                 was, now = (share[label] / len(questions) for share in shares)
-                console.print(_shown(f"share of {label} answers: {was:.2f} before, {now:.2f} after", console.encoding))
+                console.print(
+                    _shown(f"share of {label} completions: {was:.2f} before, {now:.2f} after", console.encoding)
+                )
 
 
 def _shown(text: str, encoding: str) -> Any:
@@ -129,7 +135,7 @@ def _until(ends: set[int], row: list[int]) -> list[int]:
 
 
 @torch.no_grad()
-def sample_answers(
+def sample_completions(
     model: Any,
     tokenizer: Any,
     prompts: list[list[int]],
@@ -139,30 +145,32 @@ def sample_answers(
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[str]:
-    """Sample one answer to each prompt.
+    """Sample one completion of each prompt.
 
     Args:
         model: a policy in training or not; left as it was, like the global random state.
-        tokenizer: turns the answers into text.
+        tokenizer: turns the completions into text.
         prompts: token ids; where the model's context is too short their beginning is cut.
         max_new_tokens: length limit.
         temperature: of sampling.
         seed: of sampling.
-        batch_size: prompts answered at once.
+        batch_size: prompts completed at once.
     """
     device = model.get_input_embeddings().weight.device
     vocabulary, context, _ = limits(model)
     if context is not None:
         max_new_tokens = min(max_new_tokens, context - 1)
         if any(len(row) + max_new_tokens > context for row in prompts):
-            rank_zero_info(f"answers: prompts keep the last {context - max_new_tokens} tokens; the model has {context}")
+            rank_zero_info(
+                f"completions: prompts keep the last {context - max_new_tokens} tokens; the model has {context}"
+            )
         prompts = [row[max(0, len(row) + max_new_tokens - context) :] for row in prompts]
     # a pad token may be one that the model never had
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     pad = next(token for token in pads if token is not None and token < vocabulary)
     ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
-    training, answers = model.training, []
+    training, completions = model.training, []
     model.eval()
     try:
         with plain_attention(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -182,7 +190,7 @@ def sample_answers(
                     pad_token_id=pad,
                 )
                 written = [_until(ends, row) for row in out[:, width:].tolist()]
-                answers += tokenizer.batch_decode(written, skip_special_tokens=True)
+                completions += tokenizer.batch_decode(written, skip_special_tokens=True)
     finally:
         model.train(training)
-    return [answer.strip() for answer in answers]
+    return [completion.strip() for completion in completions]

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from lit_dpo.settings import rope_limit
+from lit_dpo.policy.settings import rope_limit
 
 if TYPE_CHECKING:
-    from lit_dpo.policy import QLoRAPolicy
+    from lit_dpo.policy import LoRAPolicy
 
 
 class Limits(NamedTuple):
@@ -44,7 +44,7 @@ def limits(model: Any) -> Limits:
     return Limits(min(size for size in sizes if size), min(found, default=None), made_for)
 
 
-def policy_limits(policy: QLoRAPolicy) -> Limits:
+def policy_limits(policy: LoRAPolicy) -> Limits:
     """Of the model that a policy would load, by its configuration: without weights."""
     from transformers import AutoConfig
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from lit_dpo import hub
 from lit_dpo.errors import PolicyError, first_line
-from lit_dpo.fingerprints import sampled_digest
 from lit_dpo.hub import Place
+from lit_dpo.policy.digests import sampled_digest
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lit_dpo.errors import PolicyError, first_line
 from lit_dpo.hub import Place, listing
-from lit_dpo.settings import settings
+from lit_dpo.policy.settings import settings
 
 log = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 `peak = weights + adapters + activations + max(head, backward)`, in bytes:
 
-- weights: all tensors of the policy and of a reference beside it, as they are stored (packed 4 bits and their scales);
-- adapters: parameters, gradients (twice where a batch runs in several rows), and what the optimizer keeps of them;
+- weights: all tensors of the policy and of a reference next to it, as they are stored (packed 4 bits and their scales);
+- adapters: parameters, gradients (twice where there are several micro-batches), and what the optimizer keeps of them;
 - activations: what is alive after the forward of the backbone. Measured on probes, as the sum of a constant, a term per
   token of each part of a pair, and one per entry of an attention matrix: six probes decide it for any architecture;
 - backward: what comes on top of it while it runs backward, from the same probes. With gradient checkpointing this is
@@ -17,8 +17,7 @@ rows of models that hold whole attention matrices may need more in the backward 
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -26,16 +25,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lit_dpo.data.batch import EncodedPair, collate_pairs
 from lit_dpo.logps import score
 from lit_dpo.logps.attention import has_pair_attention
-from lit_dpo.logps.head import backbone, model_head, reference_kl, selected_logps
+from lit_dpo.logps.head import reference_kl, selected_logps
+from lit_dpo.logps.model_head import backbone, model_head
+from lit_dpo.memory.live import LiveBytes, stored_bytes
 
 Lengths = NDArray[np.int64]
-"""`(B, 3)` tokens of the prompt, the chosen and the rejected completion of each pair of a row."""
+"""`(B, 3)` tokens of the prompt, the chosen and the rejected completion of each pair of a micro-batch."""
 
 Context = Callable[[], AbstractContextManager[Any]]
 """What a training step runs in, such as autocast, entered anew for each."""
@@ -53,9 +52,9 @@ class StepMemory(NamedTuple):
         weights: frozen tensors, the reference's too.
         adapters: what trains, its gradients and the optimizer's state.
         activations: alive after the forward of the backbone.
-        backward: at most alive beside them while it runs backward.
-        head: at most alive beside them while logits are scored.
-        tokens: of the row, `prompt + chosen + rejected` summed over its pairs.
+        backward: at most alive on top of them while it runs backward.
+        head: at most alive on top of them while logits are scored.
+        tokens: of the micro-batch, `prompt + chosen + rejected` summed over its pairs.
     """
 
     weights: int
@@ -87,7 +86,7 @@ class StepMemory(NamedTuple):
 
 
 class StepEstimate:
-    """What is known of a model's steps after its probes; `of` says the peak for any rows.
+    """What is known of a model's steps after its probes; `of` says the peak for any micro-batches.
 
     Random states, gradients and weights are left as they are.
 
@@ -131,25 +130,25 @@ class StepEstimate:
         deeper._frozen, deeper._trained = frozen, trained
         return deeper
 
-    def of(self, rows: Sequence[Lengths], several_rows: bool = False) -> StepMemory:
-        """The peak of a training step over the largest of some rows.
+    def of(self, microbatches: Sequence[Lengths], several: bool = False) -> StepMemory:
+        """The peak of a training step over the largest of some micro-batches.
 
         Args:
-            rows: candidates for the largest; each is a batch, or a part of one.
-            several_rows: a batch is cut into rows, whose gradients add up while those of the batch before are still
+            microbatches: candidates for the largest; each is a batch, or a part of one.
+            several: a batch is cut into several, whose gradients add up while those of the batch before are still
                 there.
         """
         steps = [
             StepMemory(
                 weights=self._frozen,
-                adapters=round(self._trained * (2 + several_rows + self._optimizer_bytes)),
+                adapters=round(self._trained * (2 + several + self._optimizer_bytes)),
                 activations=(activations := round(float(features @ self._alive))),
-                # a row's gradients are all there when its activations are gone, and not yet added to those of others
-                backward=max(round(float(features @ self._backward)), several_rows * self._trained - activations),
+                # its gradients are all there when its activations are gone, and not yet added to those of others
+                backward=max(round(float(features @ self._backward)), several * self._trained - activations),
                 head=self._head(int(lengths[:, 1:].sum())),
                 tokens=int(lengths.sum()),
             )
-            for lengths in rows
+            for lengths in microbatches
             for features in [step_features(lengths, self._flat)]
         ]
         return max(steps, key=lambda step: step.total)
@@ -157,86 +156,26 @@ class StepEstimate:
 
 def estimate_step(
     model: Any,
-    rows: Sequence[Lengths],
+    microbatches: Sequence[Lengths],
     *,
-    several_rows: bool = False,
+    several: bool = False,
     optimizer: Callable[..., Any] = torch.optim.AdamW,
     with_kl: bool = False,
     context: Context = nullcontext,
 ) -> StepMemory:
-    """The peak of a training step over the largest of some rows: `StepEstimate` of the model, then `of` the rows.
+    """The peak of a training step over the largest of some micro-batches: `StepEstimate` of the model, then `of` them.
 
     Args:
         model: the policy, its layout chosen, in training mode.
-        rows: candidates for the largest; each is a batch, or a part of one.
-        several_rows: a batch is cut into rows.
+        microbatches: candidates for the largest; each is a batch, or a part of one.
+        several: a batch is cut into several.
         optimizer: makes one from a list of parameters.
         with_kl: the loss reads the divergence of whole distributions.
         context: what a training step runs in, such as autocast.
     """
     device = score.base_model(model).get_input_embeddings().weight.device
     kept = optimizer_bytes(optimizer, device)
-    return StepEstimate(model, kept, with_kl=with_kl, context=context).of(rows, several_rows)
-
-
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors that operations make while it is on, until they are freed.
-
-    Attributes:
-        live: bytes alive now.
-        peak: most bytes that were alive.
-
-    Example:
-        >>> with LiveBytes() as memory:
-        ...     zeros = torch.zeros(100) + torch.zeros(100)
-        >>> memory.live, memory.peak
-        (400, 1200)
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live: int = 0
-        self.peak: int = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and note what it made; views and results in place are no new memory."""
-        given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for made in tree_leaves(result):
-            if isinstance(made, Tensor) and (key := made.untyped_storage()._cdata) not in given | self._sizes.keys():
-                self._sizes[key] = made.untyped_storage().nbytes()
-                self.live += self._sizes[key]
-                weakref.finalize(made.untyped_storage(), self._free, key)
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def _free(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
-
-
-def stored_bytes(model: Any) -> tuple[int, int]:
-    """Bytes of a model's tensors as they are stored, each storage once: those that are frozen, those that train."""
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    sizes: dict[bool, dict[int, int]] = {False: {}, True: {}}
-    for tensor in _tensors(model, set()):
-        storage = tensor.untyped_storage()
-        sizes[id(tensor) in trained][storage._cdata] = storage.nbytes()
-    return sum(sizes[False].values()), sum(sizes[True].values())
-
-
-def _tensors(thing: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Tensors of modules, and of what quantisation keeps beside them."""
-    if id(thing) in seen:
-        return
-    seen.add(id(thing))
-    if isinstance(thing, Tensor):
-        yield thing
-    if isinstance(thing, Tensor | nn.Module) or type(thing).__module__.startswith("bitsandbytes"):
-        thing = getattr(thing, "__dict__", {})
-    if isinstance(thing, dict):
-        for value in thing.values():
-            yield from _tensors(value, seen)
+    return StepEstimate(model, kept, with_kl=with_kl, context=context).of(microbatches, several)
 
 
 def optimizer_bytes(optimizer: Callable[..., Any], device: torch.device) -> float:
@@ -250,7 +189,7 @@ def optimizer_bytes(optimizer: Callable[..., Any], device: torch.device) -> floa
 
 
 def step_features(lengths: Lengths, flat: bool) -> NDArray[np.float64]:
-    """What the bytes of a row, and its arithmetic, are a sum of: a constant, tokens, entries of attention matrices."""
+    """What bytes and arithmetic of a micro-batch are sums of: a constant, tokens, entries of attention matrices."""
     prompt, chosen, rejected = lengths.T
     if flat:
         entries = ((prompt + chosen) ** 2).sum(), (rejected * (prompt + rejected)).sum()

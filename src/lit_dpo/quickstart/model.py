@@ -20,14 +20,10 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from lit_dpo import quickstart_text as text
-from lit_dpo.quickstart_text import Style, is_correct, style
+from lit_dpo.quickstart import text
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-__all__ = ["Style", "is_correct", "quickstart_directory", "style"]
-
 
 _CHAT_TEMPLATE: Final = (
     "{{ bos_token }}"
@@ -91,7 +87,7 @@ def quickstart_directory() -> Path:
     print(
         f"lit_dpo: training a tiny chat model and writing preference data to {directory} (once, about 40 s)", flush=True
     )
-    # Built beside its final place, so that the rename is atomic: whoever finds the directory finds all of it.
+    # Built next to its final place, so that the rename is atomic: whoever finds the directory finds all of it.
     unfinished = root / f".{directory.name}-{uuid.uuid4().hex}"
     unfinished.mkdir(parents=True)
     try:

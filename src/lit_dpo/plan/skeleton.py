@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lit_dpo import policy_checks as checks
 from lit_dpo.logps.attention import can_switch_attention, use_pair_attention
-from lit_dpo.sliced import SLICE
+from lit_dpo.policy import checks
+from lit_dpo.policy.sliced import SLICE
 
 if TYPE_CHECKING:
-    from lit_dpo.policy import QLoRAPolicy
+    from lit_dpo.policy import LoRAPolicy
 
 
 class Repeats(NamedTuple):
@@ -70,7 +70,7 @@ class Skeleton(NamedTuple):
 
 
 def skeleton(
-    policy: QLoRAPolicy, dtype: torch.dtype, *, on_gpu: bool = False, adapters: bool = True, layers: int | None = None
+    policy: LoRAPolicy, dtype: torch.dtype, *, on_gpu: bool = False, adapters: bool = True, layers: int | None = None
 ) -> Skeleton:
     """The model that a policy would load, without downloading or reading weights.
 
@@ -106,7 +106,7 @@ def skeleton(
     return Skeleton(model.train(), parameters, trained, widest, repeats, fake)
 
 
-def _base(policy: QLoRAPolicy, dtype: torch.dtype, layers: int | None) -> Any:
+def _base(policy: LoRAPolicy, dtype: torch.dtype, layers: int | None) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -148,7 +148,7 @@ def _repeats(base: Any) -> Repeats | None:
     return None
 
 
-def _fill(model: Any, policy: QLoRAPolicy, on_gpu: bool) -> None:
+def _fill(model: Any, policy: LoRAPolicy, on_gpu: bool) -> None:
     """Fake tensors for all that are on the meta device; what is quantised gets its packed size."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
@@ -165,7 +165,7 @@ def _fill(model: Any, policy: QLoRAPolicy, on_gpu: bool) -> None:
                 module._buffers[name] = made.setdefault(id(one), torch.empty(one.shape, dtype=one.dtype))
 
 
-def _pack(module: Any, policy: QLoRAPolicy, on_gpu: bool) -> None:
+def _pack(module: Any, policy: LoRAPolicy, on_gpu: bool) -> None:
     outputs, inputs = module.weight.shape
     numbers = outputs * inputs
     if isinstance(module, bnb.nn.Linear4bit):

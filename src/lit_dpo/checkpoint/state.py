@@ -1,0 +1,101 @@
+"""What of a module is in its checkpoints: adapters, by name, and settings that run nobody's code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import fsspec
+import torch
+from lightning.pytorch.core.saving import load_hparams_from_yaml
+
+from lit_dpo.checkpoint.identity import TRUST
+from lit_dpo.errors import ResumeError
+from lit_dpo.policy.adapters import DEFAULT, REFERENCE, adapter_parameters
+
+
+def adapter_state(module: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The adapters of a module's policy that a checkpoint holds: the one that trains, and a reference that follows it.
+
+    The frozen base and reference are named there, not stored.
+    """
+    names = (DEFAULT, REFERENCE) if module.reference.follows_policy else (DEFAULT,)
+    adapters = (adapter_parameters(module.model, name) for name in names)
+    return {f"{prefix}model.{name}": p.detach() for one in adapters for name, p in one.items()}
+
+
+def untrusting(file: Any, key: str, hparams_file: Any = None) -> dict[str, Any]:
+    """Those hyper-parameters of a checkpoint that would run code of a stranger, changed so that they do not.
+
+    Args:
+        file: the checkpoint.
+        key: where it holds its hyper-parameters.
+        hparams_file: where they are instead.
+    """
+    stored = read_checkpoint(file).get(key, {}) if hparams_file is None else _hparams(hparams_file)
+    return {name: _without_trust(value) for name, value in stored.items() if _trusts(value)}
+
+
+def load_strictly(known: Mapping[str, torch.Tensor], given: dict[str, torch.Tensor], *, training: bool) -> None:
+    """Copy into the tensors of a module what a checkpoint has for them.
+
+    Args:
+        known: the module's tensors.
+        given: the checkpoint's.
+        training: it goes on training. Else another loss or reference may evaluate what these trained, and the memory of
+            a loss and a reference that moved are left out if they are not known, and a memory stays as it is.
+
+    Raises:
+        ResumeError: listing keys that are missing, unknown or of another shape; nothing is copied then.
+    """
+    if not training:
+        given = {name: p for name, p in given.items() if name in known or not _of_training(name)}
+        given |= {name: known[name] for name in known.keys() & {"loss_state"} - given.keys()}
+    wrong = [f"missing {name}" for name in known.keys() - given.keys()]
+    wrong += [f"unknown {name}" for name in given.keys() - known.keys()]
+    wrong += [
+        f"{name}: {tuple(given[name].shape)} instead of {tuple(known[name].shape)}"
+        for name in known.keys() & given.keys()
+        if given[name].shape != known[name].shape
+    ]
+    if wrong:
+        raise ResumeError("The checkpoint's adapter does not fit the policy:\n  " + "\n  ".join(sorted(wrong)[:10]))
+    with torch.no_grad():
+        for name, tensor in known.items():
+            tensor.copy_(given[name])
+
+
+def _of_training(name: str) -> bool:
+    return name == "loss_state" or ".reference." in f"{name}."
+
+
+def _trusts(given: Any) -> bool:
+    return bool(given != _without_trust(given))
+
+
+def _without_trust(given: Any) -> Any:
+    """The same, but `trust_remote_code` is false wherever it stands."""
+    if isinstance(given, Mapping):
+        return {key: key != TRUST and _without_trust(value) for key, value in given.items()}
+    return [_without_trust(value) for value in given] if isinstance(given, list | tuple) else given
+
+
+def _hparams(file: Any) -> dict[str, Any]:
+    return dict(load_hparams_from_yaml(file) if str(file).endswith(("yml", "yaml")) else {})
+
+
+def frozen_is_not_missing(module: torch.nn.Module, keys: Any) -> None:
+    """A module that is loaded inside another one (a callback's average) lacks what its `state_dict` never holds."""
+    held = tuple(module.state_dict())
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name.endswith(held)]
+
+
+def read_checkpoint(path: Any) -> dict[str, Any]:
+    """A checkpoint from wherever Lightning can read one."""
+    if hasattr(path, "read"):
+        path.seek(0)
+        found = dict(torch.load(path, map_location="cpu", weights_only=True))
+        path.seek(0)
+        return found
+    with fsspec.open(str(path), "rb") as stream:
+        return dict(torch.load(stream, map_location="cpu", weights_only=True))

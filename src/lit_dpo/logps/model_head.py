@@ -1,0 +1,84 @@
+"""Where a causal language model is cut: its backbone, and what it does after it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_dpo.errors import PolicyError
+
+
+def model_head(model: Any) -> nn.Module:
+    """What a transformers causal LM does after its backbone: head, soft-cap, logit scale, an adapter on any of them.
+
+    It is the model's own `forward` with the backbone replaced by one that returns what it is given, on a shallow copy
+    that shares every parameter, so that no architecture's arithmetic is written here a second time.
+    """
+    return _Head(_replace(model, backbone(model), _Given()))
+
+
+def backbone(model: Any) -> Any:
+    """The part of a transformers causal LM that turns token ids into hidden states.
+
+    What the model calls its decoder, unless that is the model itself (Llama 4) or its last layer (ModernBERT); then the
+    one whole model inside it.
+
+    Raises:
+        PolicyError: if it cannot be told from the head.
+    """
+    from transformers import PreTrainedModel
+
+    found = model.get_decoder()
+    if found is not model and "input_ids" in inspect.signature(found.forward).parameters:
+        return found
+    inside = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    if len(inside) != 1:
+        raise PolicyError(f"{type(model).__name__} does not tell its backbone from its head, so it cannot be scored.")
+    return inside[0]
+
+
+class _Head(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, states: Tensor) -> Tensor:
+        logits: Tensor = self.model(inputs_embeds=states.unsqueeze(0), use_cache=False).logits
+        return logits.squeeze(0)  # the backward of an index fills a tensor as large as the logits
+
+
+class _Given(nn.Module):
+    """A backbone that returns its input embeddings as its last hidden state."""
+
+    def forward(self, input_ids: Tensor | None = None, *, inputs_embeds: Tensor, **_: Any) -> Any:
+        return _output_type()(last_hidden_state=inputs_embeds)
+
+
+@cache
+def _output_type() -> type[Any]:
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    class GivenOutput(BaseModelOutputWithPast):
+        """Heads copy what else their backbone returns (router logits, caches, …) into their own output: nothing."""
+
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+    return GivenOutput
+
+
+def _replace(module: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Shallow copies of the modules on the way down to `old`, with `new` in its place."""
+    if module is old:
+        return new
+    for name, child in module.named_children():
+        if any(found is old for found in child.modules()):
+            clone = copy.copy(module)
+            clone._modules = {**module._modules, name: _replace(child, old, new)}
+            return clone
+    raise ValueError(f"{type(module).__name__} does not hold its decoder")

@@ -1,0 +1,5 @@
+"""The policy: a base model in 4 bits, 8 bits or full precision, and the LoRA adapters on it that train."""
+
+from lit_dpo.policy.lora import QUICKSTART, LoRAPolicy
+
+__all__ = ["QUICKSTART", "LoRAPolicy"]
