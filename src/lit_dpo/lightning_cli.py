@@ -172,7 +172,7 @@ class LitDPOCLI(LightningCLI):
             refuse(str(error))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """A Rich progress bar and a last checkpoint, unless there is another or none is wanted."""
+        """Add a Rich progress bar and a last checkpoint, unless there is another or none is wanted."""
         config = self.config_init[self.config_init["subcommand"]]["trainer"]
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -188,7 +188,7 @@ class LitDPOCLI(LightningCLI):
 
 
 def _precision(typed: Any) -> dict[str, Any]:
-    """The trainer's precision where nobody chose one, and the line that says so; `null` is Lightning's 32-true."""
+    """Choose the trainer's precision where nobody did, and say so in a line; `null` is Lightning's 32-true."""
     trainer = typed.get("trainer") or {}
     if "precision" in trainer or trainer.get("plugins"):  # one of these may be a precision
         return {}
@@ -207,7 +207,7 @@ def _root(trainer: Any) -> Path:
 
 
 def _last(root: Path) -> Path:
-    """The newest `last.ckpt` of any run.
+    """Find the newest `last.ckpt` of any run.
 
     Raises:
         ResumeError: if there is none.

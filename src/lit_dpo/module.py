@@ -33,9 +33,10 @@ from lit_dpo.checkpoint import (
 )
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError, TrainingError
+from lit_dpo.logps.fields import Field
 from lit_dpo.logps.microbatch import MICROBATCH_TOKENS, in_microbatches, join, why_whole
 from lit_dpo.logps.records import PairLogps, SequenceLogps
-from lit_dpo.logps.score import choose_layout, completion_logps, completion_logps_with_kl
+from lit_dpo.logps.score import FrozenStates, choose_layout, completion_logps, frozen_logps
 from lit_dpo.losses import DPOLoss, PreferenceLoss
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.devices import remark
@@ -87,6 +88,7 @@ class DPOModule(pl.LightningModule):
 
     loss_state: Tensor | None
     _said_whole = False
+    _frozen: FrozenStates | None = None  # of the reference, while `forward` runs
 
     def __init__(
         self,
@@ -144,7 +146,7 @@ class DPOModule(pl.LightningModule):
         rank_zero_info(f"{trained} of {total} parameters train; {layout} layout; reference {self.reference}")
 
     def configure_metrics(self) -> MetricCollection:
-        """What is measured in training, validation and test; extend what `super()` returns. `__init__` calls it."""
+        """Name what is measured in training, validation and test; extend what `super()` returns."""
         measured: dict[str, Metric] = {
             "loss": metrics.PreferenceLossMean(),
             "reward_accuracy": metrics.RewardAccuracy(),
@@ -155,43 +157,35 @@ class DPOModule(pl.LightningModule):
             "rejected_logps": metrics.RejectedLogps(),
             **{f"loss_{name}": metrics.LossPart(name) for name in self.loss.part_names},
         }
-        if "per_token" in self.reference.gives:
+        if Field.REFERENCE_PER_TOKEN in self.reference.provides:
             measured["kl"] = metrics.KLEstimate()
         return MetricCollection(measured, compute_groups=False)  # type: ignore[arg-type]
 
     def forward(self, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
         """Log-probs of the chosen and of the rejected completions under the policy."""
-        return completion_logps(self.model, batch, collision=self._reads("collision"))
+        collision = Field.COLLISION in self.loss.requires
+        return completion_logps(self.model, batch, collision=collision, frozen=self._frozen)
 
     def pair_logps(self, batch: PairBatch) -> PairLogps:
-        """The record that losses and metrics read: policy with gradients, reference without, what the data say.
-
-        For a loss that reads the divergence of whole distributions (`kl`) both models are scored together, without
-        `forward`.
-        """
-        if self._reads("kl"):
-            active, collision = self.reference.activated, self._reads("collision")
-            sides: Any = completion_logps_with_kl(self.model, batch, active, collision=collision)
-        else:
-            reference = self.reference.logps(self.model, batch)
+        """Make the record that losses and metrics read: policy with gradients, reference without, data's columns."""
+        frozen, chosen, rejected = self._reference_logps(batch)
+        self._frozen = frozen
+        try:
             scored = self(batch)
-            if not isinstance(scored, tuple) or len(scored) != 2:
-                raise TrainingError(f"Expected `forward` to return chosen and rejected log-probs but got {scored!r}.")
-            sides = (*scored, *reference)
-        return PairLogps(*sides)._replace(
-            weight=batch.weight,
-            score_margin=batch.score_margin,
-            probability=batch.probability,
-            state=self.loss_state,
-        )
+        finally:
+            self._frozen = None
+        if not isinstance(scored, tuple) or len(scored) != 2:
+            raise TrainingError(f"Expected `forward` to return chosen and rejected log-probs but got {scored!r}.")
+        return PairLogps(*scored, chosen, rejected, batch.columns, self.loss_state)
 
     def compute_loss(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`, times the pairs' weights; the module takes their mean over all pairs of an optimizer step."""
         losses = self.loss(pairs)
-        return losses if pairs.weight is None else losses * pairs.weight
+        weight = pairs.columns.get("weight")
+        return losses if weight is None else losses * weight
 
     def configure_optimizers(self) -> Any:
-        """The optimizer on the adapters, and the learning rate's schedule per step."""
+        """Make the optimizer of the adapters, and the learning rate's schedule per step."""
         from transformers import get_scheduler
 
         if self.model is None:
@@ -237,7 +231,7 @@ class DPOModule(pl.LightningModule):
             claim_versions(self._unnumbered)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """A batch's mean loss, as `Trainer` divides it by `accumulate_grad_batches`; see `Window` for its gradient."""
+        """Return a batch's mean loss, before Lightning divides it for accumulation; see `Window` for its gradient."""
         self.fetched = None
         total, losses = self._step(batch, self.train_metrics, training=True)
         self.unlogged = True
@@ -266,6 +260,7 @@ class DPOModule(pl.LightningModule):
             **dict(zip(names, numbers, strict=True)),
             "chosen_length": batch.chosen_lengths,
             "rejected_length": batch.rejected_lengths,
+            **{name: column.cpu() for name, column in batch.columns.items()},
         }
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
@@ -274,7 +269,7 @@ class DPOModule(pl.LightningModule):
         return self if device is None else super().to(device)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The policy's adapter and whatever a subclass added; what is frozen is not stored."""
+        """Return the policy's adapter and whatever a subclass added; what is frozen is not stored."""
         model = self._modules.pop("model", None)
         try:
             state: dict[str, Any] = super().state_dict(*args, **kwargs)
@@ -298,7 +293,7 @@ class DPOModule(pl.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """A module as a checkpoint says it was, with its adapter; see Lightning.
+        """Build a module as a checkpoint says it was, with its adapter; see Lightning.
 
         But no file says that code is run: `trust_remote_code` is false unless it is given here, within `policy=` or
         `reference=`.
@@ -351,7 +346,7 @@ class DPOModule(pl.LightningModule):
                 self.model.train()
 
     def _microbatches(self, batch: PairBatch) -> list[PairBatch]:
-        """A training batch in parts; whole where it must be, in a line that says so once."""
+        """Cut a training batch; or leave it whole where it must be, in a line that says so once."""
         parts = batch.cut(self.microbatch_limit)
         if len(parts) == 1 or (reason := self.why_whole) is None:
             return parts
@@ -361,7 +356,7 @@ class DPOModule(pl.LightningModule):
         return [batch]
 
     def accumulate(self, parts: Sequence[PairBatch]) -> tuple[Tensor, Tensor, PairLogps]:
-        """The sum of a batch's losses, to run backward from, the losses and the record; see `in_microbatches`."""
+        """Return the sum of a batch's losses, to run backward from, the losses and the record."""
 
         def score(part: PairBatch) -> tuple[Tensor, PairLogps]:
             pairs = self.pair_logps(part)
@@ -450,5 +445,8 @@ class DPOModule(pl.LightningModule):
         assert isinstance(found, MetricCollection)
         return found, f"eval_sets.{key}"
 
-    def _reads(self, name: str) -> bool:
-        return name in self.loss.needs
+    def _reference_logps(self, batch: PairBatch) -> tuple[Any, Any, Any]:
+        """Hidden states of the reference, for a loss that reads how far whole distributions diverge, and both sides."""
+        if Field.KL in self.loss.requires:
+            return frozen_logps(self.model, batch, self.reference.activated)
+        return None, *self.reference.logps(self.model, batch)

@@ -102,7 +102,7 @@ class OptimizerSteps(pl.Callback):
 
 
 def fetch(pl_module: Any, finite: Tensor) -> bool:
-    """A yes or no of the device, and with it what the step measured: the one time in a step that the CPU waits."""
+    """Fetch a yes or no of the device, and what the step measured: the one time in a step that the CPU waits."""
     values = _values(pl_module, pl_module.train_metrics) if pl_module.unlogged else {}
     pl_module.fetched = on_host({**values, "": finite})
     return bool(pl_module.fetched.pop(""))

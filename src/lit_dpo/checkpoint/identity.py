@@ -46,7 +46,7 @@ _MAY_CHANGE = (
 
 
 def describe(module: Any) -> dict[str, Any]:
-    """What a checkpoint's adapters belong to, in builtins only, so that `torch.load(weights_only=True)` reads it."""
+    """Say what a checkpoint belongs to, in builtins only, so that `torch.load(weights_only=True)` reads it."""
     policy, loss, reference, trainer = module.policy, module.loss, module.reference, module._trainer
     schedule = {"lr_scheduler": module.lr_scheduler, "warmup_ratio": module.warmup_ratio}
     if policy.dropout:  # masks are drawn for each row
@@ -90,7 +90,7 @@ def _plain(given: Any) -> Any:
 
 
 def compare_steps(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """What differs in how steps are made, a sentence each; of the optimizer's settings those that both sides have."""
+    """Say how steps are made differently, a sentence each; of the optimizer's settings those that both sides have."""
     found = []
     if saved["optimizer"] != current["optimizer"]:
         found.append(f"it was trained with {saved['optimizer']} but the configuration says {current['optimizer']}")
@@ -168,7 +168,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def configuration(module: Any) -> dict[str, Any]:
-    """A module's hyper-parameters as the command line would have written them, wherever it was built.
+    """Write a module's hyper-parameters as the command line would have, wherever it was built.
 
     A lambda has no name to write; where one was given, a reload takes the default.
     """

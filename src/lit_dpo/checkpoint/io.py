@@ -83,7 +83,7 @@ def _adapter_folder(path: Path) -> Path:
 
 
 def check_writable(directory: Path) -> None:
-    """An adapter may replace an adapter, and nothing else.
+    """See that an adapter would replace an adapter, and nothing else.
 
     Raises:
         TrainingError: if the directory holds something else.
@@ -111,7 +111,7 @@ def _is_adapter(directory: Path) -> bool:
 
 
 def save_adapter(model: Any, tokenizer: Any, directory: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
-    """A PEFT directory with the tokenizer, whole or not at all.
+    """Write a PEFT directory with the tokenizer, whole or not at all.
 
     `AutoPeftModelForCausalLM.from_pretrained(directory)` and `pipeline("text-generation", model=directory)` load it.
     The former loads the commit of the base that it was trained on, the latter the main branch unless given `revision=`.

@@ -195,9 +195,9 @@ class PreferenceDataModule(LightningDataModule):
         return None if table is None else table.digest
 
     @property
-    def row_fields(self) -> dict[str, frozenset[str]]:
-        """By split of this run, what its rows say beside their three parts: some of `ROW_FIELDS`."""
-        return {split: frozenset(table.fields) for split, table in self._tables.items() if table is not None}
+    def columns(self) -> dict[str, frozenset[str]]:
+        """By split of this run, the names of the numbers that its rows bring, which travel as `columns`."""
+        return {split: frozenset(table.columns) for split, table in self._tables.items() if table is not None}
 
     def check_tokens(self, vocabulary: int, context: int | None, made_for: int | None, model: str) -> None:
         """See that a model can read every pair of this run; say once if some are longer than what it was made for.
@@ -212,18 +212,18 @@ class PreferenceDataModule(LightningDataModule):
     # --- for reports -----------------------------------------------------------------------------------------------
 
     def preference(self, split: str, row: int) -> Preference:
-        """The raw prompt and completions of a row number, as found in `batch.indices`, of a split.
+        """Return the raw prompt and completions of a row of a split, by its number in `batch.indices`.
 
         Splits are `train`, `val`, …, and `val/NAME` where there are several.
         """
         return self._table(split).preference(row)
 
     def place(self, split: str, row: int) -> str:
-        """The file of a row number of a split, and the number in that file."""
+        """Say in which file a row of a split is, and its number there."""
         return self._table(split).place(row)
 
     def prompts(self, split: str, limit: int) -> list[tuple[int, list[int], Preference]]:
-        """The first `limit` different prompts of a split: row number, token ids as trained on, raw preference.
+        """Return the first `limit` prompts of a split: row number, token ids as trained on, raw preference.
 
         Of several sets, equally many each.
         """
@@ -246,7 +246,7 @@ class PreferenceDataModule(LightningDataModule):
         return table
 
     def _sets(self, split: str) -> list[str]:
-        """The names of a split's sets: itself, or `val/NAME` for each."""
+        """Name a split's sets: itself, or `val/NAME` for each."""
         return [name for name in self.sources if name.startswith(f"{split}/")] or [split]
 
     def _build(self, split: str) -> None:
@@ -419,7 +419,7 @@ class PreferenceDataModule(LightningDataModule):
 
 
 def _by_name(split: str, source: Source | Mapping[str, Source] | None) -> dict[str, Source | None]:
-    """A split's sources by its own name, or several by `split/NAME`.
+    """Name a split's sources: by its own name, or several by `split/NAME`.
 
     Raises:
         DataError: for names that cannot be part of a metric's name.

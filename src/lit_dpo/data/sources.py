@@ -101,13 +101,13 @@ def _load(name: str, stage: str) -> Iterator[PairSource]:
 
 
 def _suffix(path: Path) -> str | None:
-    """The known suffix that a path ends in, the longest first."""
+    """Find the known suffix that a path ends in, the longest first."""
     name = path.name.lower()
     return next((suffix for suffix in sorted(_LOADERS, key=len, reverse=True) if name.endswith(suffix)), None)
 
 
 def _files(path: Path) -> list[Path]:
-    """The files that a path or pattern stands for, sorted."""
+    """List the files that a path or pattern stands for, sorted."""
     if path.is_file():
         return [path]
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
@@ -165,7 +165,7 @@ def _csv_options(path: Path) -> dict[str, Any]:
 
 
 def _diagnosis(path: Path, suffix: str, error: Exception) -> str:
-    """What is wrong, with the line where it can be found."""
+    """Say what is wrong, with the line where it can be found."""
     if _LOADERS[suffix] == "json":
         found = _bad_json_document(path) if suffix.startswith(".json") and "l" not in suffix else _bad_json_line(path)
         if found:
@@ -177,7 +177,7 @@ def _diagnosis(path: Path, suffix: str, error: Exception) -> str:
 
 
 def _bad_json_line(path: Path) -> str | None:
-    """The first line that is no JSON object; None if all are."""
+    """Find the first line that is no JSON object; None if all are."""
     empty = True
     with _open(path) as lines:
         for number, line in enumerate(lines, start=1):
@@ -194,7 +194,7 @@ def _bad_json_line(path: Path) -> str | None:
 
 
 def _bad_json_document(path: Path) -> str | None:
-    """The first error of a `.json` file: one list of objects, or one object per line."""
+    """Find the first error of a `.json` file: one list of objects, or one object per line."""
     with _open(path) as file:
         text = file.read()
     if text.lstrip()[:1] != "[":
@@ -231,7 +231,7 @@ class _Named(NamedTuple):
 
 
 def _parse(name: str) -> _Named:
-    """A part of a split, `train[:100]`, has a colon of its own."""
+    """Split a name at its colon; a part of a split, `train[:100]`, has one of its own."""
     place, _, rest = name.partition(":")
     path, revision = split_revision(place)
     parts = re.fullmatch(r"(?:([^:\[\]]+):)?(.*)", rest)
@@ -302,7 +302,7 @@ def _completed(named: _Named) -> _Named:
 
 
 def _refuse_paths(name: str, path: str) -> None:
-    """A path that does not exist is never looked up on the hub."""
+    """Refuse a path that does not exist: it is never looked up on the hub."""
     looks_like_path = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_like_path and not Path(path).expanduser().is_dir():
         raise DataError(f"File not found: `{Path(name).expanduser().absolute()}`.")
@@ -312,7 +312,7 @@ def _refuse_paths(name: str, path: str) -> None:
 
 
 def _checked(source: PairSource, columns: Sequence[str]) -> PairSource:
-    """The source with the needed columns alone."""
+    """Return the source with the needed columns alone."""
     there = getattr(source.rows, "column_names", None)
     if not isinstance(there, list):
         raise DataError(f"Expected rows but {source.name} is a {type(source.rows).__name__}; choose one of its splits.")
