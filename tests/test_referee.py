@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,8 +37,8 @@ from lit_dpo.losses import (
 
 
 @pytest.fixture(scope="module")
-def referee(shared):
-    return json.loads((shared / "data" / "referee" / "losses.json").read_text())
+def referee():
+    return json.loads((Path(__file__).parent / "referee" / "losses.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

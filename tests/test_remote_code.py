@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -137,4 +138,39 @@ def test_a_tokenizer_with_code_is_refused_and_not_asked_about(own, pairs_file, m
         PreferenceDataModule(train=str(pairs_file), tokenizer=str(folder)).setup("fit")
     with pytest.raises(PolicyError, match="code of its own"):
         LoRAPolicy(str(folder)).load_tokenizer()
+    assert not marker.exists()
+
+
+class _Touches:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_what_is_pickled_in_a_checkpoint_does_not_run_whatever_a_caller_asks(tiny_model, pairs_file, tmp_path):
+    path, marker = _trained(tiny_model, pairs_file, tmp_path / "run"), tmp_path / "marker"
+    torch.save({**torch.load(path, weights_only=True), "extra": _Touches(marker)}, path)
+    with pytest.raises(pickle.UnpicklingError):
+        DPOModule.load_from_checkpoint(path, weights_only=False)
+    with pytest.raises(pickle.UnpicklingError):
+        trainer(tmp_path).fit(module(tiny_model), data(pairs_file), ckpt_path=path, weights_only=False)
+    assert not marker.exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists()
+
+
+def test_a_checkpoint_does_not_say_what_builds_its_module(tiny_model, pairs_file, tmp_path, monkeypatch):
+    """Lightning before 2.6.6 called whatever it named."""
+    path, marker = _trained(tiny_model, pairs_file, tmp_path / "run"), tmp_path / "marker"
+    (tmp_path / "imported.py").write_text(f"open({str(marker)!r}, 'w')\ndef build(*_): return None\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    saved = torch.load(path, weights_only=True)
+    saved["hyper_parameters"]["_instantiator"] = "imported.build"
+    torch.save(saved, path)
+    with pytest.raises(ValueError, match="not in the allowlist"):
+        DPOModule.load_from_checkpoint(path)
     assert not marker.exists()

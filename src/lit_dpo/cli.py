@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-_HELP = """usage: lit-dpo {fit,validate,test,predict} [--config FILE] [--key value ...]
+_HELP = """usage: lit-dpo {fit,validate,test,predict,configs} [--config FILE] [--key value ...]
 
 Direct Preference Optimization for PyTorch Lightning.
 
@@ -17,6 +17,7 @@ commands:
   validate    measure a policy on the validation pairs
   test        measure a policy on the test pairs
   predict     write the rewards and margins of each pair to a file
+  configs     list the configuration files that come along; `lit-dpo configs copy` makes a folder of them
 
 options:
   -h, --help  this text; `lit-dpo fit --help` lists the settings of fit
@@ -49,6 +50,11 @@ def main(args: Sequence[str] | None = None) -> None:
     from lit_dpo.errors import LitDPOError
 
     try:
+        if given[0] == "configs":
+            from lit_dpo.tools import configs
+
+            configs.main(given[1:])
+            return
         _import_quickly()
         from lit_dpo.lightning_cli import LitDPOCLI
 

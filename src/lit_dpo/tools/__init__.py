@@ -1,0 +1,1 @@
+"""What the `lit-dpo` command does beside training."""
