@@ -38,7 +38,7 @@ from lit_dpo.checkpoint import (
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.fields import Field
-from lit_dpo.logps.microbatch import MICROBATCH_TOKENS, in_microbatches, join, why_whole
+from lit_dpo.logps.microbatch import MICROBATCH_TOKENS, GradientSum, join, why_whole
 from lit_dpo.logps.records import PairLogps, SequenceLogps
 from lit_dpo.logps.score import FrozenStates, choose_layout, completion_logps, frozen_logps
 from lit_dpo.losses import DPOLoss, PreferenceLoss
@@ -371,16 +371,17 @@ class DPOModule(pl.LightningModule):
 
     def accumulate(self, parts: Sequence[PairBatch]) -> tuple[Tensor, Tensor, PairLogps]:
         """Return the sum of a batch's losses, to run backward from, the losses and the record."""
-
-        def score(part: PairBatch) -> tuple[Tensor, PairLogps]:
-            pairs = self.pair_logps(part)
-            return self.losses_of(pairs), pairs
-
         scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self._attached is not None else None
         trained = [p for p in self.parameters() if p.requires_grad]
         # not `get_scale`, which waits for the device
         scale = scaler.scale(torch.ones((), device=self.device)) if scaler else 1.0
-        return in_microbatches(parts, score, trained, scale)
+        sums, records = GradientSum(trained, scale), []
+        for part in parts:
+            pairs = self.pair_logps(part)
+            sums.add(self.losses_of(pairs))
+            records.append(pairs.detach())
+            del pairs  # or it stays until the next one is there
+        return sums.total(), sums.losses, join(records)
 
     # ---- helpers ----
 

@@ -16,7 +16,7 @@ import tiny
 from lit_dpo import DPOLoss, DPOModule, IPOLoss, LoRAPolicy
 from lit_dpo.data.batch import collate_pairs, microbatch_borders
 from lit_dpo.errors import PolicyError
-from lit_dpo.logps.microbatch import in_microbatches, join, why_whole
+from lit_dpo.logps.microbatch import GradientSum, join, why_whole
 from lit_dpo.logps.score import choose_layout
 from lit_dpo.losses import AOTLoss, BCOLoss, LDDPOLoss, MixtureLoss, SFTLoss, TDPOLoss, WPOLoss
 from lit_dpo.memory import LiveBytes
@@ -36,6 +36,17 @@ def test_rows_are_whole_pairs_in_order_and_full():
         assert all(len(row) for row in rows)
         assert all(row.sum() <= limit or len(row) == 1 for row in rows)
         assert all(row.sum() + after[0] > limit for row, after in itertools.pairwise(rows))
+
+
+def in_microbatches(parts, score, parameters, scale=1.0):
+    """The sum of all losses, to run backward from; the losses, and the record."""
+    sums, records = GradientSum(parameters, scale), []
+    for part in parts:
+        losses, pairs = score(part)
+        sums.add(losses)
+        records.append(pairs.detach())
+        del losses, pairs
+    return sums.total(), sums.losses, join(records)
 
 
 def test_a_cut_batch_is_its_pairs():

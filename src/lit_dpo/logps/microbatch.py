@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_dpo.compat import has_gradient_hook
-from lit_dpo.data.batch import PairBatch
 from lit_dpo.logps.records import PairLogps
 
 MICROBATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -52,67 +51,65 @@ def _joined(parts: Sequence[Any]) -> Any:
     return type(parts[0])(*(_joined(fields) for fields in zip(*parts, strict=True)))
 
 
-def in_microbatches(
-    microbatches: Sequence[PairBatch],
-    score: Callable[[PairBatch], tuple[Tensor, PairLogps]],
-    parameters: Sequence[Tensor],
-    scale: float | Tensor = 1.0,
-) -> tuple[Tensor, Tensor, PairLogps]:
-    """Losses of a batch and their gradients, with the graph of one micro-batch at a time.
+class GradientSum:
+    """Gradients of the losses of micro-batches, which add up in one copy of the parameters.
 
-    A micro-batch's gradients are taken as soon as its losses are known, and its graph is freed; they add up in one copy
-    of the parameters, which the backward pass of the sum hands over. The same numbers as `score` of the whole batch, as
-    long as no pair's loss depends on another pair.
+    Those of a micro-batch are taken as soon as its losses are known, and its graph is freed; the backward pass of
+    `total` hands the sum over. The same numbers as from the whole batch, as long as no pair's loss depends on another
+    pair.
 
     Args:
-        microbatches: parts of a batch.
-        score: a micro-batch to the losses of its pairs, with gradients, and their record.
         parameters: all that the losses have gradients for; they may leave some out.
         scale: of the losses while gradients are taken, so that they do not vanish in float16.
 
-    Returns:
-        The sum of all losses, to run backward from; the losses `(B,)` and the record, without gradients.
+    Example:
+        >>> weight = torch.tensor(2.0, requires_grad=True)
+        >>> sums = GradientSum([weight])
+        >>> for part in ([1.0, 2.0], [3.0]):
+        ...     sums.add(weight * torch.tensor(part))
+        >>> sums.total().backward()
+        >>> sums.losses.tolist(), weight.grad
+        ([2.0, 4.0, 6.0], tensor(6.))
     """
-    losses: list[Tensor] = []
-    records: list[PairLogps] = []
 
-    def total(part: PairBatch) -> Tensor:
-        found, pairs = score(part)
-        losses.append(found.detach())
-        records.append(pairs.detach())
-        return found.sum()
+    def __init__(self, parameters: Sequence[Tensor], scale: float | Tensor = 1.0) -> None:
+        self._parameters, self._scale = parameters, scale
+        self._sums: list[Tensor | None] = [None] * len(parameters)
+        self._losses: list[Tensor] = []
 
-    summed: Tensor = _Summed.apply(microbatches, total, scale, *parameters)  # type: ignore[no-untyped-call]
-    return summed, torch.cat(losses), join(records)
+    def add(self, losses: Tensor) -> None:
+        """Take the gradients of a micro-batch's losses `(B,)`, and free their graph."""
+        self._losses.append(losses.detach())
+        scaled = losses.sum() * self._scale
+        # as in Lightning's own backward pass, which does not run under autocast
+        with torch.autocast(losses.device.type, enabled=False):
+            found = torch.autograd.grad(scaled, self._parameters, allow_unused=True)
+        for place, (before, new) in enumerate(zip(self._sums, found, strict=True)):
+            if new is not None:  # not in place: autograd may give one tensor to two parameters
+                self._sums[place] = new if before is None else before + new
+
+    @property
+    def losses(self) -> Tensor:
+        """`(B,)` of all micro-batches, without gradients."""
+        return torch.cat(self._losses)
+
+    def total(self) -> Tensor:
+        """Return the sum of all losses, to run backward from, once."""
+        value = torch.stack([losses.sum() for losses in self._losses]).sum()
+        sums, self._sums = self._sums, []
+        found: Tensor = _Summed.apply(value, sums, self._scale, *self._parameters)  # type: ignore[no-untyped-call]
+        return found
 
 
 class _Summed(torch.autograd.Function):
-    """The sum of `total(part)` over micro-batches."""
+    """A number whose gradients are known already."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        microbatches: Sequence[PairBatch],
-        total: Callable[[PairBatch], Tensor],
-        scale: float | Tensor,
-        *parameters: Tensor,
+        ctx: Any, value: Tensor, sums: list[Tensor | None], scale: float | Tensor, *parameters: Tensor
     ) -> Tensor:
-        sums: list[Tensor | None] = [None] * len(parameters)
-        totals: list[Tensor] = []
-        for part in microbatches:
-            with torch.enable_grad():
-                loss = total(part)
-                scaled = loss * scale
-            totals.append(loss.detach())
-            # as in Lightning's own backward pass, which does not run under autocast
-            with torch.autocast(loss.device.type, enabled=False):
-                found = torch.autograd.grad(scaled, parameters, allow_unused=True)
-            for place, (before, new) in enumerate(zip(sums, found, strict=True)):
-                if new is not None:  # not in place: autograd may give one tensor to two parameters
-                    sums[place] = new if before is None else before + new
-            del found  # or it stays until the next part has its own
         ctx.sums, ctx.scale = sums, scale
-        return torch.stack(totals).sum()
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, weight: Tensor) -> Any:
