@@ -117,7 +117,7 @@ def check_embeddings(policy: Any, place: Place) -> None:
         raise PolicyError(
             f"The adapter in {place.folder} brings whole weights that are not the base's ({names}), as after a resized "
             "vocabulary; turning adapters off does not undo them. Load both with PEFT, `merge_and_unload`, save the "
-            "model with its tokenizer, and name it in `policy.model`."
+            f"model with its tokenizer, and name it in `{policy.option}.model`."
         )
 
 
@@ -160,8 +160,8 @@ def check_base(policy: Any, adapter: Any, place: Place) -> None:
     elif not same:
         raise PolicyError(
             f"The adapter at `{place.option}`, {place}, was trained on another base: {theirs}; the policy is {mine}. "
-            "Set `policy.model` and `policy.revision` to its base, or `policy.adapter_base` to any to put it onto this "
-            "one all the same."
+            f"Set `{policy.option}.model` and `{policy.option}.revision` to its base, or "
+            f"`{policy.option}.adapter_base` to any to put it onto this one all the same."
         )
 
 

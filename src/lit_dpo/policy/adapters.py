@@ -56,6 +56,8 @@ def freeze_second_adapter(model: Any, training: bool) -> None:
         model: the policy.
         training: the mode that it was in; PEFT leaves all of it in eval mode.
     """
+    import torch
+
     model.train(training)
     for layer in _tuner_layers(model):
         if REFERENCE in getattr(layer, "lora_dropout", {}):

@@ -9,7 +9,7 @@ from torch import nn
 from lit_dpo.policy.settings import rope_limit
 
 if TYPE_CHECKING:
-    from lit_dpo.policy import LoRAPolicy
+    from lit_dpo.policy import BaseModel
 
 
 class Limits(NamedTuple):
@@ -44,8 +44,8 @@ def limits(model: Any) -> Limits:
     return Limits(min(size for size in sizes if size), min(found, default=None), made_for)
 
 
-def policy_limits(policy: LoRAPolicy) -> Limits:
-    """Of the model that a policy would load, by its configuration: without weights."""
+def policy_limits(policy: BaseModel) -> Limits:
+    """Of the model that a policy or a reference would load, by its configuration: without weights."""
     from transformers import AutoConfig
 
     trusted = policy.trust_remote_code

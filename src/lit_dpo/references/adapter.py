@@ -89,7 +89,7 @@ class AdapterReference(Reference):
         """The base's content and quantisation, and the adapter's content."""
         return {
             "base": policy.cache_identity(),
-            "adapter": policy.adapter_cache_identity(str(self._place(policy).folder)),
+            "adapter": policy.adapter_content(str(self._place(policy).folder)),
         }
 
     def _place(self, policy: LoRAPolicy) -> Place:
