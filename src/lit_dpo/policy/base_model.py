@@ -6,6 +6,7 @@ Policies and references have one. The only file that knows how transformers and 
 from __future__ import annotations
 
 import logging
+from abc import ABC
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -25,7 +26,7 @@ QUICKSTART = "lit-dpo/quickstart"
 
 
 @dataclass(frozen=True)
-class BaseModel:
+class BaseModel(ABC):
     """A causal language model, quantised or not, and an adapter on it that was trained before, if there is one.
 
     Building one costs nothing; `check_model` reads configuration files only; `load_frozen` loads weights.
