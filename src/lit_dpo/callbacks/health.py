@@ -13,6 +13,7 @@ from lit_dpo.callbacks.steps import fetch
 from lit_dpo.checkpoint import remeasure
 from lit_dpo.errors import TrainingError
 from lit_dpo.metrics.preference import on_host
+from lit_dpo.policy.adapters import is_adapters
 
 log = logging.getLogger(__name__)
 warn = rank_zero_only(log.warning)
@@ -47,7 +48,7 @@ class TrainingHealth(pl.Callback):
         trainable = {name: p for name, p in pl_module.model.named_parameters() if p.requires_grad}
         if not trainable:
             raise TrainingError("Expected trainable adapters but no parameter of the policy requires gradients.")
-        if strange := [name for name in trainable if "lora_" not in name]:
+        if strange := [name for name in trainable if not is_adapters(name)]:
             raise TrainingError(f"Expected only adapters to train but these do too: {', '.join(strange[:5])}.")
         if low := [name for name, p in trainable.items() if p.dtype != torch.float32]:
             raise TrainingError(

@@ -12,11 +12,11 @@ from typing import Any
 from lit_dpo import hub
 from lit_dpo.errors import PolicyError, first_line
 from lit_dpo.hub import Place
+from lit_dpo.policy.adapters import is_adapters
 from lit_dpo.policy.digests import sampled_digest
+from lit_dpo.policy.lora_options import PASSED_ON
 
 log = logging.getLogger(__name__)
-
-_LORA_FIELDS = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
 
 
 # Of PEFT's `LoraConfig`: what names and describes, and features of a layer, which act wherever it is called and are off
@@ -26,6 +26,7 @@ _PLAIN_FIELDS = {
     *("inference_mode", "runtime_config", "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora"),
     *("lora_dropout", "lora_bias", "fan_in_fan_out", "target_modules", "exclude_modules", "target_parameters"),
     *("layers_to_transform", "layers_pattern", "init_lora_weights", "loftq_config", "eva_config"),
+    "trainable_token_indices",  # values that are put in the place of a table's, and left out with the adapter
     *("megatron_core", "qalora_group_size"),  # not read without fields that are refused
     *("bias", "modules_to_save"),  # refused above, in words of their own
 }
@@ -38,9 +39,9 @@ def check_adapter(policy: Any, place: Place) -> Any:
     adapter = check_lora(place)
     check_base(policy, adapter, place)
     for field in fields(policy):
-        if field.name not in _LORA_FIELDS or field.default is MISSING:
+        if field.name not in PASSED_ON or field.default is MISSING:
             continue
-        mine, theirs = getattr(policy, field.name), getattr(adapter, _LORA_FIELDS[field.name])
+        mine, theirs = getattr(policy, field.name), getattr(adapter, PASSED_ON[field.name])
         theirs = sorted(theirs) if isinstance(theirs, set | list) else theirs
         mine = sorted(mine) if isinstance(mine, list) else mine
         if mine not in (field.default, theirs):
@@ -122,7 +123,7 @@ def check_embeddings(policy: Any, place: Place) -> None:
 
 
 def _is_whole(name: str) -> bool:
-    return "lora_" not in name
+    return not is_adapters(name)
 
 
 def check_base(policy: Any, adapter: Any, place: Place) -> None:

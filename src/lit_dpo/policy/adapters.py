@@ -18,7 +18,12 @@ REFERENCE = "reference"
 
 def adapter_parameters(model: Any, adapter: str = DEFAULT) -> dict[str, torch.nn.Parameter]:
     """The parameters of one of a policy's adapters by name, in the model's order."""
-    return {name: p for name, p in model.named_parameters() if "lora_" in name and f".{adapter}." in f"{name}."}
+    return {name: p for name, p in model.named_parameters() if is_adapters(name) and f".{adapter}." in f"{name}."}
+
+
+def is_adapters(name: str) -> bool:
+    """Whether a parameter, in a model or a file, is an adapter's: of its layers, or of its tokens' embeddings."""
+    return "lora_" in name or "trainable_tokens_delta" in name
 
 
 @contextmanager
@@ -41,7 +46,7 @@ def active_adapter(model: Any, name: str) -> Iterator[None]:
     layers = _tuner_layers(model)
     before = [layer._active_adapter for layer in layers]
     for layer in layers:
-        layer._active_adapter = [name]
+        layer._active_adapter = [name] if _has(layer, name) else []
     try:
         yield
     finally:
@@ -66,5 +71,12 @@ def freeze_second_adapter(model: Any, training: bool) -> None:
 
 def _tuner_layers(model: Any) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper  # around trained tokens; it looks at flags of its own
 
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+
+def _has(layer: Any, name: str) -> bool:
+    """Of an adapter that it lacks, a layer takes no notice, but one of trained tokens looks for it."""
+    tokens = getattr(getattr(layer, "token_adapter", layer), "trainable_tokens_delta", None)
+    return tokens is None or name in tokens

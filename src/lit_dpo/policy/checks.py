@@ -166,7 +166,7 @@ def check_quantized(model: Any, quantization: str) -> None:
     import bitsandbytes as bnb
 
     kind = bnb.nn.Linear4bit if quantization == "nf4" else bnb.nn.Linear8bitLt
-    bases = {name: module.base_layer for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    bases = {name: module.base_layer for name, module in model.named_modules() if hasattr(module, "lora_A")}
     if not hasattr(model, "peft_config"):  # a model without adapters: some layers are
         bases = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
     wrong = [name for name, base in bases.items() if not (isinstance(base, kind) and _packed(base, kind, bnb))]
@@ -196,7 +196,7 @@ def as_policy_error(what: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise PolicyError(f"Cannot load {what}: {first_line(error)}") from error
 
 

@@ -68,8 +68,9 @@ def _rows(table: Any) -> int | None:
 def _position_tables(model: Any, inputs: Any, made_for: int) -> list[int]:
     """How many positions each table of the model has: learned ones, and what is worked out ahead and kept."""
     found = []
+    tokens = set(inputs.modules())  # the table itself may be in an adapter
     for module in model.modules():
-        if isinstance(module, nn.Embedding) and module not in (inputs, getattr(inputs, "base_layer", None)):
+        if isinstance(module, nn.Embedding) and module not in tokens:
             # OPT leaves the first rows out, and RoBERTa those up to its padding
             offset = getattr(module, "offset", 0) or (module.padding_idx or -1) + 1
             if module.num_embeddings - offset <= made_for <= module.num_embeddings:

@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lit_dpo.errors import PolicyError
-from lit_dpo.policy import checks
+from lit_dpo.policy import checks, lora_options
 from lit_dpo.policy.base_model import BaseModel
 from lit_dpo.policy.kernels import use_kernels
 
@@ -42,6 +41,18 @@ class LoRAPolicy(BaseModel):
         dropout: on the adapters' input while training. The base's own dropouts are always off.
         target_modules: names (or suffixes) of the layers that get an adapter, a regular expression, or `all-linear`
             for all linear layers but the head.
+        use_rslora: scale by `alpha / sqrt(r)` instead, for large ranks (arXiv 2312.03732).
+        use_dora: train the length of each weight's columns too (DoRA, arXiv 2402.09353); slower.
+        init_lora_weights: how A begins, uniform (true) or `gaussian`. B begins at 0: a fresh adapter does nothing.
+        rank_pattern: other ranks, by name or regular expression of layers: `{q_proj: 32}`.
+        alpha_pattern: other scales, likewise.
+        exclude_modules: names of layers, or a regular expression, that get no adapter after all.
+        layers_to_transform: the numbers of the layers that get adapters, for `target_modules` that are a list.
+        layers_pattern: what the list of layers is called, where PEFT does not know.
+        target_parameters: names of parameters that get adapters, as experts have that are no layers:
+            `mlp.experts.gate_up_proj`. Without quantisation, dropout and DoRA.
+        trainable_token_indices: ids of tokens whose embeddings train too, as of new tokens; a head that shares them
+            changes along. The reference keeps the base's.
         gradient_checkpointing: recompute each layer in the backward pass, for memory.
         kernels: `auto` takes Liger's on a CUDA device, where they are installed (the extra `kernels`), know the
             architecture and a start-up probe finds them exact; elsewhere it does nothing. `none` leaves them out.
@@ -58,6 +69,16 @@ class LoRAPolicy(BaseModel):
     alpha: float = 16
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | Literal["gaussian"] = True
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | None = None
     gradient_checkpointing: bool = False
     kernels: Literal["auto", "none"] = "auto"
 
@@ -65,13 +86,7 @@ class LoRAPolicy(BaseModel):
         """Check the fields against each other."""
         super().__post_init__()
         self._check_choices(LoRAPolicy)
-        if not self.target_modules:
-            raise PolicyError("Expected `target_modules` to name layers but it is empty; `all-linear` takes all.")
-        if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise PolicyError(
-                "Expected `r` >= 1, `alpha` > 0 and `dropout` in [0, 1) but got "
-                f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}."
-            )
+        lora_options.check_values(self)
 
     def check(self, *, weights: bool = True) -> None:
         """Find what would fail while loading, in seconds: weights are neither loaded nor downloaded.
@@ -83,8 +98,10 @@ class LoRAPolicy(BaseModel):
             PolicyError: naming the directory, file, field or layer, and what there is instead.
         """
         self.check_model(weights=weights)
-        if self.adapter_path is None and self.target_modules != "all-linear":
-            checks.check_targets(self.config(), self.target_modules, self.trust_remote_code)
+        if self.adapter_path is None:
+            if self.target_modules and self.target_modules != "all-linear":
+                checks.check_targets(self.config(), self.target_modules, self.trust_remote_code)
+            lora_options.check_choices(self, self.config())
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
         """The policy with its adapters, in training mode, on `device`.
@@ -133,14 +150,10 @@ class LoRAPolicy(BaseModel):
             found = PeftConfig.from_pretrained(self.adapter_place.folder)
             found.inference_mode = False  # as it was saved, it would not train
             return found
-        return LoraConfig(
-            r=self.r,
-            lora_alpha=self.alpha,  # type: ignore[arg-type, unused-ignore]
-            lora_dropout=self.dropout,
-            target_modules=self.target_modules,
-            bias="none",  # a trained bias outlives "adapters off", and the reference would drift with it
-            task_type="CAUSAL_LM",
-        )
+        given = {theirs: getattr(self, mine) for mine, theirs in lora_options.PASSED_ON.items()}
+        given |= {name: given[name] or {} for name in ("rank_pattern", "alpha_pattern")}
+        # a trained bias outlives "adapters off", and the reference would drift with it
+        return LoraConfig(**given, bias="none", task_type="CAUSAL_LM")
 
     def checkpoint_identity(self) -> dict[str, Any]:
         """What a checkpoint of adapters must be put back onto: `model_identity`."""

@@ -60,13 +60,11 @@ class AdapterReference(Reference):
 
     def check(self, policy: LoRAPolicy) -> None:
         """There is an adapter."""
-        place = self._place(policy)
-        check_base(policy, check_lora(place), place)
+        self._checked(policy)
 
     def attach(self, model: Any, policy: LoRAPolicy) -> None:
         """Load the copy."""
-        place = self._place(policy)
-        check_base(policy, check_lora(place), place)
+        place = self._checked(policy)
         training = model.training
         try:
             model.load_adapter(place.folder, adapter_name=REFERENCE, is_trainable=False)
@@ -91,6 +89,19 @@ class AdapterReference(Reference):
             "base": policy.cache_identity(),
             "adapter": policy.adapter_content(str(self._place(policy).folder)),
         }
+
+    def _checked(self, policy: LoRAPolicy) -> Place:
+        place = self._place(policy)
+        adapter = check_lora(place)
+        check_base(policy, adapter, place)
+        mine, theirs = policy.lora_config().trainable_token_indices, adapter.trainable_token_indices
+        if bool(mine) != bool(theirs):  # PEFT fails to load the one, and lets the other's tokens into the policy
+            raise PolicyError(
+                f"Expected policy and reference both to have `trainable_token_indices`, or neither, but the policy has "
+                f"{mine} and the adapter {place} has {theirs}. Put the reference on a base of its own: ModelReference "
+                "with `reference.adapter_path`."
+            )
+        return place
 
     def _place(self, policy: LoRAPolicy) -> Place:
         if self.path is not None:
