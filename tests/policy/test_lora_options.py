@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -14,6 +15,8 @@ from lit_dpo import AdapterReference, DPOModule, EMAReference, LoRAPolicy, Model
 from lit_dpo.errors import PolicyError
 from lit_dpo.logps.attention import plain_attention
 from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.memory import StepEstimate, estimate_step, optimizer_bytes
+from lit_dpo.plan.skeleton import skeleton
 from lit_dpo.policy.checks import keep_trainable
 from lit_dpo.references import BaseReference
 from training import adapter, data, trainer
@@ -195,3 +198,27 @@ def test_an_option_of_a_fresh_adapter_is_refused_beside_a_trained_one(folder, pa
     LoRAPolicy(str(folder("llama")), **given, use_rslora=True).check()
     with pytest.raises(PolicyError, match=r"`policy.use_dora` to be left out with `adapter_path`"):
         LoRAPolicy(str(folder("llama")), **given, use_dora=True).check()
+
+
+@pytest.mark.parametrize("case", ["dora", "rank_pattern", "trainable_token_indices", "trainable_token_indices, tied"])
+def test_a_step_is_estimated_and_planned_with_it(case, folder):
+    """By the same model without weights: what trains, and what a changed table costs, is counted."""
+    lengths, found = np.array([(20, 9, 12), (8, 15, 7)]), []
+    for options in (OPTIONS[case][1], {}):
+        policy = LoRAPolicy(str(folder(OPTIONS[case][0])), quantization="none", r=4, **options)
+        model = policy.load()
+        choose_layout(model)
+        made = skeleton(policy, torch.float32)
+        with made.fake:
+            planned = StepEstimate(made.model, optimizer_bytes(torch.optim.AdamW, torch.device("cpu"))).of([lengths])
+        estimated = estimate_step(model, [lengths])
+        assert made.trained == model.get_nb_trainable_parameters()[0]
+        assert planned.adapters == estimated.adapters
+        assert planned.total == pytest.approx(estimated.total, rel=0.02, abs=40 * 1024)
+        found.append(estimated.adapters)
+    assert found[0] > found[1]
+
+
+def test_what_a_plan_cannot_count_it_refuses(folder):
+    with pytest.raises(PolicyError, match="`use_dora` on quantised weights is not counted"):
+        skeleton(LoRAPolicy(str(folder("llama")), use_dora=True), torch.float32)

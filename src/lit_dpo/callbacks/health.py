@@ -234,7 +234,7 @@ def _say_if_the_same(trainer: Any, pl_module: Any, prefix: str) -> None:
 def say_it_is_the_same(trainer: Any, pl_module: Any) -> None:
     """Every reward was exactly 0: that is no result, but a policy that is its own reference."""
     remedy = "give `--ckpt_path` a checkpoint of a run"
-    if pl_module.policy.adapter_path:
+    if pl_module.policy.starts_from_adapter:
         remedy = "to compare the adapter with its base, say `--model.reference BaseReference`"
     warn(
         f"{trainer.state.fn.value}: policy and reference ({pl_module.reference}) are the same, so that every reward is "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lit_dpo.errors import PolicyError
 from lit_dpo.logps.attention import can_switch_attention, use_pair_attention
 from lit_dpo.policy import LoRAPolicy, checks
 from lit_dpo.policy.sliced import SLICE
@@ -90,8 +91,13 @@ def skeleton(policy: BaseModel, dtype: torch.dtype, *, on_gpu: bool = False, lay
     if isinstance(policy, LoRAPolicy):
         from peft import get_peft_model
 
+        config = policy.lora_config()
+        if config.use_dora and policy.quantization != "none":  # PEFT unpacks each weight for its norms
+            raise PolicyError(
+                "Nothing to plan with: `use_dora` on quantised weights is not counted. Run a step instead."
+            )
         with torch.device("meta"), checks.default_dtype(torch.float32):
-            model = get_peft_model(base, policy.lora_config())
+            model = get_peft_model(base, config)
         if policy.gradient_checkpointing:
             checks.enable_checkpointing(base)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -54,7 +54,7 @@ def check_adapter(policy: Any, place: Place) -> Any:
 
 def check_lora(place: Place) -> Any:
     """The place holds a LoRA adapter that changes nothing but its layers; returns its configuration."""
-    from peft import LoraConfig, PeftConfig
+    from peft import PeftConfig
 
     folder = place.folder
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -64,17 +64,25 @@ def check_lora(place: Place) -> Any:
         adapter = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
         raise PolicyError(f"No adapter at `{place.option}` {place.name!r}: {first_line(error)}") from error
+    check_lora_config(adapter, f"in {folder}")
+    return adapter
+
+
+def check_lora_config(adapter: Any, where: str) -> None:
+    """It is a LoRA adapter that changes nothing but its layers; `where`: it is, for errors."""
+    from peft import LoraConfig
+
     if type(adapter) is not LoraConfig:  # AdaLoRA's is a subclass
-        raise PolicyError(f"Expected a LoRA adapter in {folder} but it is {adapter.peft_type}.")
+        raise PolicyError(f"Expected a LoRA adapter {where} but it is {adapter.peft_type}.")
     if adapter.bias != "none" or adapter.modules_to_save:
         raise PolicyError(
-            f"The adapter in {folder} also trained biases or whole modules (bias={adapter.bias!r}, "
+            f"The adapter {where} also trained biases or whole modules (bias={adapter.bias!r}, "
             f"modules_to_save={adapter.modules_to_save}), which turning adapters off does not undo. Merge it into "
             "its base first."
         )
     if adapter.init_lora_weights not in _PLAIN_INITS:
         raise PolicyError(
-            f"The adapter in {folder} changes its base as it loads (init_lora_weights={adapter.init_lora_weights!r}), "
+            f"The adapter {where} changes its base as it loads (init_lora_weights={adapter.init_lora_weights!r}), "
             "so policy and reference would share another base. Convert it to a plain LoRA first, see PEFT's "
             "`path_initial_model_for_weight_conversion`."
         )
@@ -83,11 +91,10 @@ def check_lora(place: Place) -> Any:
         default = field.default if field.default_factory is MISSING else field.default_factory()
         if field.name not in _PLAIN_FIELDS and given != default and (given or default):
             raise PolicyError(
-                f"The adapter in {folder} uses PEFT's `{field.name}` ({given!r}), which adds more than layers that can "
+                f"The adapter {where} uses PEFT's `{field.name}` ({given!r}), which adds more than layers that can "
                 "be turned off, or acts outside of them: it would be scored and compared wrongly. Merge it into its "
                 "base first (PEFT's `merge_and_unload`), if it can be, or train a plain LoRA."
             )
-    return adapter
 
 
 def check_embeddings(policy: Any, place: Place) -> None:

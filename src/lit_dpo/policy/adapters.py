@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,24 @@ def active_adapter(model: Any, name: str) -> Iterator[None]:
     finally:
         for layer, active in zip(layers, before, strict=True):
             layer._active_adapter = active
+
+
+def copy_adapter(model: Any) -> None:
+    """Put a frozen copy of the adapter that trains beside it, as `REFERENCE`."""
+    training = model.training
+    config = copy.deepcopy(model.peft_config[DEFAULT])
+    config.init_lora_weights = True  # its weights are copied below; some initialisations would change the base
+    model.add_adapter(REFERENCE, config)
+    freeze_second_adapter(model, training)
+    for mine, policys in adapter_pairs(model):
+        mine.requires_grad_(False)
+        mine.data = policys.detach().clone()
+
+
+def adapter_pairs(model: Any) -> list[tuple[Any, Any]]:
+    """Parameters of the reference's adapter, each with the policy's."""
+    mine, policys = (adapter_parameters(model, name).values() for name in (REFERENCE, DEFAULT))
+    return list(zip(mine, policys, strict=True))
 
 
 def freeze_second_adapter(model: Any, training: bool) -> None:

@@ -65,6 +65,11 @@ class BaseModel(ABC):
 
     def __post_init__(self) -> None:
         """Check the fields against each other."""
+        if hasattr(self.model, "named_parameters"):
+            raise PolicyError(
+                f"Expected `{self.option}.model` to be a name or a directory but got a {type(self.model).__name__}. "
+                "`LoRAPolicy.from_model(model)` makes a policy of a model."
+            )
         self._check_choices(BaseModel)
         if self.quantization != "nf4" and not self.double_quantization:
             raise PolicyError(

@@ -46,10 +46,7 @@ def limits(model: Any) -> Limits:
 
 def policy_limits(policy: BaseModel) -> Limits:
     """Of the model that a policy or a reference would load, by its configuration: without weights."""
-    from transformers import AutoConfig
-
-    trusted = policy.trust_remote_code
-    return skeleton_limits(AutoConfig.from_pretrained(policy.path, trust_remote_code=trusted), trusted)
+    return skeleton_limits(policy.config(), policy.trust_remote_code)
 
 
 def skeleton_limits(config: Any, trust_remote_code: bool = False) -> Limits:

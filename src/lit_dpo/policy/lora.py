@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lit_dpo.errors import PolicyError
 from lit_dpo.policy import checks, lora_options
 from lit_dpo.policy.base_model import BaseModel
 from lit_dpo.policy.kernels import use_kernels
@@ -88,6 +89,28 @@ class LoRAPolicy(BaseModel):
         self._check_choices(LoRAPolicy)
         lora_options.check_values(self)
 
+    @classmethod
+    def from_model(cls, model: Any, tokenizer: Any = None, **options: Any) -> LoRAPolicy:
+        """A policy of a model that is loaded already; the model becomes the policy's, and is changed.
+
+        Args:
+            model: a transformers model for causal language modelling, quantised by bitsandbytes or not, or a
+                `peft.PeftModel` with one LoRA adapter named `default`, which is continued then.
+            tokenizer: the model's; by default that of the name that it was loaded from.
+            **options: fields of `LoRAPolicy` that say how to train: `r`, `target_modules`, `gradient_checkpointing`, …
+
+        Returns:
+            The policy. Checkpoints of it belong to these weights, and do not build the model again: see `HeldPolicy`.
+
+        Raises:
+            PolicyError: for a model that cannot be scored or compared with, or an option that would have no effect.
+        """
+        from lit_dpo.policy.held import HeldPolicy
+
+        if not issubclass(HeldPolicy, cls) and not issubclass(cls, HeldPolicy):
+            raise PolicyError(f"{cls.__name__} loads a model of its own: make `from_model` policies of `HeldPolicy`.")
+        return (cls if issubclass(cls, HeldPolicy) else HeldPolicy).of(model, tokenizer, **options)
+
     def check(self, *, weights: bool = True) -> None:
         """Find what would fail while loading, in seconds: weights are neither loaded nor downloaded.
 
@@ -125,15 +148,10 @@ class LoRAPolicy(BaseModel):
             return self._load(torch.device(device), dtype)
 
     def _load(self, device: torch.device, dtype: torch.dtype) -> Any:
-        from peft import get_peft_model
-
         base = self.load_base(device, dtype)
         if self.kernels == "auto":
             use_kernels(base)
-        if self.adapter_path is not None:
-            model = self.load_adapter(base, trainable=True)
-        else:
-            model = get_peft_model(base, self.lora_config())
+        model = self.put_adapters(base)
         checks.check_quantized(model, self.quantization)
         # an exported adapter names what it was trained on, at the commit: AutoPeftModel loads that
         model.peft_config["default"].base_model_name_or_path = self.place.name
@@ -141,6 +159,19 @@ class LoRAPolicy(BaseModel):
         if self.gradient_checkpointing:
             checks.enable_checkpointing(base)
         return model.train()
+
+    def put_adapters(self, base: Any) -> Any:
+        """A `peft.PeftModel` of the base: with the adapter of `adapter_path`, or with fresh ones."""
+        from peft import get_peft_model
+
+        if self.adapter_path is not None:
+            return self.load_adapter(base, trainable=True)
+        return get_peft_model(base, self.lora_config())
+
+    @property
+    def starts_from_adapter(self) -> bool:
+        """Whether it begins as a trained adapter, which is then its reference, and not as its base."""
+        return self.adapter_path is not None
 
     def lora_config(self) -> Any:
         """PEFT's description of the adapters: of fresh ones by the fields, else that of `adapter_path`."""

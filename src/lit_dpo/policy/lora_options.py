@@ -104,8 +104,8 @@ def check_choices(policy: Any, config: Any) -> None:
         for key in getattr(policy, name) or {}:  # as PEFT compares
             _expect(any(re.fullmatch(rf"(.*\.)?({key})", one) for one in adapted), name, key, adapted)
     excluded = policy.exclude_modules or []
-    for one in [excluded] if isinstance(excluded, str) else excluded:
-        names = (re.fullmatch(one, n) if excluded is one else n == one or n.endswith(f".{one}") for n in layers)
+    for one in [excluded] if (is_pattern := isinstance(excluded, str)) else excluded:
+        names = (re.fullmatch(one, n) if is_pattern else n == one or n.endswith(f".{one}") for n in layers)
         _expect(any(names), "exclude_modules", one, adapted)
     numbers = policy.layers_to_transform
     for number in [] if numbers is None else [numbers] if isinstance(numbers, int) else numbers:

@@ -12,7 +12,7 @@ from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError
 from lit_dpo.hub import Place, locate_adapter
 from lit_dpo.policy.adapter_checks import check_adapter_keys, check_base, check_lora
-from lit_dpo.policy.adapters import REFERENCE, active_adapter, adapters_off, freeze_second_adapter
+from lit_dpo.policy.adapters import REFERENCE, active_adapter, adapters_off, copy_adapter, freeze_second_adapter
 from lit_dpo.policy.digests import sampled_digest
 from lit_dpo.references.base import Reference
 
@@ -60,10 +60,14 @@ class AdapterReference(Reference):
 
     def check(self, policy: LoRAPolicy) -> None:
         """There is an adapter."""
-        self._checked(policy)
+        if not self._copies(policy):
+            self._checked(policy)
 
     def attach(self, model: Any, policy: LoRAPolicy) -> None:
-        """Load the copy."""
+        """Load the copy, or make it of a model that came with its adapter."""
+        if self._copies(policy):
+            copy_adapter(model)
+            return
         place = self._checked(policy)
         training = model.training
         try:
@@ -81,14 +85,22 @@ class AdapterReference(Reference):
 
     def checkpoint_identity(self, policy: LoRAPolicy) -> dict[str, Any]:
         """Of the adapter."""
+        if self._copies(policy):
+            return {"adapter": policy.adapter_digest()}
         return {"adapter": sampled_digest(self._place(policy).folder)}
 
     def cache_identity(self, policy: LoRAPolicy) -> dict[str, Any]:
         """The base's content and quantisation, and the adapter's content."""
+        if self._copies(policy):
+            return {"base": policy.cache_identity(), "adapter": policy.adapter_digest()}
         return {
             "base": policy.cache_identity(),
             "adapter": policy.adapter_content(str(self._place(policy).folder)),
         }
+
+    def _copies(self, policy: LoRAPolicy) -> bool:
+        """The policy starts from an adapter that is in no file: its model was given with it."""
+        return self.path is None and policy.adapter_path is None and policy.starts_from_adapter
 
     def _checked(self, policy: LoRAPolicy) -> Place:
         place = self._place(policy)
@@ -139,4 +151,4 @@ class NoReference(Reference):
 
 def default_reference(policy: LoRAPolicy) -> Reference:
     """Where the policy starts: its base, or, if it continues an adapter, a frozen copy of that."""
-    return AdapterReference() if policy.adapter_path else BaseReference()
+    return AdapterReference() if policy.starts_from_adapter else BaseReference()
