@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ import lit_dpo.losses as losses
 import tiny
 from lit_dpo import BaseReference, CachedReference, DPOLoss, DPOModule, EMAReference, IPOLoss, ModelReference
 from lit_dpo.checkpoint import configuration
+from lit_dpo.data.formats import Triples
 from lit_dpo.errors import DataError, PolicyError, ResumeError
 from lit_dpo.losses import BCOLoss, LDDPOLoss, MixtureLoss, ODPOLoss, SFTLoss, SoftDPOLoss, TDPOLoss, WPOLoss
+from lit_dpo.metrics import Mean
 from training import Trace, adapter, data, module, trainer
 
 
@@ -34,8 +38,6 @@ def columns(pairs_file, tmp_path):
 
 
 def _fit(model, file, root, *, format=None, ckpt_path=None, callbacks=(), epochs=1, batch_size=4, **kwargs):
-    from lit_dpo.data.formats import Triples
-
     trace, keep = Trace(), ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     run = trainer(
         root, callbacks=[trace, keep, *callbacks], enable_checkpointing=True, max_epochs=epochs, num_sanity_val_steps=0
@@ -94,7 +96,7 @@ def test_a_column_reaches_the_loss_that_reads_it(tiny_model, columns, tmp_path, 
 
     class Look(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            seen.update(zip(batch.indices.tolist(), getattr(pl_module.pair_logps(batch), column).tolist(), strict=True))
+            seen.update(zip(batch.indices.tolist(), pl_module.pair_logps(batch).column(column).tolist(), strict=True))
 
     _, trace = _fit(tiny_model, file, tmp_path, format={column: "share"}, loss=loss, callbacks=[Look()])
     assert all(torch.isfinite(torch.tensor(trace.losses)))
@@ -104,24 +106,99 @@ def test_a_column_reaches_the_loss_that_reads_it(tiny_model, columns, tmp_path, 
 @pytest.mark.parametrize(("loss", "column"), [(SoftDPOLoss(), "probability"), (ODPOLoss(), "score_margin")])
 def test_a_column_that_the_loss_lacks_is_named_before_weights_load(tiny_model, pairs_file, tmp_path, loss, column):
     dpo = module(tiny_model, loss=loss)
-    with pytest.raises(DataError, match=rf"train: .*Loss reads the rows' {column} .* --data.format.{column} COLUMN"):
+    with pytest.raises(DataError, match=rf"train: .*Loss reads the rows' {column} .*--data.format.{column} COLUMN"):
         trainer(tmp_path).fit(dpo, data(pairs_file))
     assert dpo.model is None
 
 
 def test_a_column_in_some_files_alone_is_named(tiny_model, pairs_file, columns, tmp_path):
-    from lit_dpo.data.formats import Preference, Triples
+    from lit_dpo.data.formats import Preference
 
     @dataclass(frozen=True)
     class Some(Triples):
         def read(self, row):
             found = super().read(row)
-            return found._replace(weight=1.0) if row["prompt"].endswith("1?") else found
+            return found._replace(columns={"weight": 1.0}) if row["prompt"].endswith("1?") else found
 
     source = data(pairs_file, format=Some(), tokenizer=str(tiny_model))
-    with pytest.raises(DataError, match=r"Expected a `weight` in every row or in none but \d+ of 21 have none"):
+    with pytest.raises(DataError, match=r"row \d+ .*: Expected the columns of numbers of the first row, \w+, in every"):
         source.setup("fit")
-    assert Preference("a", "b", "c").weight is None
+    assert Preference("a", "b", "c").columns == {}
+
+
+@dataclass(frozen=True)
+class _Easier(DPOLoss):
+    """A loss that reads a column of one's own."""
+
+    columns: ClassVar[frozenset[str]] = frozenset({"difficulty"})
+
+    def __call__(self, pairs):
+        return super().__call__(pairs) / (1 + pairs.column("difficulty"))
+
+
+class _Difficulty(Mean):
+    """A measure that reads it."""
+
+    def update(self, pairs):
+        self.add(pairs.column("difficulty"))
+
+
+class _Measured(DPOModule):
+    def configure_metrics(self):
+        measured = super().configure_metrics()
+        measured.add_metrics({"difficulty": _Difficulty()})
+        return measured
+
+
+def test_a_column_of_ones_own_reaches_losses_metrics_and_predictions(tiny_model, columns, tmp_path):
+    values = [number / 7 for number in range(21)]
+    file = columns(hard=values)
+    format = Triples(numeric_columns={"difficulty": "hard"})
+    source = data(file, format=format, val=str(file), predict=str(file))
+    dpo = module(tiny_model, kind=_Measured, loss=_Easier())
+    run = trainer(tmp_path, max_steps=1, callbacks=[trace := Trace()])
+    run.fit(dpo, source)
+    expected = sum(math.log(2) / (1 + values[row]) for row in trace.rows[0]) / len(trace.rows[0])
+    assert trace.losses[0] == pytest.approx(expected, rel=1e-5)
+    measured = run.validate(dpo, source, verbose=False)[0]
+    assert measured["val/difficulty"] == pytest.approx(sum(values) / 21)
+    predicted = [number for batch in run.predict(dpo, source) for number in batch["difficulty"].tolist()]
+    assert predicted == pytest.approx(values)
+
+
+def test_a_column_of_ones_own_that_is_not_there_is_refused_before_weights_load(tiny_model, pairs_file, tmp_path):
+    dpo = module(tiny_model, loss=_Easier())
+    with pytest.raises(
+        DataError, match=r"_Easier reads the rows' difficulty .*--data.format.numeric_columns \[difficulty\]"
+    ):
+        trainer(tmp_path).fit(dpo, data(pairs_file))
+    assert dpo.model is None
+
+
+@pytest.mark.parametrize("loss", [DPOLoss(), TDPOLoss()], ids=str)
+def test_forward_is_never_bypassed(tiny_model, pairs_file, tmp_path, loss):
+    """What an override of it returns is what losses read, whether or not they read whole distributions."""
+
+    returned, read = [], []
+
+    class Noted(DPOModule):
+        couples_pairs = False
+
+        def forward(self, batch):
+            returned.append(super().forward(batch))
+            return returned[-1]
+
+        def compute_loss(self, pairs):
+            read.append((pairs.policy_chosen, pairs.policy_rejected))
+            return super().compute_loss(pairs)
+
+    _fit(tiny_model, pairs_file, tmp_path, kind=Noted, loss=loss)
+    assert len(read) > 5
+    kept = {id(side) for sides in returned for side in sides}
+    trained = [sides for sides in read if sides[0].total.requires_grad]
+    assert trained
+    assert all(id(side) in kept for sides in trained for side in sides)
+    assert all((side.kl is None) is (loss == DPOLoss()) for sides in trained for side in sides)
 
 
 def test_predicting_needs_no_column_that_only_the_loss_reads(tiny_model, pairs_file, tmp_path):

@@ -271,11 +271,11 @@ def test_without_a_reference_one_forward_runs(tiny_model, pairs_file, tmp_path, 
 
     import lit_dpo.logps.score as score
     import lit_dpo.module as module_file
-    from lit_dpo import PreferenceLoss
+    from lit_dpo import Field, PreferenceLoss
 
     @dataclass(frozen=True)
     class PolicyOnly(PreferenceLoss):
-        needs_reference: ClassVar[bool] = False
+        requires: ClassVar[frozenset[Field]] = frozenset()
 
         def __call__(self, pairs: PairLogps) -> torch.Tensor:
             return torch.relu(1 - self.beta * (pairs.policy_chosen.mean - pairs.policy_rejected.mean))
@@ -284,14 +284,14 @@ def test_without_a_reference_one_forward_runs(tiny_model, pairs_file, tmp_path, 
 
     def counted(*args, **options):
         calls.append(1)
-        return score.pair_logps(*args, **options)
+        return score.completion_logps(*args, **options)
 
     with pytest.raises(PolicyError, match="reads no reference but got BaseReference"):
         module(tiny_model, loss=PolicyOnly(), reference=BaseReference())
     dpo = module(tiny_model, loss=PolicyOnly())
     assert dpo.reference == NoReference()
     assert "kl" not in dpo.train_metrics
-    monkeypatch.setattr(module_file, "pair_logps", counted)
+    monkeypatch.setattr(module_file, "completion_logps", counted)
     trainer(tmp_path, max_steps=2).fit(dpo, data(pairs_file))
     assert len(calls) == 3, "two steps and the check before them"
 

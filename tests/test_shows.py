@@ -68,7 +68,7 @@ def test_text_is_shown_as_it_is_in_any_encoding_and_steers_nothing(tiny_model, t
     shown = stream.buffer.getvalue().decode(encoding)
     for text in (r"\[x = 5\]", r"[INST] hi \[/INST] [/b] [red]not red[/red] :smile:", "[31mred[0m", "turned"):
         assert text in shown
-    assert "share of [/b][1m? answers: 1.00 before, 1.00 after" in shown
+    assert "share of [/b][1m? completions: 1.00 before, 1.00 after" in shown
     assert ("漢字" in shown) == (encoding == "utf-8")
     assert not [mark for mark in shown if mark != "\n" and (ord(mark) < 32 or 127 <= ord(mark) < 160)]
     assert "\u202e" not in shown

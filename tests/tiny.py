@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
 from lit_dpo.logps import PairLogps, SequenceLogps
 from lit_dpo.logps.probe import eager_attention
+from lit_dpo.logps.score import completion_logps, frozen_logps
 
 VOCABULARY = 97
 SIZES: dict[str, Any] = {
@@ -269,3 +270,9 @@ def records(name: str):
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def with_kl(model, batch, reference, *, collision=False):
+    """Both sides of the policy, with `kl`, then both of the reference, which is `Reference.activated`."""
+    frozen, *sides = frozen_logps(model, batch, reference)
+    return (*completion_logps(model, batch, collision=collision, frozen=frozen), *sides)

@@ -25,11 +25,17 @@ class Trace(Callback):
         self.losses.append(float(outputs["loss"]))
 
 
-def module(model: Path, lr: float = 1e-2, policy: dict[str, Any] | None = None, **kwargs: Any) -> DPOModule:
+def module(
+    model: Path,
+    lr: float = 1e-2,
+    policy: dict[str, Any] | None = None,
+    kind: type[DPOModule] = DPOModule,
+    **kwargs: Any,
+) -> DPOModule:
     torch.manual_seed(0)
     given = {"quantization": "none", "r": 4, **(policy or {})}
     optimizer = functools.partial(torch.optim.AdamW, lr=lr, weight_decay=0.0)
-    return DPOModule(LoRAPolicy(str(model), **given), **{"optimizer": optimizer, "lr_scheduler": "constant", **kwargs})
+    return kind(LoRAPolicy(str(model), **given), **{"optimizer": optimizer, "lr_scheduler": "constant", **kwargs})
 
 
 def data(train: Path | str, **kwargs: Any) -> PreferenceDataModule:

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lit_dpo.data.datamodule import PreferenceDataModule as PreferenceDataModule
+    from lit_dpo.logps import Field as Field
     from lit_dpo.losses import CDPOLoss as CDPOLoss
     from lit_dpo.losses import DPOLoss as DPOLoss
     from lit_dpo.losses import IPOLoss as IPOLoss
@@ -38,6 +39,7 @@ _HOMES = {
     "EMAReference": "lit_dpo.references",
     "ModelReference": "lit_dpo.references",
     "NoReference": "lit_dpo.references",
+    "Field": "lit_dpo.logps",
     "PreferenceLoss": "lit_dpo.losses",
     "DPOLoss": "lit_dpo.losses",
     "CDPOLoss": "lit_dpo.losses",

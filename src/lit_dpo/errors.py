@@ -28,5 +28,5 @@ class UnsupportedAttentionError(LitDPOError, NotImplementedError):
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error begins with."""
+    """Return what a library's error begins with."""
     return str(error).strip().split("\n")[0]

@@ -53,7 +53,7 @@ def looks_like_id(name: str) -> bool:
 
 
 def locate(name: str, revision: str | None, option: str, *, ask: bool = True) -> Place:
-    """A directory, or what a hub id's commit has besides weights, downloaded unless the cache has it.
+    """Find a directory, or what a hub id's commit has besides weights, downloaded unless the cache has it.
 
     Args:
         name: a directory or a hub id.
@@ -83,7 +83,7 @@ def locate(name: str, revision: str | None, option: str, *, ask: bool = True) ->
 
 
 def locate_adapter(name: str, option: str) -> Place:
-    """A PEFT directory, or that of a hub id, `organisation/name` or `organisation/name@revision`, with its weights.
+    """Find a PEFT directory with its weights, or that of `organisation/name` or `organisation/name@revision`.
 
     Raises:
         PolicyError: as `locate`.
@@ -104,7 +104,7 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def locate_weights(place: Place, revision: str | None) -> Place:
-    """The same, or where a bot has converted a hub id's weights to safetensors, as transformers looks for them.
+    """Find where a bot has converted a hub id's weights to safetensors, as transformers does, else the same.
 
     Args:
         place: of a model.
@@ -140,7 +140,7 @@ def locate_weights(place: Place, revision: str | None) -> Place:
 
 
 def weight_names(folder: Path) -> list[str]:
-    """The files that transformers loads: a repository may hold weights twice, and a cache only some of its files."""
+    """List the files that transformers loads: a repository may hold weights twice, a cache only some of them."""
     index = folder / "model.safetensors.index.json"
     if not (folder / "model.safetensors").is_file() and index.is_file():
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -168,7 +168,7 @@ def fetch_weights(place: Place) -> None:
 
 
 def listing(place: Place) -> str:
-    """What a place holds, for a message."""
+    """Say what a place holds, for a message."""
     names = [found.name for found in place.folder.iterdir()] if place.folder.is_dir() else []
     if place.commit is not None:
         from huggingface_hub import HfApi
@@ -227,7 +227,7 @@ def explained(option: str, name: str, revision: str | None) -> Iterator[None]:
 
 
 def explain(error: BaseException, name: str, revision: str | None, kind: str = "model") -> str | None:
-    """What an error of the hub, or one that it caused, means for a repository; None for any other error.
+    """Explain what an error of the hub, or one that it caused, means for a repository; None for any other error.
 
     Args:
         error: what was raised.
@@ -271,7 +271,7 @@ def _uncached(name: str, revision: str | None) -> str:
 
 
 def _is_of_network(error: BaseException) -> bool:
-    """The HTTP library has been `requests`, `httpx` and `httpx2`; and a file shorter than announced says so itself."""
+    """See whether an error is the network's: the HTTP library has been `requests`, `httpx` and `httpx2`."""
     library = type(error).__module__.partition(".")[0]
     return (
         library in ("requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2", "aiohttp")

@@ -17,7 +17,6 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.callbacks.export import run_directory
 from lit_dpo.callbacks.last import LastCheckpoint
-from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.errors import LitDPOError, ResumeError, TrainingError
 from lit_dpo.module import DPOModule
 from lit_dpo.parser import Parser, refuse
@@ -85,7 +84,7 @@ class LitDPOCLI(LightningCLI):
         _hush()
         super().__init__(
             DPOModule,
-            PreferenceDataModule,
+            pl.LightningDataModule,
             save_config_callback=_SaveConfig,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -172,7 +171,7 @@ class LitDPOCLI(LightningCLI):
             refuse(str(error))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """A Rich progress bar and a last checkpoint, unless there is another or none is wanted."""
+        """Add a Rich progress bar and a last checkpoint, unless there is another or none is wanted."""
         config = self.config_init[self.config_init["subcommand"]]["trainer"]
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -188,7 +187,7 @@ class LitDPOCLI(LightningCLI):
 
 
 def _precision(typed: Any) -> dict[str, Any]:
-    """The trainer's precision where nobody chose one, and the line that says so; `null` is Lightning's 32-true."""
+    """Choose the trainer's precision where nobody did, and say so in a line; `null` is Lightning's 32-true."""
     trainer = typed.get("trainer") or {}
     if "precision" in trainer or trainer.get("plugins"):  # one of these may be a precision
         return {}
@@ -207,7 +206,7 @@ def _root(trainer: Any) -> Path:
 
 
 def _last(root: Path) -> Path:
-    """The newest `last.ckpt` of any run.
+    """Find the newest `last.ckpt` of any run.
 
     Raises:
         ResumeError: if there is none.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
@@ -33,14 +33,16 @@ from lit_dpo.checkpoint import (
 )
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError, TrainingError
+from lit_dpo.logps.fields import Field
 from lit_dpo.logps.microbatch import MICROBATCH_TOKENS, in_microbatches, join, why_whole
 from lit_dpo.logps.records import PairLogps, SequenceLogps
-from lit_dpo.logps.score import choose_layout, completion_logps, completion_logps_with_kl
+from lit_dpo.logps.score import FrozenStates, choose_layout, completion_logps, frozen_logps
 from lit_dpo.losses import DPOLoss, PreferenceLoss
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.devices import remark
 from lit_dpo.references import Reference
 from lit_dpo.requirements import check_run, resolve_reference
+from lit_dpo.schedules import check_schedule, make_schedule
 from lit_dpo.window import Window
 
 _BROUGHT = (ExactResume, TrainingHealth, MemoryEstimate, OptimizerSteps, AdapterExport, PredictionWriter)
@@ -61,8 +63,13 @@ class DPOModule(pl.LightningModule):
         reference: what the policy is compared with. By default its base with adapters off, or, for a policy that
             continues an adapter, a frozen copy of that adapter, or, for a loss that reads none, none.
         optimizer: makes the optimizer from the adapters' parameters.
-        lr_scheduler: shape of the learning rate after the warm-up, stepped per optimizer step.
+        lr_scheduler: shape of the learning rate after the warm-up, stepped per optimizer step: `linear` and `cosine`
+            fall to the end, `wsd` only over the last steps (warm-up, stable, decay; arXiv 2404.06395; its warm-up
+            begins at `min_lr_ratio`). Or any scheduler of PyTorch by class path, or what makes one from the optimizer;
+            Lightning's `ReduceLROnPlateau` follows a measure.
         warmup_ratio: part of all steps over which the learning rate rises from 0. Expected in [0, 1].
+        min_lr_ratio: part of the learning rate that is left at the end. Expected in [0, 1).
+        decay_ratio: part of all steps over which `wsd` falls. None: 0.2.
         microbatch_tokens: most tokens that run at once. A batch is cut into micro-batches of whole pairs, whose
             gradients add up: the same step, but for other dropout masks, in the memory of one micro-batch. None: 1024
             on a CPU, 16384 on a GPU. Where a loss couples the pairs of a batch, training keeps them together.
@@ -87,6 +94,7 @@ class DPOModule(pl.LightningModule):
 
     loss_state: Tensor | None
     _said_whole = False
+    _frozen: FrozenStates | None = None  # of the reference, while `forward` runs
 
     def __init__(
         self,
@@ -94,8 +102,10 @@ class DPOModule(pl.LightningModule):
         loss: PreferenceLoss = DPOLoss(),  # noqa: B008 - frozen
         reference: Reference | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
-        lr_scheduler: Literal["linear", "cosine", "constant"] = "linear",
+        lr_scheduler: Literal["linear", "cosine", "constant", "wsd"] | LRSchedulerCallable = "linear",
         warmup_ratio: float = 0.0,
+        min_lr_ratio: float = 0.0,
+        decay_ratio: float | None = None,
         microbatch_tokens: int | None = None,
     ) -> None:
         super().__init__()
@@ -104,16 +114,19 @@ class DPOModule(pl.LightningModule):
                 f"Expected a policy but got a {type(policy).__name__}. `LoRAPolicy(name)` loads a model, and "
                 "`LoRAPolicy.from_model(model)` takes one that is loaded."
             )
+        if getattr(optimizer, "__qualname__", "") == "DPOModule.<lambda>":  # the command can write it, pickle cannot
+            optimizer = partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0)
         with warnings.catch_warnings():  # a lambda cannot be saved; a checkpoint then falls back on the default
             warnings.filterwarnings("ignore", message=".*removed from hparams because it cannot be pickled.*")
             self.save_hyperparameters()
         reference = resolve_reference(reference, loss, policy)
-        if not 0 <= warmup_ratio <= 1:
-            raise PolicyError(f"Expected `warmup_ratio` in [0, 1] but got {warmup_ratio}.")
+        check_schedule(lr_scheduler, warmup_ratio, min_lr_ratio, decay_ratio)
         if microbatch_tokens is not None and microbatch_tokens < 1:
             raise PolicyError(f"Expected `microbatch_tokens` >= 1 but got {microbatch_tokens}.")
         self.policy, self.loss, self.reference = policy, loss, reference
         self.optimizer, self.lr_scheduler, self.warmup_ratio = optimizer, lr_scheduler, warmup_ratio
+        self.min_lr_ratio, self.decay_ratio = min_lr_ratio, decay_ratio
+        self.lr: float | None = None  # instead of the optimizer's own; what Lightning's tuner finds, it sets here
         self.microbatch_tokens = microbatch_tokens
         self.model: Any = None
         self.register_buffer("loss_state", loss.initial_state())
@@ -151,7 +164,7 @@ class DPOModule(pl.LightningModule):
         rank_zero_info(f"{trained} of {total} parameters train; {layout} layout; reference {self.reference}")
 
     def configure_metrics(self) -> MetricCollection:
-        """What is measured in training, validation and test; extend what `super()` returns. `__init__` calls it."""
+        """Name what is measured in training, validation and test; extend what `super()` returns."""
         measured: dict[str, Metric] = {
             "loss": metrics.PreferenceLossMean(),
             "reward_accuracy": metrics.RewardAccuracy(),
@@ -162,67 +175,55 @@ class DPOModule(pl.LightningModule):
             "rejected_logps": metrics.RejectedLogps(),
             **{f"loss_{name}": metrics.LossPart(name) for name in self.loss.part_names},
         }
-        if "per_token" in self.reference.gives:
+        if Field.REFERENCE_PER_TOKEN in self.reference.provides:
             measured["kl"] = metrics.KLEstimate()
         return MetricCollection(measured, compute_groups=False)  # type: ignore[arg-type]
 
     def forward(self, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
         """Log-probs of the chosen and of the rejected completions under the policy."""
-        return completion_logps(self.model, batch, collision=self._reads("collision"))
+        collision = Field.COLLISION in self.loss.requires
+        return completion_logps(self.model, batch, collision=collision, frozen=self._frozen)
 
     def pair_logps(self, batch: PairBatch) -> PairLogps:
-        """The record that losses and metrics read: policy with gradients, reference without, what the data say.
-
-        For a loss that reads the divergence of whole distributions (`kl`) both models are scored together, without
-        `forward`.
-        """
-        if self._reads("kl"):
-            active, collision = self.reference.activated, self._reads("collision")
-            sides: Any = completion_logps_with_kl(self.model, batch, active, collision=collision)
-        else:
-            reference = self.reference.logps(self.model, batch)
+        """Make the record that losses and metrics read: policy with gradients, reference without, data's columns."""
+        frozen, chosen, rejected = self._reference_logps(batch)
+        self._frozen = frozen
+        try:
             scored = self(batch)
-            if not isinstance(scored, tuple) or len(scored) != 2:
-                raise TrainingError(f"Expected `forward` to return chosen and rejected log-probs but got {scored!r}.")
-            sides = (*scored, *reference)
-        return PairLogps(*sides)._replace(
-            weight=batch.weight,
-            score_margin=batch.score_margin,
-            probability=batch.probability,
-            state=self.loss_state,
-        )
+        finally:
+            self._frozen = None
+        if not isinstance(scored, tuple) or len(scored) != 2:
+            raise TrainingError(f"Expected `forward` to return chosen and rejected log-probs but got {scored!r}.")
+        return PairLogps(*scored, chosen, rejected, batch.columns, self.loss_state)
 
     def compute_loss(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`, times the pairs' weights; the module takes their mean over all pairs of an optimizer step."""
         losses = self.loss(pairs)
-        return losses if pairs.weight is None else losses * pairs.weight
+        weight = pairs.columns.get("weight")
+        return losses if weight is None else losses * weight
 
     def configure_optimizers(self) -> Any:
-        """The optimizer on the adapters, and the learning rate's schedule per step."""
-        from transformers import get_scheduler
-
+        """Make the optimizer of the adapters, and the learning rate's schedule per step."""
         if self.model is None:
             raise TrainingError("Expected `configure_model` to load the policy: call `super().configure_model()`.")
         try:
             optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         except (TypeError, ValueError) as error:
             raise TrainingError(f"The optimizer refuses its arguments: {error}") from error
-        self.schedule_steps = None
-        if self.lr_scheduler == "constant" and not self.warmup_ratio:
-            return optimizer
-        if math.isinf(total := self.trainer.estimated_stepping_batches):
-            raise TrainingError("Expected `max_epochs` or `max_steps`: a falling rate needs an end. Or use `constant`.")
-        steps = self.schedule_steps = int(total)
-        warm_up = round(self.warmup_ratio * steps)
-        # transformers' plain "constant" ignores the warm-up
-        name = "constant_with_warmup" if self.lr_scheduler == "constant" and warm_up else self.lr_scheduler
-        scheduler = get_scheduler(
-            name,
+        if self.lr is not None:
+            for group in optimizer.param_groups:  # groups of a class of one's own keep their proportions
+                group["lr"] *= self.lr / optimizer.defaults["lr"]
+        steps = self.trainer.estimated_stepping_batches
+        schedule = make_schedule(
             optimizer,
-            num_warmup_steps=warm_up,
-            num_training_steps=steps,
+            self.lr_scheduler,
+            steps,
+            warmup_ratio=self.warmup_ratio,
+            min_lr_ratio=self.min_lr_ratio,
+            decay_ratio=self.decay_ratio,
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        self.schedule_steps = int(steps) if schedule and isinstance(self.lr_scheduler, str) else None
+        return {"optimizer": optimizer, "lr_scheduler": schedule} if schedule else optimizer
 
     # ---- what Lightning calls ----
 
@@ -244,7 +245,7 @@ class DPOModule(pl.LightningModule):
             claim_versions(self._unnumbered)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """A batch's mean loss, as `Trainer` divides it by `accumulate_grad_batches`; see `Window` for its gradient."""
+        """Return a batch's mean loss, before Lightning divides it for accumulation; see `Window` for its gradient."""
         self.fetched = None
         total, losses = self._step(batch, self.train_metrics, training=True)
         self.unlogged = True
@@ -273,6 +274,7 @@ class DPOModule(pl.LightningModule):
             **dict(zip(names, numbers, strict=True)),
             "chosen_length": batch.chosen_lengths,
             "rejected_length": batch.rejected_lengths,
+            **{name: column.cpu() for name, column in batch.columns.items()},
         }
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
@@ -281,7 +283,7 @@ class DPOModule(pl.LightningModule):
         return self if device is None else super().to(device)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The policy's adapter and whatever a subclass added; what is frozen is not stored."""
+        """Return the policy's adapter and whatever a subclass added; what is frozen is not stored."""
         model = self._modules.pop("model", None)
         try:
             state: dict[str, Any] = super().state_dict(*args, **kwargs)
@@ -305,7 +307,7 @@ class DPOModule(pl.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """A module as a checkpoint says it was, with its adapter; see Lightning.
+        """Build a module as a checkpoint says it was, with its adapter; see Lightning.
 
         But no file says that code is run: `trust_remote_code` is false unless it is given here, within `policy=` or
         `reference=`.
@@ -358,7 +360,7 @@ class DPOModule(pl.LightningModule):
                 self.model.train()
 
     def _microbatches(self, batch: PairBatch) -> list[PairBatch]:
-        """A training batch in parts; whole where it must be, in a line that says so once."""
+        """Cut a training batch; or leave it whole where it must be, in a line that says so once."""
         parts = batch.cut(self.microbatch_limit)
         if len(parts) == 1 or (reason := self.why_whole) is None:
             return parts
@@ -368,7 +370,7 @@ class DPOModule(pl.LightningModule):
         return [batch]
 
     def accumulate(self, parts: Sequence[PairBatch]) -> tuple[Tensor, Tensor, PairLogps]:
-        """The sum of a batch's losses, to run backward from, the losses and the record; see `in_microbatches`."""
+        """Return the sum of a batch's losses, to run backward from, the losses and the record."""
 
         def score(part: PairBatch) -> tuple[Tensor, PairLogps]:
             pairs = self.pair_logps(part)
@@ -457,5 +459,8 @@ class DPOModule(pl.LightningModule):
         assert isinstance(found, MetricCollection)
         return found, f"eval_sets.{key}"
 
-    def _reads(self, name: str) -> bool:
-        return name in self.loss.needs
+    def _reference_logps(self, batch: PairBatch) -> tuple[Any, Any, Any]:
+        """Hidden states of the reference, for a loss that reads how far whole distributions diverge, and both sides."""
+        if Field.KL in self.loss.requires:
+            return frozen_logps(self.model, batch, self.reference.activated)
+        return None, *self.reference.logps(self.model, batch)

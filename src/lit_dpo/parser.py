@@ -67,7 +67,7 @@ class Parser(LightningArgumentParser):
             return super().parse_args([], typed, False, True, **kwargs)
 
     def parse_string(self, *args: Any, **kwargs: Any) -> Namespace:
-        """The content of a file, without the keys that only hold anchors: they start with `x-`."""
+        """Read a file, without the keys that only hold anchors: they start with `x-`."""
         content: Namespace = super().parse_string(*args, **kwargs)
         for name in [name for name in vars(content) if name.startswith(_ANCHORS)]:
             delattr(content, name)
@@ -138,7 +138,7 @@ def _drop_typed(before: Namespace, after: str) -> dict[str, None]:
 
 
 def _shared_arguments(old: Any, new: Any) -> set[str]:
-    """What a model, data or policy class takes over from another: arguments of both that their nearest base has."""
+    """Name what a model, data or policy class takes over from another: arguments that their nearest base has."""
     if not isinstance(old, type) or not isinstance(new, type):
         return set()
     base: Any = next(base for base in new.__mro__ if issubclass(old, base))
@@ -153,7 +153,7 @@ def _arguments(of: type) -> set[str]:
 
 
 def _load(class_path: str) -> Any:
-    """The class, whichever of its paths is given."""
+    """Import the class, whichever of its paths is given."""
     try:
         return pkgutil.resolve_name(class_path)
     except (ImportError, AttributeError, ValueError):

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lit_dpo.data.batch import ROW_FIELDS
+from lit_dpo.data.batch import KNOWN_COLUMNS
 from lit_dpo.errors import DataError, PolicyError, TrainingError
+from lit_dpo.logps.fields import OF_REFERENCE, Field
+from lit_dpo.logps.records import column_remedy
 from lit_dpo.losses.base import PreferenceLoss
 from lit_dpo.policy.limits import Limits, limits, policy_limits
 from lit_dpo.references.adapter import NoReference, default_reference
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def resolve_reference(reference: Reference | None, loss: PreferenceLoss, policy: LoRAPolicy) -> Reference:
-    """The reference that was asked for, or else the right one, if the loss can go with it.
+    """Choose the reference that was asked for, or else the right one, if the loss can go with it.
 
     Raises:
         PolicyError: if the loss reads a reference and there is none, reads none and there is one, or reads what this
@@ -28,39 +30,43 @@ def resolve_reference(reference: Reference | None, loss: PreferenceLoss, policy:
     """
     if isinstance(reference, CachedReference) and reference.reference is None:
         reference = replace(reference, reference=default_reference(policy))
+    wanted = Field.REFERENCE in loss.requires
     if reference is None:
-        reference = default_reference(policy) if loss.needs_reference else NoReference()
-    if loss.needs_reference == isinstance(reference, NoReference):
-        wanted = "needs a reference" if loss.needs_reference else "reads no reference"
-        raise PolicyError(f"{loss} {wanted} but got {reference}. Leave `reference` out.")
-    names = {"kl": "whole distribution", "reference_per_token": "log-probs per token"}
-    given = {"reference_per_token" if name == "per_token" else name for name in reference.gives}
-    if lacking := [said for name, said in names.items() if name in loss.needs - given]:
-        remedy = f"Use {reference.unwrapped} itself" if reference.unwrapped != reference else "Use another reference"
-        raise PolicyError(f"{loss} reads the reference's {' and '.join(lacking)}, which {reference} has not. {remedy}.")
+        reference = default_reference(policy) if wanted else NoReference()
+    if wanted != (Field.REFERENCE in reference.provides):
+        what = "needs a reference" if wanted else "reads no reference"
+        raise PolicyError(f"{loss} {what} but got {reference}. Leave `reference` out.")
+    names = {Field.KL: "whole distribution", Field.REFERENCE_PER_TOKEN: "log-probs per token"}
+    if lacking := loss.requires & OF_REFERENCE - reference.provides:
+        said = " and ".join(name for field, name in names.items() if field in lacking)
+        remedy = "Use another reference"
+        if reference.unwrapped != reference:
+            remedy = f"Use {reference.unwrapped} itself"
+        raise PolicyError(f"{loss} reads the reference's {said}, which {reference} has not. {remedy}.")
     return reference
 
 
-def check_rows(loss: PreferenceLoss, row_fields: Mapping[str, frozenset[str]]) -> None:
-    """What the loss reads of the rows is there; what nothing reads is said.
+def check_columns(loss: PreferenceLoss, columns: Mapping[str, frozenset[str]]) -> None:
+    """See that what the loss reads of the data is there; say what nothing reads.
 
     Args:
         loss: of the run.
-        row_fields: by split, those of `ROW_FIELDS` that its rows have.
+        columns: by split, the names of its columns of numbers.
 
     Raises:
-        DataError: naming the split, the field and the option that brings it.
+        DataError: naming the split, the column and the option that brings it.
     """
     from lightning.pytorch.utilities import rank_zero_info
 
-    name, wanted = type(loss).__name__, loss.needs & frozenset(ROW_FIELDS)
-    for split, there in row_fields.items():
-        if lacking := sorted(wanted - there):
+    name = type(loss).__name__
+    for split, there in columns.items():
+        if lacking := sorted(loss.columns - there):
             raise DataError(
                 f"{split}: {name} reads the rows' {', '.join(lacking)} but they have none. "
-                + " ".join(f"Name the column: --data.format.{field} COLUMN." for field in lacking)
+                + " ".join(column_remedy(column) for column in lacking)
             )
-        if unread := sorted(there - wanted - {"weight"}):
+        # other columns may be for metrics, or for whoever reads the predictions
+        if unread := sorted(there & {*KNOWN_COLUMNS} - loss.columns - {"weight"}):
             rank_zero_info(f"{split}: {name} does not read the rows' {', '.join(unread)}")
 
 
@@ -104,7 +110,7 @@ def check_run(module: Any, trainer: Any, *, weights: bool = True) -> None:
             f"{module.policy.model!r}. Give the model to the policy: `DPOModule(LoRAPolicy.from_model(model))`."
         )
     if not trainer.predicting:
-        check_rows(module.loss, getattr(getattr(trainer, "datamodule", None), "row_fields", {}))
+        check_columns(module.loss, getattr(getattr(trainer, "datamodule", None), "columns", {}))
     if module.model is None:
         module.policy.check(weights=weights)
         module.reference.check(module.policy)

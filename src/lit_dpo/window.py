@@ -28,7 +28,7 @@ class Window:
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def loss(self, total: Tensor, pairs: int, batch_idx: int, trainer: Any, parameters: Iterable[Tensor]) -> Tensor:
-        """What `training_step` returns for a batch.
+        """Return what `training_step` returns for a batch.
 
         Args:
             total: the sum of the batch's losses, with gradients.

@@ -27,7 +27,7 @@ _REMEDIES = {
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A name next to `path` to write a file or a folder to; it takes the place of `path` when it is whole, and flushed.
+    """Give a name next to `path` to write to; what is there takes the place of `path` when it is whole, and flushed.
 
     Whatever happens before, `path` is as it was. The other name is gone then, or after a kill with the next call.
 
@@ -72,7 +72,7 @@ def put_in_place(made: dict[Path, Path]) -> None:
 
 
 def temporary_name(path: Path, kind: str) -> Path:
-    """A hidden name in the same folder, of this process; what killed ones left under theirs is removed."""
+    """Make a hidden name in the same folder, of this process; what killed ones left under theirs is removed."""
     start = f".{path.name}.{gethostname()}-"
     for found in path.parent.glob(f"{glob.escape(start)}*.{kind}"):
         process = found.name.removeprefix(start).removesuffix(f".{kind}")
@@ -122,7 +122,7 @@ def refusals(path: Path | str) -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> int | None:
-    """The number of a disk's refusal, or None; safetensors and PyTorch say it in their own words."""
+    """Find the number of a disk's refusal, or None; safetensors and PyTorch say it in their own words."""
     if isinstance(error, OSError):
         return error.errno if error.errno in _REMEDIES else None
     said = (n for n in _REMEDIES if os.strerror(n) in str(error) or f"os error {n})" in str(error))
@@ -130,7 +130,7 @@ def _cause(error: BaseException) -> int | None:
 
 
 def _flush(path: Path) -> None:
-    """A file, or all files of a folder and its entries."""
+    """Flush a file, or all files of a folder and its entries."""
     for inner in path.rglob("*") if path.is_dir() else ():
         _flush_entry(inner)
     _flush_entry(path)

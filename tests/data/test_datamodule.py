@@ -145,7 +145,7 @@ def test_equal_answers_and_leaking_prompts_are_said_once(data, caplog, jsonl) ->
         trainer(max_steps=1).fit(Recorder(), data(train=jsonl("same.jsonl", same), val=jsonl("val.jsonl", rows(3, 1))))
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("lit_dpo")]
     assert len(messages) == 2
-    assert messages[0].startswith("train: 1 of 3 pairs have two equal answers")
+    assert messages[0].startswith("train: 1 of 3 pairs have two equal completions")
     assert messages[1].startswith("val: 1 of 3 pairs have a prompt that is in train")
 
 

@@ -31,8 +31,8 @@ def test_messages_are_kept_without_the_nulls_that_arrow_adds() -> None:
         ({"prompt": ""}, ["`prompt`", "empty"]),
         ({"prompt": None}, ["`prompt`", "null"]),
         ({"chosen": None}, ["`chosen`", "null"]),
-        ({"chosen": " \n"}, ["`chosen`", "answer"]),
-        ({"rejected": ""}, ["`rejected`", "answer"]),
+        ({"chosen": " \n"}, ["`chosen`", "completion"]),
+        ({"rejected": ""}, ["`rejected`", "completion"]),
         ({"rejected": 4}, ["`rejected`", "int 4"]),
         ({"chosen": [FOUR]}, ["`prompt` is text", "`chosen` is messages"]),
         ({"chosen": [USER, FOUR]}, ["`chosen` is messages", "whole conversation"]),
@@ -55,7 +55,7 @@ def test_a_bad_text_cell_is_named(change: dict, words: list[str]) -> None:
         ({"chosen": [{"role": "assistant", "content": [{"type": "text"}]}]}, ["message 0 of `chosen`", "text"]),
         ({"chosen": [{"role": "assistant", "content": " "}]}, ["`chosen`", "assistant message with text"]),
         ({"rejected": [{"role": "tool", "content": "x"}]}, ["`rejected`", "assistant message with text"]),
-        ({"rejected": [USER, FIVE]}, ["`rejected`", "only the answer", "prompt column"]),
+        ({"rejected": [USER, FIVE]}, ["`rejected`", "only the completion", "prompt column"]),
     ],
 )
 def test_a_bad_conversation_is_named(change: dict, words: list[str]) -> None:
@@ -85,10 +85,12 @@ def test_a_format_of_ones_own_needs_no_registration() -> None:
 @pytest.mark.parametrize("cell", [0.25, "0.25", 1, "1"])
 def test_numbers_are_read_from_the_columns_that_are_named(cell) -> None:
     row = {"prompt": "q", "chosen": "a", "rejected": "b", "share": cell}
-    assert Triples(probability="share").read(row).probability == float(cell)
+    assert Triples(probability="share").read(row).columns == {"probability": float(cell)}
     assert Triples(probability="share").columns == ("prompt", "chosen", "rejected", "share")
-    assert Triples(weight="share").read(row) == Preference("q", "a", "b", weight=float(cell))
-    assert Triples(score_margin="share").read(row) == Preference("q", "a", "b", score_margin=float(cell))
+    assert Triples(weight="share").read(row) == Preference("q", "a", "b", {"weight": float(cell)})
+    assert Triples(score_margin="share").read(row) == Preference("q", "a", "b", {"score_margin": float(cell)})
+    assert Triples(numeric_columns=["share"]).read(row).columns == {"share": float(cell)}
+    assert Triples(numeric_columns={"difficulty": "share"}).read(row).columns == {"difficulty": float(cell)}
     assert Triples().read(row) == Preference("q", "a", "b")
 
 

@@ -28,7 +28,7 @@ import tiny
 from lit_dpo import AdapterReference, BaseReference, CachedReference, EMAReference, LoRAPolicy, ModelReference
 from lit_dpo.data.batch import PairBatch, collate_pairs
 from lit_dpo.logps import attention
-from lit_dpo.logps.score import completion_logps, completion_logps_with_kl
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.module import DPOModule
 from lit_dpo.references.base import keep, kept
 from lit_dpo.references.store import Stored
@@ -95,7 +95,7 @@ def _all_there(found: Any) -> None:
 
 def walks(fake: FakeCuda, folder: Path) -> dict[str, Callable[[], Any]]:
     """By name: every architecture, references, rows, divergences, losses and metrics."""
-    real = collate_pairs(tiny.pairs(*PAIRS), fields={"weight": [1.0, 2.0, 3.0]})
+    real = collate_pairs(tiny.pairs(*PAIRS), columns={"weight": [1.0, 2.0, 3.0]})
     batch = fake.batch(real)
     policy = LoRAPolicy(str(folder / "model"), quantization="none", r=2)
     found: dict[str, Callable[[], Any]] = {
@@ -136,7 +136,7 @@ def walks(fake: FakeCuda, folder: Path) -> dict[str, Callable[[], Any]]:
     def divergence() -> None:
         model = fake.model("llama")
         with fake.on:
-            _all_there(completion_logps_with_kl(model, batch, BaseReference().active, collision=True))
+            _all_there(tiny.with_kl(model, batch, BaseReference().activated, collision=True))
 
     def module() -> None:
         dpo = DPOModule(policy)

@@ -83,8 +83,7 @@ def test_sums_are_taken_per_sequence_and_have_gradients():
     assert gradient.tolist() == [1.0, 1.0, 10.0, 100.0, 100.0, 100.0]
 
 
-@pytest.mark.parametrize("name", ["score_margin", "probability", "weight", "state", "policy_chosen.per_token",
-                                  "policy_rejected.kl", "reference_chosen"])  # fmt: skip
+@pytest.mark.parametrize("name", ["state", "policy_chosen.per_token", "policy_rejected.kl", "reference_chosen"])
 def test_what_is_not_there_is_an_error_by_name(name):
     pairs = PairLogps(PAIRS.policy_chosen, PAIRS.policy_rejected)
     with pytest.raises(ValueError, match=f"Expected `{name}` in the pairs but there is none. [A-Z]"):
@@ -93,5 +92,18 @@ def test_what_is_not_there_is_an_error_by_name(name):
 
 def test_what_is_there_is_given():
     given = torch.tensor([0.5, 1.0])
-    assert PAIRS._replace(score_margin=given).require("score_margin") is given
+    assert PAIRS._replace(columns={"difficulty": given}).column("difficulty") is given
     assert PAIRS.require("policy_chosen.total") is PAIRS.policy_chosen.total
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("score_margin", r"`--data.format.score_margin COLUMN`"),
+        ("difficulty", r"`--data.format.numeric_columns \[difficulty\]`"),
+    ],
+)
+def test_a_column_that_is_not_there_is_an_error_with_its_remedy(name, remedy):
+    pairs = PAIRS._replace(columns={"weight": torch.ones(2)})
+    with pytest.raises(ValueError, match=rf"Expected a column `{name}` .* \(there: weight\).* {remedy}"):
+        pairs.column(name)

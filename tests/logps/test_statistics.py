@@ -11,7 +11,7 @@ import tiny
 from lit_dpo.data.batch import collate_pairs
 from lit_dpo.logps import head as heads
 from lit_dpo.logps.head import reference_kl
-from lit_dpo.logps.score import choose_layout, completion_logps, completion_logps_with_kl
+from lit_dpo.logps.score import choose_layout, completion_logps
 from lit_dpo.references import BaseReference
 
 PAIRS = tiny.pairs()
@@ -63,7 +63,7 @@ def test_kl_is_that_of_the_whole_distributions_and_so_is_its_gradient(model):
     truth = torch.cat([(r.exp() * (r - p)).sum(-1) for p, r in zip(policy, reference, strict=True)])
     weights = torch.linspace(0.5, 1.5, len(truth), dtype=torch.float64)
     (truth * weights).sum().backward()
-    chosen, rejected, *_ = completion_logps_with_kl(model, BATCH, _another)
+    chosen, rejected, *_ = tiny.with_kl(model, BATCH, _another)
     found = torch.cat([chosen.kl, rejected.kl])
     torch.testing.assert_close(found, truth.detach().float(), rtol=1e-5, atol=1e-5)
     (found * weights.float()).sum().backward()
@@ -73,7 +73,7 @@ def test_kl_is_that_of_the_whole_distributions_and_so_is_its_gradient(model):
 def test_with_the_divergence_come_the_same_log_probs(model):
     with _another(model) as other:
         expected = [*completion_logps(model, BATCH), *completion_logps(other, BATCH)]
-    found = completion_logps_with_kl(model, BATCH, _another)
+    found = tiny.with_kl(model, BATCH, _another)
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine.total, theirs.total)
         assert torch.equal(mine.per_token, theirs.per_token)
@@ -86,7 +86,7 @@ def test_an_adapter_on_the_head_is_off_in_the_reference_s_distribution(layout):
     choose_layout(model, layout)
     policy, reference = _dense(tiny.lora(tiny.model(), seed=3, targets=["q_proj", "lm_head"])), _dense(tiny.model())
     truth = torch.cat([(r.exp() * (r - p)).sum(-1) for p, r in zip(policy, reference, strict=True)]).detach()
-    chosen, rejected, *_ = completion_logps_with_kl(model, BATCH, BaseReference().active)
+    chosen, rejected, *_ = tiny.with_kl(model, BATCH, BaseReference().activated)
     found = torch.cat([chosen.kl, rejected.kl])
     torch.testing.assert_close(found, truth.float(), rtol=1e-4, atol=1e-5)
     found.sum().backward()
@@ -95,7 +95,7 @@ def test_an_adapter_on_the_head_is_off_in_the_reference_s_distribution(layout):
 
 def test_both_statistics_come_together(model):
     alone, _ = completion_logps(model, BATCH, collision=True)
-    both, *_ = completion_logps_with_kl(model, BATCH, _another, collision=True)
+    both, *_ = tiny.with_kl(model, BATCH, _another, collision=True)
     assert torch.equal(both.collision, alone.collision)
     assert both.kl is not None
 
@@ -114,5 +114,5 @@ def test_a_model_does_not_diverge_from_itself(model):
     def itself(given):
         yield given
 
-    chosen, rejected, *_ = completion_logps_with_kl(model, BATCH, itself)
+    chosen, rejected, *_ = tiny.with_kl(model, BATCH, itself)
     assert torch.cat([chosen.kl, rejected.kl]).abs().max() < 1e-6

@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser
 import lit_dpo.losses
 import tiny
 from lit_dpo.checkpoint import to_builtins
-from lit_dpo.logps import PairLogps, SequenceLogps
+from lit_dpo.logps import Field, PairLogps, SequenceLogps
 from lit_dpo.losses import (
     AlphaPOLoss,
     AOTLoss,
@@ -199,7 +199,8 @@ def make(request):
 
 # ---- records ----
 
-PER_TOKEN, PER_PAIR = ("per_token", "collision", "kl", "reference_per_token"), ("score_margin", "probability")
+PER_TOKEN = (Field.PER_TOKEN, Field.COLLISION, Field.KL, Field.REFERENCE_PER_TOKEN)
+COLUMNS = ("score_margin", "probability")
 SIDES = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
 
 
@@ -216,7 +217,8 @@ def _random(size=6, dtype=torch.float64, seed=0) -> PairLogps:
         count = int(length.sum())
         side = SequenceLogps(length, length, draw(count, -1, 0), draw(count, -3, 0), draw(count, 0, 2))
         sides.append(side._replace(total=side.sums(side.per_token)))
-    return PairLogps(*sides, draw(size, 0.5, 2), draw(size, 0.2, 3), draw(size, 0.55, 0.95))
+    ranges = {"weight": (0.5, 2), "score_margin": (0.2, 3), "probability": (0.55, 0.95)}
+    return PairLogps(*sides, columns={name: draw(size, *ends) for name, ends in ranges.items()})
 
 
 def _complete(pairs: PairLogps) -> PairLogps:
@@ -229,7 +231,8 @@ def _complete(pairs: PairLogps) -> PairLogps:
             kl = torch.full_like(tokens, KL[answer])
             changed[name] = side._replace(per_token=tokens, collision=tokens + BELOW[answer], kl=kl)
     rows = torch.ones_like(pairs.policy_chosen.total)
-    return pairs._replace(**changed, score_margin=SCORE_MARGIN * rows, probability=PROBABILITY * rows)
+    columns = {"score_margin": SCORE_MARGIN * rows, "probability": PROBABILITY * rows}
+    return pairs._replace(**changed, columns=columns)
 
 
 def _with_tokens(pairs: PairLogps, chosen: torch.Tensor, rejected: torch.Tensor) -> PairLogps:
@@ -257,14 +260,16 @@ def _pick(pairs: PairLogps, order: list[int]) -> PairLogps:
 
     return pairs._replace(
         **{name: side(getattr(pairs, name)) for name in SIDES},
-        **{name: getattr(pairs, name)[order] for name in ("weight", *PER_PAIR)},
+        columns={name: column[order] for name, column in pairs.columns.items()},
     )
 
 
 def _without(pairs: PairLogps, name: str) -> PairLogps:
-    if name in PER_PAIR or name in SIDES:
-        return pairs._replace(**{name: None})
-    model, field = ("reference", "per_token") if name == "reference_per_token" else ("policy", name)
+    if name == Field.REFERENCE:
+        return pairs._replace(reference_chosen=None, reference_rejected=None)
+    if name in (*COLUMNS, "weight"):
+        return pairs._replace(columns={one: column for one, column in pairs.columns.items() if one != name})
+    model, field = ("reference", "per_token") if name == Field.REFERENCE_PER_TOKEN else ("policy", name)
     sides = [side for side in SIDES if side.startswith(model)]
     return pairs._replace(**{side: getattr(pairs, side)._replace(**{field: None}) for side in sides})
 
@@ -305,7 +310,7 @@ def _changes(loss: PreferenceLoss, name: str) -> list[dict]:
             return [{"link": "sigmoid" if value == "hinge" else "hinge", "label_smoothing": 0.0}]
         case TDPOLoss(), "version":
             return [{"version": "tdpo1" if value == "tdpo2" else "tdpo2", "kl_weight": None}]
-        case LDDPOLoss(loss=PreferenceLoss(needs_reference=False)), "reference":
+        case LDDPOLoss(loss=inner), "reference" if Field.REFERENCE not in inner.requires:
             return []
         case WPOLoss(), "alignment":
             return [{"alignment": "none" if value == "sampled" else "sampled", "clamp": True}]
@@ -407,7 +412,7 @@ def test_a_pairs_loss_does_not_depend_on_its_batch_mates_unless_it_says_so(make)
 @pytest.mark.parametrize("beta", [0.05, 0.1, 0.7])
 def test_value_and_slope_at_margin_0_are_the_closed_form(make, beta):
     loss = make(beta=beta) if _takes_beta(make.func) else make()
-    rejected = [-5.0] if loss.needs_reference else [-3.0]
+    rejected = [-5.0] if Field.REFERENCE in loss.requires else [-3.0]
     pairs, (tokens, _) = _leaves(_complete(tiny.logps([-3.0], rejected, [-3.0], rejected)))
     losses = loss(pairs._replace(state=loss.initial_state()))
     losses.sum().backward()
@@ -480,7 +485,7 @@ def test_an_argument_that_it_does_not_have_is_a_type_error(kind):
 
 def test_without_a_reference_it_says_so_or_does_without(make):
     pairs, loss = _random()._replace(reference_chosen=None, reference_rejected=None), make()
-    if loss.needs_reference:
+    if Field.REFERENCE in loss.requires:
         with pytest.raises(ValueError, match="NoReference"):
             _score(loss, pairs)
     else:
@@ -489,9 +494,10 @@ def test_without_a_reference_it_says_so_or_does_without(make):
 
 def test_what_it_does_not_declare_it_does_not_read(make):
     loss, pairs = make(), _random()
-    assert loss.needs <= {*PER_TOKEN, *PER_PAIR}
-    bare = pairs._replace(weight=None)
-    for name in {*PER_TOKEN, *PER_PAIR} - loss.needs:
+    assert loss.requires <= {*Field}
+    assert loss.columns <= {*COLUMNS}
+    bare = _without(pairs, "weight")
+    for name in {*PER_TOKEN, *COLUMNS} - loss.requires - loss.columns:
         bare = _without(bare, name)
     assert torch.equal(_score(loss, bare), _score(loss, pairs))
     assert loss.parts(_remember(loss, bare)).keys() == set(loss.part_names)
@@ -499,7 +505,7 @@ def test_what_it_does_not_declare_it_does_not_read(make):
 
 def test_what_it_declares_it_asks_for_by_name(make):
     loss = make()
-    for name in loss.needs:
+    for name in (loss.requires - {Field.REFERENCE}) | loss.columns:
         with pytest.raises(ValueError, match=rf"`(\w+\.)?{name.removeprefix('reference_')}`"):
             _score(loss, _without(_random(), name))
 
@@ -556,7 +562,7 @@ def test_a_loss_with_a_memory_says_what_it_sums():
 def test_rewards_are_beta_times_the_log_ratios_or_log_probs(kind):
     pairs, loss = _random(), kind(**_two(kind)[0])
     chosen, rejected = loss.rewards(pairs)
-    if loss.needs_reference:
+    if Field.REFERENCE in loss.requires:
         assert torch.equal(chosen, loss.beta * pairs.chosen_logratio)
         assert torch.equal(rejected, loss.beta * pairs.rejected_logratio)
     else:
@@ -572,7 +578,7 @@ def test_the_interface_itself_is_abstract():
 def test_a_loss_without_a_reference_rewards_beta_times_log_probs():
     @dataclasses.dataclass(frozen=True)
     class Plain(PreferenceLoss):
-        needs_reference = False
+        requires = frozenset()
 
         def __call__(self, pairs):
             return -pairs.policy_chosen.total
@@ -580,3 +586,21 @@ def test_a_loss_without_a_reference_rewards_beta_times_log_probs():
     pairs = _random()._replace(reference_chosen=None, reference_rejected=None)
     chosen, _ = Plain(beta=0.3).rewards(pairs)
     assert torch.equal(chosen, 0.3 * pairs.policy_chosen.total)
+
+
+@pytest.mark.parametrize(
+    ("declared", "words"),
+    [
+        (
+            {"requires": frozenset({"colision"})},
+            r"`requires` of Wrong .* Field.COLLISION.* got frozenset\({'colision'}\)",
+        ),
+        ({"requires": frozenset({"kl"})}, "`requires` of Wrong"),  # a string that looks like one
+        ({"requires": {Field.KL}}, "to be a frozenset"),
+        ({"columns": "difficulty"}, "`columns` of Wrong to be a set of the names"),
+        ({"columns": frozenset({"kl"})}, "What the models compute belongs to `requires`"),
+    ],
+)
+def test_what_nobody_knows_is_an_error_where_the_class_is_made(declared, words):
+    with pytest.raises(TypeError, match=words):
+        type("Wrong", (DPOLoss,), declared)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from lit_dpo.logps import Field
 from lit_dpo.losses import CPOLoss, DPOLoss
 
 PAIRS = tiny.logps([-3.0, -20.0], [-5.0, -8.0], lengths=([4, 10], [2, 5]))
@@ -32,7 +33,7 @@ def test_at_a_large_margin_only_the_likelihood_of_the_chosen_answer_is_left():
 
 
 def test_it_needs_no_reference_and_reads_none():
-    assert not CPOLoss.needs_reference
+    assert Field.REFERENCE not in CPOLoss.requires
     other = tiny.logps([-3.0, -20.0], [-5.0, -8.0], [-1.0, -2.0], [-3.0, -9.0], lengths=([4, 10], [2, 5]))
     assert torch.equal(CPOLoss()(other), CPOLoss()(PAIRS))
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tiny
+from lit_dpo.logps import Field
 from lit_dpo.losses import (
     BCOLoss,
     BetaDPOLoss,
@@ -51,7 +52,7 @@ def test_it_is_the_weighted_sum_of_its_unweighted_parts():
 def test_with_the_likelihood_mixed_in_cpo_is_cpo():
     both = MixtureLoss([CPOLoss(0.1, nll_weight=0.0), SFTLoss()], [1.0, 0.3])
     torch.testing.assert_close(both(PAIRS), CPOLoss(0.1, nll_weight=0.3)(PAIRS))
-    assert not both.needs_reference
+    assert Field.REFERENCE not in both.requires
 
 
 def test_names_are_numbered_where_they_repeat():
@@ -61,9 +62,9 @@ def test_names_are_numbered_where_they_repeat():
 
 
 def test_it_needs_what_its_parts_need():
-    assert MixtureLoss([TDPOLoss(), WPOLoss()]).needs == {"kl", "per_token", "collision"}
-    assert MixtureLoss([SimPOLoss(), DPOLoss()]).needs_reference
-    assert not MixtureLoss([SimPOLoss(), SFTLoss()]).needs_reference
+    assert MixtureLoss([TDPOLoss(), WPOLoss()]).requires == {*Field} - {Field.REFERENCE_PER_TOKEN}
+    assert Field.REFERENCE in MixtureLoss([SimPOLoss(), DPOLoss()]).requires
+    assert MixtureLoss([SimPOLoss(), SFTLoss()]).requires == frozenset()
     assert MixtureLoss([DPOLoss(), SFTLoss("token")]).couples_pairs
     assert not MixtureLoss([DPOLoss(), SFTLoss()]).couples_pairs
     assert MixtureLoss().initial_state() is None

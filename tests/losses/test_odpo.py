@@ -12,7 +12,7 @@ from lit_dpo.losses import DPOLoss, ODPOLoss
 
 
 def _pairs(*scores: float):
-    return tiny.at_margin(*[5.0] * len(scores))._replace(score_margin=torch.tensor(scores))
+    return tiny.at_margin(*[5.0] * len(scores))._replace(columns={"score_margin": torch.tensor(scores)})
 
 
 @pytest.mark.parametrize(("scale", "offsets"), [("log", [math.log(2.0), math.log(0.5)]), ("linear", [2.0, 0.5])])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from lit_dpo.logps import Field
 from lit_dpo.losses import CPOLoss, SimPOLoss
 
 PAIRS = tiny.logps([-3.0, -20.0], [-5.0, -8.0], lengths=([4, 10], [2, 5]))
@@ -47,7 +48,7 @@ def test_repeating_an_answer_changes_nothing():
 
 
 def test_it_needs_no_reference_and_reads_none():
-    assert not SimPOLoss.needs_reference
+    assert Field.REFERENCE not in SimPOLoss.requires
     other = tiny.logps([-3.0, -20.0], [-5.0, -8.0], [-1.0, -2.0], [-3.0, -9.0], lengths=([4, 10], [2, 5]))
     assert torch.equal(SimPOLoss()(other), SimPOLoss()(PAIRS))
 

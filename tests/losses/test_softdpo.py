@@ -12,7 +12,7 @@ from lit_dpo.losses import CDPOLoss, DPOLoss, SoftDPOLoss
 
 
 def _pairs(*probabilities: float, margin: float = 5.0):
-    return tiny.at_margin(*[margin] * len(probabilities))._replace(probability=torch.tensor(probabilities))
+    return tiny.at_margin(*[margin] * len(probabilities))._replace(columns={"probability": torch.tensor(probabilities)})
 
 
 def test_value_and_slope_by_hand():
@@ -32,7 +32,8 @@ def test_certain_labels_are_dpo_and_reversed_ones_dpo_the_other_way_round():
 
 
 def test_one_probability_for_all_is_cdpo():
-    pairs = tiny.at_margin(-7.0, 0.0, 30.0)._replace(probability=torch.full((3,), 0.9, dtype=torch.float64))
+    columns = {"probability": torch.full((3,), 0.9, dtype=torch.float64)}
+    pairs = tiny.at_margin(-7.0, 0.0, 30.0)._replace(columns=columns)
     torch.testing.assert_close(SoftDPOLoss(0.2)(pairs), CDPOLoss(0.2, 0.1)(pairs))
 
 

@@ -11,7 +11,8 @@ import torch
 import tiny
 from lit_dpo import DPOLoss, LoRAPolicy, NoReference
 from lit_dpo.callbacks import memory as callback
-from lit_dpo.logps.score import choose_layout, completion_logps, completion_logps_with_kl
+from lit_dpo.logps import Field
+from lit_dpo.logps.score import choose_layout, completion_logps
 from lit_dpo.losses import AOTLoss, SFTLoss, TDPOLoss
 from lit_dpo.memory import LiveBytes, StepMemory, estimate_step, optimizer_bytes, stored_bytes
 from lit_dpo.references.base import keep
@@ -31,7 +32,7 @@ def _measured(model, batch, with_kl=False):
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     with LiveBytes() as memory:
         if with_kl:
-            chosen, rejected, *_ = completion_logps_with_kl(model, batch, lambda policy: nullcontext(policy))
+            chosen, rejected, *_ = tiny.with_kl(model, batch, lambda policy: nullcontext(policy))
             loss = sum(side.kl.sum() + side.total.sum() for side in (chosen, rejected))
         else:
             chosen, rejected = completion_logps(model, batch)
@@ -213,4 +214,4 @@ def test_the_estimate_is_told_what_the_loss_reads(tiny_model, pairs_file, tmp_pa
 
     monkeypatch.setattr(callback, "estimate_step", estimate)
     trainer(tmp_path, max_steps=1).fit(module(tiny_model, loss=loss), data(pairs_file))
-    assert told["with_kl"] is ("kl" in loss.needs)
+    assert told["with_kl"] is (Field.KL in loss.requires)

@@ -165,25 +165,30 @@ class _Noted(torch.Tensor):
 
 
 def _noted():
-    fields = {"weight": torch.ones(3), "score_margin": None, "probability": torch.ones(3)}
-    whole = tiny.batch()._replace(**fields)
-    return PairBatch(*(one if one is None else one.as_subclass(_Noted) for one in whole))
+    whole, columns = tiny.batch()._asdict(), {"weight": torch.ones(3), "difficulty": torch.ones(3)}
+    del whole["columns"]
+    noted = {name: one.as_subclass(_Noted) for name, one in whole.items()}
+    return PairBatch(**noted, columns={name: one.as_subclass(_Noted) for name, one in columns.items()})
+
+
+def _fields(batch):
+    whole = batch._asdict()
+    return whole | whole.pop("columns")
 
 
 def test_a_loaders_pinning_reaches_every_tensor_of_a_batch():
     """`DataLoader`'s own function, which knows NamedTuples and skips dataclasses."""
     pinned = pin_memory(_noted())
     assert type(pinned) is PairBatch
-    assert all(one is None or one.pinned for one in pinned)
+    assert all(one.pinned for one in _fields(pinned).values())
 
 
 def test_lightning_moves_tokens_without_waiting_and_leaves_lengths():
     moved = move_data_to_device(_noted(), torch.device("meta"))
     assert type(moved) is PairBatch
-    for name, field in moved._asdict().items():
-        there = name in ("input_ids", "position_ids", "weight", "probability")
-        if field is not None:
-            assert field.device.type == ("meta" if there else "cpu"), name
+    for name, field in _fields(moved).items():
+        there = name in ("input_ids", "position_ids", "weight", "difficulty")
+        assert field.device.type == ("meta" if there else "cpu"), name
         if there:
             assert field.moved == {"non_blocking": True}, name
 

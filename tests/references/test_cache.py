@@ -16,6 +16,7 @@ import tiny
 from lit_dpo import AdapterReference, BaseReference, CachedReference, EMAReference, IPOLoss, ModelReference, NoReference
 from lit_dpo.data.batch import collate_pairs
 from lit_dpo.errors import PolicyError
+from lit_dpo.logps import Field
 from lit_dpo.logps.score import choose_layout, completion_logps
 from lit_dpo.policy import LoRAPolicy
 from training import Trace, adapter, data, module, trainer
@@ -108,8 +109,8 @@ def test_sums_alone_can_be_stored_and_losses_that_read_tokens_then_refuse(folder
     for file in tmp_path.glob("*/*.logps"):
         bytes_of[json.loads((file.parent / "reference.json").read_text())["per_token"]] += file.stat().st_size
     assert bytes_of == {False: 3 * 8, True: 0}
-    assert sums.gives == frozenset()
-    assert whole.gives == {"per_token"}
+    assert sums.provides == {Field.REFERENCE}
+    assert whole.provides == {Field.REFERENCE, Field.REFERENCE_PER_TOKEN}
     assert "kl" not in module(folder, reference=sums).train_metrics
     assert "kl" in module(folder, reference=whole).train_metrics
 
@@ -329,17 +330,17 @@ def test_a_reference_that_cannot_say_what_it_depends_on_is_refused(folder, tmp_p
             return references.Reference.cache_identity(self, policy)
 
     reference = CachedReference(Mine(), str(tmp_path))
-    with pytest.raises(PolicyError, match="`identity`"):
+    with pytest.raises(PolicyError, match="`cache_identity`"):
         reference.check(_policy(folder))
 
 
 def test_a_reference_without_tokens_is_cached_as_sums():
     class Sums(BaseReference):
-        gives = frozenset()
+        provides = frozenset({Field.REFERENCE})
 
     with pytest.raises(PolicyError, match=r"set `reference\.per_token` to false"):
         CachedReference(Sums())
-    assert CachedReference(Sums(), per_token=False).gives == frozenset()
+    assert CachedReference(Sums(), per_token=False).provides == {Field.REFERENCE}
 
 
 def test_a_checkpoint_goes_on_with_or_without_a_cache(tiny_model, pairs_file, tmp_path):

@@ -9,7 +9,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def alone(name: str) -> Iterator[None]:
-    """What only shows or logs fails alone, in a line: it never costs what was trained.
+    """Let what only shows or logs fail alone, in a line: it never costs what was trained.
 
     Interrupts and exits go through. Checks that shall stop a run do not belong in here, nor does what other ranks wait
     for.

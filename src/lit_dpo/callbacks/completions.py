@@ -122,7 +122,7 @@ def _shown(text: str, encoding: str) -> Any:
 
 
 def _question(prompt: Any) -> str:
-    """The text of a prompt, or what the user said last in a conversation."""
+    """Return the text of a prompt, or what the user said last in a conversation."""
     if isinstance(prompt, str):
         return prompt
     said = [message["content"] for message in prompt if message["role"] == "user"]
@@ -130,7 +130,7 @@ def _question(prompt: Any) -> str:
 
 
 def _until(ends: set[int], row: list[int]) -> list[int]:
-    """A row without what was put after its end."""
+    """Cut a row where it ends, without what was put after it."""
     return row[: next((place for place, token in enumerate(row) if token in ends), len(row))]
 
 

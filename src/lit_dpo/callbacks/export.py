@@ -46,7 +46,7 @@ class AdapterExport(pl.Callback):
 
 
 def tokenizer_of(trainer: Any) -> Any:
-    """The data module's tokenizer, or the policy's where other data loaders are used."""
+    """Return the data module's tokenizer, or the policy's where other data loaders are used."""
     data = trainer.datamodule
     return (
         data.loaded_tokenizer if hasattr(data, "loaded_tokenizer") else trainer.lightning_module.policy.load_tokenizer()
@@ -69,7 +69,7 @@ def run_directory(trainer: Any) -> Path:
 
 
 def unnumbered(trainer: Any) -> list[Any]:
-    """The loggers that number their runs and have not yet: a number that the user gave stays as it is.
+    """List the loggers that number their runs and have not yet: a number that the user gave stays as it is.
 
     To be asked before the run: Lightning wants to know the directory before there is data.
     """
@@ -79,7 +79,7 @@ def unnumbered(trainer: Any) -> list[Any]:
 
 
 def claim_versions(loggers: list[Any]) -> None:
-    """Number a run by making its directory, on the first rank, whose number is the one that all use.
+    """Give a run its number by making its directory, on the first rank, whose number is the one that all use.
 
     Lightning's loggers list what is there and take the next number, and runs that start together take the same one.
 
@@ -105,7 +105,7 @@ def _made(directory: Path) -> bool:
 
 
 def _unused(directory: Path) -> Path:
-    """A run without a logger has no directory of its own; it still does not overwrite another's, nor its name."""
+    """Find a name that no other run has: one without a logger has no directory of its own."""
     number, found = 1, directory
     with refusals(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)

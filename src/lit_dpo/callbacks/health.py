@@ -145,7 +145,7 @@ class TrainingHealth(pl.Callback):
             )
 
     def _check_finite(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """A step with a gradient that is not finite would leave nothing that is."""
+        """Stop, or skip, a step with a gradient that is not finite: it would leave nothing that is."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if fetch(pl_module, torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()):
             return
@@ -174,7 +174,7 @@ class TrainingHealth(pl.Callback):
         pl_module.unlogged, pl_module.fetched = bool(there.measured), None
 
     def _check_first_step(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """What a hook that returns nothing would leave undone without a word."""
+        """See that no hook returns nothing where it must return something, and leaves it undone without a word."""
         if self._start is None:
             return
         if trainer.global_step == self._start:
@@ -211,7 +211,7 @@ def _stepped(trainer: Any) -> list[Any]:
 
 
 def _check_zero_grad(trainer: Any, pl_module: Any, parameter: Tensor) -> None:
-    """A step must not begin with the gradients of the last one."""
+    """See that a step does not begin with the gradients of the last one."""
     if not is_overridden("optimizer_zero_grad", pl_module) or parameter.grad is not None:
         return
     parameter.grad = torch.ones_like(parameter)
@@ -225,7 +225,7 @@ def _check_zero_grad(trainer: Any, pl_module: Any, parameter: Tensor) -> None:
 
 
 def _say_if_the_same(trainer: Any, pl_module: Any, prefix: str) -> None:
-    """A policy that nothing was loaded into, or that is its own reference, gets 0.5 and the loss at margin 0."""
+    """Say that a policy is its own reference, or that nothing was loaded into it: all it gets is 0.5."""
     rewards = [trainer.callback_metrics.get(f"{prefix}{side}_reward") for side in ("chosen", "rejected")]
     if trainer.state.fn != "fit" and not any(reward is None or reward != 0 for reward in rewards):
         say_it_is_the_same(trainer, pl_module)

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.callbacks.alone import alone
+from lit_dpo.logps.fields import Field
 from lit_dpo.memory import StepMemory, estimate_step
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class MemoryEstimate(pl.Callback):
                 parts,
                 several=several,
                 optimizer=pl_module.optimizer,
-                with_kl="kl" in pl_module.loss.needs,
+                with_kl=Field.KL in pl_module.loss.requires,
                 context=trainer.precision_plugin.train_step_context,
             )
             room = _room(pl_module.device)

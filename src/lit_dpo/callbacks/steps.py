@@ -43,12 +43,14 @@ class OptimizerSteps(pl.Callback):
         """Train in training mode, whoever has evaluated before: else dropout and checkpointing would be off."""
         if not pl_module.model.training:
             pl_module.model.train()
+        _switch(trainer, "train")
         if pl_module.standing is None:
             pl_module.standing = standing(trainer, pl_module, {})
         pl_module.standing.inside = True
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Follow and log, unless the step goes on with another batch."""
+        _switch(trainer, "eval")
         if trainer.global_step == self._last:
             return
         self._last = trainer.global_step
@@ -101,8 +103,18 @@ class OptimizerSteps(pl.Callback):
             rank_zero_info(f"{self._last - self._first} steps in {took}" + (f": {measured}" if measured else ""))
 
 
+def _switch(trainer: Any, mode: str) -> None:
+    """Tell optimizers that have a mode (schedule-free ones, arXiv 2405.15682) which weights are wanted.
+
+    Between batches they are those to evaluate, so that validation, checkpoints and exports find them at any moment.
+    """
+    for optimizer in trainer.optimizers:
+        if callable(switch := getattr(getattr(optimizer, "optimizer", optimizer), mode, None)):
+            switch()
+
+
 def fetch(pl_module: Any, finite: Tensor) -> bool:
-    """A yes or no of the device, and with it what the step measured: the one time in a step that the CPU waits."""
+    """Fetch a yes or no of the device, and what the step measured: the one time in a step that the CPU waits."""
     values = _values(pl_module, pl_module.train_metrics) if pl_module.unlogged else {}
     pl_module.fetched = on_host({**values, "": finite})
     return bool(pl_module.fetched.pop(""))

@@ -24,14 +24,15 @@ REMEDY = (
 # What the trainer says that changes the schedule of training.
 _OF_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches", "limit_train_batches")
 
+_OF_SCHEDULE = ("lr_scheduler", "warmup_ratio", "min_lr_ratio", "decay_ratio")
+
 # Hyper-parameters of a module that stand in other parts; the rest is its class, and what a subclass brings.
 _SAID_ELSEWHERE = (
     "policy",
     "loss",
     "reference",
     "optimizer",
-    "lr_scheduler",
-    "warmup_ratio",
+    *_OF_SCHEDULE,
     "microbatch_tokens",
     "_instantiator",
 )
@@ -46,9 +47,9 @@ _MAY_CHANGE = (
 
 
 def describe(module: Any) -> dict[str, Any]:
-    """What a checkpoint's adapters belong to, in builtins only, so that `torch.load(weights_only=True)` reads it."""
+    """Say what a checkpoint belongs to, in builtins only, so that `torch.load(weights_only=True)` reads it."""
     policy, loss, reference, trainer = module.policy, module.loss, module.reference, module._trainer
-    schedule = {"lr_scheduler": module.lr_scheduler, "warmup_ratio": module.warmup_ratio}
+    schedule = {name: to_builtins(getattr(module, name)) for name in _OF_SCHEDULE}
     if policy.dropout:  # masks are drawn for each row
         schedule |= {"microbatch_tokens": module.microbatch_tokens}
     if trainer is not None:
@@ -96,7 +97,7 @@ def _plain(given: Any) -> Any:
 
 
 def compare_steps(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """What differs in how steps are made, a sentence each; of the optimizer's settings those that both sides have."""
+    """Say how steps are made differently, a sentence each; of the optimizer's settings those that both sides have."""
     found = []
     if saved["optimizer"] != current["optimizer"]:
         found.append(f"it was trained with {saved['optimizer']} but the configuration says {current['optimizer']}")
@@ -174,7 +175,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def configuration(module: Any) -> dict[str, Any]:
-    """A module's hyper-parameters as the command line would have written them, wherever it was built.
+    """Write a module's hyper-parameters as the command line would have, wherever it was built.
 
     A lambda has no name to write; where one was given, a reload takes the default.
     """

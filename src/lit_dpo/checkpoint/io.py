@@ -39,6 +39,9 @@ class AdapterCheckpointIO(CheckpointIO):
         Raises:
             TrainingError: if the disk refuses; what was there is as it was.
         """
+        if _is_bare(checkpoint):  # what a spawned process hands back to the one that started it
+            self.inner.save_checkpoint(checkpoint, path, storage_options)
+            return
         self.on_save(checkpoint)
         if "://" in str(path):  # a remote store: its own writes are whole
             self.inner.save_checkpoint(checkpoint, path, storage_options)
@@ -64,7 +67,8 @@ class AdapterCheckpointIO(CheckpointIO):
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
         """Load; nothing but tensors and builtins is ever in it."""
         checkpoint = self.inner.load_checkpoint(path, map_location, weights_only=True)
-        self.on_load(checkpoint)
+        if not _is_bare(checkpoint):
+            self.on_load(checkpoint)
         return checkpoint
 
     def teardown(self) -> None:
@@ -78,12 +82,17 @@ class AdapterCheckpointIO(CheckpointIO):
             shutil.rmtree(_adapter_folder(Path(path)), ignore_errors=True)
 
 
+def _is_bare(checkpoint: Mapping[str, Any]) -> bool:
+    """See whether these are tensors by name, and no checkpoint with more than them."""
+    return all(isinstance(one, torch.Tensor) for one in checkpoint.values())
+
+
 def _adapter_folder(path: Path) -> Path:
     return path.with_suffix("") if path.suffix == ".ckpt" else path.with_name(f"{path.name}-adapter")
 
 
 def check_writable(directory: Path) -> None:
-    """An adapter may replace an adapter, and nothing else.
+    """See that an adapter would replace an adapter, and nothing else.
 
     Raises:
         TrainingError: if the directory holds something else.
@@ -111,7 +120,7 @@ def _is_adapter(directory: Path) -> bool:
 
 
 def save_adapter(model: Any, tokenizer: Any, directory: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
-    """A PEFT directory with the tokenizer, whole or not at all.
+    """Write a PEFT directory with the tokenizer, whole or not at all.
 
     `AutoPeftModelForCausalLM.from_pretrained(directory)` and `pipeline("text-generation", model=directory)` load it.
     The former loads the commit of the base that it was trained on, the latter the main branch unless given `revision=`.

@@ -113,7 +113,7 @@ def take_settings(checkpoint: dict[str, Any], trainer: Any, *, same: bool) -> No
 
 
 def measured(metrics: MetricCollection) -> dict[str, dict[str, Any]]:
-    """What the metrics have counted, in tensors and lists of them."""
+    """Return what the metrics have counted, in tensors and lists of them."""
     return {name: {key: _copy(state) for key, state in metric.metric_state.items()} for name, metric in metrics.items()}
 
 

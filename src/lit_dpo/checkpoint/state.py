@@ -15,7 +15,7 @@ from lit_dpo.policy.adapters import DEFAULT, REFERENCE, adapter_parameters
 
 
 def adapter_state(module: Any, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The adapters of a module's policy that a checkpoint holds: the one that trains, and a reference that follows it.
+    """Return the adapters that a checkpoint holds: the one that trains, and that of a reference that follows it.
 
     The frozen base and reference are named there, not stored.
     """
@@ -74,7 +74,7 @@ def _trusts(given: Any) -> bool:
 
 
 def _without_trust(given: Any) -> Any:
-    """The same, but `trust_remote_code` is false wherever it stands."""
+    """Return the same, but with `trust_remote_code` false wherever it stands."""
     if isinstance(given, Mapping):
         return {key: key != TRUST and _without_trust(value) for key, value in given.items()}
     return [_without_trust(value) for value in given] if isinstance(given, list | tuple) else given
@@ -85,13 +85,13 @@ def _hparams(file: Any) -> dict[str, Any]:
 
 
 def frozen_is_not_missing(module: torch.nn.Module, keys: Any) -> None:
-    """A module that is loaded inside another one (a callback's average) lacks what its `state_dict` never holds."""
+    """Accept a module inside another one (a callback's average): it lacks what its `state_dict` never holds."""
     held = tuple(module.state_dict())
     keys.missing_keys[:] = [name for name in keys.missing_keys if name.endswith(held)]
 
 
 def read_checkpoint(path: Any) -> dict[str, Any]:
-    """A checkpoint from wherever Lightning can read one."""
+    """Read a checkpoint from wherever Lightning can."""
     if hasattr(path, "read"):
         path.seek(0)
         found = dict(torch.load(path, map_location="cpu", weights_only=True))

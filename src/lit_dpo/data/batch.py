@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-ROW_FIELDS = ("weight", "score_margin", "probability")
-"""What a row may say beside its three parts; the names are those of `PairLogps`."""
+KNOWN_COLUMNS = ("weight", "score_margin", "probability")
+"""Columns of numbers that have a meaning here: the module reads the first, losses of ours the others."""
 
 
 class EncodedPair(NamedTuple):
@@ -40,9 +41,7 @@ class PairBatch(NamedTuple):
         rejected_lengths: `(B,)` tokens.
         indices: `(B,)` row numbers in the data set, for reports and for metrics that must not count a pair twice.
         keys: `(B, 16)` bytes, a hash of the pair's token ids: the same pair has the same key in any data set.
-        weight: `(B,)` float32, by which the row's loss is multiplied; None where the data do not say.
-        score_margin: `(B,)` float32, how much better the chosen completion was scored; or None.
-        probability: `(B,)` float32, that the chosen completion is the better one; or None.
+        columns: numbers of the data, `(B,)` float32 each, by name; see `PairLogps`.
     """
 
     input_ids: Tensor
@@ -52,9 +51,7 @@ class PairBatch(NamedTuple):
     rejected_lengths: Tensor
     indices: Tensor
     keys: Tensor
-    weight: Tensor | None = None
-    score_margin: Tensor | None = None
-    probability: Tensor | None = None
+    columns: dict[str, Tensor] = {}  # noqa: RUF012 - never changed in place
 
     @property
     def size(self) -> int:
@@ -66,13 +63,14 @@ class PairBatch(NamedTuple):
 
         Lightning moves a batch by this method.
         """
-        moved = {name: getattr(self, name) for name in ("input_ids", "position_ids", *ROW_FIELDS)}
         return self._replace(
-            **{name: field.to(device, non_blocking=True) for name, field in moved.items() if field is not None}
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            columns={name: column.to(device, non_blocking=True) for name, column in self.columns.items()},
         )
 
     def select(self, pairs: Sequence[int]) -> PairBatch:
-        """Some of the pairs, in this order, as a batch of their own.
+        """Pick some of the pairs, in this order, as a batch of their own.
 
         Example:
             >>> batch = collate_pairs([EncodedPair([1, 2], [3], [4]), EncodedPair([5], [6], [7, 8])])
@@ -84,41 +82,48 @@ class PairBatch(NamedTuple):
         places = torch.cat([torch.arange(ends[pair] - int(lengths[pair]), ends[pair]) for pair in pairs])
         places = places.to(self.input_ids.device, non_blocking=True)
         chosen = torch.tensor(pairs)
-        rest = {name: field for name, field in self._asdict().items() if field is not None}
-        row = {name: rest.pop(name)[:, places] for name in ("input_ids", "position_ids")}
         return self._replace(
-            **row, **{name: field[chosen.to(field.device, non_blocking=True)] for name, field in rest.items()}
+            input_ids=self.input_ids[:, places],
+            position_ids=self.position_ids[:, places],
+            **self._of_pairs(lambda field: field[chosen.to(field.device, non_blocking=True)]),
         )
 
     def cut(self, tokens: float) -> list[PairBatch]:
-        """The batch in rows of whole pairs, in order, of at most `tokens` tokens; a longer pair is a row of its own.
+        """Cut the batch into micro-batches of whole pairs, of at most `tokens` tokens; a longer pair is one alone.
 
-        Rows are views: nothing is copied, and nothing waits for a device.
+        They are views: nothing is copied, and nothing waits for a device.
 
         Example:
             >>> batch = collate_pairs([EncodedPair([1, 2], [3], [4]), EncodedPair([5], [6], [7, 8])])
-            >>> [row.input_ids.tolist() for row in batch.cut(6)]
+            >>> [part.input_ids.tolist() for part in batch.cut(6)]
             [[[1, 2, 3, 4]], [[5, 6, 7, 8]]]
         """
         lengths = (self.prompt_lengths + self.chosen_lengths + self.rejected_lengths).numpy()
         ends = [0, *lengths.cumsum().tolist()]
-        rest = {name: field for name, field in self._asdict().items() if field is not None}
-        row = {name: rest.pop(name) for name in ("input_ids", "position_ids")}
         return [
             self._replace(
-                **{name: field[:, ends[first] : ends[last]] for name, field in row.items()},
-                **{name: field[first:last] for name, field in rest.items()},
+                input_ids=self.input_ids[:, ends[first] : ends[last]],
+                position_ids=self.position_ids[:, ends[first] : ends[last]],
+                **self._of_pairs(itemgetter(slice(first, last))),
             )
             for first, last in pairwise(microbatch_borders(lengths, tokens))
         ]
 
+    def _of_pairs(self, pick: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """Pick some of the pairs from what there is for each of them, `(B, …)`."""
+        fields = {name: pick(getattr(self, name)) for name in _OF_PAIRS}
+        return {**fields, "columns": {name: pick(column) for name, column in self.columns.items()}}
+
+
+_OF_PAIRS = ("prompt_lengths", "chosen_lengths", "rejected_lengths", "indices", "keys")
+
 
 def microbatch_borders(lengths: NDArray[np.int64], tokens: float) -> list[int]:
-    """Where rows of at most `tokens` tokens begin, and where the last one ends.
+    """Where micro-batches of at most `tokens` tokens begin, and where the last one ends.
 
     Args:
-        lengths: `(B,)` tokens of each pair; one that is longer than a row is a row of its own.
-        tokens: most tokens of a row.
+        lengths: `(B,)` tokens of each pair; one that is longer than that is a micro-batch of its own.
+        tokens: most tokens of a micro-batch.
 
     Example:
         >>> microbatch_borders(np.array([30, 40, 120, 50, 50]), 100)
@@ -136,14 +141,14 @@ def microbatch_borders(lengths: NDArray[np.int64], tokens: float) -> list[int]:
 def collate_pairs(
     pairs: Sequence[EncodedPair],
     indices: Sequence[int] | None = None,
-    fields: Mapping[str, Sequence[float]] | None = None,
+    columns: Mapping[str, Sequence[float]] | None = None,
 ) -> PairBatch:
     """Lay pairs out in one row.
 
     Args:
         pairs: the encoded pairs, in order.
         indices: their row numbers; `0 … B-1` if not given.
-        fields: what the rows say beside: a number per pair for each of some `ROW_FIELDS`.
+        columns: what the data say besides: a number for each pair, by name.
 
     Raises:
         ValueError: if a part of a pair is empty.
@@ -172,7 +177,7 @@ def collate_pairs(
         rejected_lengths=torch.tensor([len(pair.rejected) for pair in pairs]),
         indices=torch.tensor(list(indices) if indices is not None else list(range(len(pairs)))),
         keys=torch.from_numpy(np.stack([_key(pair) for pair in pairs])),
-        **{name: torch.tensor(values, dtype=torch.float32) for name, values in (fields or {}).items()},
+        columns={name: torch.tensor(values, dtype=torch.float32) for name, values in (columns or {}).items()},
     )
 
 

@@ -59,7 +59,7 @@ class BudgetSampler(PairSampler):
         return len(range(self.rank, self._epoch_batches, self.num_replicas))
 
     def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
-        """The batches of this epoch, from the loaded position on."""
+        """Yield the batches of this epoch, from the loaded position on."""
         for rows in self._batches()[self.rank :: self.num_replicas][self.start_batch :]:
             yield rows.tolist()
 

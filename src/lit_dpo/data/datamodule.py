@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
@@ -22,6 +22,13 @@ from lit_dpo.data.table import PairTable, check_tokens, encode_table, report, wa
 from lit_dpo.errors import DataError, PolicyError, ResumeError
 from lit_dpo.hub import locate, split_revision
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    Tokenizer: TypeAlias = str | PreTrainedTokenizerBase
+else:  # what a command line can say
+    Tokenizer: TypeAlias = str
+
 _SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 _BATCH_SIZE = 8
 
@@ -34,14 +41,15 @@ class PreferenceDataModule(LightningDataModule):
 
     Args:
         train: training pairs: a `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or `.parquet` file, a pattern, a list of them, a
-            hub data set as `organisation/name:split`, `lit-dpo/quickstart`, or a `datasets.Dataset`.
+            hub data set as `organisation/name:split`, `lit-dpo/quickstart`; a `datasets.Dataset`, `DatasetDict` or
+            `IterableDataset`, or rows, such as a list of dictionaries.
         val: validation pairs, likewise, or several sets of them by name, which are then measured one by one as
             `val/NAME/…` and together as `val/…`. None: see `val_split`.
         test: test pairs, likewise.
         predict: pairs for `predict`, likewise. None: those of `test`, or else of `val`.
         format: how a row becomes a preference: which columns, for instance.
-        tokenizer: a folder, or `organisation/name` or `organisation/name@revision` of the hub. None: the tokenizer of
-            the module's policy.
+        tokenizer: a folder, or `organisation/name` or `organisation/name@revision` of the hub; or one of transformers'
+            tokenizers. None: the tokenizer of the module's policy.
         max_length: most tokens of a prompt and one completion together. None: no limit.
         max_prompt_length: most tokens of a prompt. None: no limit of its own.
         truncation: what happens to longer pairs: `drop`, `truncate_prompt`, `truncate_completion`, `truncate_both` or
@@ -72,7 +80,7 @@ class PreferenceDataModule(LightningDataModule):
         test: Source | dict[str, Source] | None = None,
         predict: Source | None = None,
         format: PreferenceFormat = Triples(),  # noqa: B008 - frozen
-        tokenizer: str | None = None,
+        tokenizer: Tokenizer | None = None,
         max_length: int | None = 1024,
         max_prompt_length: int | None = None,
         truncation: Truncation = "drop",
@@ -195,9 +203,9 @@ class PreferenceDataModule(LightningDataModule):
         return None if table is None else table.digest
 
     @property
-    def row_fields(self) -> dict[str, frozenset[str]]:
-        """By split of this run, what its rows say beside their three parts: some of `ROW_FIELDS`."""
-        return {split: frozenset(table.fields) for split, table in self._tables.items() if table is not None}
+    def columns(self) -> dict[str, frozenset[str]]:
+        """By split of this run, the names of the numbers that its rows bring, which travel as `columns`."""
+        return {split: frozenset(table.columns) for split, table in self._tables.items() if table is not None}
 
     def check_tokens(self, vocabulary: int, context: int | None, made_for: int | None, model: str) -> None:
         """See that a model can read every pair of this run; say once if some are longer than what it was made for.
@@ -212,18 +220,18 @@ class PreferenceDataModule(LightningDataModule):
     # --- for reports -----------------------------------------------------------------------------------------------
 
     def preference(self, split: str, row: int) -> Preference:
-        """The raw prompt and completions of a row number, as found in `batch.indices`, of a split.
+        """Return the raw prompt and completions of a row of a split, by its number in `batch.indices`.
 
         Splits are `train`, `val`, …, and `val/NAME` where there are several.
         """
         return self._table(split).preference(row)
 
     def place(self, split: str, row: int) -> str:
-        """The file of a row number of a split, and the number in that file."""
+        """Say in which file a row of a split is, and its number there."""
         return self._table(split).place(row)
 
     def prompts(self, split: str, limit: int) -> list[tuple[int, list[int], Preference]]:
-        """The first `limit` different prompts of a split: row number, token ids as trained on, raw preference.
+        """Return the first `limit` prompts of a split: row number, token ids as trained on, raw preference.
 
         Of several sets, equally many each.
         """
@@ -246,7 +254,7 @@ class PreferenceDataModule(LightningDataModule):
         return table
 
     def _sets(self, split: str) -> list[str]:
-        """The names of a split's sets: itself, or `val/NAME` for each."""
+        """Name a split's sets: itself, or `val/NAME` for each."""
         return [name for name in self.sources if name.startswith(f"{split}/")] or [split]
 
     def _build(self, split: str) -> None:
@@ -320,7 +328,11 @@ class PreferenceDataModule(LightningDataModule):
     @property
     def _policy_now(self) -> Any:
         """The policy whose tokenizer encodes, if it is a policy's."""
-        return None if self.tokenizer else getattr(self.trainer and self.trainer.lightning_module, "policy", None)
+        return (
+            None
+            if self.tokenizer is not None
+            else getattr(self.trainer and self.trainer.lightning_module, "policy", None)
+        )
 
     def _follow_policy(self) -> None:
         """Encode for the policy that is trained now: the module may have been used with another one before."""
@@ -337,6 +349,8 @@ class PreferenceDataModule(LightningDataModule):
             if policy is None:
                 raise DataError("Expected `tokenizer` to be set, because there is no module whose policy has one.")
             return policy.load_tokenizer()
+        if not isinstance(self.tokenizer, str):
+            return self.tokenizer
         from transformers import AutoTokenizer
 
         try:
@@ -419,12 +433,12 @@ class PreferenceDataModule(LightningDataModule):
 
 
 def _by_name(split: str, source: Source | Mapping[str, Source] | None) -> dict[str, Source | None]:
-    """A split's sources by its own name, or several by `split/NAME`.
+    """Name a split's sources: by its own name, or several by `split/NAME`.
 
     Raises:
         DataError: for names that cannot be part of a metric's name.
     """
-    if not isinstance(source, Mapping):
+    if not isinstance(source, Mapping) or hasattr(source, "column_names"):  # a `DatasetDict` has splits, not sets
         return {split: source}
     if not source or not all(isinstance(name, str) and name and "/" not in name for name in source):
         raise DataError(f"Expected names without `/` for the sets of `{split}` but got {list(source)}.")

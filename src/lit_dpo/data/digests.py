@@ -117,7 +117,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _unwrapped(thing: Any) -> list[Any]:
-    """The functions behind a property, a static or cached one, a partial."""
+    """Find the functions behind a property, a static or cached one, a partial."""
     found = [getattr(thing, name, None) for name in ("fget", "__func__", "func", "__wrapped__")]
     if isinstance(thing, functools.partial):
         found += [thing.args, thing.keywords]
@@ -126,7 +126,7 @@ def _unwrapped(thing: Any) -> list[Any]:
 
 @functools.cache
 def _libraries() -> frozenset[str]:
-    """The names of what lies where packages are installed, and of what comes with Python."""
+    """List the names of what lies where packages are installed, and of what comes with Python."""
     folders = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
     installed = (path.name.partition(".")[0] for folder in folders if folder.is_dir() for path in folder.iterdir())
     return frozenset({"builtins", *sys.stdlib_module_names, *installed})

@@ -191,7 +191,7 @@ class PairEncoder:
         return self._fit(EncodedPair(start, *completions))
 
     def _start(self, prompt: list[int], is_conversation: bool) -> list[int]:
-        """The prompt with the tokenizer's BOS, once; templates write theirs themselves."""
+        """Return the prompt with the tokenizer's BOS, once; templates write theirs themselves."""
         prefix = [] if is_conversation or prompt[: len(self._prefix)] == self._prefix else self._prefix
         return [*prefix, *prompt] or ([] if self._bos is None else [self._bos])
 
@@ -263,7 +263,7 @@ class PairEncoder:
         return None
 
     def _figures(self, length: int, prompt: int) -> str:
-        """The lengths, for the one pair that an error is about; dropped pairs are counted by reason, without them."""
+        """Say the lengths of the one pair that an error is about; dropped pairs are counted by reason, without them."""
         return f" ({length} tokens, {prompt} of them the prompt)" if self.truncation == "error" else ""
 
     def _keep_end(self, prompt: list[int], length: int) -> list[int]:

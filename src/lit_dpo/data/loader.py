@@ -52,7 +52,7 @@ class PairLoader(DataLoader[PairBatch]):
         self.epoch, self.batches, self._begun = epoch, batches, False
 
     def __iter__(self) -> Iterator[PairBatch]:  # type: ignore[override]
-        """The batches of the next pass; nothing happens before the first is asked for."""
+        """Yield the batches of the next pass; nothing happens before the first is asked for."""
         if self.start is not None:
             self.load_position(*self.start())
             self.start = None
@@ -100,7 +100,7 @@ class PairLoader(DataLoader[PairBatch]):
 
 
 def loader_options(num_workers: int, pin_memory: bool = False) -> dict[str, Any]:
-    """What all loaders of pairs have in common.
+    """Return what all loaders of pairs have in common.
 
     Args:
         num_workers: processes that collate ahead.

@@ -73,7 +73,7 @@ class PairSampler(DistributedSampler[Any], SequentialSampler):
         return full + (tail >= self.num_replicas if self.shuffle else tail > self.rank)
 
     def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
-        """The batches of this epoch, from the loaded position on."""
+        """Yield the batches of this epoch, from the loaded position on."""
         order = self._order()
         for batch in range(self.start_batch, len(self)):
             rows = order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size]

@@ -9,19 +9,21 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard
+from uuid import uuid4
 
 from lit_dpo.data.digests import content_digest
-from lit_dpo.errors import DataError
+from lit_dpo.errors import DataError, first_line
 from lit_dpo.hub import ABSENT, GATED, explain, split_revision
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-    Source: TypeAlias = str | list[str] | Dataset
+    Rows: TypeAlias = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | Iterable[Mapping[str, Any]]
+    Source: TypeAlias = str | list[str] | Rows
 else:  # what a command line can say; with `Dataset` here every `--help` would import `datasets`
     Source: TypeAlias = str | list[str]
 
@@ -66,7 +68,8 @@ def load_pairs(source: Source, columns: Sequence[str], *, stage: str = "train") 
             `organisation/name:split`, a data set of the Hugging Face hub (or a folder that `datasets` can load), in
             full `organisation/name@revision:configuration:split`, where the revision is a branch, tag or commit;
             `lit-dpo/quickstart`, the built-in data;
-            a `datasets.Dataset`.
+            a `datasets.Dataset` or `IterableDataset`; a `DatasetDict`, whose split of the stage's name is taken; rows,
+            such as a list of dictionaries. What is iterated is read once, to its end, into a file of the cache.
         columns: the columns that are needed; others are left out.
         stage: `train`, `val`, `test` or `predict`: which part of the built-in data.
 
@@ -75,11 +78,11 @@ def load_pairs(source: Source, columns: Sequence[str], *, stage: str = "train") 
             there (with those that are), a configuration or split that has to be chosen or does not exist (with those
             there are), a data set that does not exist or may not be read (with what to do).
     """
-    if not isinstance(source, str) and hasattr(source, "column_names"):
-        return [_checked(PairSource("the `datasets.Dataset` given", source), columns)]
+    if not isinstance(source, str) and not _are_names(source):
+        return [_checked(_held(source, stage), columns)]
     names = [source] if isinstance(source, str) else source
-    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) and name for name in names):
-        raise DataError(f"Expected a file, a list of files, a hub id or a `datasets.Dataset` but got {source!r}.")
+    if not names or not all(names):
+        raise DataError(f"Expected a file, a list of files, a hub id or rows but got {source!r}.")
     found = [item for name in names for item in _load(name, stage)]
     return [_checked(item, columns) for item in found]
 
@@ -97,17 +100,78 @@ def _load(name: str, stage: str) -> Iterator[PairSource]:
         yield _load_file(file)
 
 
+# --- rows that are there already -------------------------------------------------------------------------------------
+
+# The split of a `DatasetDict` that each stage takes: the first of these that it has.
+_SPLITS = {
+    "train": ("train",),
+    "val": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test",),
+    "predict": ("predict", "test", "validation"),
+}
+
+
+def _are_names(source: Any) -> TypeGuard[Sequence[str]]:
+    return isinstance(source, list | tuple) and all(isinstance(one, str) for one in source)
+
+
+def _held(source: Any, stage: str) -> PairSource:
+    """Take rows from an object that the user holds.
+
+    Raises:
+        DataError: for an object that has no rows, a split that has to be chosen, or rows of different kinds.
+    """
+    from datasets import Dataset, IterableDataset
+
+    name = f"the `{type(source).__name__}` given"
+    if isinstance(source, Mapping):
+        splits = [split for split in _SPLITS[stage] if split in source]
+        if not splits:
+            raise DataError(
+                f"Expected a split {' or '.join(_SPLITS[stage])} for `{stage}` in {name} but it has "
+                f"{', '.join(map(str, source)) or 'none'}: give one of these itself."
+            )
+        name, source = f"{name}, split {splits[0]}", source[splits[0]]
+    if isinstance(source, Dataset):
+        return PairSource(name, source)
+    if isinstance(source, list | tuple):
+        wrong = next((place for place, row in enumerate(source) if not isinstance(row, Mapping)), None)
+        if wrong is not None:
+            came = type(source[wrong]).__name__
+            raise DataError(f"{name}, row {wrong} (from 0): Expected a dictionary but got {came}.")
+        rows = list(source)
+    elif isinstance(source, IterableDataset) or (isinstance(source, Iterable) and not isinstance(source, Mapping)):
+        return PairSource(name, _drained(name, source))
+    else:
+        raise DataError(f"Expected a file, a list of files, a hub id or rows but got a {type(source).__name__}.")
+    try:
+        return PairSource(name, Dataset.from_list([dict(row) for row in rows]))
+    except Exception as error:  # pyarrow's, of many kinds
+        raise DataError(f"{name}: the rows do not make one table: {first_line(error)}") from error
+
+
+def _drained(name: str, source: Iterable[Mapping[str, Any]]) -> Dataset:
+    """Read a stream to its end into a file, as a table with random access: an order needs their number."""
+    from datasets import Dataset
+
+    try:
+        # a digest of a stream would be that of its code: what is read now is not what was read before
+        return Dataset.from_generator(lambda: map(dict, source), fingerprint=f"stream-{uuid4().hex}")
+    except Exception as error:  # of the stream, or pyarrow's
+        raise DataError(f"{name} cannot be read: {first_line(error)}") from error
+
+
 # --- local files -----------------------------------------------------------------------------------------------------
 
 
 def _suffix(path: Path) -> str | None:
-    """The known suffix that a path ends in, the longest first."""
+    """Find the known suffix that a path ends in, the longest first."""
     name = path.name.lower()
     return next((suffix for suffix in sorted(_LOADERS, key=len, reverse=True) if name.endswith(suffix)), None)
 
 
 def _files(path: Path) -> list[Path]:
-    """The files that a path or pattern stands for, sorted."""
+    """List the files that a path or pattern stands for, sorted."""
     if path.is_file():
         return [path]
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
@@ -165,7 +229,7 @@ def _csv_options(path: Path) -> dict[str, Any]:
 
 
 def _diagnosis(path: Path, suffix: str, error: Exception) -> str:
-    """What is wrong, with the line where it can be found."""
+    """Say what is wrong, with the line where it can be found."""
     if _LOADERS[suffix] == "json":
         found = _bad_json_document(path) if suffix.startswith(".json") and "l" not in suffix else _bad_json_line(path)
         if found:
@@ -177,7 +241,7 @@ def _diagnosis(path: Path, suffix: str, error: Exception) -> str:
 
 
 def _bad_json_line(path: Path) -> str | None:
-    """The first line that is no JSON object; None if all are."""
+    """Find the first line that is no JSON object; None if all are."""
     empty = True
     with _open(path) as lines:
         for number, line in enumerate(lines, start=1):
@@ -194,7 +258,7 @@ def _bad_json_line(path: Path) -> str | None:
 
 
 def _bad_json_document(path: Path) -> str | None:
-    """The first error of a `.json` file: one list of objects, or one object per line."""
+    """Find the first error of a `.json` file: one list of objects, or one object per line."""
     with _open(path) as file:
         text = file.read()
     if text.lstrip()[:1] != "[":
@@ -231,7 +295,7 @@ class _Named(NamedTuple):
 
 
 def _parse(name: str) -> _Named:
-    """A part of a split, `train[:100]`, has a colon of its own."""
+    """Split a name at its colon; a part of a split, `train[:100]`, has one of its own."""
     place, _, rest = name.partition(":")
     path, revision = split_revision(place)
     parts = re.fullmatch(r"(?:([^:\[\]]+):)?(.*)", rest)
@@ -302,7 +366,7 @@ def _completed(named: _Named) -> _Named:
 
 
 def _refuse_paths(name: str, path: str) -> None:
-    """A path that does not exist is never looked up on the hub."""
+    """Refuse a path that does not exist: it is never looked up on the hub."""
     looks_like_path = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_like_path and not Path(path).expanduser().is_dir():
         raise DataError(f"File not found: `{Path(name).expanduser().absolute()}`.")
@@ -312,7 +376,7 @@ def _refuse_paths(name: str, path: str) -> None:
 
 
 def _checked(source: PairSource, columns: Sequence[str]) -> PairSource:
-    """The source with the needed columns alone."""
+    """Return the source with the needed columns alone."""
     there = getattr(source.rows, "column_names", None)
     if not isinstance(there, list):
         raise DataError(f"Expected rows but {source.name} is a {type(source.rows).__name__}; choose one of its splits.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from numpy.typing import NDArray
 
-from lit_dpo.data.batch import ROW_FIELDS, EncodedPair, PairBatch, collate_pairs
+from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
 from lit_dpo.data.digests import code_digest
 from lit_dpo.data.encode import Dropped, PairEncoder
 from lit_dpo.data.formats.base import Preference, PreferenceFormat
@@ -41,14 +42,14 @@ class PairTable(NamedTuple):
         format: reads a raw row.
         encoded: token ids and facts, one row per raw row; a dropped row has no ids.
         rows: `(N,)` row numbers of the pairs that are used, ascending.
-        fields: those of `ROW_FIELDS` that the rows have.
+        columns: names of the numbers that the rows have.
     """
 
     sources: list[PairSource]
     format: PreferenceFormat
     encoded: Dataset
     rows: NDArray[np.int64]
-    fields: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -92,8 +93,8 @@ class PairTable(NamedTuple):
     def digest(self) -> str:
         """Of what the rows that are used say, in their order: lengths and columns of all, token ids of up to 4096."""
         digest = hashlib.blake2b(self.part_lengths.tobytes(), digest_size=16)
-        for name in self.fields:
-            digest.update(self._facts(name)[self.rows].tobytes())
+        for name in self.columns:
+            digest.update(self._facts(_stored(name))[self.rows].tobytes())
         places = np.unique(np.linspace(0, self.size - 1, min(self.size, 4096)).astype(np.int64))
         columns = self.encoded.select_columns(list(_IDS))[self.rows[places].tolist()]
         for ids in (one for name in _IDS for one in columns[name]):
@@ -101,19 +102,19 @@ class PairTable(NamedTuple):
         return digest.hexdigest()
 
     def batch(self, indices: Sequence[int]) -> PairBatch:
-        """The pairs at these indices, in one row."""
+        """Lay the pairs at these indices out in one row."""
         rows = self.rows[list(indices)].tolist()
-        columns = self.encoded[rows]
-        pairs = [EncodedPair(*ids) for ids in zip(*(columns[name] for name in _IDS), strict=True)]
-        return collate_pairs(pairs, rows, {name: columns[name] for name in self.fields})
+        cells = self.encoded[rows]
+        pairs = [EncodedPair(*ids) for ids in zip(*(cells[name] for name in _IDS), strict=True)]
+        return collate_pairs(pairs, rows, {name: cells[_stored(name)] for name in self.columns})
 
     def preference(self, row: int) -> Preference:
-        """The raw preference of a row number."""
+        """Read the raw preference of a row number."""
         number, inside = self._find(row)
         return self.format.read(self.sources[number].rows[inside])
 
     def _find(self, row: int) -> tuple[int, int]:
-        """The number of a row's source, and its own in there."""
+        """Find the number of a row's source, and its own in there."""
         starts = np.cumsum([0, *(len(source.rows) for source in self.sources)]).tolist()
         if not 0 <= row < starts[-1]:
             raise IndexError(f"Expected a row in [0, {starts[-1]}) but got {row}.")
@@ -143,7 +144,7 @@ class PairTable(NamedTuple):
         return None
 
     def place(self, row: int) -> str:
-        """The file of a row number, and the number in it."""
+        """Say in which file a row is, and its number there."""
         number, inside = self._find(row)
         return f"{self.sources[number].name}, row {inside} (from 0)"
 
@@ -185,36 +186,48 @@ def encode_table(sources: Sequence[PairSource], format: PreferenceFormat, encode
     """
     from datasets import concatenate_datasets
 
-    encoded = concatenate_datasets([_encode_source(source, format, encoder) for source in sources])
-    table = PairTable(list(sources), format, encoded, np.arange(len(encoded)))
-    return table._replace(rows=np.flatnonzero(table._facts("length")), fields=_row_fields(encoded))
+    names = [_column_names(source, format) for source in sources]
+    for source, there in zip(sources, names, strict=True):
+        if there != names[0]:
+            raise DataError(
+                f"Expected the same columns of numbers in all files but {sources[0].name} has {_list(names[0])} and "
+                f"{source.name} {_list(there)}."
+            )
+    columns = names[0] if names else ()
+    encoded = concatenate_datasets([_encode_source(source, format, encoder, columns) for source in sources])
+    table = PairTable(list(sources), format, encoded, np.arange(len(encoded)), columns)
+    return table._replace(rows=np.flatnonzero(table._facts("length")))
 
 
-def _row_fields(encoded: Dataset) -> tuple[str, ...]:
-    """Those that every row has.
-
-    Raises:
-        DataError: if some rows have one and others do not.
-    """
-    missing = {name: encoded.data.column(name).null_count for name in ROW_FIELDS}
-    for name, count in missing.items():
-        if 0 < count < len(encoded):
-            raise DataError(f"Expected a `{name}` in every row or in none but {count} of {len(encoded)} have none.")
-    return tuple(name for name, count in missing.items() if count == 0)
+def _column_names(source: PairSource, format: PreferenceFormat) -> tuple[str, ...]:
+    """Name the numbers that a source's rows have, by its first one; encoding holds the others to it."""
+    cells = {name: [cell] for name, cell in source.rows[0].items()}
+    return tuple(_read(source.name, 0, format, cells, 0).columns)
 
 
-def _encode_source(source: PairSource, format: PreferenceFormat, encoder: PairEncoder) -> Dataset:
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _stored(name: str) -> str:
+    """Say what a column of numbers is called among the encoded facts."""
+    return f"column {name}"
+
+
+def _encode_source(
+    source: PairSource, format: PreferenceFormat, encoder: PairEncoder, names: tuple[str, ...]
+) -> Dataset:
     from datasets import Features, List, Value
 
     ids = List(Value("int32"))
     facts = {"length": Value("int32"), "prompt_key": Value("int64"), "identical": Value("bool")}
-    facts |= dict.fromkeys(ROW_FIELDS, Value("float64"))
+    facts |= dict.fromkeys(map(_stored, names), Value("float64"))
     code = code_digest(_encode_rows, type(encoder), own=[type(format)])
     key = [source.content or source.rows._fingerprint, encoder.fingerprint, code, repr(format)]
     fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     with refusals(source.cache):
         return source.rows.map(
-            lambda columns, numbers: _encode_rows(source.name, columns, numbers, format, encoder),
+            lambda cells, numbers: _encode_rows(source.name, cells, numbers, format, encoder, names),
             batched=True,
             with_indices=True,
             remove_columns=source.rows.column_names,
@@ -226,9 +239,20 @@ def _encode_source(source: PairSource, format: PreferenceFormat, encoder: PairEn
 
 
 def _encode_rows(
-    name: str, columns: dict[str, list[Any]], numbers: list[int], format: PreferenceFormat, encoder: PairEncoder
+    name: str,
+    cells: dict[str, list[Any]],
+    numbers: list[int],
+    format: PreferenceFormat,
+    encoder: PairEncoder,
+    columns: tuple[str, ...],
 ) -> dict[str, list[Any]]:
-    preferences = [_read(name, number, format, columns, place) for place, number in enumerate(numbers)]
+    preferences = [_read(name, number, format, cells, place) for place, number in enumerate(numbers)]
+    for number, preference in zip(numbers, preferences, strict=True):
+        if {*preference.columns} != {*columns}:
+            raise DataError(
+                f"{name}, row {number} (from 0): Expected the columns of numbers of the first row, {_list(columns)}, "
+                f"in every row but got {_list(tuple(preference.columns))}."
+            )
     try:
         results = encoder(preferences)
     except DataError as error:
@@ -245,15 +269,26 @@ def _encode_rows(
         "prompt_key": [_key(preference.prompt) for preference in preferences],
         "identical": [preference.chosen == preference.rejected for preference in preferences],
         "dropped": [result.reason if isinstance(result, Dropped) else "" for result in results],
-        **{name: [getattr(preference, name) for preference in preferences] for name in ROW_FIELDS},
+        **{_stored(name): [float(preference.columns[name]) for preference in preferences] for name in columns},
     }
 
 
-def _read(name: str, number: int, format: PreferenceFormat, columns: dict[str, list[Any]], place: int) -> Preference:
+def _read(name: str, number: int, format: PreferenceFormat, cells: dict[str, list[Any]], place: int) -> Preference:
     try:
-        return format.read({column: cells[place] for column, cells in columns.items()})
+        found = format.read({column: those[place] for column, those in cells.items()})
+        for column, value in found.columns.items():
+            _check_number(column, value)
     except DataError as error:
         raise DataError(f"{name}, row {number} (from 0): {error}") from None
+    return found
+
+
+def _check_number(column: str, value: Any) -> None:
+    """See that what a format says of a pair is a number that its readers can use."""
+    low, high = {"weight": (0, math.inf), "probability": (0, 1)}.get(column, (-math.inf, math.inf))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and low <= value <= high):
+        raise DataError(f"Expected a finite number in [{low:g}, {high:g}] for the column `{column}` but got {value!r}.")
 
 
 def _key(prompt: Any) -> int:

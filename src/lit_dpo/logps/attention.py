@@ -65,7 +65,7 @@ class PairLayout:
         return max(s.prompt + max(s.chosen, s.rejected) for s in self.pairs)
 
     def mask(self, queries: int, keys: int, window: int | None) -> Tensor | None:
-        """`(queries, keys)` boolean mask, causal from the bottom right; None where plain causal is the same."""
+        """Make a `(queries, keys)` boolean mask, causal from the bottom right; None where plain causal is the same."""
         if window is not None and window >= keys:
             window = None
         if window is None and queries == keys:
@@ -242,7 +242,7 @@ _KERNEL_TYPES = (torch.float16, torch.bfloat16)
 
 
 def _has_kernel(device: torch.device) -> bool:
-    """An Ampere GPU or newer."""
+    """See whether it is an Ampere GPU or newer."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 

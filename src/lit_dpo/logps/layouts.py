@@ -43,7 +43,7 @@ class Rows(NamedTuple):
 
 
 def segments(batch: PairBatch) -> list[Segment]:
-    """The pairs' places in the flat row.
+    """Find the pairs' places in the flat row.
 
     Example:
         >>> from lit_dpo.data.batch import EncodedPair, collate_pairs
@@ -59,7 +59,7 @@ def segments(batch: PairBatch) -> list[Segment]:
 
 
 def flat_rows(batch: PairBatch, pairs: list[Segment]) -> Rows:
-    """The batch's own row; the caller adds the pair layout for the attention."""
+    """Take the batch's own row; the caller adds the pair layout for the attention."""
     predictors, targets = [], []
     for s in pairs:
         completion = s.start + s.prompt

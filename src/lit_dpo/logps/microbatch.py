@@ -33,7 +33,7 @@ def why_whole(strategy: Any, parameters: Iterable[Tensor]) -> str | None:
 
 
 def join(records: Sequence[PairLogps]) -> PairLogps:
-    """The record of a batch from those of its micro-batches."""
+    """Join the records of micro-batches to that of their batch."""
     if len(records) == 1:
         return records[0]
     first, *others = (record._replace(state=None) for record in records)

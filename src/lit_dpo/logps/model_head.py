@@ -13,7 +13,7 @@ from lit_dpo.errors import PolicyError
 
 
 def model_head(model: Any) -> nn.Module:
-    """What a transformers causal LM does after its backbone: head, soft-cap, logit scale, an adapter on any of them.
+    """Return what a transformers causal LM does after its backbone: head, soft-cap, logit scale, adapters on them.
 
     It is the model's own `forward` with the backbone replaced by one that returns what it is given, on a shallow copy
     that shares every parameter, so that no architecture's arithmetic is written here a second time.
@@ -22,7 +22,7 @@ def model_head(model: Any) -> nn.Module:
 
 
 def backbone(model: Any) -> Any:
-    """The part of a transformers causal LM that turns token ids into hidden states.
+    """Return the part of a transformers causal LM that turns token ids into hidden states.
 
     What the model calls its decoder, unless that is the model itself (Llama 4) or its last layer (ModernBERT); then the
     one whole model inside it.

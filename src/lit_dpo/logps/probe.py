@@ -76,7 +76,7 @@ def _one_at_a_time(base: Any, row: Tensor, start: int) -> Tensor:
 
 @contextmanager
 def eager_attention(base: Any) -> Iterator[None]:
-    """The model's own arithmetic, written out, where it can be had: other implementations may ignore what they lack."""
+    """Use the model's own arithmetic, written out, where it can be had: others may ignore what they lack."""
     plain = base.config._attn_implementation
     if plain == "eager" or not can_switch_attention(base):
         yield
@@ -89,7 +89,7 @@ def eager_attention(base: Any) -> Iterator[None]:
 
 
 def blind_to(base: Any) -> str | None:
-    """What of this model's attention its implementation does not compute, as far as that is known, or None.
+    """Name what of this model's attention its implementation does not compute, as far as that is known, or None.
 
     `sdpa` has no soft-cap and no sinks. Some releases of transformers refuse it then, some ignore what it lacks, by
     less than 16 bits would show.

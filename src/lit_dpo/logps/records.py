@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_dpo.data.batch import KNOWN_COLUMNS
+
 
 class SequenceLogps(NamedTuple):
     """Log-probabilities of one side of `B` pairs under one model, in float32 whatever the model's dtype.
@@ -36,7 +38,7 @@ class SequenceLogps(NamedTuple):
         return torch.segment_reduce(values, "sum", lengths=self.length.long(), unsafe=True)
 
     def detach(self) -> SequenceLogps:
-        """The same numbers without their graph."""
+        """Return the same numbers without their graph."""
         return SequenceLogps(*(None if field is None else field.detach() for field in self))  # type: ignore[arg-type]
 
 
@@ -51,9 +53,9 @@ class PairLogps(NamedTuple):
         policy_rejected: of the rejected completions.
         reference_chosen: of the chosen completions under the reference, without gradients.
         reference_rejected: of the rejected completions.
-        weight: `(B,)` weights of the rows. The module multiplies every loss by them; losses do not read them.
-        score_margin: `(B,)` how much better the chosen completion was scored than the rejected one.
-        probability: `(B,)` probability that the chosen completion is the better one.
+        columns: of the data, `(B,)` float32 each, by name; `column` reads one. The module multiplies every loss by
+            `weight`, where there is one; losses do not read it. `score_margin` says how much better the chosen
+            completion was scored than the rejected one, `probability` how likely it is the better one.
         state: `(S,)` what a loss remembers between steps, float64; see `PreferenceLoss.initial_state`.
     """
 
@@ -61,9 +63,7 @@ class PairLogps(NamedTuple):
     policy_rejected: SequenceLogps
     reference_chosen: SequenceLogps | None = None
     reference_rejected: SequenceLogps | None = None
-    weight: Tensor | None = None
-    score_margin: Tensor | None = None
-    probability: Tensor | None = None
+    columns: dict[str, Tensor] = {}  # noqa: RUF012 - never changed in place
     state: Tensor | None = None
 
     @property
@@ -84,10 +84,10 @@ class PairLogps(NamedTuple):
         return self.chosen_logratio - self.rejected_logratio
 
     def require(self, name: str) -> Any:
-        """A field that may be None.
+        """Return a field that may be None, or say what would fill it.
 
         Args:
-            name: of a field, such as `score_margin`, or of a field of a side, such as `policy_chosen.per_token`.
+            name: of a field, such as `state`, or of a field of a side, such as `policy_chosen.per_token`.
 
         Raises:
             ValueError: if it is None, saying what would fill it.
@@ -99,22 +99,43 @@ class PairLogps(NamedTuple):
                 raise ValueError(f"Expected `{name}` in the pairs but there is none. {_REMEDIES[part]}")
         return found
 
+    def column(self, name: str) -> Tensor:
+        """`(B,)` numbers that the data bring.
+
+        Args:
+            name: of the column, such as `score_margin`.
+
+        Raises:
+            ValueError: if the data have none of that name, saying what would bring it.
+        """
+        if name not in self.columns:
+            there = ", ".join(sorted(self.columns)) or "none"
+            raise ValueError(
+                f"Expected a column `{name}` in the pairs but there is none (there: {there}). {column_remedy(name)} A "
+                "loss that reads it names it in its `columns`, so that data without are refused before training."
+            )
+        return self.columns[name]
+
     def detach(self) -> PairLogps:
-        """The same numbers without their graph."""
-        return PairLogps(*(None if field is None else field.detach() for field in self))  # type: ignore[arg-type]
+        """Return the same numbers without their graph."""
+        policy_chosen, policy_rejected = self.policy_chosen.detach(), self.policy_rejected.detach()
+        chosen, rejected = (side and side.detach() for side in (self.reference_chosen, self.reference_rejected))
+        return PairLogps(policy_chosen, policy_rejected, chosen, rejected, self.columns, self.state)
 
 
-_NO_REFERENCE = "Under `NoReference` use a loss that declares `needs_reference = False`."
-_ASK = 'A loss gets it if its `needs` names "{}".'
-_COLUMN = "Name its column: `--data.format.{} COLUMN`."
+def column_remedy(name: str) -> str:
+    """Say what brings a column of the data."""
+    option = f"{name} COLUMN" if name in KNOWN_COLUMNS else f"numeric_columns [{name}]"
+    return f"Name the column: `--data.format.{option}`."
+
+
+_NO_REFERENCE = "Under `NoReference` use a loss that does not require `Field.REFERENCE`."
+_ASK = "A loss gets it if its `requires` names `Field.{}`."
 _REMEDIES = {
     "reference_chosen": _NO_REFERENCE,
     "reference_rejected": _NO_REFERENCE,
     "per_token": "These log-probs were stored as sums; store tokens too.",
-    "collision": _ASK.format("collision"),
-    "kl": _ASK.format("kl"),
-    "weight": _COLUMN.format("weight"),
-    "score_margin": _COLUMN.format("score_margin"),
-    "probability": _COLUMN.format("probability"),
+    "collision": _ASK.format("COLLISION"),
+    "kl": _ASK.format("KL"),
     "state": "A loss with a state defines `initial_state`, and gets it from the module.",
 }

@@ -43,7 +43,21 @@ log = logging.getLogger(__name__)
 Layout = Literal["flat", "padded"]
 
 
-def completion_logps(model: Any, batch: PairBatch, *, collision: bool = False) -> tuple[SequenceLogps, SequenceLogps]:
+class FrozenStates(NamedTuple):
+    """What the reference computes of a batch's completion tokens, to compare whole distributions with.
+
+    Attributes:
+        hidden: `(N, H)` states that predict them.
+        head: states to logits, without gradients.
+    """
+
+    hidden: Tensor
+    head: Callable[[Tensor], Tensor]
+
+
+def completion_logps(
+    model: Any, batch: PairBatch, *, collision: bool = False, frozen: FrozenStates | None = None
+) -> tuple[SequenceLogps, SequenceLogps]:
     """Log-probs of the chosen and of the rejected completions under `model`, float32.
 
     The layout follows the model's attention: the flat row under the pair attention, else padded rows. Both score the
@@ -53,46 +67,37 @@ def completion_logps(model: Any, batch: PairBatch, *, collision: bool = False) -
         model: a transformers causal LM, or a PEFT model around one.
         batch: `B` pairs on the model's device.
         collision: fill `SequenceLogps.collision` too, at the cost of a second projection.
+        frozen: by `frozen_logps` of the same batch: fill `SequenceLogps.kl` too, KL(π_ref ‖ π) over the vocabulary
+            wherever a completion token is predicted, at the cost of two more projections.
 
     Returns:
-        Two records of `(B,)` totals and lengths and `(N,)` tokens.
+        Two records of `(B,)` totals and lengths and `(N,)` log-probs per token.
     """
     scored = _run(model, batch)
-    return _sides(scored, _collision(scored) if collision else None)
+    kl = frozen and reference_kl(scored.head, scored.hidden, frozen.head, frozen.hidden, scored.vocabulary)
+    return _sides(scored, _collision(scored) if collision else None, kl)
 
 
-def completion_logps_with_kl(
-    model: Any,
-    batch: PairBatch,
-    reference: Callable[[Any], AbstractContextManager[Any]],
-    *,
-    collision: bool = False,
-) -> tuple[SequenceLogps, SequenceLogps, SequenceLogps, SequenceLogps]:
-    """Policy and reference in one go, with KL(π_ref ‖ π) over the vocabulary wherever a completion token is predicted.
-
-    The reference's backbone runs once; its log-probs and the divergence are taken from the same hidden states.
+def frozen_logps(
+    model: Any, batch: PairBatch, reference: Callable[[Any], AbstractContextManager[Any]]
+) -> tuple[FrozenStates, SequenceLogps, SequenceLogps]:
+    """Log-probs under the reference, without gradients, and the hidden states that they were taken from.
 
     Args:
         model: the policy.
         batch: `B` pairs on the model's device.
         reference: `Reference.activated`: given the policy, a context in which it yields the model to compare with.
-        collision: fill `SequenceLogps.collision` of the policy too.
-
-    Returns:
-        Chosen and rejected of the policy, with `kl`, then of the reference, without gradients.
     """
     with torch.no_grad(), reference(model) as other:
-        frozen = _run(other, batch)
-        sides = _sides(frozen)
-    scored = _run(model, batch)
+        scored = _run(other, batch)
+        sides = _sides(scored)
 
-    def reference_head(states: Tensor) -> Tensor:
+    def head(states: Tensor) -> Tensor:
         with torch.no_grad(), reference(model) as other:  # an adapter on the head is off here too
             logits: Tensor = model_head(base_model(other))(states)
             return logits
 
-    kl = reference_kl(scored.head, scored.hidden, reference_head, frozen.hidden, scored.vocabulary)
-    return (*_sides(scored, _collision(scored) if collision else None, kl), *sides)
+    return FrozenStates(scored.hidden, head), *sides
 
 
 class _Scored(NamedTuple):
@@ -144,7 +149,7 @@ def _sides(
 
 
 def base_model(model: Any) -> Any:
-    """The transformers model inside a PEFT model, adapters injected; a transformers model as it is."""
+    """Return the transformers model inside a PEFT model, adapters injected; a transformers model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -260,7 +265,7 @@ def _padded(base: Any, batch: PairBatch, truth: Tensor) -> float:
 
 
 def _check_training(base: Any, batch: PairBatch, truth: Tensor, tolerance: float) -> None:
-    """What is computed in training mode is what is computed in evaluation mode, and the same twice.
+    """See that training mode computes what evaluation mode does, and the same twice.
 
     Raises:
         PolicyError: for a dropout or another randomness that is on.
@@ -291,7 +296,7 @@ _DROPOUT = (
 
 
 def _check_rope(config: Any, pairs: list[Segment]) -> None:
-    """A long pair must not move its batch mates."""
+    """Refuse a pair that is so long that it would move its batch mates."""
     if (limit := rope_limit(config)) is None:
         return
     longest = max(s.prompt + max(s.chosen, s.rejected) for s in pairs)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
 
@@ -39,7 +40,7 @@ class AlphaPOLoss(PreferenceLoss):
         tensor([0.0294])
     """
 
-    needs_reference: ClassVar[bool] = False
+    requires: ClassVar[frozenset[Field]] = frozenset()
 
     beta: float = 2.5
     gamma: float = 0.1

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lit_dpo.logps.fields import Field, check_fields
 from lit_dpo.logps.records import PairLogps
 
 
@@ -36,16 +38,27 @@ class PreferenceLoss(ABC):
 
     beta: float = 0.1
 
-    needs_reference: ClassVar[bool] = True
-    """False for losses that never read the reference; only they work with `NoReference`."""
+    requires: ClassVar[frozenset[Field]] = frozenset({Field.REFERENCE})
+    """What the loss reads that is not always there. `frozenset()` for one without a reference; only these work with
+    `NoReference`. The policy provides what is its own; what the reference lacks is said before weights load."""
+
+    columns: ClassVar[frozenset[str]] = frozenset()
+    """Names of the data's columns that the loss reads by `pairs.column`. Data without one of them are refused before
+    weights load."""
 
     couples_pairs: ClassVar[bool] = False
     """True for losses in which a pair's loss depends on the other pairs of its batch."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """What the loss reads that is not always there: `tokens`, `collision`, `kl` of the policy's `SequenceLogps`;
-    `reference_tokens`, which is `tokens` of the reference's; `score_margin`, `probability` of `PairLogps`. The module
-    computes the first; if reference or data lack the others it says so before it loads weights."""
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """See that what a loss declares exists."""
+        super().__init_subclass__(**kwargs)
+        check_fields(cls, "requires")
+        declared = cls.__dict__.get("columns")
+        if isinstance(declared, str) or (isinstance(declared, Iterable) and {*declared} & {*Field}):
+            raise TypeError(
+                f"Expected `columns` of {cls.__name__} to be a set of the names of data columns but got {declared!r}. "
+                "What the models compute belongs to `requires`."
+            )
 
     def __post_init__(self) -> None:
         """Check the arguments; subclasses call `super().__post_init__()` first.
@@ -65,7 +78,7 @@ class PreferenceLoss(ABC):
 
         One definition for all losses, so that ablations compare. Without a reference: β · log π.
         """
-        if self.needs_reference:
+        if Field.REFERENCE in self.requires:
             return self.beta * pairs.chosen_logratio, self.beta * pairs.rejected_logratio
         return self.beta * pairs.policy_chosen.total, self.beta * pairs.policy_rejected.total
 
@@ -83,14 +96,14 @@ class PreferenceLoss(ABC):
     # ---- losses with a memory ----
 
     def initial_state(self) -> Tensor | None:
-        """What the loss remembers from step to step, such as a running mean: `(S,)`, float64. None: nothing.
+        """Return what the loss remembers from step to step, such as a running mean: `(S,)`, float64. None: nothing.
 
         The module keeps it, checkpoints it, and hands it over as `pairs.state`.
         """
         return None
 
     def sums(self, pairs: PairLogps) -> Tensor:
-        """What a training batch adds to the memory: sums over its pairs, `(S,)`, float64; their number is one of them.
+        """Sum over a training batch what it adds to the memory, `(S,)`, float64; the number of pairs is one of them.
 
         The module adds up those of all ranks, however the pairs are shared out among them. A mean could not be put
         together: ranks may have different numbers of pairs.
@@ -101,7 +114,7 @@ class PreferenceLoss(ABC):
         raise NotImplementedError(f"Expected {type(self).__name__} to define `sums`, since it has an `initial_state`.")
 
     def next_state(self, state: Tensor, sums: Tensor) -> Tensor:
-        """The state after a training batch, which that batch's losses then read; evaluation only reads.
+        """Return the state after a training batch, which that batch's losses then read; evaluation only reads.
 
         Args:
             state: `(S,)` before the batch.

@@ -67,7 +67,7 @@ class BCOLoss(PreferenceLoss):
         return torch.zeros(2, dtype=torch.float64) if self.baseline == "running" else None
 
     def sums(self, pairs: PairLogps) -> Tensor:
-        """The same of a batch; the state adds them up."""
+        """Sum the same over a batch; the state adds them up."""
         chosen, rejected = self.rewards(pairs)
         means = (chosen + rejected).detach().double() / 2
         return torch.stack([means.sum(), torch.ones_like(means).sum()])

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
 
 
 @dataclass(frozen=True)
 class ComposedLoss(PreferenceLoss):
-    """A loss made of other losses: what it needs and remembers is what they need and remember.
+    """A loss made of other losses: what it requires and remembers is what they do.
 
     `beta` is not an argument: it is that of the first inner loss that reads the reference (of the first one if none
     does), and so are the rewards.
@@ -31,30 +32,30 @@ class ComposedLoss(PreferenceLoss):
         super().__post_init__()
 
     @property
-    def needs_reference(self) -> bool:  # type: ignore[override]
-        """Whether any inner loss reads the reference."""
-        return any(one.needs_reference for one in self.inner)
-
-    @property
     def couples_pairs(self) -> bool:  # type: ignore[override]
         """Whether any inner loss does."""
         return any(one.couples_pairs for one in self.inner)
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What any inner loss needs."""
-        return frozenset().union(*(one.needs for one in self.inner))
+    def requires(self) -> frozenset[Field]:  # type: ignore[override]
+        """What any inner loss requires."""
+        return frozenset[Field]().union(*(one.requires for one in self.inner))
+
+    @property
+    def columns(self) -> frozenset[str]:  # type: ignore[override]
+        """What any inner loss reads of the data."""
+        return frozenset[str]().union(*(one.columns for one in self.inner))
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
-        """The leading inner loss's, `(B,)` each."""
+        """Return the leading inner loss's, `(B,)` each."""
         return self._lead.rewards(pairs)
 
     @property
     def _lead(self) -> PreferenceLoss:
-        return next((one for one in self.inner if one.needs_reference), self.inner[0])
+        return next((one for one in self.inner if Field.REFERENCE in one.requires), self.inner[0])
 
     def views(self, pairs: PairLogps) -> list[PairLogps]:
-        """What each inner loss sees: the pairs, and its own part of the state."""
+        """Return what each inner loss sees: the pairs, and its own part of the state."""
         if pairs.state is None:
             return [pairs] * len(self.inner)
         return [pairs._replace(state=own) for own in self._split(pairs.state)]
@@ -65,7 +66,7 @@ class ComposedLoss(PreferenceLoss):
         return [own if own.numel() else None for own in torch.split(values, sizes)]
 
     def initial_state(self) -> Tensor | None:
-        """The inner losses' states, one after the other."""
+        """Return the inner losses' states, one after the other."""
         states = [state for one in self.inner if (state := one.initial_state()) is not None]
         return torch.cat(states) if states else None
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
 
@@ -37,7 +38,7 @@ class CPOLoss(PreferenceLoss):
         tensor([0.6269])
     """
 
-    needs_reference: ClassVar[bool] = False
+    requires: ClassVar[frozenset[Field]] = frozenset()
 
     nll_weight: float = 1.0
 

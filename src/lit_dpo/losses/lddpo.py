@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps, SequenceLogps
 from lit_dpo.losses.base import PreferenceLoss
 from lit_dpo.losses.composed import ComposedLoss
@@ -59,9 +60,11 @@ class LDDPOLoss(ComposedLoss):
         return (self.loss,)
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """Log-probs per token, of the reference too where it is decoupled, and what the loss needs."""
-        return super().needs | {"per_token"} | ({"reference_per_token"} if self._changes_reference else set())
+    def requires(self) -> frozenset[Field]:  # type: ignore[override]
+        """Log-probs per token, of the reference too where it is decoupled, and what the loss requires."""
+        return (
+            super().requires | {Field.PER_TOKEN} | ({Field.REFERENCE_PER_TOKEN} if self._changes_reference else set())
+        )
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""
@@ -70,20 +73,20 @@ class LDDPOLoss(ComposedLoss):
 
     @property
     def part_names(self) -> tuple[str, ...]:
-        """The inner loss's."""
+        """Return the inner loss's."""
         return self.loss.part_names
 
     def parts(self, pairs: PairLogps) -> dict[str, Tensor]:
-        """The inner loss's."""
+        """Return the inner loss's."""
         (view,) = self.views(pairs)
         return self.loss.parts(view)
 
     @property
     def _changes_reference(self) -> bool:
-        return self.reference == "decoupled" and self.loss.needs_reference
+        return self.reference == "decoupled" and Field.REFERENCE in self.loss.requires
 
     def views(self, pairs: PairLogps) -> list[PairLogps]:
-        """The pairs with surplus tokens weighed down."""
+        """Weigh the pairs' surplus tokens down."""
         shared = torch.minimum(pairs.policy_chosen.length, pairs.policy_rejected.length).long()
         names = ["policy_chosen", "policy_rejected"]
         if self._changes_reference:

@@ -82,7 +82,7 @@ class MixtureLoss(ComposedLoss):
         return tuple(names)
 
     def parts(self, pairs: PairLogps) -> dict[str, Tensor]:
-        """The unweighted losses, `(B,)` each, by name."""
+        """Return the unweighted losses, `(B,)` each, by name."""
         values = [one(view) for one, view in zip(self.inner, self.views(pairs), strict=True)]
         return dict(zip(self.part_names, values, strict=True))
 

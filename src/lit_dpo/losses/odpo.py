@@ -34,12 +34,12 @@ class ODPOLoss(PreferenceLoss):
         >>> from lit_dpo.logps import PairLogps, SequenceLogps
         >>> side = lambda *x: SequenceLogps(torch.tensor(x), torch.ones(2))
         >>> same = side(-1.0, -1.0)
-        >>> pairs = PairLogps(same, same, same, same, score_margin=torch.tensor([1.0, 3.0]))
+        >>> pairs = PairLogps(same, same, same, same, columns={"score_margin": torch.tensor([1.0, 3.0])})
         >>> ODPOLoss()(pairs), ODPOLoss(scale="linear")(pairs)
         (tensor([0.6931, 1.3863]), tensor([1.3133, 3.0486]))
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"score_margin"})
+    columns: ClassVar[frozenset[str]] = frozenset({"score_margin"})
 
     offset_weight: float = 1.0
     scale: Literal["log", "linear"] = "log"
@@ -55,7 +55,7 @@ class ODPOLoss(PreferenceLoss):
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""
         margin = pairs.margin
-        offset = pairs.require("score_margin").to(margin)
+        offset = pairs.column("score_margin").to(margin)
         if self.scale == "log":
             offset = offset.clamp(min=torch.finfo(offset.dtype).tiny).log()
         return -logsigmoid(self.beta * margin - self.offset_weight * offset)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
 
@@ -34,7 +35,7 @@ class ORPOLoss(PreferenceLoss):
         tensor([0.5097])
     """
 
-    needs_reference: ClassVar[bool] = False
+    requires: ClassVar[frozenset[Field]] = frozenset()
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""
@@ -43,7 +44,7 @@ class ORPOLoss(PreferenceLoss):
 
 
 def _log_odds(logp: Tensor) -> Tensor:
-    """The logit of p, from log p."""
+    """Return the logit of p, from log p."""
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
     # 1 − p from log p without rounding p first, which would be all of 1 − p where p is near 1
     return logp - (-logp.expm1()).log()

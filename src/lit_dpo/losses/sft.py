@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
 
@@ -38,7 +39,7 @@ class SFTLoss(PreferenceLoss):
         (tensor([1., 3.]), tensor([0.5000, 4.5000]))
     """
 
-    needs_reference: ClassVar[bool] = False
+    requires: ClassVar[frozenset[Field]] = frozenset()
 
     # nothing here has a temperature, and an argument without effect would be a trap; rewards are plain log-probs
     beta: float = field(default=1.0, init=False, repr=False)

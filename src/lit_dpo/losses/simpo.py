@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
 
@@ -42,7 +43,7 @@ class SimPOLoss(PreferenceLoss):
         tensor([0.2014])
     """
 
-    needs_reference: ClassVar[bool] = False
+    requires: ClassVar[frozenset[Field]] = frozenset()
 
     beta: float = 2.0
     gamma: float = 1.0

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
 
@@ -38,7 +39,7 @@ class SLiCLoss(PreferenceLoss):
         tensor([0.8500])
     """
 
-    needs_reference: ClassVar[bool] = False
+    requires: ClassVar[frozenset[Field]] = frozenset()
 
     nll_weight: float = 0.1
 

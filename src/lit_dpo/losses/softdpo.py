@@ -28,14 +28,14 @@ class SoftDPOLoss(PreferenceLoss):
         >>> n = torch.tensor([2.0])
         >>> side = lambda x: SequenceLogps(torch.tensor([x]), n)
         >>> pairs = PairLogps(side(-1.0), side(-21.0), side(-0.1), side(-0.1))
-        >>> SoftDPOLoss()(pairs._replace(probability=torch.tensor([0.9])))
+        >>> SoftDPOLoss()(pairs._replace(columns={"probability": torch.tensor([0.9])}))
         tensor([0.3269])
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"probability"})
+    columns: ClassVar[frozenset[str]] = frozenset({"probability"})
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""
         z = self.beta * pairs.margin
-        probability: Tensor = pairs.require("probability").to(z)
+        probability: Tensor = pairs.column("probability").to(z)
         return -probability * logsigmoid(z) - (1 - probability) * logsigmoid(-z)

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
 
@@ -43,7 +44,7 @@ class TDPOLoss(PreferenceLoss):
         (tensor([0.9130]), tensor([0.7981]))
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"kl"})
+    requires: ClassVar[frozenset[Field]] = frozenset({Field.REFERENCE, Field.KL})
 
     version: Literal["tdpo1", "tdpo2"] = "tdpo2"
     kl_weight: float | None = None

@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
 from lit_dpo.losses.composed import ComposedLoss
@@ -60,9 +61,9 @@ class WPOLoss(ComposedLoss):
         return (self.loss,)
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """Log-probs per token, log Σ_v π(v)² for the alignment, and what the loss needs."""
-        return super().needs | ({"per_token", "collision"} if self.alignment == "sampled" else {"per_token"})
+    def requires(self) -> frozenset[Field]:  # type: ignore[override]
+        """Log-probs per token, log Σ_v π(v)² for the alignment, and what the loss requires."""
+        return super().requires | {Field.PER_TOKEN} | ({Field.COLLISION} if self.alignment == "sampled" else set())
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""
@@ -87,5 +88,5 @@ class WPOLoss(ComposedLoss):
         return self.loss.part_names
 
     def parts(self, pairs: PairLogps) -> dict[str, Tensor]:
-        """The inner loss's, unweighted."""
+        """Return the inner loss's, unweighted."""
         return self.loss.parts(pairs)

@@ -131,7 +131,7 @@ class StepEstimate:
         return deeper
 
     def of(self, microbatches: Sequence[Lengths], several: bool = False) -> StepMemory:
-        """The peak of a training step over the largest of some micro-batches.
+        """Estimate the peak of a training step over the largest of some micro-batches.
 
         Args:
             microbatches: candidates for the largest; each is a batch, or a part of one.
@@ -163,7 +163,7 @@ def estimate_step(
     with_kl: bool = False,
     context: Context = nullcontext,
 ) -> StepMemory:
-    """The peak of a training step over the largest of some micro-batches: `StepEstimate` of the model, then `of` them.
+    """Estimate the peak of a step over the largest of some micro-batches: `StepEstimate` of the model, `of` them.
 
     Args:
         model: the policy, its layout chosen, in training mode.
@@ -189,7 +189,7 @@ def optimizer_bytes(optimizer: Callable[..., Any], device: torch.device) -> floa
 
 
 def step_features(lengths: Lengths, flat: bool) -> NDArray[np.float64]:
-    """What bytes and arithmetic of a micro-batch are sums of: a constant, tokens, entries of attention matrices."""
+    """Count what bytes and arithmetic are sums of: a constant, tokens, entries of attention matrices."""
     prompt, chosen, rejected = lengths.T
     if flat:
         entries = ((prompt + chosen) ** 2).sum(), (rejected * (prompt + rejected)).sum()

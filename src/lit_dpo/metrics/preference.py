@@ -60,7 +60,7 @@ class Mean(Metric):
         self.count = self.count + (values.numel() if count is None else count)
 
     def compute(self) -> Tensor:
-        """The mean, float64; NaN before the first update."""
+        """Return the mean, float64; NaN before the first update."""
         return self.total / self.count
 
 

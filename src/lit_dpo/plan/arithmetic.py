@@ -70,7 +70,7 @@ def count(skeleton: Skeleton, context: Context, lengths: Lengths) -> Arithmetic:
 
 
 def _summed(lengths: Lengths, flat: bool) -> NDArray[np.float64]:
-    """The features of all pairs: flat rows add up pair by pair; of padded ones each pair is taken by itself."""
+    """Add up the features of all pairs: of flat rows pair by pair; of padded ones each pair by itself."""
     if flat:
         return step_features(lengths, True)
     different, times = np.unique(lengths, axis=0, return_counts=True)

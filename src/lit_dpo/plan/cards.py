@@ -43,7 +43,7 @@ CARDS = {
 
 
 def card(name: str) -> Card:
-    """The card of a name, in whatever case and with or without hyphens.
+    """Find the card of a name, in whatever case and with or without hyphens.
 
     Raises:
         TrainingError: naming those that are known.

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.errors import TrainingError
+from lit_dpo.logps.fields import Field
 from lit_dpo.logps.microbatch import MICROBATCH_TOKENS
 from lit_dpo.memory import Lengths, StepEstimate, StepMemory, optimizer_bytes, stored_bytes
 from lit_dpo.plan.arithmetic import Arithmetic, count, measured_rate
@@ -77,7 +78,7 @@ class Plan(NamedTuple):
     text: str
 
     def __str__(self) -> str:
-        """The text."""
+        """Write the text."""
         return self.text
 
 
@@ -140,7 +141,7 @@ class _Search:
         self.skeleton, self.estimate = self._measure(module.policy)
 
     def context(self) -> Any:
-        """What a step runs in: on a GPU autocast, for which that of a CPU stands."""
+        """Return what a step runs in: on a GPU autocast, for which that of a CPU stands."""
         return torch.autocast("cpu", dtype=torch.bfloat16) if self.device.on_gpu else nullcontext()
 
     def step(self, microbatch_tokens: int, estimate: StepEstimate | None = None) -> StepMemory:
@@ -148,7 +149,7 @@ class _Search:
         return (estimate or self.estimate).of(largest, several)
 
     def fitting(self) -> tuple[int | None, bool]:
-        """The most `microbatch_tokens` that fit, if need be with checkpoints; those of the run where they do."""
+        """Find the most `microbatch_tokens` that fit, if need be with checkpoints; those of the run where they do."""
         if (found := self._most(self.estimate)) or self.module.policy.gradient_checkpointing:
             return found, False
         _, estimate = self._measure(replace(self.module.policy, gradient_checkpointing=True))
@@ -174,7 +175,7 @@ class _Search:
     def _estimate(self, made: Skeleton) -> StepEstimate:
         kept = optimizer_bytes(self.module.optimizer, torch.device("cpu"))
         with made.fake:
-            return StepEstimate(made.model, kept, with_kl="kl" in self.module.loss.needs, context=self.context)
+            return StepEstimate(made.model, kept, with_kl=Field.KL in self.module.loss.requires, context=self.context)
 
     def _skeleton(self, policy: Any, layers: int | None = None) -> Skeleton:
         return skeleton(policy, self.device.dtype, on_gpu=self.device.on_gpu, layers=layers)

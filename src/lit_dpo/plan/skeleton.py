@@ -71,7 +71,7 @@ class Skeleton(NamedTuple):
 
 
 def skeleton(policy: BaseModel, dtype: torch.dtype, *, on_gpu: bool = False, layers: int | None = None) -> Skeleton:
-    """The model that a policy would load, without downloading or reading weights.
+    """Make the model that a policy would load, without downloading or reading weights.
 
     Args:
         policy: says which model, quantisation and adapters; a reference that is a model of its own: a frozen base.
@@ -132,7 +132,7 @@ def _base(policy: BaseModel, dtype: torch.dtype, layers: int | None) -> Any:
 
 
 def _repeats(base: Any) -> Repeats | None:
-    """The shortest start and period of a model's layers, seen in their classes, shapes and kinds; None if none."""
+    """Find the shortest start and period of a model's layers, by their classes, shapes and kinds; None if none."""
     config = base.config.get_text_config()
     count, kinds = config.num_hidden_layers, getattr(config, "layer_types", None)
     stacks = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == count]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError
 from lit_dpo.hub import Place, locate_adapter
+from lit_dpo.logps.fields import Field
 from lit_dpo.policy.adapter_checks import check_adapter_keys, check_base, check_lora
 from lit_dpo.policy.adapters import REFERENCE, active_adapter, adapters_off, copy_adapter, freeze_second_adapter
 from lit_dpo.policy.digests import sampled_digest
@@ -133,10 +134,10 @@ class AdapterReference(Reference):
 
 @dataclass(frozen=True)
 class NoReference(Reference):
-    """No reference at all, for losses that declare `needs_reference = False`: one forward pass less."""
+    """No reference at all, for losses that do not require one: one forward pass less."""
 
     @property
-    def gives(self) -> frozenset[str]:
+    def provides(self) -> frozenset[Field]:
         """Nothing."""
         return frozenset()
 

@@ -11,6 +11,7 @@ import torch
 
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError
+from lit_dpo.logps.fields import OF_REFERENCE, Field, check_fields
 from lit_dpo.logps.records import SequenceLogps
 from lit_dpo.logps.score import completion_logps
 
@@ -23,7 +24,7 @@ class Reference(ABC):
     """A strategy that scores a batch under the reference model, without gradients.
 
     Subclass it anywhere; nothing has to be registered. Most say in `activated` which model to run; one that has its
-    numbers from elsewhere overrides `logps` and says in `gives` what it does not have. A reference never calls
+    numbers from elsewhere overrides `logps` and says in `provides` what it has. A reference never calls
     `set_adapter`, which would flip `requires_grad` of the policy's adapter. What it loads it keeps next to the policy.
     """
 
@@ -36,9 +37,14 @@ class Reference(ABC):
         return True
 
     @property
-    def gives(self) -> frozenset[str]:
-        """What it has besides sums: `tokens`, log-probs per token, and `kl`, its whole distribution to diverge from."""
-        return frozenset({"per_token", "kl"})
+    def provides(self) -> frozenset[Field]:
+        """What losses can read of it: sums, log-probs per token, its whole distribution to diverge from."""
+        return OF_REFERENCE
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """See that what a reference declares exists."""
+        super().__init_subclass__(**kwargs)
+        check_fields(cls, "provides")
 
     @property
     def unwrapped(self) -> Reference:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError, TrainingError
+from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import SequenceLogps
 from lit_dpo.logps.score import base_model
 from lit_dpo.policy.kernels import kernels_of
@@ -61,7 +62,7 @@ class CachedReference(Reference):
             self.reference and self.reference.follows_policy
         ):
             raise PolicyError(f"Expected a reference whose log-probs stay as they are but got {self.reference}.")
-        if self.per_token and self.reference and "per_token" not in self.reference.gives:
+        if self.per_token and self.reference and Field.REFERENCE_PER_TOKEN not in self.reference.provides:
             raise PolicyError(f"{self.reference} has no log-probs per token: set `reference.per_token` to false.")
 
     @property
@@ -70,9 +71,9 @@ class CachedReference(Reference):
         return self.reference is None or self.reference.starts_at_policy
 
     @property
-    def gives(self) -> frozenset[str]:
-        """Tokens, if they are stored; never a whole distribution."""
-        return frozenset({"per_token"}) if self.per_token else frozenset()
+    def provides(self) -> frozenset[Field]:
+        """Sums, and log-probs per token if they are stored; whole distributions are not."""
+        return frozenset({Field.REFERENCE, Field.REFERENCE_PER_TOKEN} if self.per_token else {Field.REFERENCE})
 
     @property
     def unwrapped(self) -> Reference:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 Message: TypeAlias = dict[str, Any]
@@ -18,19 +19,16 @@ class Preference(NamedTuple):
         prompt: what was asked.
         chosen: the completion that was preferred, without the prompt.
         rejected: the other completion, without the prompt.
-        weight: by which the pair's loss is multiplied. Expected ≥ 0. This and what follows are given for all rows of a
-            split or for none.
-        score_margin: how much better the chosen completion was scored than the other.
-        probability: that the chosen completion is the better one: the share of annotators who said so. Expected in [0,
-            1].
+        columns: numbers about the pair, by name; all rows of a split have the same ones. `weight` ≥ 0 multiplies the
+            pair's loss; `score_margin` is how much better the chosen completion was scored than the other;
+            `probability` in [0, 1] that it is the better one: the share of annotators who said so. Any other name
+            travels as it is, to losses, metrics and predictions.
     """
 
     prompt: str | list[Message]
     chosen: str | list[Message]
     rejected: str | list[Message]
-    weight: float | None = None
-    score_margin: float | None = None
-    probability: float | None = None
+    columns: Mapping[str, float] = MappingProxyType({})
 
     @property
     def is_conversation(self) -> bool:

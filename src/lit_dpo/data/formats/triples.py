@@ -1,10 +1,10 @@
-"""Three columns: prompt, chosen, rejected; and up to three of numbers."""
+"""Three columns: prompt, chosen, rejected; and any number of numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lit_dpo.data.formats.base import Message, Preference, PreferenceFormat
@@ -23,6 +23,9 @@ class Triples(PreferenceFormat):
         score_margin: name of a column of numbers: the chosen completion's score minus the other's; `ODPOLoss` reads it.
         probability: name of a column of numbers in [0, 1]: the probability that the chosen completion is the better
             one; `SoftDPOLoss` reads it.
+        numeric_columns: names of more columns of numbers, which travel with the pairs under their own names: to losses
+            and metrics as `pairs.column("NAME")`, and into the predictions. Or a mapping, from the name that they
+            travel under to that of the column.
 
     Example:
         >>> from lit_dpo.data.formats import Triples
@@ -37,35 +40,41 @@ class Triples(PreferenceFormat):
     weight: str | None = None
     score_margin: str | None = None
     probability: str | None = None
+    numeric_columns: list[str] | dict[str, str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Check the names.
 
         Raises:
-            ValueError: if two things would be read from the same column.
+            ValueError: if two things would be read from the same column, or travel under the same name.
         """
+        if taken := {"weight", "score_margin", "probability"} & {*self.numeric_columns}:
+            raise ValueError(f"Expected other names in `numeric_columns` but got {sorted(taken)}: these are options.")
         if len(set(self.columns)) < len(self.columns):
             raise ValueError(f"Expected different column names but got {self.columns}.")
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The three column names, and those of the numbers that are asked for."""
-        numbers = (self.weight, self.score_margin, self.probability)
-        return self.prompt, self.chosen, self.rejected, *(name for name in numbers if name is not None)
+        return self.prompt, self.chosen, self.rejected, *self._numbers.values()
+
+    @property
+    def _numbers(self) -> dict[str, str]:
+        """The names of columns of numbers, by the names that they travel under."""
+        known = {"weight": self.weight, "score_margin": self.score_margin, "probability": self.probability}
+        more = self.numeric_columns
+        more = more if isinstance(more, dict) else dict(zip(more, more, strict=True))
+        return {name: column for name, column in known.items() if column is not None} | more
 
     def read(self, row: Mapping[str, Any]) -> Preference:
-        """The row's cells.
+        """Read the row's cells.
 
         Raises:
             DataError: for a missing cell, an empty prompt or completion, text next to messages, a message without role
                 or content, a completion in which the assistant says nothing, one that repeats the conversation, or a
                 number that is none or out of its range.
         """
-        numbers = (
-            _number(self.weight, row, 0, math.inf),
-            _number(self.score_margin, row, -math.inf, math.inf),
-            _number(self.probability, row, 0, 1),
-        )
+        numbers = {name: _number(column, row, *_RANGES.get(name, _ANY)) for name, column in self._numbers.items()}
         columns = (self.prompt, self.chosen, self.rejected)
         kinds = {name: _kind(name, row.get(name)) for name in columns}
         if len(set(kinds.values())) > 1:
@@ -73,17 +82,19 @@ class Triples(PreferenceFormat):
             raise DataError(f"Expected three texts or three lists of messages but {found}.{_hint(row, kinds)}")
         if "text" in kinds.values():
             _check_texts(row, columns)
-            return Preference(row[self.prompt], row[self.chosen], row[self.rejected], *numbers)
+            return Preference(row[self.prompt], row[self.chosen], row[self.rejected], numbers)
         prompt, chosen, rejected = (_messages(name, row[name]) for name in columns)
         _check_completion(self.chosen, chosen)
         _check_completion(self.rejected, rejected)
-        return Preference(prompt, chosen, rejected, *numbers)
+        return Preference(prompt, chosen, rejected, numbers)
 
 
-def _number(name: str | None, row: Mapping[str, Any], low: float, high: float) -> float | None:
-    """The number in a column; cells of `.csv` are text."""
-    if name is None:
-        return None
+_ANY = (-math.inf, math.inf)
+_RANGES = {"weight": (0, math.inf), "probability": (0, 1)}
+
+
+def _number(name: str, row: Mapping[str, Any], low: float, high: float) -> float:
+    """Read the number in a column; cells of `.csv` are text."""
     cell = row.get(name)
     try:
         number = math.nan if isinstance(cell, bool) or cell is None else float(cell)
@@ -115,7 +126,7 @@ def _check_texts(row: Mapping[str, Any], columns: tuple[str, str, str]) -> None:
 
 
 def _messages(name: str, cell: list[Any]) -> list[Message]:
-    """The cell's messages, without the keys that Arrow fills with null because another row has them."""
+    """Return the cell's messages, without the keys that Arrow fills with null because another row has them."""
     if not cell:
         raise DataError(f"Expected at least one message in `{name}` but the list is empty.")
     for number, message in enumerate(cell):
@@ -144,7 +155,7 @@ def _says_something(message: Message) -> bool:
 
 
 def _hint(row: Mapping[str, Any], kinds: Mapping[str, str]) -> str:
-    """What to do where a text prompt stands next to whole conversations, a layout that many data sets have."""
+    """Say what to do where a text prompt stands next to whole conversations, as in many data sets."""
     for name, kind in kinds.items():
         if kind == "messages" and any(isinstance(m, dict) and m.get("role") == "user" for m in row[name]):
             return f" `{name}` holds a whole conversation: put all but the completion in the prompt, as messages."
