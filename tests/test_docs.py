@@ -65,18 +65,19 @@ def test_the_extensions_in_the_docs_train(quickstart, tmp_path, monkeypatch):
     """All blocks of one page, one after another, and then a run with what they define."""
     page = (ROOT / "docs" / "extending.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     run_all = """
 import functools
 from lightning.pytorch import Trainer
-from lit_dpo import PreferenceDataModule, LoRAPolicy
+from lit_dpo import PreferenceDataModule
 loss = MixtureLoss(losses=(FocalDPO(beta=0.3), SFTLoss()), weights=(1.0, 0.2))
-module = Watched(LoRAPolicy("lit-dpo/quickstart"), loss=loss, reference=HalfReference())
+module = Watched(FrozenA("lit-dpo/quickstart", a_scale=2.0), loss=loss, reference=HalfReference())
 data = PreferenceDataModule(train="lit-dpo/quickstart", val="lit-dpo/quickstart")
 options = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 1}
 trainer = Trainer(max_epochs=1, limit_train_batches=2, **options)
 trainer.fit(module, data)
 assert {"val/length_gap", "grad_2.0_norm_total"} <= trainer.callback_metrics.keys()
+assert all("lora_B" in name for name, p in module.model.named_parameters() if p.requires_grad)
 assert Ranked().read({"question": "2 + 2?", "answers": [" 5", " 4"], "stars": [1, 5]}).chosen == " 4"
 assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6]]
 """

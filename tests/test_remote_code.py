@@ -104,7 +104,7 @@ def test_an_edited_checkpoint_of_a_run_without_code_does_not(own, tiny_model, pa
     folder, marker = own
     path = _trained(tiny_model, pairs_file, tmp_path / "run")
     saved = torch.load(path, weights_only=True)
-    saved["hyper_parameters"]["policy"] |= {"model": str(folder), "trust_remote_code": True}
+    saved["hyper_parameters"]["policy"]["init_args"] |= {"model": str(folder), "trust_remote_code": True}
     torch.save(saved, path)
     with pytest.raises(PolicyError):
         DPOModule.load_from_checkpoint(path)

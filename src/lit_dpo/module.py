@@ -113,6 +113,11 @@ class DPOModule(pl.LightningModule):
         microbatch_tokens: int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(policy, LoRAPolicy):
+            raise PolicyError(
+                f"Expected a policy but got a {type(policy).__name__}. `LoRAPolicy(name)` loads a model, and "
+                "`LoRAPolicy.from_model(model)` takes one that is loaded."
+            )
         if getattr(optimizer, "__qualname__", "") == "DPOModule.<lambda>":  # the command can write it, pickle cannot
             optimizer = partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0)
         with warnings.catch_warnings():  # a lambda cannot be saved; a checkpoint then falls back on the default
@@ -140,6 +145,7 @@ class DPOModule(pl.LightningModule):
         self.fetched: dict[str, Tensor] | None = None  # their values on the CPU, until they count the next batch
         self.schedule_steps: int | None = None  # of a learning rate that changes, by `configure_optimizers`
         self.standing: Standing | None = None  # after the last step
+        self.configured = False  # until the policy has loaded
         self.checked = False  # until `prepare_data` has looked at this run
 
     # ---- what subclasses override ----
@@ -148,6 +154,7 @@ class DPOModule(pl.LightningModule):
         """Load policy and reference on the trainer's device and choose the layout. Does nothing the second time."""
         if self.model is not None:
             return
+        self.configured = True
         device = self.trainer.strategy.root_device if self._attached is not None else torch.device("cpu")
         precision = str(self.trainer.precision) if self._attached is not None else ""
         half = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "16-mixed": torch.float16}

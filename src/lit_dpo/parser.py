@@ -3,8 +3,8 @@
 - A value holds for the class that it was typed for. Another class, named later and in whatever spelling, starts from
   its own defaults; a line says which typed values it does not take over. Naming the class that stands there already
   changes nothing.
-- A model or a data class extends its base: it takes over what was typed for arguments that both classes have from
-  their nearest common base, and nothing else.
+- A model, a data class or a policy extends its base: it takes over what was typed for arguments that both classes have
+  from their nearest common base, and nothing else.
 - Nobody typed a default, so none is taken over, not by a subclass either. Defaults come last: those of the class, and
   where it is the very class of a parameter's default, those of that default (`DPOModule`'s AdamW has lr 1e-5).
 """
@@ -25,13 +25,15 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.compat import on_another_class
+from lit_dpo.policy import LoRAPolicy
 
-_EXTENDED = (pl.LightningModule, pl.LightningDataModule)
+_EXTENDED = (pl.LightningModule, pl.LightningDataModule, LoRAPolicy)
 _PARTS = ("init_args", "dict_kwargs")
 _ANCHORS = "x-"  # as in Compose files and OpenAPI
 # two wordings of jsonargparse; a third would be shown as it is
 _REQUIRED = re.compile(r'(?:the following arguments are required: |Key "(?=[\w.]+" is required))([\w.]+).*')
 _KEYS = re.compile(r'Parser key "([\w.]+)"')
+_FIRST = {"policy": "policy.model"}  # what is to be typed where a class is missing
 _NOISE = ("Given value", "Expected a <class 'NoneType'>", "Union subtypes", "Subtypes:", "Errors:")
 
 
@@ -88,6 +90,7 @@ class Parser(LightningArgumentParser):
 def refuse(message: str) -> NoReturn:
     """End the program: a mistake in the arguments."""
     *_, required = ["", *_REQUIRED.findall(message)]
+    required = _FIRST.get(required, required)
     if keys := _KEYS.findall(message):  # as an option, from the outermost class in
         message = _REQUIRED.sub(f"Expected `--{'.'.join([*keys, required])}` but it was not given.", message)
     wanted = [line.strip().removeprefix("- ") for line in message.splitlines() if not any(n in line for n in _NOISE)]
@@ -126,7 +129,7 @@ def _drop_typed(before: Namespace, after: str) -> dict[str, None]:
 
 
 def _shared_arguments(old: Any, new: Any) -> set[str]:
-    """Name what a model or data class takes over from another: arguments that their nearest common base has."""
+    """Name what a model, data or policy class takes over from another: arguments that their nearest base has."""
     if not isinstance(old, type) or not isinstance(new, type):
         return set()
     base: Any = next(base for base in new.__mro__ if issubclass(old, base))

@@ -104,6 +104,11 @@ def check_run(module: Any, trainer: Any, *, weights: bool = True) -> None:
         PolicyError: for a policy or reference that cannot be loaded.
     """
     check_strategy(trainer.strategy)
+    if module.model is not None and not module.configured:
+        raise PolicyError(
+            f"`model` of {type(module).__name__} was set by hand, so that its checkpoints would name another base, "
+            f"{module.policy.model!r}. Give the model to the policy: `DPOModule(LoRAPolicy.from_model(model))`."
+        )
     if not trainer.predicting:
         check_columns(module.loss, getattr(getattr(trainer, "datamodule", None), "columns", {}))
     if module.model is None:

@@ -44,11 +44,11 @@ SCORED = {
     "use_dora": (True, "llama"),
     "lora_bias": (True, "llama"),
     "target_parameters": (["mlp.experts.gate_up_proj"], "mixtral"),
+    "trainable_token_indices": ([50, 60, 72], "llama-tied"),
 }
 REFUSED = {
     "bias": "all",
     "modules_to_save": ["lm_head"],
-    "trainable_token_indices": [3, 4],
     "alora_invocation_tokens": [5, 6],
     "layer_replication": [[0, 2], [1, 2]],
     "use_qalora": True,

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from dataclasses import fields
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -10,7 +15,7 @@ import tiny
 from lit_dpo import ModelReference
 from lit_dpo.errors import PolicyError
 from lit_dpo.logps.score import choose_layout, completion_logps
-from lit_dpo.policy import LoRAPolicy
+from lit_dpo.policy import BaseModel, LoRAPolicy
 from training import adapter, data, module, trainer
 
 BATCH = tiny.batch()
@@ -114,3 +119,39 @@ def test_a_model_that_is_not_there_is_named_before_weights_load(folders, tmp_pat
         reference.check(LoRAPolicy(str(folders[0])))
     with pytest.raises(PolicyError, match="`quantization`"):
         ModelReference("x", quantization="fp4")
+
+
+def _gptq(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "gptq"}}))
+
+
+def _remote(folder):
+    path = folder / "config.json"
+    code = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **code}))
+    (folder / "mine.py").write_text("")
+
+
+def _adapter_alone(folder):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
+def _adapter_too(folder):
+    (folder / "adapter_config.json").write_text("{}")
+
+
+@pytest.mark.parametrize("spoil", [_gptq, _remote, _adapter_alone, _adapter_too, shutil.rmtree])
+@pytest.mark.parametrize("kind", [LoRAPolicy, ModelReference])
+def test_what_is_wrong_with_a_model_is_said_in_the_options_of_whoever_loads_it(spoil, kind, folders, tmp_path):
+    shutil.copytree(folders[1], tmp_path / "model")
+    spoil(tmp_path / "model")
+    with pytest.raises(PolicyError) as error:
+        kind(str(tmp_path / "model")).check_model()
+    assert set(re.findall(r"`(\w+)\.(?:model|adapter_path|trust_remote_code)`", str(error.value))) == {kind.option}
+
+
+def test_a_reference_has_every_field_of_a_base_model_and_a_policy_more():
+    of = {kind: {one.name: one.default for one in fields(kind)} for kind in (BaseModel, ModelReference, LoRAPolicy)}
+    assert of[ModelReference] == of[BaseModel]
+    assert of[BaseModel].items() < of[LoRAPolicy].items()

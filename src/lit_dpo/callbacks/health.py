@@ -13,6 +13,7 @@ from lit_dpo.callbacks.steps import fetch
 from lit_dpo.checkpoint import remeasure
 from lit_dpo.errors import TrainingError
 from lit_dpo.metrics.preference import on_host
+from lit_dpo.policy.adapters import is_adapters
 
 log = logging.getLogger(__name__)
 warn = rank_zero_only(log.warning)
@@ -47,7 +48,7 @@ class TrainingHealth(pl.Callback):
         trainable = {name: p for name, p in pl_module.model.named_parameters() if p.requires_grad}
         if not trainable:
             raise TrainingError("Expected trainable adapters but no parameter of the policy requires gradients.")
-        if strange := [name for name in trainable if "lora_" not in name]:
+        if strange := [name for name in trainable if not is_adapters(name)]:
             raise TrainingError(f"Expected only adapters to train but these do too: {', '.join(strange[:5])}.")
         if low := [name for name, p in trainable.items() if p.dtype != torch.float32]:
             raise TrainingError(
@@ -233,7 +234,7 @@ def _say_if_the_same(trainer: Any, pl_module: Any, prefix: str) -> None:
 def say_it_is_the_same(trainer: Any, pl_module: Any) -> None:
     """Every reward was exactly 0: that is no result, but a policy that is its own reference."""
     remedy = "give `--ckpt_path` a checkpoint of a run"
-    if pl_module.policy.adapter_path:
+    if pl_module.policy.starts_from_adapter:
         remedy = "to compare the adapter with its base, say `--model.reference BaseReference`"
     warn(
         f"{trainer.state.fn.value}: policy and reference ({pl_module.reference}) are the same, so that every reward is "

@@ -61,11 +61,17 @@ def describe(module: Any, trainer: Any = None) -> dict[str, Any]:
         "module": {name: value for name, value in configuration(module).items() if name not in _SAID_ELSEWHERE},
         "version": 1,
         "base": policy.checkpoint_identity(),
-        "policy": {k: v for k, v in to_builtins(policy).items() if k not in _MAY_CHANGE}
-        | {"adapter": policy.adapter_digest()},
+        "policy": _policy(policy),
         "loss": to_builtins(loss),
         "reference": {**to_builtins(reference.unwrapped), "content": reference.unwrapped.checkpoint_identity(policy)},
     }
+
+
+def _policy(policy: Any) -> dict[str, Any]:
+    """Its class and the fields that change what is computed, and the adapter that it started from."""
+    said = to_builtins(policy)
+    kept = {name: value for name, value in said["init_args"].items() if name not in _MAY_CHANGE}
+    return {"class_path": said["class_path"], **kept, "adapter": policy.adapter_digest()}
 
 
 def describe_steps(module: Any) -> dict[str, Any]:
@@ -176,7 +182,7 @@ def configuration(module: Any) -> dict[str, Any]:
     """
     given = dict(module.hparams)
     if INSTANTIATOR in given:
-        return given
+        return {name: to_builtins(value) for name, value in given.items()}
     named = {name: to_builtins(value) for name, value in given.items() if not _is_lambda(value)}
     named[CLASS_PATH] = f"{type(module).__module__}.{type(module).__qualname__}"
     return named | {INSTANTIATOR: "lightning.pytorch.cli.instantiate_module"}
@@ -190,9 +196,6 @@ def to_builtins(given: Any) -> Any:
     """Strategies, classes and partials as configuration, `{class_path, init_args}`; the rest as it is or by name."""
     if is_dataclass(given) and not isinstance(given, type):
         arguments = {field.name: to_builtins(getattr(given, field.name)) for field in fields(given) if field.init}
-        # the policy is named by its place in the signature, strategies by their class
-        if type(given).__name__ == "LoRAPolicy":
-            return arguments
         return {"class_path": _path(type(given)), "init_args": arguments}
     if isinstance(given, functools.partial):
         # jsonargparse wraps a class that it parsed: partial(call, instantiator, Class, **arguments)

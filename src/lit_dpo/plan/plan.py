@@ -194,9 +194,8 @@ class _Search:
 def _other_models(reference: Any, made: Skeleton, device: Device) -> int:
     """Bytes of a reference that is not the policy's own base."""
     if isinstance(reference, ModelReference):
-        other = reference.loader
-        dtype = other.torch_dtype(torch.device("cpu"), device.dtype)
-        return sum(stored_bytes(skeleton(other, dtype, on_gpu=device.on_gpu, adapters=False).model))
+        dtype = reference.torch_dtype(torch.device("cpu"), device.dtype)
+        return sum(stored_bytes(skeleton(reference, dtype, on_gpu=device.on_gpu).model))
     return 4 * made.trained if isinstance(reference, AdapterReference | EMAReference) else 0
 
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lit_dpo.compat import can_switch_attention, fake_tensors
+from lit_dpo.errors import PolicyError
 from lit_dpo.logps.attention import use_pair_attention
-from lit_dpo.policy import checks
+from lit_dpo.policy import LoRAPolicy, checks
 from lit_dpo.policy.sliced import SLICE
 
 if TYPE_CHECKING:
-    from lit_dpo.policy import LoRAPolicy
+    from lit_dpo.policy import BaseModel
 
 
 class Repeats(NamedTuple):
@@ -69,16 +70,13 @@ class Skeleton(NamedTuple):
     fake: AbstractContextManager[Any]
 
 
-def skeleton(
-    policy: LoRAPolicy, dtype: torch.dtype, *, on_gpu: bool = False, adapters: bool = True, layers: int | None = None
-) -> Skeleton:
+def skeleton(policy: BaseModel, dtype: torch.dtype, *, on_gpu: bool = False, layers: int | None = None) -> Skeleton:
     """Make the model that a policy would load, without downloading or reading weights.
 
     Args:
-        policy: says which model, quantisation and adapters.
+        policy: says which model, quantisation and adapters; a reference that is a model of its own: a frozen base.
         dtype: of everything that is not quantised.
         on_gpu: quantised weights are unpacked whole, as bitsandbytes does there, and not in slices.
-        adapters: False for a frozen base alone.
         layers: only the first of its layers.
     """
     fake = fake_tensors()
@@ -90,11 +88,16 @@ def skeleton(
         (m.weight.shape[0], m.weight.shape[1]) for m in base.modules() if isinstance(m, nn.Linear) and m is not head
     ]
     model = base
-    if adapters:
+    if isinstance(policy, LoRAPolicy):
         from peft import get_peft_model
 
+        config = policy.lora_config()
+        if config.use_dora and policy.quantization != "none":  # PEFT unpacks each weight for its norms
+            raise PolicyError(
+                "Nothing to plan with: `use_dora` on quantised weights is not counted. Run a step instead."
+            )
         with torch.device("meta"), checks.default_dtype(torch.float32):
-            model = get_peft_model(base, policy.lora_config())
+            model = get_peft_model(base, config)
         if policy.gradient_checkpointing:
             checks.enable_checkpointing(base)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -106,7 +109,7 @@ def skeleton(
     return Skeleton(model.train(), parameters, trained, widest, repeats, fake)
 
 
-def _base(policy: LoRAPolicy, dtype: torch.dtype, layers: int | None) -> Any:
+def _base(policy: BaseModel, dtype: torch.dtype, layers: int | None) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -148,7 +151,7 @@ def _repeats(base: Any) -> Repeats | None:
     return None
 
 
-def _fill(model: Any, policy: LoRAPolicy, on_gpu: bool) -> None:
+def _fill(model: Any, policy: BaseModel, on_gpu: bool) -> None:
     """Fake tensors for all that are on the meta device; what is quantised gets its packed size."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
@@ -164,7 +167,7 @@ def _fill(model: Any, policy: LoRAPolicy, on_gpu: bool) -> None:
             setattr(module, name, made.setdefault(id(one), torch.empty(one.shape, dtype=one.dtype)))
 
 
-def _pack(module: Any, policy: LoRAPolicy, on_gpu: bool) -> None:
+def _pack(module: Any, policy: BaseModel, on_gpu: bool) -> None:
     outputs, inputs = module.weight.shape
     numbers = outputs * inputs
     if isinstance(module, bnb.nn.Linear4bit):

@@ -12,11 +12,11 @@ from typing import Any
 from lit_dpo import hub
 from lit_dpo.errors import PolicyError, first_line
 from lit_dpo.hub import Place
+from lit_dpo.policy.adapters import is_adapters
 from lit_dpo.policy.digests import sampled_digest
+from lit_dpo.policy.lora_options import PASSED_ON
 
 log = logging.getLogger(__name__)
-
-_LORA_FIELDS = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
 
 
 # Of PEFT's `LoraConfig`: what names and describes, and features of a layer, which act wherever it is called and are off
@@ -26,6 +26,7 @@ _PLAIN_FIELDS = {
     *("inference_mode", "runtime_config", "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora"),
     *("lora_dropout", "lora_bias", "fan_in_fan_out", "target_modules", "exclude_modules", "target_parameters"),
     *("layers_to_transform", "layers_pattern", "init_lora_weights", "loftq_config", "eva_config"),
+    "trainable_token_indices",  # values that are put in the place of a table's, and left out with the adapter
     *("megatron_core", "qalora_group_size"),  # not read without fields that are refused
     *("bias", "modules_to_save"),  # refused above, in words of their own
 }
@@ -38,9 +39,9 @@ def check_adapter(policy: Any, place: Place) -> Any:
     adapter = check_lora(place)
     check_base(policy, adapter, place)
     for field in fields(policy):
-        if field.name not in _LORA_FIELDS or field.default is MISSING:
+        if field.name not in PASSED_ON or field.default is MISSING:
             continue
-        mine, theirs = getattr(policy, field.name), getattr(adapter, _LORA_FIELDS[field.name])
+        mine, theirs = getattr(policy, field.name), getattr(adapter, PASSED_ON[field.name])
         theirs = sorted(theirs) if isinstance(theirs, set | list) else theirs
         mine = sorted(mine) if isinstance(mine, list) else mine
         if mine not in (field.default, theirs):
@@ -53,7 +54,7 @@ def check_adapter(policy: Any, place: Place) -> Any:
 
 def check_lora(place: Place) -> Any:
     """The place holds a LoRA adapter that changes nothing but its layers; returns its configuration."""
-    from peft import LoraConfig, PeftConfig
+    from peft import PeftConfig
 
     folder = place.folder
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -63,17 +64,25 @@ def check_lora(place: Place) -> Any:
         adapter = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
         raise PolicyError(f"No adapter at `{place.option}` {place.name!r}: {first_line(error)}") from error
+    check_lora_config(adapter, f"in {folder}")
+    return adapter
+
+
+def check_lora_config(adapter: Any, where: str) -> None:
+    """It is a LoRA adapter that changes nothing but its layers; `where`: it is, for errors."""
+    from peft import LoraConfig
+
     if type(adapter) is not LoraConfig:  # AdaLoRA's is a subclass
-        raise PolicyError(f"Expected a LoRA adapter in {folder} but it is {adapter.peft_type}.")
+        raise PolicyError(f"Expected a LoRA adapter {where} but it is {adapter.peft_type}.")
     if adapter.bias != "none" or adapter.modules_to_save:
         raise PolicyError(
-            f"The adapter in {folder} also trained biases or whole modules (bias={adapter.bias!r}, "
+            f"The adapter {where} also trained biases or whole modules (bias={adapter.bias!r}, "
             f"modules_to_save={adapter.modules_to_save}), which turning adapters off does not undo. Merge it into "
             "its base first."
         )
     if adapter.init_lora_weights not in _PLAIN_INITS:
         raise PolicyError(
-            f"The adapter in {folder} changes its base as it loads (init_lora_weights={adapter.init_lora_weights!r}), "
+            f"The adapter {where} changes its base as it loads (init_lora_weights={adapter.init_lora_weights!r}), "
             "so policy and reference would share another base. Convert it to a plain LoRA first, see PEFT's "
             "`path_initial_model_for_weight_conversion`."
         )
@@ -82,11 +91,10 @@ def check_lora(place: Place) -> Any:
         default = field.default if field.default_factory is MISSING else field.default_factory()
         if field.name not in _PLAIN_FIELDS and given != default and (given or default):
             raise PolicyError(
-                f"The adapter in {folder} uses PEFT's `{field.name}` ({given!r}), which adds more than layers that can "
+                f"The adapter {where} uses PEFT's `{field.name}` ({given!r}), which adds more than layers that can "
                 "be turned off, or acts outside of them: it would be scored and compared wrongly. Merge it into its "
                 "base first (PEFT's `merge_and_unload`), if it can be, or train a plain LoRA."
             )
-    return adapter
 
 
 def check_embeddings(policy: Any, place: Place) -> None:
@@ -117,12 +125,12 @@ def check_embeddings(policy: Any, place: Place) -> None:
         raise PolicyError(
             f"The adapter in {place.folder} brings whole weights that are not the base's ({names}), as after a resized "
             "vocabulary; turning adapters off does not undo them. Load both with PEFT, `merge_and_unload`, save the "
-            "model with its tokenizer, and name it in `policy.model`."
+            f"model with its tokenizer, and name it in `{policy.option}.model`."
         )
 
 
 def _is_whole(name: str) -> bool:
-    return "lora_" not in name
+    return not is_adapters(name)
 
 
 def check_base(policy: Any, adapter: Any, place: Place) -> None:
@@ -160,8 +168,8 @@ def check_base(policy: Any, adapter: Any, place: Place) -> None:
     elif not same:
         raise PolicyError(
             f"The adapter at `{place.option}`, {place}, was trained on another base: {theirs}; the policy is {mine}. "
-            "Set `policy.model` and `policy.revision` to its base, or `policy.adapter_base` to any to put it onto this "
-            "one all the same."
+            f"Set `{policy.option}.model` and `{policy.option}.revision` to its base, or "
+            f"`{policy.option}.adapter_base` to any to put it onto this one all the same."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,12 @@ REFERENCE = "reference"
 
 def adapter_parameters(model: Any, adapter: str = DEFAULT) -> dict[str, torch.nn.Parameter]:
     """The parameters of one of a policy's adapters by name, in the model's order."""
-    return {name: p for name, p in model.named_parameters() if "lora_" in name and f".{adapter}." in f"{name}."}
+    return {name: p for name, p in model.named_parameters() if is_adapters(name) and f".{adapter}." in f"{name}."}
+
+
+def is_adapters(name: str) -> bool:
+    """Whether a parameter, in a model or a file, is an adapter's: of its layers, or of its tokens' embeddings."""
+    return "lora_" in name or "trainable_tokens_delta" in name
 
 
 @contextmanager
@@ -43,12 +49,30 @@ def active_adapter(model: Any, name: str) -> Iterator[None]:
     layers = _tuner_layers(model)
     before = [layer.active_adapter for layer in layers]
     for layer in layers:
-        compat.use_adapters(layer, [name])
+        compat.use_adapters(layer, [name] if _has(layer, name) else [])
     try:
         yield
     finally:
         for layer, active in zip(layers, before, strict=True):
             compat.use_adapters(layer, active)
+
+
+def copy_adapter(model: Any) -> None:
+    """Put a frozen copy of the adapter that trains beside it, as `REFERENCE`."""
+    training = model.training
+    config = copy.deepcopy(model.peft_config[DEFAULT])
+    config.init_lora_weights = True  # its weights are copied below; some initialisations would change the base
+    model.add_adapter(REFERENCE, config)
+    freeze_second_adapter(model, training)
+    for mine, policys in adapter_pairs(model):
+        mine.requires_grad_(False)
+        mine.data = policys.detach().clone()
+
+
+def adapter_pairs(model: Any) -> list[tuple[Any, Any]]:
+    """Parameters of the reference's adapter, each with the policy's."""
+    mine, policys = (adapter_parameters(model, name).values() for name in (REFERENCE, DEFAULT))
+    return list(zip(mine, policys, strict=True))
 
 
 def freeze_second_adapter(model: Any, training: bool) -> None:
@@ -68,5 +92,12 @@ def freeze_second_adapter(model: Any, training: bool) -> None:
 
 def _tuner_layers(model: Any) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper  # around trained tokens; it looks at flags of its own
 
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+
+def _has(layer: Any, name: str) -> bool:
+    """Of an adapter that it lacks, a layer takes no notice, but one of trained tokens looks for it."""
+    tokens = getattr(getattr(layer, "token_adapter", layer), "trainable_tokens_delta", None)
+    return tokens is None or name in tokens

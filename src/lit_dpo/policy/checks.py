@@ -59,7 +59,7 @@ def check_bitsandbytes(quantization: str) -> None:
         raise PolicyError(f"quantization={quantization} needs bitsandbytes: pip install bitsandbytes (or use none).")
 
 
-def check_no_adapter_inside(place: Place) -> None:
+def check_no_adapter_inside(model: Any, place: Place) -> None:
     """A model and an adapter in one folder: transformers puts them together, PEFT and we do not."""
     if (place.folder / "adapter_config.json").is_file():
         base = None
@@ -67,8 +67,8 @@ def check_no_adapter_inside(place: Place) -> None:
             base = json.loads((place.folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         raise PolicyError(
             f"Expected a model at `{place.option}` but {place} holds a model and an adapter, and it does not say which "
-            f"of them is meant. To continue the adapter, give {place.name} to `policy.adapter_path` and its base"
-            f"{f' ({base})' if base else ''} to `policy.model`; for the model alone, give a copy without "
+            f"of them is meant. For the adapter, give {place.name} to `{model.option}.adapter_path` and its base"
+            f"{f' ({base})' if base else ''} to `{model.option}.model`; for the model alone, give a copy without "
             "adapter_config.json."
         )
 
@@ -82,7 +82,7 @@ def check_prequantized(policy: Any, config: Any) -> None:
     if (method := str(saved.get("quant_method", "bitsandbytes"))).partition("_")[0] != "bitsandbytes":
         raise PolicyError(
             f"The weights of {policy.model!r} are quantised with {method}, which is neither trained on nor undone "
-            "here: name the model that they were made of in `policy.model`."
+            f"here: name the model that they were made of in `{policy.option}.model`."
         )
     mine = (policy.quantization, policy.quantization == "nf4" and policy.double_quantization)
     theirs = ("int8", False)
@@ -167,7 +167,7 @@ def check_quantized(model: Any, quantization: str) -> None:
     import bitsandbytes as bnb
 
     kind = bnb.nn.Linear4bit if quantization == "nf4" else bnb.nn.Linear8bitLt
-    bases = {name: module.base_layer for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    bases = {name: module.base_layer for name, module in model.named_modules() if hasattr(module, "lora_A")}
     if not hasattr(model, "peft_config"):  # a model without adapters: some layers are
         bases = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
     wrong = [name for name, base in bases.items() if not (isinstance(base, kind) and _packed(base, kind, bnb))]
@@ -203,7 +203,7 @@ def as_policy_error(what: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise PolicyError(f"Cannot load {what}: {first_line(error)}") from error
 
 

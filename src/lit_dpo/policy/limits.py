@@ -9,7 +9,7 @@ from torch import nn
 from lit_dpo.policy.settings import rope_limit
 
 if TYPE_CHECKING:
-    from lit_dpo.policy import LoRAPolicy
+    from lit_dpo.policy import BaseModel
 
 
 class Limits(NamedTuple):
@@ -44,12 +44,9 @@ def limits(model: Any) -> Limits:
     return Limits(min(size for size in sizes if size), min(found, default=None), made_for)
 
 
-def policy_limits(policy: LoRAPolicy) -> Limits:
-    """Of the model that a policy would load, by its configuration: without weights."""
-    from transformers import AutoConfig
-
-    trusted = policy.trust_remote_code
-    return skeleton_limits(AutoConfig.from_pretrained(policy.path, trust_remote_code=trusted), trusted)
+def policy_limits(policy: BaseModel) -> Limits:
+    """Of the model that a policy or a reference would load, by its configuration: without weights."""
+    return skeleton_limits(policy.config(), policy.trust_remote_code)
 
 
 def skeleton_limits(config: Any, trust_remote_code: bool = False) -> Limits:
@@ -68,8 +65,9 @@ def _rows(table: Any) -> int | None:
 def _position_tables(model: Any, inputs: Any, made_for: int) -> list[int]:
     """How many positions each table of the model has: learned ones, and what is worked out ahead and kept."""
     found = []
+    tokens = set(inputs.modules())  # the table itself may be in an adapter
     for module in model.modules():
-        if isinstance(module, nn.Embedding) and module not in (inputs, getattr(inputs, "base_layer", None)):
+        if isinstance(module, nn.Embedding) and module not in tokens:
             # OPT leaves the first rows out, and RoBERTa those up to its padding
             offset = getattr(module, "offset", 0) or (module.padding_idx or -1) + 1
             if module.num_embeddings - offset <= made_for <= module.num_embeddings:

@@ -1,32 +1,24 @@
 """The policy: a base model in 4 bits, 8 bits or full precision, with LoRA adapters that are the only thing trained.
 
-The only file that knows how bitsandbytes and peft load.
+The only file that knows how peft makes adapters.
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
-from lit_dpo import hub
-from lit_dpo.errors import PolicyError, first_line
-from lit_dpo.policy import adapter_checks, checks
-from lit_dpo.policy.devices import default_dtype
-from lit_dpo.policy.digests import sampled_digest, whole_digest
-from lit_dpo.policy.heap import returned_at_once
+from lit_dpo.errors import PolicyError
+from lit_dpo.policy import checks, lora_options
+from lit_dpo.policy.base_model import BaseModel
 from lit_dpo.policy.kernels import use_kernels
 
 if TYPE_CHECKING:
     import torch
 
-QUICKSTART = "lit-dpo/quickstart"
-"""The built-in model id: made on first use, see `lit_dpo.quickstart`."""
-
 
 @dataclass(frozen=True)
-class LoRAPolicy:
+class LoRAPolicy(BaseModel):
     """What is trained: a frozen base model and LoRA adapters (arXiv 2106.09685), NF4 by default (arXiv 2305.14314).
 
     Building one costs nothing; `check` reads configuration files only; `load` loads weights.
@@ -37,22 +29,34 @@ class LoRAPolicy:
         quantization: `nf4` (4 bits), `int8`, or `none`. A checkpoint that bitsandbytes has quantised must say the same.
         double_quantization: quantise the NF4 scales too, 0.37 bits less per weight. False is refused where there are
             no such scales.
-        r: LoRA rank.
-        alpha: LoRA scale; updates are multiplied by `alpha / r`.
-        dropout: on the adapters' input while training. The base's own dropouts are always off.
-        target_modules: names (or suffixes) of the layers that get an adapter, a regular expression, or `all-linear`
-            for all linear layers but the head.
         adapter_path: a trained LoRA adapter to continue: a PEFT directory, or `organisation/name` or
             `organisation/name@revision` of the hub; its own rank, scale and layers then hold.
         adapter_base: `same` refuses adapters, a reference's too, that were trained on another base; `any` takes them.
         dtype: of everything that is not quantised, and of computation; `auto` is float32 on a CPU (bfloat16 is tens of
             times slower there), on a GPU bfloat16, on an old one float16. Adapters and log-probs are float32 always.
-        gradient_checkpointing: recompute each layer in the backward pass, for memory.
         attention: `auto` (the flat row where a start-up probe finds it exact, else padded rows), `pairs` (the flat row
             or an error), or a transformers implementation such as `sdpa`, `eager`, `flash_attention_2` (padded rows).
+        trust_remote_code: run code that comes with the model.
+        r: LoRA rank.
+        alpha: LoRA scale; updates are multiplied by `alpha / r`.
+        dropout: on the adapters' input while training. The base's own dropouts are always off.
+        target_modules: names (or suffixes) of the layers that get an adapter, a regular expression, or `all-linear`
+            for all linear layers but the head.
+        use_rslora: scale by `alpha / sqrt(r)` instead, for large ranks (arXiv 2312.03732).
+        use_dora: train the length of each weight's columns too (DoRA, arXiv 2402.09353); slower.
+        init_lora_weights: how A begins, uniform (true) or `gaussian`. B begins at 0: a fresh adapter does nothing.
+        rank_pattern: other ranks, by name or regular expression of layers: `{q_proj: 32}`.
+        alpha_pattern: other scales, likewise.
+        exclude_modules: names of layers, or a regular expression, that get no adapter after all.
+        layers_to_transform: the numbers of the layers that get adapters, for `target_modules` that are a list.
+        layers_pattern: what the list of layers is called, where PEFT does not know.
+        target_parameters: names of parameters that get adapters, as experts have that are no layers:
+            `mlp.experts.gate_up_proj`. Without quantisation, dropout and DoRA.
+        trainable_token_indices: ids of tokens whose embeddings train too, as of new tokens; a head that shares them
+            changes along. The reference keeps the base's.
+        gradient_checkpointing: recompute each layer in the backward pass, for memory.
         kernels: `auto` takes Liger's on a CUDA device, where they are installed (the extra `kernels`), know the
             architecture and a start-up probe finds them exact; elsewhere it does nothing. `none` leaves them out.
-        trust_remote_code: run code that comes with the model.
 
     Raises:
         PolicyError: for a value outside its domain, or fields that contradict each other.
@@ -62,39 +66,50 @@ class LoRAPolicy:
         16
     """
 
-    model: str
-    revision: str | None = None
-    quantization: Literal["nf4", "int8", "none"] = "nf4"
-    double_quantization: bool = True
     r: int = 16
     alpha: float = 16
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
-    adapter_path: str | None = None
-    adapter_base: Literal["same", "any"] = "same"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | Literal["gaussian"] = True
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | None = None
     gradient_checkpointing: bool = False
-    attention: str = "auto"
     kernels: Literal["auto", "none"] = "auto"
-    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields against each other."""
-        types = get_type_hints(LoRAPolicy)
-        for name in ("quantization", "dtype", "adapter_base", "kernels"):
-            if getattr(self, name) not in (allowed := get_args(types[name])):
-                raise PolicyError(f"Expected `{name}` among {', '.join(allowed)} but got {getattr(self, name)!r}.")
-        if self.quantization != "nf4" and not self.double_quantization:
-            raise PolicyError(
-                f"`double_quantization` has no effect with quantization={self.quantization}: leave it out."
-            )
-        if not self.target_modules:
-            raise PolicyError("Expected `target_modules` to name layers but it is empty; `all-linear` takes all.")
-        if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise PolicyError(
-                "Expected `r` >= 1, `alpha` > 0 and `dropout` in [0, 1) but got "
-                f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}."
-            )
+        super().__post_init__()
+        self._check_choices(LoRAPolicy)
+        lora_options.check_values(self)
+
+    @classmethod
+    def from_model(cls, model: Any, tokenizer: Any = None, **options: Any) -> LoRAPolicy:
+        """A policy of a model that is loaded already; the model becomes the policy's, and is changed.
+
+        Args:
+            model: a transformers model for causal language modelling, quantised by bitsandbytes or not, or a
+                `peft.PeftModel` with one LoRA adapter named `default`, which is continued then.
+            tokenizer: the model's; by default that of the name that it was loaded from.
+            **options: fields of `LoRAPolicy` that say how to train: `r`, `target_modules`, `gradient_checkpointing`, …
+
+        Returns:
+            The policy. Checkpoints of it belong to these weights, and do not build the model again: see `HeldPolicy`.
+
+        Raises:
+            PolicyError: for a model that cannot be scored or compared with, or an option that would have no effect.
+        """
+        from lit_dpo.policy.held import HeldPolicy
+
+        if not issubclass(HeldPolicy, cls) and not issubclass(cls, HeldPolicy):
+            raise PolicyError(f"{cls.__name__} loads a model of its own: make `from_model` policies of `HeldPolicy`.")
+        return (cls if issubclass(cls, HeldPolicy) else HeldPolicy).of(model, tokenizer, **options)
 
     def check(self, *, weights: bool = True) -> None:
         """Find what would fail while loading, in seconds: weights are neither loaded nor downloaded.
@@ -105,20 +120,11 @@ class LoRAPolicy:
         Raises:
             PolicyError: naming the directory, file, field or layer, and what there is instead.
         """
-        config = self.config()
-        if weights:
-            checks.check_weights(self.place)
-        checks.check_causal(config, self.model)
-        checks.check_no_adapter_inside(self.place)
-        checks.check_prequantized(self, config)
-        checks.check_attention(self.attention)
-        if self.quantization != "none":
-            checks.check_bitsandbytes(self.quantization)
-        targets: Any = self.target_modules
-        if self.adapter_path is not None:
-            targets = adapter_checks.check_adapter(self, self.adapter_place)
-        if targets != "all-linear":
-            checks.check_targets(config, targets, self.trust_remote_code)
+        self.check_model(weights=weights)
+        if self.adapter_path is None:
+            if self.target_modules and self.target_modules != "all-linear":
+                checks.check_targets(self.config(), self.target_modules, self.trust_remote_code)
+            lora_options.check_choices(self, self.config())
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
         """The policy with its adapters, in training mode, on `device`.
@@ -141,33 +147,11 @@ class LoRAPolicy:
         with checks.default_dtype(torch.float32):  # else new adapters would be rounded
             return self._load(torch.device(device), dtype)
 
-    def load_frozen(self, device: torch.device | str = "cpu") -> Any:
-        """The base, with the adapter of `adapter_path` if there is one, frozen and in evaluation mode.
-
-        Raises:
-            PolicyError: as `load`.
-        """
-        import torch
-
-        self.fetch()
-        self.check()
-        with checks.default_dtype(torch.float32):
-            model = self._load_base(torch.device(device), self.torch_dtype(torch.device(device)))
-            if self.adapter_path is not None:
-                model = self._load_adapter(model, trainable=False)
-        checks.check_quantized(model, self.quantization)
-        return model.requires_grad_(False).eval()
-
     def _load(self, device: torch.device, dtype: torch.dtype) -> Any:
-        from peft import get_peft_model
-
-        base = self._load_base(device, dtype)
+        base = self.load_base(device, dtype)
         if self.kernels == "auto":
             use_kernels(base)
-        if self.adapter_path is not None:
-            model = self._load_adapter(base, trainable=True)
-        else:
-            model = get_peft_model(base, self.lora_config())
+        model = self.put_adapters(base)
         checks.check_quantized(model, self.quantization)
         # an exported adapter names what it was trained on, at the commit: AutoPeftModel loads that
         model.peft_config["default"].base_model_name_or_path = self.place.name
@@ -175,6 +159,19 @@ class LoRAPolicy:
         if self.gradient_checkpointing:
             checks.enable_checkpointing(base)
         return model.train()
+
+    def put_adapters(self, base: Any) -> Any:
+        """A `peft.PeftModel` of the base: with the adapter of `adapter_path`, or with fresh ones."""
+        from peft import get_peft_model
+
+        if self.adapter_path is not None:
+            return self.load_adapter(base, trainable=True)
+        return get_peft_model(base, self.lora_config())
+
+    @property
+    def starts_from_adapter(self) -> bool:
+        """Whether it begins as a trained adapter, which is then its reference, and not as its base."""
+        return self.adapter_path is not None
 
     def lora_config(self) -> Any:
         """PEFT's description of the adapters: of fresh ones by the fields, else that of `adapter_path`."""
@@ -184,183 +181,15 @@ class LoRAPolicy:
             found = PeftConfig.from_pretrained(self.adapter_place.folder)
             found.inference_mode = False  # as it was saved, it would not train
             return found
-        return LoraConfig(
-            r=self.r,
-            lora_alpha=self.alpha,  # type: ignore[arg-type, unused-ignore]
-            lora_dropout=self.dropout,
-            target_modules=self.target_modules,
-            bias="none",  # a trained bias outlives "adapters off", and the reference would drift with it
-            task_type="CAUSAL_LM",
-        )
-
-    def _load_base(self, device: torch.device, dtype: torch.dtype) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        config = self.config()
-        checks.turn_off_dropout(config)
-        quantization = self.quantization_config(dtype)
-        with checks.as_policy_error(f"the model {self.model!r}"), returned_at_once():
-            base, info = AutoModelForCausalLM.from_pretrained(
-                self.path,
-                config=config,
-                dtype=dtype,
-                device_map={"": device},
-                quantization_config=None if checks.keep_quantized(config, dtype) else quantization,
-                use_safetensors=True,
-                output_loading_info=True,
-                **({} if self.attention in ("auto", "pairs") else {"attn_implementation": self.attention}),
-                trust_remote_code=self.trust_remote_code,
-            )
-        checks.check_complete(info, self.model)
-        checks.turn_off_dropout_layers(base)
-        checks.keep_trainable(base)
-        if self.quantization == "nf4":
-            from lit_dpo.policy.sliced import multiply_in_slices
-
-            multiply_in_slices(base)
-        base.name_or_path = base.config.name_or_path = self.place.name  # for model cards: not a folder of the cache
-        return base
-
-    def _load_adapter(self, base: Any, *, trainable: bool) -> Any:
-        from peft import PeftModel
-
-        folder = self.adapter_place.folder
-        with checks.as_policy_error(f"the adapter {self.adapter_path!r}"):
-            model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
-        adapter_checks.check_adapter_keys(model, folder)
-        return model
-
-    def load_tokenizer(self) -> Any:
-        """The model's tokenizer, or the adapter's where it brought its own (with its chat template)."""
-        from transformers import AutoTokenizer
-
-        self.config()
-        if self.adapter_path is not None:
-            adapter = self.adapter_place.folder
-            if (adapter / "tokenizer_config.json").is_file():
-                return AutoTokenizer.from_pretrained(adapter, trust_remote_code=self.trust_remote_code)
-        try:
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError) as error:
-            checks.check_weights(self.place)  # a directory that is no model is a clearer message
-            raise PolicyError(f"No tokenizer for {self.model!r}: {first_line(error)}") from error
-
-    @property
-    def path(self) -> str:
-        """What transformers is given: a directory, of a hub id that of its commit in the cache."""
-        return str(self.place.folder)
-
-    @cached_property
-    def place(self) -> hub.Place:
-        """Where the model is. A hub id is resolved once, so that all parts of a run see one commit."""
-        name = self.model
-        if name == QUICKSTART:
-            from lit_dpo.quickstart import quickstart_directory
-
-            name = str(quickstart_directory() / "model")
-        return hub.locate_weights(hub.locate(name, self.revision, "policy.model"), self.revision)
-
-    @cached_property
-    def adapter_place(self) -> hub.Place:
-        """Where the adapter of `adapter_path` is, likewise."""
-        assert self.adapter_path is not None
-        return hub.locate_adapter(self.adapter_path, "policy.adapter_path")
-
-    def fetch(self) -> None:
-        """Download a hub id's weights, unless they are there; a PolicyError says why they do not come through."""
-        hub.fetch_weights(self.place)
-
-    def torch_dtype(self, device: torch.device, auto: torch.dtype | None = None) -> torch.dtype:
-        """The dtype of computation on `device`."""
-        import torch
-
-        found = (auto or default_dtype(device)) if self.dtype == "auto" else getattr(torch, self.dtype)
-        assert isinstance(found, torch.dtype)
-        return found
+        given = {theirs: getattr(self, mine) for mine, theirs in lora_options.PASSED_ON.items()}
+        given |= {name: given[name] or {} for name in ("rank_pattern", "alpha_pattern")}
+        # a trained bias outlives "adapters off", and the reference would drift with it
+        return LoraConfig(**given, bias="none", task_type="CAUSAL_LM")
 
     def checkpoint_identity(self) -> dict[str, Any]:
-        """What a checkpoint of adapters must be put back onto: the base's content (not its place) and quantisation.
-
-        A hub id and a copy of it in a directory have one fingerprint; two commits of a hub id differ in any case.
-        """
-        self.fetch()
-        place = self.place
-        return {
-            "model": self.model,
-            "revision": self.revision,
-            **({} if place.commit is None else {"commit": place.commit}),
-            "fingerprint": sampled_digest(place.folder),
-            **self._quantised(),
-        }
+        """What a checkpoint of adapters must be put back onto: `model_identity`."""
+        return self.model_identity()
 
     def cache_identity(self) -> dict[str, Any]:
-        """What decides the base's log-probs besides dtypes: every byte, or a hub id's commit, and quantisation."""
-        place = self.place
-        return {
-            "weights": whole_digest(place.folder) if place.commit is None else f"commit {place.commit}",
-            **self._quantised(),
-        }
-
-    def _quantised(self) -> dict[str, Any]:
-        double = self.quantization == "nf4" and self.double_quantization
-        return {"quantization": self.quantization, "double_quantization": double}
-
-    def adapter_cache_identity(self, path: str) -> str:
-        """A digest of every byte of an adapter, in a directory or of a hub id.
-
-        Raises:
-            PolicyError: if it has no safetensors.
-        """
-        folder = hub.locate_adapter(path, "adapter_path").folder
-        if not any(folder.glob("*.safetensors")):
-            raise PolicyError(
-                f"Expected the adapter {path!r} to be a directory with *.safetensors: of anything else the content is "
-                "not known, so nothing can be cached."
-            )
-        return whole_digest(folder)
-
-    def adapter_digest(self) -> str | None:
-        """A digest of the adapter that is continued; None for a fresh one."""
-        return None if self.adapter_path is None else sampled_digest(self.adapter_place.folder)
-
-    def config(self) -> Any:
-        """The model's configuration, as transformers reads it.
-
-        Raises:
-            PolicyError: if there is none.
-        """
-        from transformers import AutoConfig
-
-        place = self.place
-        if not (place.folder / "config.json").is_file():
-            advice = ""
-            if (place.folder / "adapter_config.json").is_file():
-                advice = " That is an adapter: give it to `policy.adapter_path`, and its base to `policy.model`."
-            there = hub.listing(place)
-            raise PolicyError(f"Expected a model in {place} but it has no config.json; it holds {there}.{advice}")
-        try:
-            return AutoConfig.from_pretrained(place.folder, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError) as error:
-            if "trust_remote_code" in str(error):
-                raise PolicyError(
-                    f"{self.model!r} comes with code of its own, in {place.folder}: read it, then set "
-                    "`policy.trust_remote_code` to run it."
-                ) from error
-            raise PolicyError(f"No model configuration for {self.model!r}: {first_line(error)}") from error
-
-    def quantization_config(self, dtype: torch.dtype) -> Any:
-        """What transformers needs to quantise while it loads; None for `none`."""
-        if self.quantization == "none":
-            return None
-        from transformers import BitsAndBytesConfig
-
-        if self.quantization == "int8":
-            # it says so at every product; once is enough, and it is documented here
-            logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-            return BitsAndBytesConfig(load_in_8bit=True)
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=self.double_quantization,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        """What decides the base's log-probs besides dtypes: `model_content`."""
+        return self.model_content()

@@ -13,7 +13,7 @@ from lit_dpo.errors import PolicyError
 from lit_dpo.hub import Place, locate_adapter
 from lit_dpo.logps.fields import Field
 from lit_dpo.policy.adapter_checks import check_adapter_keys, check_base, check_lora
-from lit_dpo.policy.adapters import REFERENCE, active_adapter, adapters_off, freeze_second_adapter
+from lit_dpo.policy.adapters import REFERENCE, active_adapter, adapters_off, copy_adapter, freeze_second_adapter
 from lit_dpo.policy.digests import sampled_digest
 from lit_dpo.references.base import Reference
 
@@ -61,13 +61,15 @@ class AdapterReference(Reference):
 
     def check(self, policy: LoRAPolicy) -> None:
         """There is an adapter."""
-        place = self._place(policy)
-        check_base(policy, check_lora(place), place)
+        if not self._copies(policy):
+            self._checked(policy)
 
     def attach(self, model: Any, policy: LoRAPolicy) -> None:
-        """Load the copy."""
-        place = self._place(policy)
-        check_base(policy, check_lora(place), place)
+        """Load the copy, or make it of a model that came with its adapter."""
+        if self._copies(policy):
+            copy_adapter(model)
+            return
+        place = self._checked(policy)
         training = model.training
         try:
             model.load_adapter(place.folder, adapter_name=REFERENCE, is_trainable=False)
@@ -84,14 +86,35 @@ class AdapterReference(Reference):
 
     def checkpoint_identity(self, policy: LoRAPolicy) -> dict[str, Any]:
         """Of the adapter."""
+        if self._copies(policy):
+            return {"adapter": policy.adapter_digest()}
         return {"adapter": sampled_digest(self._place(policy).folder)}
 
     def cache_identity(self, policy: LoRAPolicy) -> dict[str, Any]:
         """The base's content and quantisation, and the adapter's content."""
+        if self._copies(policy):
+            return {"base": policy.cache_identity(), "adapter": policy.adapter_digest()}
         return {
             "base": policy.cache_identity(),
-            "adapter": policy.adapter_cache_identity(str(self._place(policy).folder)),
+            "adapter": policy.adapter_content(str(self._place(policy).folder)),
         }
+
+    def _copies(self, policy: LoRAPolicy) -> bool:
+        """The policy starts from an adapter that is in no file: its model was given with it."""
+        return self.path is None and policy.adapter_path is None and policy.starts_from_adapter
+
+    def _checked(self, policy: LoRAPolicy) -> Place:
+        place = self._place(policy)
+        adapter = check_lora(place)
+        check_base(policy, adapter, place)
+        mine, theirs = policy.lora_config().trainable_token_indices, adapter.trainable_token_indices
+        if bool(mine) != bool(theirs):  # PEFT fails to load the one, and lets the other's tokens into the policy
+            raise PolicyError(
+                f"Expected policy and reference both to have `trainable_token_indices`, or neither, but the policy has "
+                f"{mine} and the adapter {place} has {theirs}. Put the reference on a base of its own: ModelReference "
+                "with `reference.adapter_path`."
+            )
+        return place
 
     def _place(self, policy: LoRAPolicy) -> Place:
         if self.path is not None:
@@ -129,4 +152,4 @@ class NoReference(Reference):
 
 def default_reference(policy: LoRAPolicy) -> Reference:
     """Where the policy starts: its base, or, if it continues an adapter, a frozen copy of that."""
-    return AdapterReference() if policy.adapter_path else BaseReference()
+    return AdapterReference() if policy.starts_from_adapter else BaseReference()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from lit_dpo.errors import PolicyError
-from lit_dpo.policy.adapters import REFERENCE, active_adapter, adapter_parameters, freeze_second_adapter
+from lit_dpo.policy.adapters import REFERENCE, active_adapter, adapter_pairs, copy_adapter
 from lit_dpo.references.base import Reference
 
 if TYPE_CHECKING:
@@ -51,17 +50,9 @@ class EMAReference(Reference):
         if self.every < 1:
             raise PolicyError(f"Expected `reference.every` >= 1 but got {self.every}.")
 
-    @torch.no_grad()
     def attach(self, model: Any, policy: LoRAPolicy) -> None:
         """Copy the policy's adapter."""
-        training = model.training
-        config = copy.deepcopy(model.peft_config["default"])
-        config.init_lora_weights = True  # its weights are copied below; some initialisations would change the base
-        model.add_adapter(REFERENCE, config)
-        freeze_second_adapter(model, training)
-        for mine, policys in self._weights(model):
-            mine.requires_grad_(False)
-            mine.data = policys.detach().clone()
+        copy_adapter(model)
 
     @contextmanager
     def activated(self, model: Any) -> Iterator[Any]:
@@ -73,10 +64,5 @@ class EMAReference(Reference):
     def update(self, model: Any, step: int) -> None:
         """Move if it is time."""
         if step % self.every == 0:
-            for mine, policys in self._weights(model):
+            for mine, policys in adapter_pairs(model):
                 mine.lerp_(policys, self.alpha)
-
-    @staticmethod
-    def _weights(model: Any) -> list[tuple[Any, Any]]:
-        mine, policys = (adapter_parameters(model, name).values() for name in (REFERENCE, "default"))
-        return list(zip(mine, policys, strict=True))

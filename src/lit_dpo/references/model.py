@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lit_dpo.errors import PolicyError
 from lit_dpo.logps.score import choose_layout
-from lit_dpo.policy import LoRAPolicy
+from lit_dpo.policy.base_model import BaseModel
 from lit_dpo.policy.limits import Limits, policy_limits
 from lit_dpo.references.base import Reference, attached, keep_attached
 
+if TYPE_CHECKING:
+    from lit_dpo.policy import LoRAPolicy
+
 
 @dataclass(frozen=True)
-class ModelReference(Reference):
+class ModelReference(BaseModel, Reference):
     """Another checkpoint with the policy's vocabulary, frozen next to it: a larger model, or the one before its SFT.
 
     Costs the memory of that model; `CachedReference` around it costs its passes once. At the first step policy and
@@ -37,19 +39,7 @@ class ModelReference(Reference):
         PolicyError: for a value outside its domain; on checking, if its tokenizer gives other ids than the policy's.
     """
 
-    model: str
-    revision: str | None = None
-    quantization: Literal["nf4", "int8", "none"] = "nf4"
-    double_quantization: bool = True
-    adapter_path: str | None = None
-    adapter_base: Literal["same", "any"] = "same"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attention: str = "auto"
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the fields as the policy's are."""
-        assert self.loader is not None
+    option: ClassVar[str] = "reference"
 
     @property
     def starts_at_policy(self) -> bool:
@@ -58,10 +48,8 @@ class ModelReference(Reference):
 
     def check(self, policy: LoRAPolicy) -> None:
         """It can be loaded, and reads the same tokens."""
-        mine = self.loader
-        with _as_reference():
-            mine.check()
-        ours, theirs = policy.load_tokenizer().get_vocab(), mine.load_tokenizer().get_vocab()
+        self.check_model()
+        ours, theirs = policy.load_tokenizer().get_vocab(), self.load_tokenizer().get_vocab()
         if different := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
             raise PolicyError(
                 f"Expected a reference with the policy's vocabulary but {self.model!r} and {policy.model!r} differ in "
@@ -70,9 +58,7 @@ class ModelReference(Reference):
 
     def attach(self, model: Any, policy: LoRAPolicy) -> None:
         """Load it where the policy is."""
-        device = next(model.parameters()).device
-        with _as_reference():
-            found = self.loader.load_frozen(device)
+        found = self.load_frozen(next(model.parameters()).device)
         choose_layout(found, self.attention)
         keep_attached(model, "reference", found)
 
@@ -86,41 +72,15 @@ class ModelReference(Reference):
 
     def limits(self) -> Limits:
         """How many token ids and positions the model has."""
-        return policy_limits(self.loader)
+        return policy_limits(self)
 
     def checkpoint_identity(self, policy: LoRAPolicy) -> dict[str, Any]:
         """Of the model and its adapter."""
-        mine = self.loader
-        base = mine.checkpoint_identity()
+        base = self.model_identity()
         commit = {"commit": base["commit"]} if "commit" in base else {}
-        return {"model": base["fingerprint"], **commit, "adapter": mine.adapter_digest()}
+        return {"model": base["fingerprint"], **commit, "adapter": self.adapter_digest()}
 
     def cache_identity(self, policy: LoRAPolicy) -> dict[str, Any]:
         """Its content, quantisation and dtype, and its adapter's content."""
-        mine = self.loader
-        adapter = None if self.adapter_path is None else mine.adapter_cache_identity(str(mine.adapter_place.folder))
-        return {"base": mine.cache_identity(), "dtype": self.dtype, "adapter": adapter}
-
-    @cached_property
-    def loader(self) -> LoRAPolicy:
-        """What loads it: one, so that a hub id stays at one commit."""
-        return LoRAPolicy(
-            self.model,
-            revision=self.revision,
-            quantization=self.quantization,
-            double_quantization=self.double_quantization,
-            adapter_path=self.adapter_path,
-            adapter_base=self.adapter_base,
-            dtype=self.dtype,
-            attention=self.attention,
-            trust_remote_code=self.trust_remote_code,
-        )
-
-
-@contextmanager
-def _as_reference() -> Iterator[None]:
-    """What a policy says of its own options, these have."""
-    try:
-        yield
-    except PolicyError as error:
-        raise PolicyError(str(error).replace("`policy.", "`reference.")) from None
+        adapter = None if self.adapter_path is None else self.adapter_content(str(self.adapter_place.folder))
+        return {"base": self.model_content(), "dtype": self.dtype, "adapter": adapter}

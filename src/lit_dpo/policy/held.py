@@ -1,0 +1,239 @@
+"""A policy of a model that the user already holds: adapters are put on it, or its own are taken."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_dpo.errors import PolicyError, first_line
+from lit_dpo.hub import Place
+from lit_dpo.policy import adapter_checks, checks, lora_options
+from lit_dpo.policy.adapters import adapter_parameters, is_adapters
+from lit_dpo.policy.lora import LoRAPolicy
+
+if TYPE_CHECKING:
+    import torch
+
+_SAYS_ITSELF = ("model", "revision", "quantization", "double_quantization", "adapter_path", "adapter_base", "dtype")
+
+
+@dataclass(frozen=True)
+class HeldPolicy(LoRAPolicy):
+    """What `LoRAPolicy.from_model` makes; its fields say what the model is.
+
+    Checkpoints know the model by a digest of its weights in memory: a run continues on the same weights, wherever they
+    come from. No file can build the model again: whatever loads a checkpoint is given such a policy.
+    """
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any = None, **options: Any) -> HeldPolicy:
+        """See `LoRAPolicy.from_model`."""
+        from peft import PeftModel
+
+        if given := sorted({*_SAYS_ITSELF, "trust_remote_code"} & options.keys()):
+            raise PolicyError(f"`{given[0]}` has no effect on a model that is loaded already: leave it out.")
+        base, adapted = (model.get_base_model(), model) if isinstance(model, PeftModel) else (model, None)
+        _check_model(base, adapted)
+        if adapted is not None and (given := sorted(lora_options.PASSED_ON.keys() & options.keys())):
+            raise PolicyError(f"`{given[0]}` has no effect on a model with an adapter: its own holds. Leave it out.")
+        name = str(getattr(base, "name_or_path", "") or type(base).__name__)
+        said = {"dtype": str(base.dtype).removeprefix("torch."), **_quantization(base)}
+        policy = cls(name, **said, **options)
+        # no fields: neither copied, compared, printed nor saved with the others
+        vars(policy)["held"] = [base, adapted, tokenizer]
+        vars(policy)["_starts"] = None if adapted is None else _digest(adapter_parameters(adapted).items(), whole=True)
+        vars(policy)["_does_something"] = adapted is not None and any(
+            ("lora_B" in name and bool(p.any())) or "tokens" in name for name, p in adapter_parameters(adapted).items()
+        )
+        return policy
+
+    def __deepcopy__(self, memo: Any) -> HeldPolicy:
+        """A frozen policy; a copy would be a second model in memory."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Other processes get the fields alone."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def _held(self) -> list[Any]:
+        if "held" not in vars(self):
+            raise PolicyError(
+                f"{self.model!r} was given as an object, which no file holds. Load the same model again and give it: "
+                "`DPOModule.load_from_checkpoint(path, policy=LoRAPolicy.from_model(model))`."
+            )
+        found: list[Any] = vars(self)["held"]
+        return found
+
+    @property
+    def starts_from_adapter(self) -> bool:
+        """Whether the model came with an adapter that does something: it is the reference then."""
+        return bool(vars(self).get("_does_something"))
+
+    def check_model(self, *, weights: bool = True) -> None:
+        """The model is there, and one that can be scored; that was seen as it was given."""
+        self._held()
+        checks.check_attention(self.attention)
+
+    def check(self, *, weights: bool = True) -> None:
+        """As of a policy that loads its model, but for an adapter of its own."""
+        if self._held()[1] is None:
+            super().check(weights=weights)
+        else:
+            self.check_model(weights=weights)
+
+    def fetch(self) -> None:
+        """Nothing is downloaded."""
+
+    def config(self) -> Any:
+        """A copy of the model's."""
+        return copy.deepcopy(self._held()[0].config)
+
+    @cached_property
+    def place(self) -> Place:
+        """No folder; the name that the model came with."""
+        return Place(Path("(a model in memory)"), self.model, None, f"{self.option}.model")
+
+    def load_tokenizer(self) -> Any:
+        """The one that was given, or that of the model's name."""
+        from transformers import AutoTokenizer
+
+        if (tokenizer := self._held()[2]) is not None:
+            return tokenizer
+        try:
+            return AutoTokenizer.from_pretrained(self.model)
+        except (OSError, ValueError) as error:
+            raise PolicyError(
+                f"No tokenizer for {self.model!r}: {first_line(error)}. Give it too: "
+                "`LoRAPolicy.from_model(model, tokenizer=tokenizer)`."
+            ) from error
+
+    def load_base(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """The model itself, once; without dropout, on `device`."""
+        base = self._held()[0]
+        if vars(self).setdefault("_loaded", False):
+            raise PolicyError(f"{self.model!r} is another module's policy already. Load the model again and give that.")
+        assert self.model_identity()  # of the weights as they were given
+        vars(self)["_loaded"] = True
+        if base.device != device:
+            base.to(device)
+        if self.attention not in ("auto", "pairs"):
+            base.set_attn_implementation(self.attention)
+        checks.turn_off_dropout(base.config)
+        _turn_off_dropout(base)
+        checks.keep_trainable(base)
+        if self.quantization == "nf4":
+            from lit_dpo.policy.sliced import multiply_in_slices
+
+            multiply_in_slices(base)
+        return base.requires_grad_(False)
+
+    def put_adapters(self, base: Any) -> Any:
+        """The user's adapter, float32 and trainable; or fresh ones."""
+        if (adapted := self._held()[1]) is None:
+            return super().put_adapters(base)
+        for parameter in adapter_parameters(adapted).values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        return adapted
+
+    def lora_config(self) -> Any:
+        """Of the adapter that the model came with, or of fresh ones by the fields."""
+        adapted = self._held()[1]
+        return super().lora_config() if adapted is None else copy.deepcopy(adapted.peft_config["default"])
+
+    def model_identity(self) -> dict[str, Any]:
+        """A digest of samples of the weights, as they were given."""
+        return {"model": self.model, "revision": None, "fingerprint": self._sampled, **self._quantised()}
+
+    def model_content(self) -> dict[str, Any]:
+        """A digest of every byte of the weights."""
+        return {"weights": f"memory {_digest(_weights(self._held()[0]), whole=True)}", **self._quantised()}
+
+    def adapter_digest(self) -> str | None:
+        """Of the adapter that the model came with, as it was given."""
+        found: str | None = vars(self).get("_starts")
+        return found
+
+    @cached_property
+    def _sampled(self) -> str:
+        return f"memory {_digest(_weights(self._held()[0]), whole=False)}"
+
+
+def _check_model(base: Any, adapted: Any) -> None:
+    """It is a causal language model on one device, with one LoRA adapter or none."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers import PreTrainedModel
+
+    if not isinstance(base, PreTrainedModel):
+        raise PolicyError(f"Expected a transformers or PEFT model but got a {type(base).__name__}.")
+    checks.check_causal(base.config, type(base).__name__)
+    if len(places := {str(p.device) for p in base.parameters()}) > 1 or "meta" in places:
+        raise PolicyError(f"Expected a model on one device but its weights are on {', '.join(sorted(places))}.")
+    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    if adapted is None:
+        if layers:
+            raise PolicyError(
+                f"{type(base).__name__} has adapters inside already, of PEFT or of a policy that was made of it. Give "
+                "the `PeftModel`, or load the model again."
+            )
+        return
+    if sorted(adapted.peft_config) != ["default"]:
+        raise PolicyError(f"Expected one adapter named default but the model has {', '.join(adapted.peft_config)}.")
+    adapter_checks.check_lora_config(adapted.peft_config["default"], "of the model")
+    if any(layer.merged for layer in layers):
+        raise PolicyError("The model's adapter is merged into its weights: `unmerge_adapter()` first.")
+
+
+def _quantization(base: Any) -> dict[str, Any]:
+    """How the layers are quantised, seen in them."""
+    kinds = {type(module).__name__ for module in base.modules()}
+    if "Linear4bit" in kinds or "SlicedLinear4bit" in kinds:
+        import bitsandbytes as bnb
+
+        states = [m.weight.quant_state for m in base.modules() if isinstance(m, bnb.nn.Linear4bit)]
+        if wrong := {state.quant_type for state in states} - {"nf4"}:
+            raise PolicyError(f"Expected a model in nf4, int8 or not quantised but its layers are in {wrong.pop()}.")
+        return {"quantization": "nf4", "double_quantization": all(state.nested for state in states)}
+    if "Linear8bitLt" in kinds:
+        return {"quantization": "int8"}
+    if getattr(base, "hf_quantizer", None) is not None:
+        method = base.hf_quantizer.quantization_config.quant_method
+        raise PolicyError(f"The model is quantised with {method}, which is not trained on here: load it without.")
+    return {"quantization": "none"}
+
+
+def _turn_off_dropout(base: Any) -> None:
+    """Layers have read it from the configuration; an adapter's own dropout stays."""
+    own = {id(layer) for name, layer in base.named_modules() if "lora_dropout" in name}
+    for module in base.modules():
+        for name, value in vars(module).items():
+            named = re.search(r"drop(out)?($|_)|jitter", name) or (name == "p" and "Dropout" in type(module).__name__)
+            if named and isinstance(value, float) and value > 0 and id(module) not in own:
+                setattr(module, name, 0.0)
+
+
+def _weights(base: Any) -> Iterator[tuple[str, Any]]:
+    """Of the base alone, by the names that they have without adapters."""
+    for name, tensor in base.state_dict().items():
+        if not is_adapters(name) and hasattr(tensor, "detach"):
+            yield name.replace(".token_adapter", "").replace(".base_layer", ""), tensor
+
+
+def _digest(weights: Any, *, whole: bool) -> str:
+    """Of tensors with names; or of evenly spaced numbers of each, thousands of them."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights):
+        flat = tensor.detach().reshape(-1)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if not whole and flat.numel() > 2**14:
+            flat = flat[torch.linspace(0, flat.numel() - 1, 2**14, dtype=torch.float64).long().to(flat.device)]
+        digest.update(flat.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
