@@ -19,6 +19,8 @@ from lit_dpo.policy.lora import LoRAPolicy
 
 if TYPE_CHECKING:
     import torch
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _SAYS_ITSELF = ("model", "revision", "quantization", "double_quantization", "adapter_path", "adapter_base", "dtype")
 
@@ -90,7 +92,7 @@ class HeldPolicy(LoRAPolicy):
     def fetch(self) -> None:
         """Nothing is downloaded."""
 
-    def config(self) -> Any:
+    def config(self) -> PreTrainedConfig:
         """A copy of the model's."""
         return copy.deepcopy(self._held()[0].config)
 
@@ -99,7 +101,7 @@ class HeldPolicy(LoRAPolicy):
         """No folder; the name that the model came with."""
         return Place(Path("(a model in memory)"), self.model, None, f"{self.option}.model")
 
-    def load_tokenizer(self) -> Any:
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The one that was given, or that of the model's name."""
         from transformers import AutoTokenizer
 
@@ -113,7 +115,7 @@ class HeldPolicy(LoRAPolicy):
                 "`LoRAPolicy.from_model(model, tokenizer=tokenizer)`."
             ) from error
 
-    def load_base(self, device: torch.device, dtype: torch.dtype) -> Any:
+    def load_base(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """The model itself, once; without dropout, on `device`."""
         base = self._held()[0]
         if vars(self).setdefault("_loaded", False):
@@ -133,7 +135,7 @@ class HeldPolicy(LoRAPolicy):
             multiply_in_slices(base)
         return base.requires_grad_(False)
 
-    def put_adapters(self, base: Any) -> Any:
+    def put_adapters(self, base: PreTrainedModel) -> PeftModel:
         """The user's adapter, float32 and trainable; or fresh ones."""
         if (adapted := self._held()[1]) is None:
             return super().put_adapters(base)
@@ -142,7 +144,7 @@ class HeldPolicy(LoRAPolicy):
             parameter.requires_grad_(True)
         return adapted
 
-    def lora_config(self) -> Any:
+    def lora_config(self) -> LoraConfig:
         """Of the adapter that the model came with, or of fresh ones by the fields."""
         adapted = self._held()[1]
         return super().lora_config() if adapted is None else copy.deepcopy(adapted.peft_config["default"])
@@ -165,7 +167,7 @@ class HeldPolicy(LoRAPolicy):
         return f"memory {_digest(_weights(self._held()[0]), whole=False)}"
 
 
-def _check_model(base: Any, adapted: Any) -> None:
+def _check_model(base: PreTrainedModel, adapted: PeftModel | None) -> None:
     """It is a causal language model on one device, with one LoRA adapter or none."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import PreTrainedModel
@@ -190,7 +192,7 @@ def _check_model(base: Any, adapted: Any) -> None:
         raise PolicyError("The model's adapter is merged into its weights: `unmerge_adapter()` first.")
 
 
-def _quantization(base: Any) -> dict[str, Any]:
+def _quantization(base: PreTrainedModel) -> dict[str, Any]:
     """How the layers are quantised, seen in them."""
     kinds = {type(module).__name__ for module in base.modules()}
     if "Linear4bit" in kinds or "SlicedLinear4bit" in kinds:
@@ -208,7 +210,7 @@ def _quantization(base: Any) -> dict[str, Any]:
     return {"quantization": "none"}
 
 
-def _turn_off_dropout(base: Any) -> None:
+def _turn_off_dropout(base: PreTrainedModel) -> None:
     """Layers have read it from the configuration; an adapter's own dropout stays."""
     own = {id(layer) for name, layer in base.named_modules() if "lora_dropout" in name}
     for module in base.modules():
@@ -218,7 +220,7 @@ def _turn_off_dropout(base: Any) -> None:
                 setattr(module, name, 0.0)
 
 
-def _weights(base: Any) -> Iterator[tuple[str, Any]]:
+def _weights(base: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """Of the base alone, by the names that they have without adapters."""
     for name, tensor in base.state_dict().items():
         if not is_adapters(name) and hasattr(tensor, "detach"):
