@@ -43,7 +43,7 @@ class HeldPolicy(LoRAPolicy):
         if adapted is not None and (given := sorted(lora_options.PASSED_ON.keys() & options.keys())):
             raise PolicyError(f"`{given[0]}` has no effect on a model with an adapter: its own holds. Leave it out.")
         name = str(getattr(base, "name_or_path", "") or type(base).__name__)
-        said = {"dtype": str(base.dtype).removeprefix("torch."), **_quantization(base)}
+        said = {"dtype": str(base.dtype).removeprefix("torch."), **checks.quantization_of(base)}
         policy = cls(name, **said, **options)
         # no fields: neither copied, compared, printed nor saved with the others
         vars(policy)["held"] = [base, adapted, tokenizer]
@@ -188,24 +188,6 @@ def _check_model(base: Any, adapted: Any) -> None:
     adapter_checks.check_lora_config(adapted.peft_config["default"], "of the model")
     if any(layer.merged for layer in layers):
         raise PolicyError("The model's adapter is merged into its weights: `unmerge_adapter()` first.")
-
-
-def _quantization(base: Any) -> dict[str, Any]:
-    """How the layers are quantised, seen in them."""
-    kinds = {type(module).__name__ for module in base.modules()}
-    if "Linear4bit" in kinds or "SlicedLinear4bit" in kinds:
-        import bitsandbytes as bnb
-
-        states = [m.weight.quant_state for m in base.modules() if isinstance(m, bnb.nn.Linear4bit)]
-        if wrong := {state.quant_type for state in states} - {"nf4"}:
-            raise PolicyError(f"Expected a model in nf4, int8 or not quantised but its layers are in {wrong.pop()}.")
-        return {"quantization": "nf4", "double_quantization": all(state.nested for state in states)}
-    if "Linear8bitLt" in kinds:
-        return {"quantization": "int8"}
-    if getattr(base, "hf_quantizer", None) is not None:
-        method = base.hf_quantizer.quantization_config.quant_method
-        raise PolicyError(f"The model is quantised with {method}, which is not trained on here: load it without.")
-    return {"quantization": "none"}
 
 
 def _turn_off_dropout(base: Any) -> None:
