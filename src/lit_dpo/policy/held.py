@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 _SAYS_ITSELF = ("model", "revision", "quantization", "double_quantization", "adapter_path", "adapter_base", "dtype")
 
 
+@dataclass
+class _Held:
+    """What was given, and what is known of it from then; training changes the adapter in place."""
+
+    base: Any
+    adapted: Any
+    tokenizer: Any
+    adapter_digest: str | None
+    does_something: bool
+    loaded: bool = False
+
+
 @dataclass(frozen=True)
 class HeldPolicy(LoRAPolicy):
     """What `LoRAPolicy.from_model` makes; its fields say what the model is.
@@ -45,11 +57,14 @@ class HeldPolicy(LoRAPolicy):
         name = str(getattr(base, "name_or_path", "") or type(base).__name__)
         said = {"dtype": str(base.dtype).removeprefix("torch."), **checks.quantization_of(base)}
         policy = cls(name, **said, **options)
-        # no fields: neither copied, compared, printed nor saved with the others
-        vars(policy)["held"] = [base, adapted, tokenizer]
-        vars(policy)["_starts"] = None if adapted is None else _digest(adapter_parameters(adapted).items(), whole=True)
-        vars(policy)["_does_something"] = adapted is not None and any(
-            ("lora_B" in name and bool(p.any())) or "tokens" in name for name, p in adapter_parameters(adapted).items()
+        found = {} if adapted is None else adapter_parameters(adapted)
+        # no field: neither copied, compared, printed nor saved with the others
+        vars(policy)["held"] = _Held(
+            base,
+            adapted,
+            tokenizer,
+            adapter_digest=_digest(found.items(), whole=True) if found else None,
+            does_something=any(("lora_B" in name and bool(p.any())) or "tokens" in name for name, p in found.items()),
         )
         return policy
 
@@ -61,28 +76,29 @@ class HeldPolicy(LoRAPolicy):
         """Other processes get the fields alone."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def _held(self) -> list[Any]:
+    def _given(self) -> _Held:
         if "held" not in vars(self):
             raise PolicyError(
                 f"{self.model!r} was given as an object, which no file holds. Load the same model again and give it: "
                 "`DPOModule.load_from_checkpoint(path, policy=LoRAPolicy.from_model(model))`."
             )
-        found: list[Any] = vars(self)["held"]
+        found: _Held = vars(self)["held"]
         return found
 
     @property
     def starts_from_adapter(self) -> bool:
         """Whether the model came with an adapter that does something: it is the reference then."""
-        return bool(vars(self).get("_does_something"))
+        held: _Held | None = vars(self).get("held")
+        return held is not None and held.does_something
 
     def check_model(self, *, weights: bool = True) -> None:
         """The model is there, and one that can be scored; that was seen as it was given."""
-        self._held()
+        self._given()
         checks.check_attention(self.attention)
 
     def check(self, *, weights: bool = True) -> None:
         """As of a policy that loads its model, but for an adapter of its own."""
-        if self._held()[1] is None:
+        if self._given().adapted is None:
             super().check(weights=weights)
         else:
             self.check_model(weights=weights)
@@ -92,7 +108,7 @@ class HeldPolicy(LoRAPolicy):
 
     def config(self) -> Any:
         """A copy of the model's."""
-        return copy.deepcopy(self._held()[0].config)
+        return copy.deepcopy(self._given().base.config)
 
     @cached_property
     def place(self) -> Place:
@@ -103,7 +119,7 @@ class HeldPolicy(LoRAPolicy):
         """The one that was given, or that of the model's name."""
         from transformers import AutoTokenizer
 
-        if (tokenizer := self._held()[2]) is not None:
+        if (tokenizer := self._given().tokenizer) is not None:
             return tokenizer
         try:
             return AutoTokenizer.from_pretrained(self.model)
@@ -115,11 +131,11 @@ class HeldPolicy(LoRAPolicy):
 
     def load_base(self, device: torch.device, dtype: torch.dtype) -> Any:
         """The model itself, once; without dropout, on `device`."""
-        base = self._held()[0]
-        if vars(self).setdefault("_loaded", False):
+        held = self._given()
+        if held.loaded:
             raise PolicyError(f"{self.model!r} is another module's policy already. Load the model again and give that.")
         assert self.model_identity()  # of the weights as they were given
-        vars(self)["_loaded"] = True
+        held.loaded, base = True, held.base
         if base.device != device:
             base.to(device)
         if self.attention not in ("auto", "pairs"):
@@ -135,7 +151,7 @@ class HeldPolicy(LoRAPolicy):
 
     def put_adapters(self, base: Any) -> Any:
         """The user's adapter, float32 and trainable; or fresh ones."""
-        if (adapted := self._held()[1]) is None:
+        if (adapted := self._given().adapted) is None:
             return super().put_adapters(base)
         for parameter in adapter_parameters(adapted).values():
             parameter.data = parameter.data.float()
@@ -144,7 +160,7 @@ class HeldPolicy(LoRAPolicy):
 
     def lora_config(self) -> Any:
         """Of the adapter that the model came with, or of fresh ones by the fields."""
-        adapted = self._held()[1]
+        adapted = self._given().adapted
         return super().lora_config() if adapted is None else copy.deepcopy(adapted.peft_config["default"])
 
     def model_identity(self) -> dict[str, Any]:
@@ -153,16 +169,15 @@ class HeldPolicy(LoRAPolicy):
 
     def model_content(self) -> dict[str, Any]:
         """A digest of every byte of the weights."""
-        return {"weights": f"memory {_digest(_weights(self._held()[0]), whole=True)}", **self._quantised()}
+        return {"weights": f"memory {_digest(_weights(self._given().base), whole=True)}", **self._quantised()}
 
     def adapter_digest(self) -> str | None:
         """Of the adapter that the model came with, as it was given."""
-        found: str | None = vars(self).get("_starts")
-        return found
+        return self._given().adapter_digest
 
     @cached_property
     def _sampled(self) -> str:
-        return f"memory {_digest(_weights(self._held()[0]), whole=False)}"
+        return f"memory {_digest(_weights(self._given().base), whole=False)}"
 
 
 def _check_model(base: Any, adapted: Any) -> None:
