@@ -393,7 +393,7 @@ def test_hyper_parameters_say_which_class_to_build_and_from_what(tiny_model):
 def test_a_loggers_hyper_parameters_are_builtins(tiny_model):
     initial = DPOModule(LoRAPolicy(str(tiny_model)), IPOLoss(beta=0.3)).hparams_initial
     assert initial["loss"] == to_builtins(IPOLoss(beta=0.3))
-    assert initial["policy"]["model"] == str(tiny_model)
+    assert initial["policy"]["init_args"]["model"] == str(tiny_model)
 
 
 @pytest.mark.parametrize("name", ["_prepare_subcommand_parser", "_parse_ckpt_path"])

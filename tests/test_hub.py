@@ -70,7 +70,8 @@ noted["adapters"] = [a.adapter_content(at) for at in ("acme/adapter@v1", ADAPTER
 sharded = LoRAPolicy("acme/sharded", r=2)
 sharded.load()
 noted["sharded"] = [sharded.checkpoint_identity()["fingerprint"],
-LoRAPolicy(SHARDED).checkpoint_identity()["fingerprint"]] check("custom", LoRAPolicy("acme/custom"))
+LoRAPolicy(SHARDED).checkpoint_identity()["fingerprint"]]
+check("custom", LoRAPolicy("acme/custom"))
 noted["custom, trusted"] = type(LoRAPolicy("acme/custom", trust_remote_code=True).load().get_base_model()).__name__
 
 exported, ids = "runs/version_0/adapter", torch.arange(3, 40)[None]

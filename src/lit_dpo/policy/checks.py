@@ -193,6 +193,24 @@ def int8_layers(model: nn.Module) -> list[Any]:
     return [] if bnb is None else [layer for layer in model.modules() if isinstance(layer, bnb.nn.Linear8bitLt)]
 
 
+def quantization_of(base: PreTrainedModel) -> dict[str, Any]:
+    """How the layers are quantised, seen in them."""
+    kinds = {type(module).__name__ for module in base.modules()}
+    if "Linear4bit" in kinds or "SlicedLinear4bit" in kinds:
+        import bitsandbytes as bnb
+
+        states = [m.weight.quant_state for m in base.modules() if isinstance(m, bnb.nn.Linear4bit)]
+        if wrong := {state.quant_type for state in states} - {"nf4"}:
+            raise PolicyError(f"Expected a model in nf4, int8 or not quantised but its layers are in {wrong.pop()}.")
+        return {"quantization": "nf4", "double_quantization": all(state.nested for state in states)}
+    if "Linear8bitLt" in kinds:
+        return {"quantization": "int8"}
+    if getattr(base, "hf_quantizer", None) is not None:
+        method = base.hf_quantizer.quantization_config.quant_method
+        raise PolicyError(f"The model is quantised with {method}, which is not trained on here: load it without.")
+    return {"quantization": "none"}
+
+
 def keep_trainable(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
 

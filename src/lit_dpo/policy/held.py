@@ -25,6 +25,18 @@ if TYPE_CHECKING:
 _SAYS_ITSELF = ("model", "revision", "quantization", "double_quantization", "adapter_path", "adapter_base", "dtype")
 
 
+@dataclass
+class _Held:
+    """What was given, and what is known of it from then; training changes the adapter in place."""
+
+    base: PreTrainedModel
+    adapted: PeftModel | None
+    tokenizer: PreTrainedTokenizerBase | None
+    adapter_digest: str | None
+    does_something: bool
+    loaded: bool = False
+
+
 @dataclass(frozen=True)
 class HeldPolicy(LoRAPolicy):
     """What `LoRAPolicy.from_model` makes; its fields say what the model is.
@@ -34,7 +46,9 @@ class HeldPolicy(LoRAPolicy):
     """
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any = None, **options: Any) -> HeldPolicy:
+    def of(
+        cls, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+    ) -> HeldPolicy:
         """See `LoRAPolicy.from_model`."""
         from peft import PeftModel
 
@@ -45,13 +59,16 @@ class HeldPolicy(LoRAPolicy):
         if adapted is not None and (given := sorted(lora_options.PASSED_ON.keys() & options.keys())):
             raise PolicyError(f"`{given[0]}` has no effect on a model with an adapter: its own holds. Leave it out.")
         name = str(getattr(base, "name_or_path", "") or type(base).__name__)
-        said = {"dtype": str(base.dtype).removeprefix("torch."), **_quantization(base)}
+        said = {"dtype": str(base.dtype).removeprefix("torch."), **checks.quantization_of(base)}
         policy = cls(name, **said, **options)
-        # no fields: neither copied, compared, printed nor saved with the others
-        vars(policy)["held"] = [base, adapted, tokenizer]
-        vars(policy)["_starts"] = None if adapted is None else _digest(adapter_parameters(adapted).items(), whole=True)
-        vars(policy)["_does_something"] = adapted is not None and any(
-            ("lora_B" in name and bool(p.any())) or "tokens" in name for name, p in adapter_parameters(adapted).items()
+        found = {} if adapted is None else adapter_parameters(adapted)
+        # no field: neither copied, compared, printed nor saved with the others
+        vars(policy)["held"] = _Held(
+            base,
+            adapted,
+            tokenizer,
+            adapter_digest=_digest(found.items(), whole=True) if found else None,
+            does_something=any(("lora_B" in name and bool(p.any())) or "tokens" in name for name, p in found.items()),
         )
         return policy
 
@@ -63,28 +80,29 @@ class HeldPolicy(LoRAPolicy):
         """Other processes get the fields alone."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def _held(self) -> list[Any]:
+    def _given(self) -> _Held:
         if "held" not in vars(self):
             raise PolicyError(
                 f"{self.model!r} was given as an object, which no file holds. Load the same model again and give it: "
                 "`DPOModule.load_from_checkpoint(path, policy=LoRAPolicy.from_model(model))`."
             )
-        found: list[Any] = vars(self)["held"]
+        found: _Held = vars(self)["held"]
         return found
 
     @property
     def starts_from_adapter(self) -> bool:
         """Whether the model came with an adapter that does something: it is the reference then."""
-        return bool(vars(self).get("_does_something"))
+        held: _Held | None = vars(self).get("held")
+        return held is not None and held.does_something
 
     def check_model(self, *, weights: bool = True) -> None:
         """The model is there, and one that can be scored; that was seen as it was given."""
-        self._held()
+        self._given()
         checks.check_attention(self.attention)
 
     def check(self, *, weights: bool = True) -> None:
         """As of a policy that loads its model, but for an adapter of its own."""
-        if self._held()[1] is None:
+        if self._given().adapted is None:
             super().check(weights=weights)
         else:
             self.check_model(weights=weights)
@@ -94,7 +112,7 @@ class HeldPolicy(LoRAPolicy):
 
     def config(self) -> PreTrainedConfig:
         """A copy of the model's."""
-        return copy.deepcopy(self._held()[0].config)
+        return copy.deepcopy(self._given().base.config)
 
     @cached_property
     def place(self) -> Place:
@@ -105,7 +123,7 @@ class HeldPolicy(LoRAPolicy):
         """The one that was given, or that of the model's name."""
         from transformers import AutoTokenizer
 
-        if (tokenizer := self._held()[2]) is not None:
+        if (tokenizer := self._given().tokenizer) is not None:
             return tokenizer
         try:
             return AutoTokenizer.from_pretrained(self.model)
@@ -117,11 +135,11 @@ class HeldPolicy(LoRAPolicy):
 
     def load_base(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """The model itself, once; without dropout, on `device`."""
-        base = self._held()[0]
-        if vars(self).setdefault("_loaded", False):
+        held = self._given()
+        if held.loaded:
             raise PolicyError(f"{self.model!r} is another module's policy already. Load the model again and give that.")
         assert self.model_identity()  # of the weights as they were given
-        vars(self)["_loaded"] = True
+        held.loaded, base = True, held.base
         if base.device != device:
             base.to(device)
         if self.attention not in ("auto", "pairs"):
@@ -137,7 +155,7 @@ class HeldPolicy(LoRAPolicy):
 
     def put_adapters(self, base: PreTrainedModel) -> PeftModel:
         """The user's adapter, float32 and trainable; or fresh ones."""
-        if (adapted := self._held()[1]) is None:
+        if (adapted := self._given().adapted) is None:
             return super().put_adapters(base)
         for parameter in adapter_parameters(adapted).values():
             parameter.data = parameter.data.float()
@@ -146,7 +164,7 @@ class HeldPolicy(LoRAPolicy):
 
     def lora_config(self) -> LoraConfig:
         """Of the adapter that the model came with, or of fresh ones by the fields."""
-        adapted = self._held()[1]
+        adapted = self._given().adapted
         return super().lora_config() if adapted is None else copy.deepcopy(adapted.peft_config["default"])
 
     def model_identity(self) -> dict[str, Any]:
@@ -155,19 +173,18 @@ class HeldPolicy(LoRAPolicy):
 
     def model_content(self) -> dict[str, Any]:
         """A digest of every byte of the weights."""
-        return {"weights": f"memory {_digest(_weights(self._held()[0]), whole=True)}", **self._quantised()}
+        return {"weights": f"memory {_digest(_weights(self._given().base), whole=True)}", **self._quantised()}
 
     def adapter_digest(self) -> str | None:
         """Of the adapter that the model came with, as it was given."""
-        found: str | None = vars(self).get("_starts")
-        return found
+        return self._given().adapter_digest
 
     @cached_property
     def _sampled(self) -> str:
-        return f"memory {_digest(_weights(self._held()[0]), whole=False)}"
+        return f"memory {_digest(_weights(self._given().base), whole=False)}"
 
 
-def _check_model(base: PreTrainedModel, adapted: PeftModel | None) -> None:
+def _check_model(base: PreTrainedModel, adapted: Any) -> None:
     """It is a causal language model on one device, with one LoRA adapter or none."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import PreTrainedModel
@@ -190,24 +207,6 @@ def _check_model(base: PreTrainedModel, adapted: PeftModel | None) -> None:
     adapter_checks.check_lora_config(adapted.peft_config["default"], "of the model")
     if any(layer.merged for layer in layers):
         raise PolicyError("The model's adapter is merged into its weights: `unmerge_adapter()` first.")
-
-
-def _quantization(base: PreTrainedModel) -> dict[str, Any]:
-    """How the layers are quantised, seen in them."""
-    kinds = {type(module).__name__ for module in base.modules()}
-    if "Linear4bit" in kinds or "SlicedLinear4bit" in kinds:
-        import bitsandbytes as bnb
-
-        states = [m.weight.quant_state for m in base.modules() if isinstance(m, bnb.nn.Linear4bit)]
-        if wrong := {state.quant_type for state in states} - {"nf4"}:
-            raise PolicyError(f"Expected a model in nf4, int8 or not quantised but its layers are in {wrong.pop()}.")
-        return {"quantization": "nf4", "double_quantization": all(state.nested for state in states)}
-    if "Linear8bitLt" in kinds:
-        return {"quantization": "int8"}
-    if getattr(base, "hf_quantizer", None) is not None:
-        method = base.hf_quantizer.quantization_config.quant_method
-        raise PolicyError(f"The model is quantised with {method}, which is not trained on here: load it without.")
-    return {"quantization": "none"}
 
 
 def _turn_off_dropout(base: PreTrainedModel) -> None:
