@@ -39,6 +39,7 @@ def join(records: Sequence[PairLogps]) -> PairLogps:
     """Join the records of micro-batches to that of their batch."""
     if len(records) == 1:
         return records[0]
+    # the state is the loss's, not the pairs': it is the same in all, and not put together
     joined: PairLogps = _joined([record._replace(state=None) for record in records])
     return joined._replace(state=records[0].state)
 
@@ -87,6 +88,7 @@ class GradientSum:
         scaled = losses.sum() * self._scale
         # as in Lightning's own backward pass, which does not run under autocast
         with torch.autocast(losses.device.type, enabled=False):
+            # not `backward`, with which DDP's hooks would exchange gradients for each micro-batch
             found = torch.autograd.grad(scaled, self._parameters, allow_unused=True)
         for place, (before, new) in enumerate(zip(self._sums, found, strict=True)):
             if new is not None:  # not in place: autograd may give one tensor to two parameters
@@ -100,6 +102,7 @@ class GradientSum:
     def total(self) -> Tensor:
         """Return the sum of all losses, to run backward from, once."""
         value = torch.stack([losses.sum() for losses in self._losses]).sum()
+        # no second reference: the backward pass frees one after another
         sums, self._sums = self._sums, []
         found: Tensor = _Summed.apply(value, sums, self._scale, *self._parameters)  # type: ignore[no-untyped-call]
         return found
@@ -112,6 +115,8 @@ class _Summed(torch.autograd.Function):
     def forward(
         ctx: Any, value: Tensor, sums: list[Tensor | None], scale: float | Tensor, *parameters: Tensor
     ) -> Tensor:
+        # on `ctx`, because saved tensors cannot be freed one by one. Parameters are inputs, so that gradients go
+        # their ordinary way, on which DDP's hooks and those of Lightning wait
         ctx.sums, ctx.scale = sums, scale
         return value.clone()
 
@@ -122,6 +127,7 @@ class _Summed(torch.autograd.Function):
             raise RuntimeError(
                 "The gradients of a batch in micro-batches are handed over once: its backward ran a second time."
             )
+        # the sums are scaled already, and a scaler has scaled the total: it must count once
         weight = weight / ctx.scale
         gradients: list[Tensor | None] = []
         while sums:  # each is freed as its product is made
