@@ -152,7 +152,7 @@ class DPOModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Load policy and reference on the trainer's device and choose the layout. Does nothing the second time."""
-        if self.model is not None:
+        if self.model is not None:  # Lightning asks before every stage, `load_state_dict` asks too
             return
         self.configured = True
         device = self.trainer.strategy.root_device if self._attached is not None else torch.device("cpu")
@@ -234,6 +234,7 @@ class DPOModule(pl.LightningModule):
     @pl.LightningModule.trainer.setter  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
     def trainer(self, trainer: Any) -> None:
         """Bring callbacks along, ahead of the trainer's; one of its own of the same class stands in their order."""
+        # not in `configure_callbacks`, which a subclass may override without `super()`
         pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         if trainer is not None and trainer.lightning_module is self:
             own = trainer.callbacks
@@ -291,6 +292,7 @@ class DPOModule(pl.LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the policy's adapter and whatever a subclass added; what is frozen is not stored."""
+        # torch would store the whole base; one in 4 bits would not even load again
         model, self.model = self.model, None
         try:
             state: dict[str, Any] = super().state_dict(*args, **kwargs)
@@ -360,6 +362,7 @@ class DPOModule(pl.LightningModule):
             self.model.eval()
         try:
             with torch.no_grad():
+                # a loss that couples pairs is no reason here: it sees the joined record
                 parts = [batch] if self._may_couple_pairs else batch.cut(self.microbatch_limit)
                 return join([self.pair_logps(part) for part in parts])
         finally:
@@ -429,6 +432,7 @@ class DPOModule(pl.LightningModule):
             pairs = self.pair_logps(batch) if training else self.batch_logps(batch)
             seen = pairs.detach()
             if training and self.loss_state is not None:
+                # over all ranks, and before the losses: every rank compares with the same memory
                 sums = self.trainer.strategy.reduce(self.loss.sums(seen), reduce_op="sum")
                 self.loss_state = self.loss.next_state(self.loss_state, sums)
                 pairs, seen = (one._replace(state=self.loss_state) for one in (pairs, seen))
