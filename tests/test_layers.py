@@ -64,6 +64,8 @@ def _imports(file: Path, inside_functions: bool = True) -> set[str]:
     found, todo = set(), list(ast.parse(file.read_text(encoding="utf-8")).body)
     while todo:
         node = todo.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue  # names for types: nothing is imported when it runs
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

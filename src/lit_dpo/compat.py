@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    import lightning.pytorch as pl
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 # ---- PEFT ----
 
@@ -43,13 +46,13 @@ def use_adapters(layer: Any, names: str | list[str]) -> None:
 # ---- transformers ----
 
 
-def attention_of(model: Any) -> str | None:
+def attention_of(model: PreTrainedModel) -> str | None:
     """The attention implementation of a model. transformers has a public way to set it, and none to read it."""
     found: str | None = model.config._attn_implementation
     return found
 
 
-def can_switch_attention(model: Any) -> bool:
+def can_switch_attention(model: PreTrainedModel) -> bool:
     """Whether a model takes its attention from `transformers.AttentionInterface`.
 
     Where it does not, the public `set_attn_implementation` logs a warning and does nothing.
@@ -95,17 +98,17 @@ BATCHES_THAT_STEPPED = "_batches_that_stepped"
 """What a loop, and its part of a checkpoint, call the number of the next row that is logged."""
 
 
-def number_rows_from(trainer: Any, step: int) -> None:
+def number_rows_from(trainer: pl.Trainer, step: int) -> None:
     """Let the next row that a training loop logs have this number: `global_step`, which is public, does not move it."""
     setattr(trainer.fit_loop.epoch_loop, BATCHES_THAT_STEPPED, step)
 
 
-def is_numbered(logger: Any) -> bool:
+def is_numbered(logger: TensorBoardLogger | CSVLogger) -> bool:
     """Whether a TensorBoard or CSV logger has its version. The public `version` gives it one, by being asked."""
     return logger._version is not None
 
 
-def number(logger: Any, version: int) -> None:
+def number(logger: TensorBoardLogger | CSVLogger, version: int) -> None:
     """Give a TensorBoard or CSV logger its version; `version` cannot be set."""
     logger._version = version
 

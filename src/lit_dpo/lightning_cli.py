@@ -7,7 +7,7 @@ import logging
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -23,6 +23,9 @@ from lit_dpo.parser import Parser, refuse
 from lit_dpo.policy.devices import default_precision
 from lit_dpo.writing import written_whole
 
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
 _LOGGER = {
     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
     # `default_hp_metric` would log -1 before anything was measured
@@ -33,7 +36,7 @@ _LOGGER = {
 class _ProgressBar(RichProgressBar):
     """Lightning's, with names that fit next to the bar."""
 
-    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         shown = super().get_metrics(trainer, pl_module)
         shown.pop("v_num", None)
         return {name.replace("reward_", ""): value for name, value in shown.items()}
@@ -198,7 +201,7 @@ def _precision(typed: Any) -> dict[str, Any]:
     return {"trainer.precision": chosen}
 
 
-def _root(trainer: Any) -> Path:
+def _root(trainer: Namespace) -> Path:
     """Where the runs of a configuration are."""
     logger = trainer.get("logger")
     saved = logger.init_args.get("save_dir") if hasattr(logger, "init_args") else None

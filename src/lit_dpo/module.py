@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
 import torch
@@ -281,7 +281,7 @@ class DPOModule(pl.LightningModule):
             **{name: column.cpu() for name, column in batch.columns.items()},
         }
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move; never cast. The policy decides dtypes: `bf16-true` would round adapters, which then hardly train."""
         torch.nn.Module().to(*args, **kwargs)  # or torch's error, for what it cannot read
         first = args[0] if args else kwargs.get("device", kwargs.get("tensor"))
@@ -313,7 +313,7 @@ class DPOModule(pl.LightningModule):
         return torch.nn.Module().load_state_dict({})  # as it says that all keys matched
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Build a module as a checkpoint says it was, with its adapter; see Lightning.
 
         But no file says that code is run: `trust_remote_code` is false unless it is given here, within `policy=` or
@@ -393,14 +393,14 @@ class DPOModule(pl.LightningModule):
     # ---- helpers ----
 
     @property
-    def _attached(self) -> Any:
+    def _attached(self) -> pl.Trainer | None:
         """The trainer, or None where there is none, or Fabric's."""
         with suppress(RuntimeError):
             return self.trainer if self.fabric is None else None
         return None
 
     @property
-    def hparams_initial(self) -> Any:
+    def hparams_initial(self) -> AttributeDict:
         """The hyper-parameters in builtins, as loggers take them and the command line would have written them."""
         return AttributeDict(copy.deepcopy(configuration(self)))
 

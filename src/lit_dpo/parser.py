@@ -128,7 +128,7 @@ def _drop_typed(before: Namespace, after: str) -> dict[str, None]:
     return {f"{new} has its own defaults: dropped {', '.join(dropped)}, given for {old}": None}
 
 
-def _shared_arguments(old: Any, new: Any) -> set[str]:
+def _shared_arguments(old: object, new: object) -> set[str]:
     """Name what a model, data or policy class takes over from another: arguments that their nearest base has."""
     if not isinstance(old, type) or not isinstance(new, type):
         return set()
@@ -151,5 +151,5 @@ def _load(class_path: str) -> Any:
         return class_path
 
 
-def _show(name: str, value: Any) -> str:
+def _show(name: str, value: object) -> str:
     return f"{name}={value}" if isinstance(value, str | int | float | None) else name

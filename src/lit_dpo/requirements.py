@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lit_dpo.data.batch import KNOWN_COLUMNS
 from lit_dpo.errors import DataError, PolicyError, TrainingError
@@ -18,6 +18,10 @@ from lit_dpo.references.cache import CachedReference
 from lit_dpo.references.model import ModelReference
 
 if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch.strategies import Strategy
+
+    from lit_dpo.module import DPOModule
     from lit_dpo.policy import LoRAPolicy
 
 
@@ -70,7 +74,7 @@ def check_columns(loss: PreferenceLoss, columns: Mapping[str, frozenset[str]]) -
             rank_zero_info(f"{split}: {name} does not read the rows' {', '.join(unread)}")
 
 
-def check_strategy(strategy: Any) -> None:
+def check_strategy(strategy: Strategy) -> None:
     """Gradients are brought together over ranks, and parameters are whole.
 
     Args:
@@ -90,7 +94,7 @@ def check_strategy(strategy: Any) -> None:
         )
 
 
-def check_run(module: Any, trainer: Any, *, weights: bool = True) -> None:
+def check_run(module: DPOModule, trainer: pl.Trainer, *, weights: bool = True) -> None:
     """Find what is wrong with strategy, loss, policy and reference before a weight is read.
 
     Args:
@@ -120,7 +124,7 @@ def check_run(module: Any, trainer: Any, *, weights: bool = True) -> None:
             check_tokens(*found, model=name)
 
 
-def _limits(module: Any) -> Iterator[tuple[str, Limits]]:
+def _limits(module: DPOModule) -> Iterator[tuple[str, Limits]]:
     """Of the policy, and of a reference that is a model of its own."""
     loaded = module.model is not None
     yield repr(module.policy.model), limits(module.model) if loaded else policy_limits(module.policy)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
 class Window:
@@ -27,7 +30,9 @@ class Window:
         self._pairs: dict[int, float | Tensor] = {}
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def loss(self, total: Tensor, pairs: int, batch_idx: int, trainer: Any, parameters: Iterable[Tensor]) -> Tensor:
+    def loss(
+        self, total: Tensor, pairs: int, batch_idx: int, trainer: pl.Trainer, parameters: Iterable[Tensor]
+    ) -> Tensor:
         """Return what `training_step` returns for a batch.
 
         Args:

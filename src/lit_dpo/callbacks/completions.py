@@ -4,18 +4,26 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.callbacks.alone import alone
-from lit_dpo.callbacks.export import run_directory, tokenizer_of
+from lit_dpo.callbacks.export import data_of, run_directory, tokenizer_of
+from lit_dpo.data.formats import Message
 from lit_dpo.errors import TrainingError
 from lit_dpo.logps.attention import plain_attention
 from lit_dpo.policy.limits import limits
 from lit_dpo.writing import written_whole
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_dpo.module import DPOModule
+
 
 # C0 but for tab and newline, DEL, C1, and marks that turn the direction of text
 _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -50,29 +58,29 @@ class SampleCompletions(pl.Callback):
         self.max_new_tokens, self.temperature, self.classify = max_new_tokens, temperature, classify
         self._before: list[str] | None = None
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: DPOModule, stage: str) -> None:
         """See that there are prompts to take."""
-        if not hasattr(trainer.datamodule, "prompts"):
+        if not hasattr(data_of(trainer), "prompts"):
             raise TrainingError(
                 "SampleCompletions takes its prompts from a PreferenceDataModule; fit with `datamodule=`."
             )
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Complete them with the policy as it comes."""
         self._before = None
         if not trainer.is_global_zero:
             return
         with alone("SampleCompletions"):
-            split = "val" if trainer.datamodule.val_dataloader() else "train"
+            split = "val" if data_of(trainer).val_dataloader() else "train"
             self._questions = [
-                (_question(pair.prompt), ids) for _, ids, pair in trainer.datamodule.prompts(split, self.prompts)
+                (_question(pair.prompt), ids) for _, ids, pair in data_of(trainer).prompts(split, self.prompts)
             ]
             self._before = self._complete(trainer, pl_module)
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Complete them again, and compare."""
         directory = run_directory(trainer)
-        if self._before is None or trainer.fast_dev_run:
+        if self._before is None or getattr(trainer, "fast_dev_run", False):
             return
         with alone("SampleCompletions"):
             after = self._complete(trainer, pl_module)
@@ -82,7 +90,7 @@ class SampleCompletions(pl.Callback):
                     stream.write(json.dumps(dict(zip(("prompt", "before", "after"), row, strict=True))) + "\n")
             self._print(questions, self._before, after)
 
-    def _complete(self, trainer: Any, pl_module: Any) -> list[str]:
+    def _complete(self, trainer: pl.Trainer, pl_module: DPOModule) -> list[str]:
         return sample_completions(
             pl_module.model,
             tokenizer_of(trainer),
@@ -121,7 +129,7 @@ def _shown(text: str, encoding: str) -> Any:
     return Text(_STEERING.sub("", text).encode(encoding, "replace").decode(encoding))
 
 
-def _question(prompt: Any) -> str:
+def _question(prompt: str | list[Message]) -> str:
     """Return the text of a prompt, or what the user said last in a conversation."""
     if isinstance(prompt, str):
         return prompt
@@ -136,8 +144,8 @@ def _until(ends: set[int], row: list[int]) -> list[int]:
 
 @torch.no_grad()
 def sample_completions(
-    model: Any,
-    tokenizer: Any,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     *,
     max_new_tokens: int = 64,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -12,6 +12,11 @@ from lit_dpo.checkpoint import check_finite, check_writable, save_adapter
 from lit_dpo.compat import is_numbered, number
 from lit_dpo.policy.adapters import adapter_parameters
 from lit_dpo.writing import refusals
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_dpo.module import DPOModule
 
 
 class AdapterExport(pl.Callback):
@@ -27,15 +32,15 @@ class AdapterExport(pl.Callback):
     def __init__(self, directory: str | None = None) -> None:
         self.directory = directory
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: DPOModule, stage: str) -> None:
         """See that the directory can be written to."""
         if self.directory:
             check_writable(Path(self.directory))
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Write the last one."""
         directory = run_directory(trainer)
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             check_finite(adapter_parameters(pl_module.model))
             directory = Path(self.directory) if self.directory else _unused(directory / "adapter")
             try:
@@ -46,15 +51,19 @@ class AdapterExport(pl.Callback):
             rank_zero_info(f"The trained adapter and its tokenizer are in {directory}")
 
 
-def tokenizer_of(trainer: Any) -> Any:
+def tokenizer_of(trainer: pl.Trainer) -> PreTrainedTokenizerBase:
     """Return the data module's tokenizer, or the policy's where other data loaders are used."""
-    data = trainer.datamodule
-    return (
-        data.loaded_tokenizer if hasattr(data, "loaded_tokenizer") else trainer.lightning_module.policy.load_tokenizer()
-    )
+    data, module = data_of(trainer), cast("DPOModule", trainer.lightning_module)
+    found: PreTrainedTokenizerBase = getattr(data, "loaded_tokenizer", None) or module.policy.load_tokenizer()
+    return found
 
 
-def run_directory(trainer: Any) -> Path:
+def data_of(trainer: pl.Trainer) -> Any:
+    """Return the data module of a run, or None where it has only loaders; Lightning sets it without declaring it."""
+    return getattr(trainer, "datamodule", None)
+
+
+def run_directory(trainer: pl.Trainer) -> Path:
     """Where this run writes: the logger's directory, or the trainer's root. All ranks ask together: it broadcasts.
 
     A logger that keeps its files elsewhere (Weights & Biases, MLflow) has one directory for all runs. The run's own is
@@ -69,7 +78,7 @@ def run_directory(trainer: Any) -> Path:
     return Path(trainer.strategy.broadcast(str(own)))
 
 
-def unnumbered(trainer: Any) -> list[Any]:
+def unnumbered(trainer: pl.Trainer) -> list[Any]:
     """List the loggers that number their runs and have not yet: a number that the user gave stays as it is.
 
     To be asked before the run: Lightning wants to know the directory before there is data.

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -9,11 +9,19 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from lit_dpo.callbacks.export import data_of
 from lit_dpo.callbacks.steps import fetch
 from lit_dpo.checkpoint import remeasure
 from lit_dpo.errors import TrainingError
 from lit_dpo.metrics.preference import on_host
 from lit_dpo.policy.adapters import is_adapters
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from lit_dpo.data.batch import PairBatch
+    from lit_dpo.module import DPOModule
+
 
 log = logging.getLogger(__name__)
 warn = rank_zero_only(log.warning)
@@ -41,7 +49,7 @@ class TrainingHealth(pl.Callback):
         self.nonfinite = nonfinite
         self._before: dict[str, Tensor] | None = None
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Check what trains."""
         if pl_module.model is None:
             raise TrainingError("Expected `configure_model` to load the policy: call `super().configure_model()`.")
@@ -76,7 +84,7 @@ class TrainingHealth(pl.Callback):
         _check_zero_grad(trainer, pl_module, next(iter(trainable.values())))
 
     @torch.no_grad()
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: DPOModule, batch: PairBatch, batch_idx: int) -> None:
         """Compare policy and reference before a fresh policy's first step."""
         if not pl_module.fresh or not pl_module.reference.starts_at_policy:
             return
@@ -102,15 +110,15 @@ class TrainingHealth(pl.Callback):
                 "A policy that continues an adapter is compared with that adapter (AdapterReference)."
             )
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Say if a policy was measured against itself."""
         _say_if_the_same(trainer, pl_module, "val/")
 
-    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_test_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Say if a policy was measured against itself."""
         _say_if_the_same(trainer, pl_module, "test/")
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: DPOModule, optimizer: Optimizer) -> None:
         """Count the steps that can move something: a warm-up begins at 0."""
         if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
             raise TrainingError(
@@ -121,7 +129,9 @@ class TrainingHealth(pl.Callback):
         if self._before is not None and any(group["lr"] > 0 for group in optimizer.param_groups):
             self._steps += 1
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: DPOModule, outputs: object, batch: PairBatch, batch_idx: int
+    ) -> None:
         """There was a first step; after the first one that counts, every `lora_B` has moved."""
         self._check_first_step(trainer, pl_module, batch, batch_idx)
         if self._before is None or self._steps == self._seen:
@@ -144,7 +154,7 @@ class TrainingHealth(pl.Callback):
                 f"loss {outputs}. Are chosen and rejected the same?"
             )
 
-    def _check_finite(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+    def _check_finite(self, trainer: pl.Trainer, pl_module: DPOModule, optimizer: Optimizer) -> None:
         """Stop, or skip, a step with a gradient that is not finite: it would leave nothing that is."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if fetch(pl_module, torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()):
@@ -167,13 +177,14 @@ class TrainingHealth(pl.Callback):
             for parameter in group["params"]:
                 parameter.grad = None
         there = pl_module.standing
-        if there.loss_state is not None:
+        assert there is not None  # by the callback of the steps
+        if there.loss_state is not None and pl_module.loss_state is not None:
             pl_module.loss_state.copy_(there.loss_state)
         pl_module.train_metrics.reset()
         remeasure(pl_module.train_metrics, there.measured)
         pl_module.unlogged, pl_module.fetched = bool(there.measured), None
 
-    def _check_first_step(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def _check_first_step(self, trainer: pl.Trainer, pl_module: DPOModule, batch: PairBatch, batch_idx: int) -> None:
         """See that no hook returns nothing where it must return something, and leaves it undone without a word."""
         if self._start is None:
             return
@@ -192,25 +203,25 @@ class TrainingHealth(pl.Callback):
             )
 
 
-def _places(trainer: Any, indices: list[int]) -> str:
+def _places(trainer: pl.Trainer, indices: list[int]) -> str:
     """Where rows of the data set are, as far as the data can say."""
     if not indices:
         return "a batch of a `training_step` of one's own"
     shown = indices[:5]
-    if hasattr(trainer.datamodule, "place"):
-        places = [trainer.datamodule.place("train", row) for row in shown]
+    if hasattr(data := data_of(trainer), "place"):
+        places = [data.place("train", row) for row in shown]
     else:
         places = [f"row {row}" for row in shown]
     return "; ".join(places) + (f" and {len(indices) - 5} more" if len(indices) > 5 else "")
 
 
-def _stepped(trainer: Any) -> list[Any]:
+def _stepped(trainer: pl.Trainer) -> list[Any]:
     """Schedulers that move after every optimizer step."""
     return [one for one in trainer.lr_scheduler_configs if (one.interval, one.frequency) == ("step", 1)
             and not one.reduce_on_plateau]  # fmt: skip
 
 
-def _check_zero_grad(trainer: Any, pl_module: Any, parameter: Tensor) -> None:
+def _check_zero_grad(trainer: pl.Trainer, pl_module: DPOModule, parameter: Tensor) -> None:
     """See that a step does not begin with the gradients of the last one."""
     if not is_overridden("optimizer_zero_grad", pl_module) or parameter.grad is not None:
         return
@@ -224,18 +235,19 @@ def _check_zero_grad(trainer: Any, pl_module: Any, parameter: Tensor) -> None:
         )
 
 
-def _say_if_the_same(trainer: Any, pl_module: Any, prefix: str) -> None:
+def _say_if_the_same(trainer: pl.Trainer, pl_module: DPOModule, prefix: str) -> None:
     """Say that a policy is its own reference, or that nothing was loaded into it: all it gets is 0.5."""
     rewards = [trainer.callback_metrics.get(f"{prefix}{side}_reward") for side in ("chosen", "rejected")]
     if trainer.state.fn != "fit" and not any(reward is None or reward != 0 for reward in rewards):
         say_it_is_the_same(trainer, pl_module)
 
 
-def say_it_is_the_same(trainer: Any, pl_module: Any) -> None:
+def say_it_is_the_same(trainer: pl.Trainer, pl_module: DPOModule) -> None:
     """Every reward was exactly 0: that is no result, but a policy that is its own reference."""
     remedy = "give `--ckpt_path` a checkpoint of a run"
     if pl_module.policy.starts_from_adapter:
         remedy = "to compare the adapter with its base, say `--model.reference BaseReference`"
+    assert trainer.state.fn is not None
     warn(
         f"{trainer.state.fn.value}: policy and reference ({pl_module.reference}) are the same, so that every reward is "
         f"0 and the accuracy says nothing: {remedy}."

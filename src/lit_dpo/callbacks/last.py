@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_dpo.callbacks.export import run_directory
+
+if TYPE_CHECKING:
+    from lit_dpo.data.batch import PairBatch
+    from lit_dpo.module import DPOModule
 
 
 class LastCheckpoint(pl.Callback):
@@ -32,11 +36,13 @@ class LastCheckpoint(pl.Callback):
         self.every_n_steps, self.every_n_minutes, self.directory = every_n_steps, every_n_minutes, directory
         self._step = -1
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Count from here."""
         self._step, self._saved = trainer.global_step, time.monotonic()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: DPOModule, outputs: object, batch: PairBatch, batch_idx: int
+    ) -> None:
         """Write it if it is time."""
         if trainer.global_step == self._step:
             return
@@ -48,20 +54,20 @@ class LastCheckpoint(pl.Callback):
         if due:
             self._save(trainer)
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Write it."""
         self._save(trainer)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: DPOModule, exception: BaseException) -> None:
         """Write it if somebody stopped the run, and say how to go on."""
         stopped = isinstance(exception, SIGTERMException | KeyboardInterrupt)
         if stopped and trainer.state.fn == "fit" and pl_module.standing is not None:
             path = self._save(trainer)
             rank_zero_info(f"stopped after {trainer.global_step} steps: to go on, repeat it with --ckpt_path {path}")
 
-    def _save(self, trainer: Any) -> Path:
+    def _save(self, trainer: pl.Trainer) -> Path:
         path = (Path(self.directory) if self.directory else run_directory(trainer)) / "last.ckpt"
-        if not trainer.fast_dev_run:
+        if not getattr(trainer, "fast_dev_run", False):
             trainer.save_checkpoint(path, weights_only=False)
             self._saved = time.monotonic()
         return path

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
@@ -11,6 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_dpo.callbacks.alone import alone
 from lit_dpo.logps.fields import Field
 from lit_dpo.memory import StepMemory, estimate_step
+
+if TYPE_CHECKING:
+    from lit_dpo.module import DPOModule
+
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +25,7 @@ class MemoryEstimate(pl.Callback):
     It needs the lengths of all pairs, which `PreferenceDataModule` knows; with other loaders it says nothing.
     """
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Print the estimate; warn if it will not fit."""
         largest = getattr(trainer.train_dataloader, "largest_microbatches", None)
         if largest is None or not trainer.is_global_zero:
@@ -49,7 +53,7 @@ def _room(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
-def _remedy(step: StepMemory, room: int, pl_module: Any, one_pair: bool) -> str:
+def _remedy(step: StepMemory, room: int, pl_module: DPOModule, one_pair: bool) -> str:
     again = "" if pl_module.policy.gradient_checkpointing else "set `--model.policy.gradient_checkpointing true`, or "
     pairs = (
         "`--data.max_tokens` (or `--data.batch_size`) or " if pl_module.why_whole else "`--model.microbatch_tokens` or "

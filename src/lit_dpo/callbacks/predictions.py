@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch.distributed as dist
@@ -11,6 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_dpo.callbacks.export import run_directory
 from lit_dpo.callbacks.health import say_it_is_the_same
 from lit_dpo.writing import written_whole
+
+if TYPE_CHECKING:
+    from lit_dpo.data.batch import PairBatch
+    from lit_dpo.module import DPOModule
 
 
 class PredictionWriter(pl.Callback):
@@ -27,19 +31,26 @@ class PredictionWriter(pl.Callback):
         self.path = path
         self._rows: list[dict[str, float]] = []
 
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Forget what an interrupted run left."""
         self._rows = []
 
-    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int,
-                             dataloader_idx: int = 0) -> None:  # fmt: skip
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: DPOModule,
+        outputs: object,
+        batch: PairBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         """Keep the numbers, not the tensors; those of a `predict_step` of one's own are its own affair."""
         if not isinstance(outputs, dict) or "index" not in outputs:
             return
         columns = {name: column.tolist() for name, column in outputs.items()}
         self._rows += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Write the file, whole or not at all.
 
         Raises:

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_dpo.callbacks.export import tokenizer_of
+from lit_dpo.callbacks.export import data_of, tokenizer_of
 from lit_dpo.checkpoint import (
     KEY,
     REMEDY,
@@ -31,6 +31,11 @@ from lit_dpo.checkpoint import (
 from lit_dpo.compat import number_rows_from
 from lit_dpo.errors import ResumeError
 from lit_dpo.requirements import check_run
+
+if TYPE_CHECKING:
+    from lit_dpo.data.batch import PairBatch
+    from lit_dpo.module import DPOModule
+
 
 _FITS = ("base", "policy")  # what adapters and the optimizer's state can be put onto
 
@@ -64,7 +69,7 @@ class ExactResume(pl.Callback):
         self._resumed: dict[str, Any] | None = None
         self._loaded: dict[str, Any] = {}
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: DPOModule, stage: str) -> None:
         """Know what the run is before weights load, and put it into every file."""
         if not pl_module.checked:  # another rank, or another `prepare_data`
             check_run(pl_module, trainer)
@@ -83,7 +88,7 @@ class ExactResume(pl.Callback):
             fitting = stage == "fit"
             check_belongs(checkpoint, belongs, training=fitting, parts=_FITS if self.changes == "accept" else None)
             if fitting:
-                self._go_back(checkpoint, type(trainer.datamodule).__qualname__)
+                self._go_back(checkpoint, type(data_of(trainer)).__qualname__)
                 self._say_changes(checkpoint[KEY], belongs)
 
         def export(checkpoint: dict[str, Any], directory: Path) -> None:
@@ -93,10 +98,10 @@ class ExactResume(pl.Callback):
         inner = strategy.checkpoint_io
         inner = inner.inner if isinstance(inner, AdapterCheckpointIO) else inner
         strategy.checkpoint_io = AdapterCheckpointIO(inner, on_save, on_load, export)
-        if any(isinstance(one, StochasticWeightAveraging) for one in trainer.callbacks):
+        if any(isinstance(one, StochasticWeightAveraging) for one in getattr(trainer, "callbacks", ())):
             pl_module.configure_model()  # it copies the module in `setup`: a module without weights averages nothing
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Compare the optimizer and the schedule before a checkpoint's state is put into them."""
         here = self._belongs["steps"] = describe_steps(pl_module)
         there = self._loaded.get(KEY, {}).get("steps")
@@ -140,27 +145,27 @@ class ExactResume(pl.Callback):
         stands["between"] = stands["batches"] == 0  # two epochs: the next one may have other batches
         rewind(checkpoint["loops"], stands["epoch"], stands["batches"], run["of"], validated=run["validated"])
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: DPOModule, batch: PairBatch, batch_idx: int) -> None:
         """Continue as late as possible, so that nothing comes between."""
         _link_folders(trainer)
         self._continue(trainer, pl_module)
         self._ended = False
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Continue, if the end of the epoch was all that was left of it."""
         self._continue(trainer, pl_module)
         self._ended = True
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Leave the last link with its folder."""
         _link_folders(trainer)
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Remember that it was made."""
         if not trainer.sanity_checking:
             self._validated = trainer.fit_loop.total_batch_idx
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: DPOModule, checkpoint: dict[str, Any]) -> None:
         """Add what a run that goes on needs; all ranks ask together, and one of them writes.
 
         In the middle of a step (batches that are accumulated, an exception) it is what was there after the last one.
@@ -181,7 +186,7 @@ class ExactResume(pl.Callback):
             "ended": not trainer.is_last_batch or self._ended,
         }
 
-    def _continue(self, trainer: Any, pl_module: Any) -> None:
+    def _continue(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Take up random states, so that dropout masks are those of a run that did not stop, and what was measured."""
         if self._resumed is None:
             return
@@ -198,7 +203,7 @@ class ExactResume(pl.Callback):
         self._resumed = None
 
 
-def _link_folders(trainer: Any) -> None:
+def _link_folders(trainer: pl.Trainer) -> None:
     """Beside a `last.ckpt` that is a link (`save_last="link"`) is a link to the folder of the same checkpoint."""
     for keeper in trainer.checkpoint_callbacks if trainer.is_global_zero else ():
         last = Path(getattr(keeper, "last_model_path", ""))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import time
 import warnings
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -14,6 +14,11 @@ from torchmetrics import MetricCollection
 from lit_dpo.callbacks.alone import alone
 from lit_dpo.checkpoint import configuration, flatten, remeasure, standing
 from lit_dpo.metrics.preference import on_host
+
+if TYPE_CHECKING:
+    from lit_dpo.data.batch import PairBatch
+    from lit_dpo.module import DPOModule
+
 
 _SHOWN = ("loss", "reward_accuracy", "reward_margin")
 
@@ -26,7 +31,7 @@ class OptimizerSteps(pl.Callback):
     one line says how it went.
     """
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Forget what an interrupted run, or a validation before this one, left half-counted."""
         pl_module.window.reset()
         pl_module.standing, pl_module.unlogged = None, False
@@ -35,11 +40,11 @@ class OptimizerSteps(pl.Callback):
         self._first = self._last = trainer.global_step
         self._began = time.monotonic()
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Count from here; a checkpoint's steps are known by now."""
         self._first = self._last = trainer.global_step
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: DPOModule, batch: PairBatch, batch_idx: int) -> None:
         """Train in training mode, whoever has evaluated before: else dropout and checkpointing would be off."""
         if not pl_module.model.training:
             pl_module.model.train()
@@ -48,7 +53,9 @@ class OptimizerSteps(pl.Callback):
             pl_module.standing = standing(trainer, pl_module, {})
         pl_module.standing.inside = True
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: DPOModule, outputs: object, batch: PairBatch, batch_idx: int
+    ) -> None:
         """Follow and log, unless the step goes on with another batch."""
         _switch(trainer, "eval")
         if trainer.global_step == self._last:
@@ -57,15 +64,15 @@ class OptimizerSteps(pl.Callback):
         pl_module.fresh = False
         if pl_module.reference.follows_policy:
             pl_module.reference.update(pl_module.model, trainer.global_step)
-        row = {}
+        row, every = {}, getattr(trainer, "log_every_n_steps", 0)
         if pl_module.unlogged:
             values = _log(pl_module, pl_module.train_metrics, pl_module.fetched)
-            if trainer.should_stop or (trainer.log_every_n_steps and self._last % trainer.log_every_n_steps == 0):
+            if trainer.should_stop or (every and self._last % every == 0):
                 row = {name: float(value) for name, value in values.items()} | {"epoch": trainer.current_epoch}
                 _reset(pl_module)  # Lightning writes the row now
         pl_module.standing = standing(trainer, pl_module, row)
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Log the steps since the last row, so that short epochs, and tails, are seen too."""
         there = pl_module.standing
         if not trainer.is_last_batch and there is not None and there.inside:  # batches of a step that was not made
@@ -77,15 +84,15 @@ class OptimizerSteps(pl.Callback):
             _reset(pl_module)
             pl_module.standing = standing(trainer, pl_module, {})
 
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Of several validation sets, log all pairs together too."""
         _log_together(pl_module, pl_module.val_metrics, trainer.num_val_batches)
 
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Of several test sets, log all pairs together too."""
         _log_together(pl_module, pl_module.test_metrics, trainer.num_test_batches)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Let TensorBoard compare runs: flat hyper-parameters with the last validation's reward accuracy."""
         accuracy = trainer.callback_metrics.get("val/reward_accuracy")
         for logger in trainer.loggers:
@@ -93,7 +100,7 @@ class OptimizerSteps(pl.Callback):
                 with alone("The list of hyper-parameters"):
                     logger.log_hyperparams(flatten(configuration(pl_module)), {"hp_metric": float(accuracy)})
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Say how it went."""
         with alone("The summary of the run"):
             found = trainer.callback_metrics
@@ -103,7 +110,7 @@ class OptimizerSteps(pl.Callback):
             rank_zero_info(f"{self._last - self._first} steps in {took}" + (f": {measured}" if measured else ""))
 
 
-def _switch(trainer: Any, mode: str) -> None:
+def _switch(trainer: pl.Trainer, mode: str) -> None:
     """Tell optimizers that have a mode (schedule-free ones, arXiv 2405.15682) which weights are wanted.
 
     Between batches they are those to evaluate, so that validation, checkpoints and exports find them at any moment.
@@ -113,14 +120,14 @@ def _switch(trainer: Any, mode: str) -> None:
             switch()
 
 
-def fetch(pl_module: Any, finite: Tensor) -> bool:
+def fetch(pl_module: DPOModule, finite: Tensor) -> bool:
     """Fetch a yes or no of the device, and what the step measured: the one time in a step that the CPU waits."""
     values = _values(pl_module, pl_module.train_metrics) if pl_module.unlogged else {}
     pl_module.fetched = on_host({**values, "": finite})
     return bool(pl_module.fetched.pop(""))
 
 
-def _values(pl_module: Any, measured: MetricCollection) -> dict[str, Any]:
+def _values(pl_module: DPOModule, measured: MetricCollection) -> dict[str, Any]:
     if pl_module.trainer.barebones:
         return {}
     with warnings.catch_warnings():  # what a checkpoint brought was no `update`
@@ -130,7 +137,7 @@ def _values(pl_module: Any, measured: MetricCollection) -> dict[str, Any]:
 
 
 def _log(
-    pl_module: Any, measured: MetricCollection, fetched: dict[str, Tensor] | None = None, **when: Any
+    pl_module: DPOModule, measured: MetricCollection, fetched: dict[str, Tensor] | None = None, **when: Any
 ) -> dict[str, Tensor]:
     values = on_host(_values(pl_module, measured)) if fetched is None else fetched
     for name, value in values.items():
@@ -138,12 +145,12 @@ def _log(
     return values
 
 
-def _reset(pl_module: Any) -> None:
+def _reset(pl_module: DPOModule) -> None:
     pl_module.train_metrics.reset()
     pl_module.unlogged, pl_module.fetched = False, None
 
 
-def _log_together(pl_module: Any, measured: MetricCollection, batches: list[Any]) -> None:
+def _log_together(pl_module: DPOModule, measured: MetricCollection, batches: list[Any]) -> None:
     if len(batches) > 1 and all(metric.update_called for metric in measured.values()):
         _log(pl_module, measured)
         measured.reset()

@@ -5,12 +5,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lit_dpo.compat import CLASS_PATH, INSTANTIATOR
 from lit_dpo.errors import ResumeError
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lit_dpo.module import DPOModule
+    from lit_dpo.policy import LoRAPolicy
+
 
 KEY = "lit_dpo"
 """Where a checkpoint holds what `describe` says."""
@@ -47,14 +54,17 @@ _MAY_CHANGE = (
 )
 
 
-def describe(module: Any, trainer: Any = None) -> dict[str, Any]:
+def describe(module: DPOModule, trainer: pl.Trainer | None = None) -> dict[str, Any]:
     """Say what a checkpoint belongs to, in builtins only, so that `torch.load(weights_only=True)` reads it."""
     policy, loss, reference = module.policy, module.loss, module.reference
     schedule = {name: to_builtins(getattr(module, name)) for name in _OF_SCHEDULE}
     if policy.dropout:  # masks are drawn for each row
         schedule |= {"microbatch_tokens": module.microbatch_tokens}
     if trainer is not None:
-        schedule |= {"precision": str(trainer.precision), "data": getattr(trainer.datamodule, "train_digest", None)}
+        schedule |= {
+            "precision": str(trainer.precision),
+            "data": getattr(getattr(trainer, "datamodule", None), "train_digest", None),
+        }
         schedule |= {name: _plain(getattr(trainer, name)) for name in _OF_TRAINER}
     return {
         "training": schedule,
@@ -67,14 +77,14 @@ def describe(module: Any, trainer: Any = None) -> dict[str, Any]:
     }
 
 
-def _policy(policy: Any) -> dict[str, Any]:
+def _policy(policy: LoRAPolicy) -> dict[str, Any]:
     """Its class and the fields that change what is computed, and the adapter that it started from."""
     said = to_builtins(policy)
     kept = {name: value for name, value in said["init_args"].items() if name not in _MAY_CHANGE}
     return {"class_path": said["class_path"], **kept, "adapter": policy.adapter_digest()}
 
 
-def describe_steps(module: Any) -> dict[str, Any]:
+def describe_steps(module: DPOModule) -> dict[str, Any]:
     """How the steps of a run are made: its optimizer as it was configured, and the length of its schedule.
 
     Asked for before a checkpoint's state is put into the optimizer, which would overwrite what was configured.
@@ -92,7 +102,7 @@ def describe_steps(module: Any) -> dict[str, Any]:
     }
 
 
-def _plain(given: Any) -> Any:
+def _plain(given: object) -> Any:
     given = getattr(given, "value", given)  # of an enum
     return given.tolist() if isinstance(given, torch.Tensor) else to_builtins(given)
 
@@ -175,7 +185,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def configuration(module: Any) -> dict[str, Any]:
+def configuration(module: DPOModule) -> dict[str, Any]:
     """Write a module's hyper-parameters as the command line would have, wherever it was built.
 
     A lambda has no name to write; where one was given, a reload takes the default.
@@ -188,11 +198,11 @@ def configuration(module: Any) -> dict[str, Any]:
     return named | {INSTANTIATOR: "lightning.pytorch.cli.instantiate_module"}
 
 
-def _is_lambda(given: Any) -> bool:
+def _is_lambda(given: object) -> bool:
     return getattr(given, "__name__", "") == "<lambda>"
 
 
-def to_builtins(given: Any) -> Any:
+def to_builtins(given: object) -> Any:
     """Strategies, classes and partials as configuration, `{class_path, init_args}`; the rest as it is or by name."""
     if is_dataclass(given) and not isinstance(given, type):
         arguments = {field.name: to_builtins(getattr(given, field.name)) for field in fields(given) if field.init}

@@ -5,13 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
 from lit_dpo.errors import TrainingError
 from lit_dpo.writing import put_in_place, refusals, remove, temporary_name, written_whole
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 
 class AdapterCheckpointIO(CheckpointIO):
@@ -119,7 +123,12 @@ def _is_adapter(directory: Path) -> bool:
     return (directory / "adapter_config.json").is_file()
 
 
-def save_adapter(model: Any, tokenizer: Any, directory: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+def save_adapter(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write a PEFT directory with the tokenizer, whole or not at all.
 
     `AutoPeftModelForCausalLM.from_pretrained(directory)` and `pipeline("text-generation", model=directory)` load it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ from torchmetrics import MetricCollection
 
 from lit_dpo.checkpoint.random import random_state
 from lit_dpo.compat import BATCHES_THAT_STEPPED
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lit_dpo.module import DPOModule
 
 
 @dataclass
@@ -35,7 +40,7 @@ class Standing:
     inside: bool = False
 
 
-def standing(trainer: Any, module: Any, row: dict[str, float]) -> Standing:
+def standing(trainer: pl.Trainer, module: DPOModule, row: dict[str, float]) -> Standing:
     """How things stand now."""
     state = None if module.loss_state is None else module.loss_state.clone()
     counted = measured(module.train_metrics) if module.unlogged else {}
@@ -85,7 +90,7 @@ def rewind(loops: dict[str, Any], epoch: int, batches: int, of: int, *, validate
     validation["is_last_batch"] = False
 
 
-def take_settings(checkpoint: dict[str, Any], trainer: Any, *, same: bool) -> None:
+def take_settings(checkpoint: dict[str, Any], trainer: pl.Trainer, *, same: bool) -> None:
     """Let a checkpoint's optimizer and schedulers go on under the settings of the trainer's.
 
     Args:

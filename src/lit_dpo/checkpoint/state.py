@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import torch
@@ -13,8 +13,11 @@ from lit_dpo.checkpoint.identity import TRUST
 from lit_dpo.errors import ResumeError
 from lit_dpo.policy.adapters import DEFAULT, REFERENCE, adapter_parameters
 
+if TYPE_CHECKING:
+    from lit_dpo.module import DPOModule
 
-def adapter_state(module: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+
+def adapter_state(module: DPOModule, prefix: str = "") -> dict[str, torch.Tensor]:
     """Return the adapters that a checkpoint holds: the one that trains, and that of a reference that follows it.
 
     The frozen base and reference are named there, not stored.
@@ -69,11 +72,11 @@ def _of_training(name: str) -> bool:
     return name == "loss_state" or ".reference." in f"{name}."
 
 
-def _trusts(given: Any) -> bool:
+def _trusts(given: object) -> bool:
     return bool(given != _without_trust(given))
 
 
-def _without_trust(given: Any) -> Any:
+def _without_trust(given: object) -> Any:
     """Return the same, but with `trust_remote_code` false wherever it stands."""
     if isinstance(given, Mapping):
         return {key: key != TRUST and _without_trust(value) for key, value in given.items()}

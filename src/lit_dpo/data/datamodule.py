@@ -26,6 +26,8 @@ from lit_dpo.hub import locate, split_revision
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from lit_dpo.policy import LoRAPolicy
+
     Tokenizer: TypeAlias = str | PreTrainedTokenizerBase
 else:  # what a command line can say
     Tokenizer: TypeAlias = str
@@ -163,7 +165,7 @@ class PreferenceDataModule(LightningDataModule):
             return []
         return self._eval_loaders("val")
 
-    def test_dataloader(self) -> Any:
+    def test_dataloader(self) -> DataLoader[PairBatch] | dict[str, DataLoader[PairBatch]]:
         """Batches in file order, by name if there are several sets."""
         return self._eval_loaders("test")
 
@@ -188,7 +190,7 @@ class PreferenceDataModule(LightningDataModule):
             self._resume = state_dict
 
     @property
-    def loaded_tokenizer(self) -> Any:
+    def loaded_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that encodes the pairs; what is exported with an adapter."""
         return self._get_encoder().tokenizer
 
@@ -322,7 +324,7 @@ class PreferenceDataModule(LightningDataModule):
         )
 
     @property
-    def _policy_now(self) -> Any:
+    def _policy_now(self) -> LoRAPolicy | None:
         """The policy whose tokenizer encodes, if it is a policy's."""
         return (
             None
@@ -339,7 +341,7 @@ class PreferenceDataModule(LightningDataModule):
         if self._encoder.fingerprint != before.fingerprint:
             self._tables = {}
 
-    def _load_tokenizer(self) -> Any:
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             policy = self._policy_now
             if policy is None:
@@ -395,7 +397,7 @@ class PreferenceDataModule(LightningDataModule):
             "seed": self.seed,
         }
 
-    def _eval_loaders(self, split: str) -> Any:
+    def _eval_loaders(self, split: str) -> DataLoader[PairBatch] | dict[str, DataLoader[PairBatch]]:
         sets = self._sets(split)
         if sets == [split]:
             return self._eval_loader(split)

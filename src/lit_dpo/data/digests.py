@@ -51,7 +51,7 @@ class _Walk:
         self.libraries = _libraries() - own
         self.seen: dict[int, Any] = {}  # kept, so that no other thing gets its id
 
-    def lines(self, thing: Any) -> Iterator[str]:
+    def lines(self, thing: object) -> Iterator[str]:
         if isinstance(thing, str | bytes | int | float | complex | None):
             yield repr(thing)
         elif isinstance(thing, re.Pattern):  # its repr is cut
@@ -64,7 +64,7 @@ class _Walk:
         for thing in things:
             yield from self.lines(thing)
 
-    def _inside(self, thing: Any) -> Iterator[str]:
+    def _inside(self, thing: object) -> Iterator[str]:
         if isinstance(thing, types.CodeType):
             yield f"{thing.co_code!r} {thing.co_names} {thing.co_varnames}"
             yield from self._all(thing.co_consts)
@@ -103,7 +103,7 @@ class _Walk:
             elif not self._is_library(value.__name__):  # `helpers.clean(…)`: both names are there
                 yield from self._all(getattr(value, inner, None) for inner in names)
 
-    def _of_a_library(self, thing: Any) -> bool:
+    def _of_a_library(self, thing: object) -> bool:
         name = getattr(thing, "__module__", None)
         return isinstance(name, str) and self._is_library(name)
 
@@ -116,7 +116,7 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names, inner))
 
 
-def _unwrapped(thing: Any) -> list[Any]:
+def _unwrapped(thing: object) -> list[Any]:
     """Find the functions behind a property, a static or cached one, a partial."""
     found = [getattr(thing, name, None) for name in ("fget", "__func__", "func", "__wrapped__")]
     if isinstance(thing, functools.partial):

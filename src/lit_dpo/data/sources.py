@@ -111,7 +111,7 @@ _SPLITS = {
 }
 
 
-def _are_names(source: Any) -> TypeGuard[Sequence[str]]:
+def _are_names(source: object) -> TypeGuard[Sequence[str]]:
     return isinstance(source, list | tuple) and all(isinstance(one, str) for one in source)
 
 

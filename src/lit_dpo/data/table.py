@@ -285,15 +285,18 @@ def _read(name: str, number: int, format: PreferenceFormat, cells: dict[str, lis
     return found
 
 
-def _check_number(column: str, value: Any) -> None:
+def _check_number(column: str, value: object) -> None:
     """See that what a format says of a pair is a number that its readers can use."""
     low, high = {"weight": (0, math.inf), "probability": (0, 1)}.get(column, (-math.inf, math.inf))
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and low <= value <= high):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not (math.isfinite(value) and low <= value <= high)
+    ):
         raise DataError(f"Expected a finite number in [{low:g}, {high:g}] for the column `{column}` but got {value!r}.")
 
 
-def _key(prompt: Any) -> int:
+def _key(prompt: object) -> int:
     """64 bits of a hash: among ten million prompts two different ones meet with a probability of 3e-6."""
     digest = hashlib.blake2b(json.dumps(prompt, sort_keys=True, default=str).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from lit_dpo.compat import attention_of, can_switch_attention
 from lit_dpo.errors import UnsupportedAttentionError
 from lit_dpo.logps.layouts import Segment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 PAIR_ATTENTION = "lit_dpo_pairs"
 
@@ -277,7 +281,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: PairLayout, scale
     return out
 
 
-def use_pair_attention(model: Any) -> None:
+def use_pair_attention(model: PreTrainedModel) -> None:
     """Switch a transformers model to the pair attention.
 
     Raises:
@@ -291,13 +295,13 @@ def use_pair_attention(model: Any) -> None:
     model.set_attn_implementation(PAIR_ATTENTION)
 
 
-def has_pair_attention(model: Any) -> bool:
+def has_pair_attention(model: PreTrainedModel) -> bool:
     """Whether the model reads flat rows."""
     return attention_of(model) == PAIR_ATTENTION
 
 
 @contextmanager
-def plain_attention(model: Any) -> Iterator[None]:
+def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """Lend the model its ordinary attention, to generate or to score plain rows.
 
     Args:

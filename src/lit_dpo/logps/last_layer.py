@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import nn
+
 
 _ROW_BY_ROW = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
 
 
 @contextmanager
-def last_layer_on(backbone: Any, needed: Tensor) -> Iterator[None]:
+def last_layer_on(backbone: nn.Module, needed: Tensor) -> Iterator[None]:
     """Let the last layer ask, project and transform the `needed` rows alone; of the others come zeros.
 
     Nothing after it mixes tokens, so those zeros are not read, and nobody reads the answer to a query of zeros. Parts
@@ -36,25 +40,25 @@ def last_layer_on(backbone: Any, needed: Tensor) -> Iterator[None]:
             hook.remove()
 
 
-def _part(layer: Any, name: str) -> Any:
+def _part(layer: nn.Module, name: str) -> Any:
     try:
         return attrgetter(name)(layer)
     except AttributeError:
         return None
 
 
-def _hooks(part: Any, needed: Tensor) -> list[Any]:
+def _hooks(part: nn.Module, needed: Tensor) -> list[Any]:
     """Cut the rows of what goes in, and put those of what comes out back in their places."""
     if part is None:
         return []
     lengths: list[int | None] = []
 
-    def cut(module: Any, inputs: tuple[Tensor, ...]) -> Any:
+    def cut(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         fits = bool(inputs) and inputs[0].ndim == 3
         lengths.append(inputs[0].shape[1] if fits else None)
         return (inputs[0][:, needed], *inputs[1:]) if fits else None
 
-    def restore(module: Any, inputs: Any, output: Any) -> Any:
+    def restore(module: nn.Module, inputs: Any, output: Any) -> Any:
         if (length := lengths.pop()) is None:
             return None
         rows, *others = output if isinstance(output, tuple) else (output,)  # experts return their router's scores too
@@ -64,5 +68,5 @@ def _hooks(part: Any, needed: Tensor) -> list[Any]:
     return [part.register_forward_pre_hook(cut), part.register_forward_hook(restore)]
 
 
-def _is_checkpointing(backbone: Any) -> bool:
+def _is_checkpointing(backbone: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,11 +11,15 @@ from torch import Tensor
 from lit_dpo.compat import has_gradient_hook
 from lit_dpo.logps.records import PairLogps
 
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
+
 MICROBATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Tokens of a micro-batch by device, so that more would not be faster each: measured on a CPU, a guess on a GPU."""
 
 
-def why_whole(strategy: Any, parameters: Iterable[Tensor]) -> str | None:
+def why_whole(strategy: Strategy, parameters: Iterable[Tensor]) -> str | None:
     """Why a training batch must stay whole, whatever its loss is, or None.
 
     Args:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import inspect
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lit_dpo.errors import PolicyError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def model_head(model: Any) -> nn.Module:
+
+def model_head(model: PreTrainedModel) -> nn.Module:
     """Return what a transformers causal LM does after its backbone: head, soft-cap, logit scale, adapters on them.
 
     It is the model's own `forward` with the backbone replaced by one that returns what it is given, on a shallow copy
@@ -21,7 +24,7 @@ def model_head(model: Any) -> nn.Module:
     return _Head(_replace(model, backbone(model), _Given()))
 
 
-def backbone(model: Any) -> Any:
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
     """Return the part of a transformers causal LM that turns token ids into hidden states.
 
     What the model calls its decoder, unless that is the model itself (Llama 4) or its last layer (ModernBERT); then the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from lit_dpo.policy.checks import int8_layers
 from lit_dpo.policy.kernels import Kernels
 from lit_dpo.policy.settings import rope_limit, settings
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
 _FURTHEST = 256
 """Windows and original lengths of up to so many tokens are crossed at start-up; longer ones would cost too much."""
 
@@ -27,7 +31,7 @@ _SOFT_CAPS = re.compile(r"^attn\w*soft_?cap(ping)?$")
 _SINKS = re.compile(r"(^|[._])(sinks?|s_aux|sinks?_bias)$")
 
 
-def probe_batch(base: Any) -> PairBatch:
+def probe_batch(base: PreTrainedModel) -> PairBatch:
     """Two pairs of random tokens: enough for a leak between parts or between pairs to show.
 
     The second is short. The first is longer than the model's sliding windows, attention chunks and original length, as
@@ -46,7 +50,7 @@ def probe_batch(base: Any) -> PairBatch:
     return batch.to(base.get_input_embeddings().weight.device)
 
 
-def _reach(config: Any) -> int:
+def _reach(config: PreTrainedConfig) -> int:
     """Tokens of the longest probe: beyond what can be crossed, within what the model can read at all."""
     marks = [one.value for one in settings(config) if one.is_number and _WINDOWS.search(one.name)]
     wanted = max((int(mark) for mark in marks if 0 < mark <= _FURTHEST), default=0) + _CHOSEN
@@ -55,7 +59,7 @@ def _reach(config: Any) -> int:
     return max(_SHORT, min([wanted, *filter(None, most)]))
 
 
-def truth_of(base: Any, batch: PairBatch) -> Tensor:
+def truth_of(base: PreTrainedModel, batch: PairBatch) -> Tensor:
     """Log-probs by the definition: each sequence alone through the model's own forward."""
     return torch.cat([_one_at_a_time(base, row, start) for row, start in _sequences(batch)])
 
@@ -70,13 +74,13 @@ def _sequences(batch: PairBatch) -> list[tuple[Tensor, int]]:
     return rows
 
 
-def _one_at_a_time(base: Any, row: Tensor, start: int) -> Tensor:
+def _one_at_a_time(base: PreTrainedModel, row: Tensor, start: int) -> Tensor:
     logits: Tensor = base(input_ids=row.unsqueeze(0), use_cache=False).logits[0, start - 1 : -1].float()
     return logits.log_softmax(-1).gather(-1, row[start:, None])[:, 0]
 
 
 @contextmanager
-def eager_attention(base: Any) -> Iterator[None]:
+def eager_attention(base: PreTrainedModel) -> Iterator[None]:
     """Use the model's own arithmetic, written out, where it can be had: others may ignore what they lack."""
     plain = attention_of(base)
     if plain == "eager" or not can_switch_attention(base):
@@ -89,7 +93,7 @@ def eager_attention(base: Any) -> Iterator[None]:
         base.set_attn_implementation(plain)
 
 
-def blind_to(base: Any) -> str | None:
+def blind_to(base: PreTrainedModel) -> str | None:
     """Name what of this model's attention its implementation does not compute, as far as that is known, or None.
 
     `sdpa` has no soft-cap and no sinks. Some releases of transformers refuse it then, some ignore what it lacks, by
@@ -103,7 +107,7 @@ def blind_to(base: Any) -> str | None:
 
 
 def why_no_kernels(
-    base: Any, kernels: Kernels, score: Callable[[], Tensor], truth: Tensor, tolerance: float
+    base: PreTrainedModel, kernels: Kernels, score: Callable[[], Tensor], truth: Tensor, tolerance: float
 ) -> str | None:
     """None if kernels give the truth and the gradients of the plain code, else the reason; they are off afterwards.
 
@@ -131,7 +135,7 @@ def why_no_kernels(
     return None
 
 
-def _with_gradients(base: Any, score: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+def _with_gradients(base: PreTrainedModel, score: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """Log-probs, and of a sum in which each has a weight of its own the gradients of what trains, in one row."""
     trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
     with torch.enable_grad():
@@ -142,7 +146,7 @@ def _with_gradients(base: Any, score: Callable[[], Tensor]) -> tuple[Tensor, Ten
 
 
 @contextmanager
-def training_mode(base: Any) -> Iterator[None]:
+def training_mode(base: PreTrainedModel) -> Iterator[None]:
     """As the model trains, but for the adapters' own dropout; random numbers drawn inside are given back."""
     devices = {parameter.device for parameter in base.parameters() if parameter.is_cuda}
     base.train()
@@ -157,7 +161,7 @@ def training_mode(base: Any) -> Iterator[None]:
 
 
 @contextmanager
-def without_outliers(base: Any) -> Iterator[None]:
+def without_outliers(base: PreTrainedModel) -> Iterator[None]:
     """LLM.int8() picks outlier columns over the whole batch, so that any batch mate moves any log-prob.
 
     That is its nature (arXiv 2208.07339), and policy and reference share it; the probe looks beneath it.

@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,11 @@ from lit_dpo.policy.checks import int8_layers
 from lit_dpo.policy.kernels import without_kernels
 from lit_dpo.policy.settings import rope_limit
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
 log = logging.getLogger(__name__)
 
 Layout = Literal["flat", "padded"]
@@ -56,7 +61,7 @@ class FrozenStates(NamedTuple):
 
 
 def completion_logps(
-    model: Any, batch: PairBatch, *, collision: bool = False, frozen: FrozenStates | None = None
+    model: PeftModel | PreTrainedModel, batch: PairBatch, *, collision: bool = False, frozen: FrozenStates | None = None
 ) -> tuple[SequenceLogps, SequenceLogps]:
     """Log-probs of the chosen and of the rejected completions under `model`, float32.
 
@@ -79,7 +84,7 @@ def completion_logps(
 
 
 def frozen_logps(
-    model: Any, batch: PairBatch, reference: Callable[[Any], AbstractContextManager[Any]]
+    model: PeftModel | PreTrainedModel, batch: PairBatch, reference: Callable[[Any], AbstractContextManager[Any]]
 ) -> tuple[FrozenStates, SequenceLogps, SequenceLogps]:
     """Log-probs under the reference, without gradients, and the hidden states that they were taken from.
 
@@ -109,7 +114,7 @@ class Scored(NamedTuple):
     vocabulary: int
 
 
-def run(model: Any, batch: PairBatch) -> Scored:
+def run(model: PeftModel | PreTrainedModel, batch: PairBatch) -> Scored:
     """One pass of a model over a batch, in the layout that its attention reads."""
     base = base_model(model)
     pairs = segments(batch)
@@ -149,12 +154,12 @@ def _sides(
     )
 
 
-def base_model(model: Any) -> Any:
+def base_model(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     """Return the transformers model inside a PEFT model, adapters injected; a transformers model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _hidden_states(model: Any, rows: Rows) -> Tensor:
+def _hidden_states(model: PeftModel | PreTrainedModel, rows: Rows) -> Tensor:
     """`(N, H)`: those that predict a completion token."""
     decoder = backbone(model)
     accepted = inspect.signature(decoder.forward).parameters
@@ -170,7 +175,7 @@ def _hidden_states(model: Any, rows: Rows) -> Tensor:
 
 
 @torch.no_grad()
-def choose_layout(model: Any, attention: str = "auto") -> Layout:
+def choose_layout(model: PeftModel | PreTrainedModel, attention: str = "auto") -> Layout:
     """Decide by measurement which layout this model can use, and switch its attention to it.
 
     Two probe pairs, one of them longer than the model's windows where these are short, are scored one sequence at a
@@ -216,7 +221,7 @@ def choose_layout(model: Any, attention: str = "auto") -> Layout:
     return layout
 
 
-def _choose_layout(base: Any, attention: str, batch: PairBatch, truth: Tensor, tolerance: float) -> Layout:
+def _choose_layout(base: PreTrainedModel, attention: str, batch: PairBatch, truth: Tensor, tolerance: float) -> Layout:
     name = type(base).__name__
     if lacking := blind_to(base):
         _use_eager(base, attention, f"has no {lacking}")
@@ -241,7 +246,7 @@ def _choose_layout(base: Any, attention: str, batch: PairBatch, truth: Tensor, t
     return "padded"
 
 
-def _use_eager(base: Any, attention: str, why: str) -> None:
+def _use_eager(base: PreTrainedModel, attention: str, why: str) -> None:
     """Instead of a plain implementation that computes something else, unless that was asked for."""
     name, plain = type(base).__name__, attention_of(base)
     if attention == plain:
@@ -252,7 +257,7 @@ def _use_eager(base: Any, attention: str, why: str) -> None:
         log.warning("%s: `eager` instead of `%s`, which %s.", name, plain, why)
 
 
-def _padded(base: Any, batch: PairBatch, truth: Tensor) -> float:
+def _padded(base: PreTrainedModel, batch: PairBatch, truth: Tensor) -> float:
     """How far padded rows are off, nats per token."""
     try:
         return float((_tokens(base, batch) - truth).abs().max())
@@ -263,7 +268,7 @@ def _padded(base: Any, batch: PairBatch, truth: Tensor) -> float:
         ) from error
 
 
-def _check_training(base: Any, batch: PairBatch, truth: Tensor, tolerance: float) -> None:
+def _check_training(base: PreTrainedModel, batch: PairBatch, truth: Tensor, tolerance: float) -> None:
     """See that training mode computes what evaluation mode does, and the same twice.
 
     Raises:
@@ -294,7 +299,7 @@ _DROPOUT = (
 )
 
 
-def _check_rope(config: Any, pairs: list[Segment]) -> None:
+def _check_rope(config: PreTrainedConfig, pairs: list[Segment]) -> None:
     """Refuse a pair that is so long that it would move its batch mates."""
     if (limit := rope_limit(config)) is None:
         return
@@ -306,7 +311,7 @@ def _check_rope(config: Any, pairs: list[Segment]) -> None:
         )
 
 
-def _why_not_flat(base: Any, batch: PairBatch, truth: Tensor, tolerance: float) -> str | None:
+def _why_not_flat(base: PreTrainedModel, batch: PairBatch, truth: Tensor, tolerance: float) -> str | None:
     """None if the flat row is exact (and the pair attention stays on), else the reason (and it is off again)."""
     plain = attention_of(base)
     try:
@@ -328,7 +333,7 @@ def _why_not_flat(base: Any, batch: PairBatch, truth: Tensor, tolerance: float) 
     return reason
 
 
-def _leak(base: Any, batch: PairBatch, before: Tensor) -> float:
+def _leak(base: PreTrainedModel, batch: PairBatch, before: Tensor) -> float:
     """How far the other completions move when the first pair's chosen tokens change.
 
     Shapes are the same, so that rounding is too: this sees a leak that hides below a 16-bit tolerance.
@@ -341,7 +346,7 @@ def _leak(base: Any, batch: PairBatch, before: Tensor) -> float:
     return float((after - before)[first.chosen :].abs().max())
 
 
-def _tokens(base: Any, batch: PairBatch) -> Tensor:
+def _tokens(base: PreTrainedModel, batch: PairBatch) -> Tensor:
     chosen, rejected = completion_logps(base, batch)
     assert chosen.per_token is not None
     assert rejected.per_token is not None

@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any
 
 
-def number(name: str, value: Any, expected: str, holds: Callable[[Any], bool]) -> None:
+def number(name: str, value: object, expected: str, holds: Callable[[Any], bool]) -> None:
     """Check that an argument is a finite number for which something holds; a string or a truth value is no number.
 
     Args:
@@ -20,12 +20,11 @@ def number(name: str, value: Any, expected: str, holds: Callable[[Any], bool]) -
     Raises:
         ValueError: if it is not.
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and holds(value)):
+    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and holds(value)):
         raise ValueError(f"Expected `{name}` {expected} but got {value!r}.")
 
 
-def positive(name: str, value: Any) -> None:
+def positive(name: str, value: object) -> None:
     """Check that an argument is a finite number > 0.
 
     Example:
@@ -36,12 +35,12 @@ def positive(name: str, value: Any) -> None:
     number(name, value, "> 0", lambda given: given > 0)
 
 
-def not_negative(name: str, value: Any) -> None:
+def not_negative(name: str, value: object) -> None:
     """Check that an argument is a finite number >= 0."""
     number(name, value, ">= 0", lambda given: given >= 0)
 
 
-def in_range(name: str, value: Any, interval: str) -> None:
+def in_range(name: str, value: object, interval: str) -> None:
     """Check that an argument is a number of an interval; a square bracket takes its end in, a round one does not.
 
     Example:
@@ -55,7 +54,7 @@ def in_range(name: str, value: Any, interval: str) -> None:
     number(name, value, f"in {interval}", lambda given: low < given < high or given in ends)
 
 
-def one_of(name: str, value: Any, *choices: str) -> None:
+def one_of(name: str, value: object, *choices: str) -> None:
     """Check that an argument is one of some names.
 
     Raises:
@@ -71,7 +70,7 @@ def one_of(name: str, value: Any, *choices: str) -> None:
         raise ValueError(f"Expected `{name}` to be {', '.join(first)} or {last} but got {value!r}.")
 
 
-def flag(name: str, value: Any) -> None:
+def flag(name: str, value: object) -> None:
     """Check that an argument is true or false.
 
     Raises:

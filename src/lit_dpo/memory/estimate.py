@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,11 @@ from lit_dpo.logps.attention import has_pair_attention
 from lit_dpo.logps.head import reference_kl, selected_logps
 from lit_dpo.logps.model_head import backbone, model_head
 from lit_dpo.memory.live import LiveBytes, stored_bytes
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 
 Lengths = NDArray[np.int64]
 """`(B, 3)` tokens of the prompt, the chosen and the rejected completion of each pair of a micro-batch."""
@@ -105,7 +110,7 @@ class StepEstimate:
 
     def __init__(
         self,
-        model: Any,
+        model: PeftModel | PreTrainedModel,
         optimizer_bytes: float,
         *,
         with_kl: bool = False,
@@ -161,7 +166,7 @@ class StepEstimate:
 
 
 def estimate_step(
-    model: Any,
+    model: PeftModel | PreTrainedModel,
     microbatches: Sequence[Lengths],
     *,
     several: bool = False,
@@ -205,7 +210,9 @@ def step_features(lengths: Lengths, flat: bool) -> NDArray[np.float64]:
     return np.array([1.0, rows * width, rows * width**2, (chosen + rejected).sum()])
 
 
-def _backbone(base: Any, device: torch.device, context: Context) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _backbone(
+    base: PreTrainedModel, device: torch.device, context: Context
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Bytes per feature: alive after the forward, and on top of that in the backward."""
     # Padded rows may hold attention matrices, which outgrow other tensors of the backward only at some length.
     room = getattr(base.config, "max_position_embeddings", 128) // 32
@@ -222,7 +229,7 @@ def _backbone(base: Any, device: torch.device, context: Context) -> tuple[NDArra
     return coefficients[:, 0], coefficients[:, 1]
 
 
-def _probe(base: Any, lengths: tuple[int, int, int], device: torch.device) -> tuple[int, int]:
+def _probe(base: PreTrainedModel, lengths: tuple[int, int, int], device: torch.device) -> tuple[int, int]:
     prompt, chosen, rejected = ([0] * length for length in lengths)
     batch = collate_pairs([EncodedPair(prompt, chosen, rejected)]).to(device)
     trained = [p for p in backbone(base).parameters() if p.requires_grad]
@@ -235,7 +242,7 @@ def _probe(base: Any, lengths: tuple[int, int, int], device: torch.device) -> tu
     return int(alive), int(memory.peak - alive)
 
 
-def _head(base: Any, device: torch.device, with_kl: bool) -> Callable[[int], int]:
+def _head(base: PreTrainedModel, device: torch.device, with_kl: bool) -> Callable[[int], int]:
     """Scored tokens to bytes: logits of one chunk at a time, and what every scored token leaves."""
     vocabulary = base.config.get_text_config().vocab_size
     like = score.run(base, collate_pairs([EncodedPair([0], [0], [0])]).to(device)).hidden.detach()[:1]
@@ -248,14 +255,14 @@ def _head(base: Any, device: torch.device, with_kl: bool) -> Callable[[int], int
     return lambda scored: round(constant + (in_chunk - each) * min(scored, rows) + each * scored)
 
 
-def _line(head: Any, like: Tensor, rows: tuple[int, int], vocabulary: int, with_kl: bool) -> tuple[float, float]:
+def _line(head: nn.Module, like: Tensor, rows: tuple[int, int], vocabulary: int, with_kl: bool) -> tuple[float, float]:
     """Bytes per row of hidden states, and for none, as a line through two sizes."""
     small, large = (_head_bytes(head, like.expand(count, -1), vocabulary, with_kl) for count in rows)
     slope = (large - small) / (rows[1] - rows[0])
     return slope, small - rows[0] * slope
 
 
-def _head_bytes(head: Any, hidden: Tensor, vocabulary: int, with_kl: bool) -> int:
+def _head_bytes(head: nn.Module, hidden: Tensor, vocabulary: int, with_kl: bool) -> int:
     hidden = hidden.contiguous().requires_grad_()
     with LiveBytes() as memory:
         if with_kl:

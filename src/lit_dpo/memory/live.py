@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lit_dpo.compat import operation_mode
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 
 _Mode: Any = operation_mode()
 
@@ -51,7 +56,7 @@ class LiveBytes(_Mode):
         self.live -= self._sizes.pop(key)
 
 
-def stored_bytes(model: Any) -> tuple[int, int]:
+def stored_bytes(model: PeftModel | PreTrainedModel) -> tuple[int, int]:
     """Bytes of a model's tensors as they are stored, each storage once: those that are frozen, those that train."""
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     sizes: dict[bool, dict[int, int]] = {False: {}, True: {}}
@@ -61,7 +66,7 @@ def stored_bytes(model: Any) -> tuple[int, int]:
     return sum(sizes[False].values()), sum(sizes[True].values())
 
 
-def _given(thing: Any) -> Iterator[Tensor]:
+def _given(thing: object) -> Iterator[Tensor]:
     """Tensors of what an operation takes or gives."""
     if isinstance(thing, Tensor):
         yield thing
@@ -70,7 +75,7 @@ def _given(thing: Any) -> Iterator[Tensor]:
             yield from _given(one)
 
 
-def _tensors(thing: Any, seen: set[int]) -> Iterator[Tensor]:
+def _tensors(thing: object, seen: set[int]) -> Iterator[Tensor]:
     """Tensors of modules, and of what quantisation keeps with them."""
     if id(thing) in seen:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from lit_dpo.logps.attention import has_pair_attention
 from lit_dpo.logps.model_head import backbone
 from lit_dpo.memory import PROBES, Context, Lengths, step_features
 from lit_dpo.plan.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Arithmetic(NamedTuple):
@@ -78,7 +81,7 @@ def _summed(lengths: Lengths, flat: bool) -> NDArray[np.float64]:
     return np.asarray(times @ features, dtype=np.float64)
 
 
-def _probe(base: Any, lengths: tuple[int, int, int]) -> tuple[int, int]:
+def _probe(base: PreTrainedModel, lengths: tuple[int, int, int]) -> tuple[int, int]:
     batch = collate_pairs([EncodedPair(*([0] * length for length in lengths))])
     trained = [p for p in backbone(base).parameters() if p.requires_grad]
     with FlopCounterMode(display=False) as forward:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -22,6 +22,14 @@ from lit_dpo.plan.skeleton import Skeleton, skeleton
 from lit_dpo.policy.devices import default_dtype
 from lit_dpo.references import AdapterReference, CachedReference, EMAReference, ModelReference, NoReference
 from lit_dpo.requirements import check_run
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lit_dpo.module import DPOModule
+    from lit_dpo.policy.base_model import BaseModel
+    from lit_dpo.references.base import Reference
+
 
 GIB = 2.0**30
 _PROCESS = 0.5 * GIB
@@ -82,7 +90,7 @@ class Plan(NamedTuple):
         return self.text
 
 
-def plan(module: Any, data: Any, trainer: Any, device: str = "here") -> Plan:
+def plan(module: DPOModule, data: pl.LightningDataModule, trainer: pl.Trainer, device: str = "here") -> Plan:
     """Plan a run. Configuration, tokenizer and data are read (and encoded, for the run that follows); no weights.
 
     Args:
@@ -134,13 +142,13 @@ def plan(module: Any, data: Any, trainer: Any, device: str = "here") -> Plan:
 class _Search:
     """Steps of any size, on a skeleton that is made once."""
 
-    def __init__(self, module: Any, loader: Any, device: Device) -> None:
+    def __init__(self, module: DPOModule, loader: Any, device: Device) -> None:
         self.module, self.loader, self.device = module, loader, device
         self.wanted = module.microbatch_tokens or MICROBATCH_TOKENS["cuda" if device.on_gpu else "cpu"]
         self.whole = module.why_whole is not None
         self.skeleton, self.estimate = self._measure(module.policy)
 
-    def context(self) -> Any:
+    def context(self) -> AbstractContextManager[Any]:
         """Return what a step runs in: on a GPU autocast, for which that of a CPU stands."""
         return torch.autocast("cpu", dtype=torch.bfloat16) if self.device.on_gpu else nullcontext()
 
@@ -160,7 +168,7 @@ class _Search:
         sizes = [self.wanted, *(2**power for power in range(16, 7, -1) if 2**power < self.wanted)]
         return next((size for size in sizes if self.step(size, estimate).total <= room), None)
 
-    def _measure(self, policy: Any) -> tuple[Skeleton, StepEstimate]:
+    def _measure(self, policy: BaseModel) -> tuple[Skeleton, StepEstimate]:
         whole = self._skeleton(policy)
         others = _other_models(self.module.reference.unwrapped, whole, self.device)
         frozen, trained = stored_bytes(whole.model)
@@ -177,7 +185,7 @@ class _Search:
         with made.fake:
             return StepEstimate(made.model, kept, with_kl=Field.KL in self.module.loss.requires, context=self.context)
 
-    def _skeleton(self, policy: Any, layers: int | None = None) -> Skeleton:
+    def _skeleton(self, policy: BaseModel, layers: int | None = None) -> Skeleton:
         return skeleton(policy, self.device.dtype, on_gpu=self.device.on_gpu, layers=layers)
 
     def arithmetic(self, lengths: Lengths) -> Arithmetic:
@@ -191,7 +199,7 @@ class _Search:
         return shallow.with_layers(deep, repeats.times)
 
 
-def _other_models(reference: Any, made: Skeleton, device: Device) -> int:
+def _other_models(reference: Reference, made: Skeleton, device: Device) -> int:
     """Bytes of a reference that is not the policy's own base."""
     if isinstance(reference, ModelReference):
         dtype = reference.torch_dtype(torch.device("cpu"), device.dtype)
@@ -199,7 +207,7 @@ def _other_models(reference: Any, made: Skeleton, device: Device) -> int:
     return 4 * made.trained if isinstance(reference, AdapterReference | EMAReference) else 0
 
 
-def _device(name: str, trainer: Any) -> Device:
+def _device(name: str, trainer: pl.Trainer) -> Device:
     if name != "here":
         found = card(name)
         return Device(name, found.memory * GIB, True, torch.bfloat16 if found.has_bfloat16 else torch.float16, found)
@@ -211,7 +219,7 @@ def _device(name: str, trainer: Any) -> Device:
     return Device("this CPU", float(memory), False, torch.float32, None)
 
 
-def planned_steps(trainer: Any, batches: int) -> tuple[int, float]:
+def planned_steps(trainer: pl.Trainer, batches: int) -> tuple[int, float]:
     """Optimizer steps of a run, and epochs.
 
     Args:
@@ -235,7 +243,7 @@ def planned_steps(trainer: Any, batches: int) -> tuple[int, float]:
     return steps, steps / each
 
 
-def _arithmetic(module: Any, one: Arithmetic, epochs: float) -> float:
+def _arithmetic(module: DPOModule, one: Arithmetic, epochs: float) -> float:
     reference = module.reference
     if isinstance(reference, NoReference):
         passes = 0.0
@@ -262,7 +270,7 @@ def _rates(device: Device, quantization: str, made: Skeleton, tokens: int) -> tu
     return (low * rate, high * rate), f"{low:.0%} to {high:.0%} of the {unit} that one layer reaches here now"
 
 
-def _text(made: Plan, module: Any, wanted: int, rate: str, ranks: int) -> str:
+def _text(made: Plan, module: DPOModule, wanted: int, rate: str, ranks: int) -> str:
     policy, device = module.policy, made.device
     prompt, chosen, rejected = made.tokens
     precision = str(device.dtype).removeprefix("torch.")

@@ -20,6 +20,8 @@ from lit_dpo.policy import LoRAPolicy, checks
 from lit_dpo.policy.sliced import SLICE
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lit_dpo.policy import BaseModel
 
 
@@ -109,7 +111,7 @@ def skeleton(policy: BaseModel, dtype: torch.dtype, *, on_gpu: bool = False, lay
     return Skeleton(model.train(), parameters, trained, widest, repeats, fake)
 
 
-def _base(policy: BaseModel, dtype: torch.dtype, layers: int | None) -> Any:
+def _base(policy: BaseModel, dtype: torch.dtype, layers: int | None) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -131,7 +133,7 @@ def _base(policy: BaseModel, dtype: torch.dtype, layers: int | None) -> Any:
     return base
 
 
-def _repeats(base: Any) -> Repeats | None:
+def _repeats(base: PreTrainedModel) -> Repeats | None:
     """Find the shortest start and period of a model's layers, by their classes, shapes and kinds; None if none."""
     config = base.config.get_text_config()
     count, kinds = config.num_hidden_layers, getattr(config, "layer_types", None)
@@ -151,7 +153,7 @@ def _repeats(base: Any) -> Repeats | None:
     return None
 
 
-def _fill(model: Any, policy: BaseModel, on_gpu: bool) -> None:
+def _fill(model: nn.Module, policy: BaseModel, on_gpu: bool) -> None:
     """Fake tensors for all that are on the meta device; what is quantised gets its packed size."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
@@ -163,8 +165,8 @@ def _fill(model: Any, policy: BaseModel, on_gpu: bool) -> None:
                 if id(one) not in made:
                     made[id(one)] = nn.Parameter(torch.empty(one.shape, dtype=one.dtype), one.requires_grad)
                 setattr(module, name, made[id(one)])
-        for name, one in list(module.named_buffers(recurse=False, remove_duplicate=False)):
-            setattr(module, name, made.setdefault(id(one), torch.empty(one.shape, dtype=one.dtype)))
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, name, made.setdefault(id(buffer), torch.empty(buffer.shape, dtype=buffer.dtype)))
 
 
 def _pack(module: Any, policy: BaseModel, on_gpu: bool) -> None:

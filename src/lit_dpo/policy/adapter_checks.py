@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import MISSING, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lit_dpo import hub
 from lit_dpo.errors import PolicyError, first_line
@@ -15,6 +15,12 @@ from lit_dpo.hub import Place
 from lit_dpo.policy.adapters import is_adapters
 from lit_dpo.policy.digests import sampled_digest
 from lit_dpo.policy.lora_options import PASSED_ON
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+    from lit_dpo.policy.base_model import BaseModel
+
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +39,7 @@ _PLAIN_FIELDS = {
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")  # how it began; others change the base
 
 
-def check_adapter(policy: Any, place: Place) -> Any:
+def check_adapter(policy: BaseModel, place: Place) -> LoraConfig:
     """The adapter is one that can be continued and compared with; returns the layers that it is for."""
     folder = place.folder
     adapter = check_lora(place)
@@ -52,7 +58,7 @@ def check_adapter(policy: Any, place: Place) -> Any:
     return adapter.target_modules
 
 
-def check_lora(place: Place) -> Any:
+def check_lora(place: Place) -> LoraConfig:
     """The place holds a LoRA adapter that changes nothing but its layers; returns its configuration."""
     from peft import PeftConfig
 
@@ -68,7 +74,7 @@ def check_lora(place: Place) -> Any:
     return adapter
 
 
-def check_lora_config(adapter: Any, where: str) -> None:
+def check_lora_config(adapter: LoraConfig, where: str) -> None:
     """It is a LoRA adapter that changes nothing but its layers; `where`: it is, for errors."""
     from peft import LoraConfig
 
@@ -97,7 +103,7 @@ def check_lora_config(adapter: Any, where: str) -> None:
             )
 
 
-def check_embeddings(policy: Any, place: Place) -> None:
+def check_embeddings(policy: BaseModel, place: Place) -> None:
     """Whole weights that PEFT saved along with an adapter, embeddings or head, are those of the policy's base.
 
     PEFT does so where they have an adapter or the vocabulary was resized, and loads them over the base's.
@@ -133,7 +139,7 @@ def _is_whole(name: str) -> bool:
     return not is_adapters(name)
 
 
-def check_base(policy: Any, adapter: Any, place: Place) -> None:
+def check_base(policy: BaseModel, adapter: LoraConfig, place: Place) -> None:
     """The adapter was trained on the policy's base, as far as that can be seen.
 
     Raises:
@@ -192,7 +198,7 @@ def _say(line: str) -> None:
     log.info("%s", line)
 
 
-def check_adapter_keys(model: Any, folder: Path, adapter: str = "default") -> None:
+def check_adapter_keys(model: PeftModel, folder: Path, adapter: str = "default") -> None:
     """What a file lacks, peft fills with fresh weights and a warning."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open

@@ -11,6 +11,7 @@ from lit_dpo import compat
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
 
 DEFAULT = "default"
 """PEFT's name of the adapter that trains."""
@@ -19,7 +20,7 @@ REFERENCE = "reference"
 """The name of a second adapter, a reference's."""
 
 
-def adapter_parameters(model: Any, adapter: str = DEFAULT) -> dict[str, torch.nn.Parameter]:
+def adapter_parameters(model: PeftModel, adapter: str = DEFAULT) -> dict[str, torch.nn.Parameter]:
     """The parameters of one of a policy's adapters by name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if is_adapters(name) and f".{adapter}." in f"{name}."}
 
@@ -30,7 +31,7 @@ def is_adapters(name: str) -> bool:
 
 
 @contextmanager
-def adapters_off(model: Any) -> Iterator[None]:
+def adapters_off(model: PeftModel) -> Iterator[None]:
     """Run the base alone. Not `disable_adapter`: that turns `requires_grad` of all adapter weights off and on again."""
     layers = _tuner_layers(model)
     before = [layer.disable_adapters for layer in layers]
@@ -44,7 +45,7 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def active_adapter(model: Any, name: str) -> Iterator[None]:
+def active_adapter(model: PeftModel, name: str) -> Iterator[None]:
     """Run with another adapter. Not `set_adapter`: that flips `requires_grad` and would silently stop training."""
     layers = _tuner_layers(model)
     before = [layer.active_adapter for layer in layers]
@@ -57,7 +58,7 @@ def active_adapter(model: Any, name: str) -> Iterator[None]:
             compat.use_adapters(layer, active)
 
 
-def copy_adapter(model: Any) -> None:
+def copy_adapter(model: PeftModel) -> None:
     """Put a frozen copy of the adapter that trains beside it, as `REFERENCE`."""
     training = model.training
     config = copy.deepcopy(model.peft_config[DEFAULT])
@@ -69,13 +70,13 @@ def copy_adapter(model: Any) -> None:
         mine.data = policys.detach().clone()
 
 
-def adapter_pairs(model: Any) -> list[tuple[Any, Any]]:
+def adapter_pairs(model: PeftModel) -> list[tuple[Any, Any]]:
     """Parameters of the reference's adapter, each with the policy's."""
     mine, policys = (adapter_parameters(model, name).values() for name in (REFERENCE, DEFAULT))
     return list(zip(mine, policys, strict=True))
 
 
-def freeze_second_adapter(model: Any, training: bool) -> None:
+def freeze_second_adapter(model: PeftModel, training: bool) -> None:
     """A second adapter that was just added is evaluated, never trained, while the layers around it train.
 
     Args:
@@ -90,7 +91,7 @@ def freeze_second_adapter(model: Any, training: bool) -> None:
             layer.lora_dropout[REFERENCE] = nn.Identity()
 
 
-def _tuner_layers(model: Any) -> list[Any]:
+def _tuner_layers(model: PeftModel) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper  # around trained tokens; it looks at flags of its own
 

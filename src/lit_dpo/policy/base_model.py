@@ -20,6 +20,8 @@ from lit_dpo.policy.heap import returned_at_once
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 QUICKSTART = "lit-dpo/quickstart"
 """The built-in model id: made on first use, see `lit_dpo.quickstart`."""
@@ -104,7 +106,7 @@ class BaseModel(ABC):
             targets = adapter_checks.check_adapter(self, self.adapter_place)
             checks.check_targets(config, targets, self.trust_remote_code)
 
-    def load_frozen(self, device: torch.device | str = "cpu") -> Any:
+    def load_frozen(self, device: torch.device | str = "cpu") -> PreTrainedModel:
         """The base, with the adapter of `adapter_path` if there is one, frozen and in evaluation mode.
 
         Raises:
@@ -121,7 +123,7 @@ class BaseModel(ABC):
         checks.check_quantized(model, self.quantization)
         return model.requires_grad_(False).eval()
 
-    def load_base(self, device: torch.device, dtype: torch.dtype) -> Any:
+    def load_base(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """The model alone: a transformers model on `device`, without dropout."""
         from transformers import AutoModelForCausalLM
 
@@ -150,7 +152,7 @@ class BaseModel(ABC):
         base.name_or_path = base.config.name_or_path = self.place.name  # for model cards: not a folder of the cache
         return base
 
-    def load_adapter(self, base: Any, *, trainable: bool) -> Any:
+    def load_adapter(self, base: PreTrainedModel, *, trainable: bool) -> PeftModel:
         """The model with the adapter of `adapter_path`, a `peft.PeftModel`."""
         from peft import PeftModel
 
@@ -160,7 +162,7 @@ class BaseModel(ABC):
         adapter_checks.check_adapter_keys(model, folder)
         return model
 
-    def load_tokenizer(self) -> Any:
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, or the adapter's where it brought its own (with its chat template)."""
         from transformers import AutoTokenizer
 
@@ -253,7 +255,7 @@ class BaseModel(ABC):
         """A digest of the adapter that is continued; None for a fresh one."""
         return None if self.adapter_path is None else sampled_digest(self.adapter_place.folder)
 
-    def config(self) -> Any:
+    def config(self) -> PreTrainedConfig:
         """The model's configuration, as transformers reads it.
 
         Raises:
@@ -279,7 +281,7 @@ class BaseModel(ABC):
                 ) from error
             raise PolicyError(f"No model configuration for {self.model!r}: {first_line(error)}") from error
 
-    def quantization_config(self, dtype: torch.dtype) -> Any:
+    def quantization_config(self, dtype: torch.dtype) -> BitsAndBytesConfig | None:
         """What transformers needs to quantise while it loads; None for `none`."""
         if self.quantization == "none":
             return None

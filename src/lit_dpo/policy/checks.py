@@ -10,11 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_dpo.errors import PolicyError, first_line
 from lit_dpo.hub import Place, listing
 from lit_dpo.policy.settings import settings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from lit_dpo.policy.base_model import BaseModel
+
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +41,7 @@ def check_weights(place: Place) -> None:
     raise PolicyError(f"Expected *.safetensors weights in {place} but it holds {listing(place)}.")
 
 
-def check_causal(config: Any, model: str) -> None:
+def check_causal(config: PreTrainedConfig, model: str) -> None:
     """It is a causal language model."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -59,7 +67,7 @@ def check_bitsandbytes(quantization: str) -> None:
         raise PolicyError(f"quantization={quantization} needs bitsandbytes: pip install bitsandbytes (or use none).")
 
 
-def check_no_adapter_inside(model: Any, place: Place) -> None:
+def check_no_adapter_inside(model: BaseModel, place: Place) -> None:
     """A model and an adapter in one folder: transformers puts them together, PEFT and we do not."""
     if (place.folder / "adapter_config.json").is_file():
         base = None
@@ -73,7 +81,7 @@ def check_no_adapter_inside(model: Any, place: Place) -> None:
         )
 
 
-def check_prequantized(policy: Any, config: Any) -> None:
+def check_prequantized(policy: BaseModel, config: PreTrainedConfig) -> None:
     """Weights that are quantised already are so in the way that the policy says."""
     saved = getattr(config, "quantization_config", None)
     if not saved:
@@ -97,7 +105,7 @@ def check_prequantized(policy: Any, config: Any) -> None:
         )
 
 
-def keep_quantized(config: Any, dtype: Any) -> bool:
+def keep_quantized(config: PreTrainedConfig, dtype: torch.dtype) -> bool:
     """Whether the weights are quantised already: as their configuration says, but computing in the policy's dtype."""
     saved = getattr(config, "quantization_config", None)
     if not saved:
@@ -108,7 +116,7 @@ def keep_quantized(config: Any, dtype: Any) -> bool:
     return True
 
 
-def check_targets(config: Any, targets: Any, trust_remote_code: bool) -> None:
+def check_targets(config: PreTrainedConfig, targets: Any, trust_remote_code: bool) -> None:
     """The layers exist, seen on a skeleton without weights."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -160,7 +168,7 @@ def check_complete(info: Any, model: str) -> None:
         )
 
 
-def check_quantized(model: Any, quantization: str) -> None:
+def check_quantized(model: nn.Module, quantization: str) -> None:
     """Asked for 4 bits, the adapted layers *are* in 4 bits: a loader that skips quietly is found here."""
     if quantization == "none":
         return
@@ -179,13 +187,13 @@ def check_quantized(model: Any, quantization: str) -> None:
         )
 
 
-def int8_layers(model: Any) -> list[Any]:
+def int8_layers(model: nn.Module) -> list[Any]:
     """Those of LLM.int8(); where bitsandbytes is not loaded there are none."""
     bnb: Any = sys.modules.get("bitsandbytes")
     return [] if bnb is None else [layer for layer in model.modules() if isinstance(layer, bnb.nn.Linear8bitLt)]
 
 
-def quantization_of(base: Any) -> dict[str, Any]:
+def quantization_of(base: PreTrainedModel) -> dict[str, Any]:
     """How the layers are quantised, seen in them."""
     kinds = {type(module).__name__ for module in base.modules()}
     if "Linear4bit" in kinds or "SlicedLinear4bit" in kinds:
@@ -203,7 +211,7 @@ def quantization_of(base: Any) -> dict[str, Any]:
     return {"quantization": "none"}
 
 
-def keep_trainable(model: Any) -> None:
+def keep_trainable(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference on CPUs with AVX512-BF16.
 
     Its Linear4bit repacks, for good, at the first evaluation without gradients; from then on it multiplies in bfloat16
@@ -211,7 +219,7 @@ def keep_trainable(model: Any) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - of bitsandbytes' own layers
 
 
 @contextmanager
@@ -225,21 +233,21 @@ def as_policy_error(what: str) -> Iterator[None]:
         raise PolicyError(f"Cannot load {what}: {first_line(error)}") from error
 
 
-def _packed(base: Any, kind: Any, bnb: Any) -> bool:
+def _packed(base: PreTrainedModel, kind: Any, bnb: Any) -> bool:
     if kind is bnb.nn.Linear8bitLt:
         return str(base.weight.dtype) == "torch.int8"
     state = getattr(base.weight, "quant_state", None)
     return state is not None and state.quant_type == "nf4"
 
 
-def _takes_adapter(module: Any) -> bool:
+def _takes_adapter(module: nn.Module) -> bool:
     import torch
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D)
 
 
-def turn_off_dropout(config: Any, *, quiet: bool = False) -> None:
+def turn_off_dropout(config: PreTrainedConfig, *, quiet: bool = False) -> None:
     """A policy and a reference under different dropout masks do not compare: rewards at step 0 would be noise."""
     found = {}
     for one in settings(config):
@@ -250,7 +258,7 @@ def turn_off_dropout(config: Any, *, quiet: bool = False) -> None:
         log.info("dropout of the base is off: %s", ", ".join(f"{name} {given}" for name, given in found.items()))
 
 
-def turn_off_dropout_layers(base: Any) -> None:
+def turn_off_dropout_layers(base: PreTrainedModel) -> None:
     """Those that the model's code makes by itself; what is random in other ways the start-up probe refuses."""
     from torch import nn
 
@@ -263,7 +271,7 @@ def turn_off_dropout_layers(base: Any) -> None:
         layer.p = 0.0
 
 
-def enable_checkpointing(base: Any) -> None:
+def enable_checkpointing(base: PreTrainedModel) -> None:
     """Recompute each layer in the backward pass."""
     # reentrant checkpoints need inputs that require gradients, and embeddings are frozen
     keywords = {"use_reentrant": False}
@@ -274,7 +282,7 @@ def enable_checkpointing(base: Any) -> None:
 
 
 @contextmanager
-def default_dtype(dtype: Any) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """New tensors are of this dtype, whatever Lightning's "true" precisions have set."""
     import torch
 

@@ -19,17 +19,19 @@ from lit_dpo.policy.lora import LoRAPolicy
 
 if TYPE_CHECKING:
     import torch
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_SAYS_ITSELF = ("model", "revision", "quantization", "double_quantization", "adapter_path", "adapter_base", "dtype")
+_SAYS_ITSELF = ("model", "quantization", "double_quantization", "adapter_path", "adapter_base", "dtype")
 
 
 @dataclass
 class _Held:
     """What was given, and what is known of it from then; training changes the adapter in place."""
 
-    base: Any
-    adapted: Any
-    tokenizer: Any
+    base: PreTrainedModel
+    adapted: PeftModel | None
+    tokenizer: PreTrainedTokenizerBase | None
     adapter_digest: str | None
     does_something: bool
     loaded: bool = False
@@ -106,16 +108,16 @@ class HeldPolicy(LoRAPolicy):
     def fetch(self) -> None:
         """Nothing is downloaded."""
 
-    def config(self) -> Any:
+    def config(self) -> PreTrainedConfig:
         """A copy of the model's."""
         return copy.deepcopy(self._given().base.config)
 
     @cached_property
     def place(self) -> Place:
-        """No folder; the name that the model came with."""
-        return Place(Path("(a model in memory)"), self.model, None, f"{self.option}.model")
+        """No folder; the name that the model came with, and the revision that was given: exported adapters say them."""
+        return Place(Path("(a model in memory)"), self.model, self.revision, f"{self.option}.model")
 
-    def load_tokenizer(self) -> Any:
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The one that was given, or that of the model's name."""
         from transformers import AutoTokenizer
 
@@ -129,7 +131,7 @@ class HeldPolicy(LoRAPolicy):
                 "`LoRAPolicy.from_model(model, tokenizer=tokenizer)`."
             ) from error
 
-    def load_base(self, device: torch.device, dtype: torch.dtype) -> Any:
+    def load_base(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """The model itself, once; without dropout, on `device`."""
         held = self._given()
         if held.loaded:
@@ -149,7 +151,7 @@ class HeldPolicy(LoRAPolicy):
             multiply_in_slices(base)
         return base.requires_grad_(False)
 
-    def put_adapters(self, base: Any) -> Any:
+    def put_adapters(self, base: PreTrainedModel) -> PeftModel:
         """The user's adapter, float32 and trainable; or fresh ones."""
         if (adapted := self._given().adapted) is None:
             return super().put_adapters(base)
@@ -158,14 +160,14 @@ class HeldPolicy(LoRAPolicy):
             parameter.requires_grad_(True)
         return adapted
 
-    def lora_config(self) -> Any:
+    def lora_config(self) -> LoraConfig:
         """Of the adapter that the model came with, or of fresh ones by the fields."""
         adapted = self._given().adapted
         return super().lora_config() if adapted is None else copy.deepcopy(adapted.peft_config["default"])
 
     def model_identity(self) -> dict[str, Any]:
         """A digest of samples of the weights, as they were given."""
-        return {"model": self.model, "revision": None, "fingerprint": self._sampled, **self._quantised()}
+        return {"model": self.model, "revision": self.revision, "fingerprint": self._sampled, **self._quantised()}
 
     def model_content(self) -> dict[str, Any]:
         """A digest of every byte of the weights."""
@@ -180,7 +182,7 @@ class HeldPolicy(LoRAPolicy):
         return f"memory {_digest(_weights(self._given().base), whole=False)}"
 
 
-def _check_model(base: Any, adapted: Any) -> None:
+def _check_model(base: PreTrainedModel, adapted: PeftModel | None) -> None:
     """It is a causal language model on one device, with one LoRA adapter or none."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import PreTrainedModel
@@ -205,7 +207,7 @@ def _check_model(base: Any, adapted: Any) -> None:
         raise PolicyError("The model's adapter is merged into its weights: `unmerge_adapter()` first.")
 
 
-def _turn_off_dropout(base: Any) -> None:
+def _turn_off_dropout(base: PreTrainedModel) -> None:
     """Layers have read it from the configuration; an adapter's own dropout stays."""
     own = {id(layer) for name, layer in base.named_modules() if "lora_dropout" in name}
     for module in base.modules():
@@ -215,7 +217,7 @@ def _turn_off_dropout(base: Any) -> None:
                 setattr(module, name, 0.0)
 
 
-def _weights(base: Any) -> Iterator[tuple[str, Any]]:
+def _weights(base: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """Of the base alone, by the names that they have without adapters."""
     for name, tensor in base.state_dict().items():
         if not is_adapters(name) and hasattr(tensor, "detach"):

@@ -13,9 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import FunctionType, MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_dpo.errors import first_line
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +55,7 @@ class Kernels:
         return ", ".join(sorted({type(module).__name__ for module, _ in self._changes}))
 
 
-def _exchange(module: Any, values: dict[str, Any]) -> dict[str, Any]:
+def _exchange(module: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
     """Set attributes of an instance, and give what they were."""
     own = vars(module)
     before = {name: own.pop(name, _NOTHING) for name in values}
@@ -58,14 +63,14 @@ def _exchange(module: Any, values: dict[str, Any]) -> dict[str, Any]:
     return before
 
 
-def kernels_of(base: Any) -> Kernels | None:
+def kernels_of(base: PreTrainedModel) -> Kernels | None:
     """Those that `use_kernels` has given to a model."""
     found: Kernels | None = vars(base).get("lit_dpo_kernels")
     return found
 
 
 @contextmanager
-def without_kernels(base: Any) -> Iterator[Any]:
+def without_kernels(base: PreTrainedModel) -> Iterator[Any]:
     """The model's own code; the kernels, if there are any, are on again afterwards if they were."""
     found = kernels_of(base)
     before = found is not None and found.on
@@ -78,7 +83,7 @@ def without_kernels(base: Any) -> Iterator[Any]:
             found.use(before)
 
 
-def use_kernels(base: Any) -> None:
+def use_kernels(base: PreTrainedModel) -> None:
     """Give a transformers model Liger's kernels, where it is on a CUDA device and Liger is there and knows its kind.
 
     They are taken for norms, for MLPs whose activation they compute, and for rotary positions; `kernels_of` then has
@@ -107,7 +112,7 @@ def use_kernels(base: Any) -> None:
         base.lit_dpo_kernels.use(True)
 
 
-def _apply(base: Any) -> dict[str, Any]:
+def _apply(base: PreTrainedModel) -> dict[str, Any]:
     """Let Liger patch a model; the functions of transformers' source that it replaced, which are put back."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
@@ -128,7 +133,7 @@ def _apply(base: Any) -> dict[str, Any]:
     return {name: given for name, given in replaced.items() if not isinstance(given, type)}
 
 
-def _of_module(module: Any, patched: dict[str, Any]) -> dict[str, Any]:
+def _of_module(module: nn.Module, patched: dict[str, Any]) -> dict[str, Any]:
     """What to keep of a module's patches: its forward and what that reads, for norms and for MLPs; else nothing."""
     kernel = getattr(patched.get("forward"), "__func__", None)
     if kernel is None or not (kernel.__qualname__.startswith("LigerRMSNorm") or _same_activation(module, kernel)):
@@ -137,7 +142,7 @@ def _of_module(module: Any, patched: dict[str, Any]) -> dict[str, Any]:
     return {**values, "forward": MethodType(_by_device(kernel, type(module).forward, 1), module)}
 
 
-def _same_activation(module: Any, kernel: Any) -> bool:
+def _same_activation(module: nn.Module, kernel: Any) -> bool:
     """Whether a gated MLP has the activation that its kernel does: Liger takes that for granted."""
     import torch
     from torch.nn.functional import gelu, silu
@@ -150,7 +155,7 @@ def _same_activation(module: Any, kernel: Any) -> bool:
     return torch.allclose(given(x), expected, rtol=0, atol=1e-5)
 
 
-def _calling(functions: dict[str, Any], module: Any) -> Any:
+def _calling(functions: dict[str, Any], module: nn.Module) -> Any:
     """A module's forward with kernels in place of functions of its source; None if it calls none of them."""
     source, forward = type(module).__module__, inspect.unwrap(type(module).forward)
     own = forward.__globals__

@@ -9,6 +9,8 @@ from torch import nn
 from lit_dpo.policy.settings import rope_limit
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
     from lit_dpo.policy import BaseModel
 
 
@@ -27,7 +29,7 @@ class Limits(NamedTuple):
     made_for: int | None
 
 
-def limits(model: Any) -> Limits:
+def limits(model: PreTrainedModel) -> Limits:
     """Of a model, with weights or on the meta device, seen in its tables and not in its name.
 
     Args:
@@ -49,7 +51,7 @@ def policy_limits(policy: BaseModel) -> Limits:
     return skeleton_limits(policy.config(), policy.trust_remote_code)
 
 
-def skeleton_limits(config: Any, trust_remote_code: bool = False) -> Limits:
+def skeleton_limits(config: PreTrainedConfig, trust_remote_code: bool = False) -> Limits:
     """Of the model that a configuration describes."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -62,7 +64,7 @@ def _rows(table: Any) -> int | None:
     return int(table.weight.shape[0]) if getattr(table, "weight", None) is not None else None
 
 
-def _position_tables(model: Any, inputs: Any, made_for: int) -> list[int]:
+def _position_tables(model: PreTrainedModel, inputs: nn.Module, made_for: int) -> list[int]:
     """How many positions each table of the model has: learned ones, and what is worked out ahead and kept."""
     found = []
     tokens = set(inputs.modules())  # the table itself may be in an adapter

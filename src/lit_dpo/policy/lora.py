@@ -15,6 +15,8 @@ from lit_dpo.policy.kernels import use_kernels
 
 if TYPE_CHECKING:
     import torch
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class LoRAPolicy(BaseModel):
             model: a transformers model for causal language modelling, quantised by bitsandbytes or not, or a
                 `peft.PeftModel` with one LoRA adapter named `default`, which is continued then.
             tokenizer: the model's; by default that of the name that it was loaded from.
-            **options: fields of `LoRAPolicy` that say how to train: `r`, `target_modules`, `gradient_checkpointing`, …
+            **options: fields of `LoRAPolicy` that say how to train: `r`, `target_modules`, `gradient_checkpointing`, …;
+                and `revision`, if it was loaded from one, for exported adapters to say it.
 
         Returns:
             The policy. Checkpoints of it belong to these weights, and do not build the model again: see `HeldPolicy`.
@@ -126,7 +129,7 @@ class LoRAPolicy(BaseModel):
                 checks.check_targets(self.config(), self.target_modules, self.trust_remote_code)
             lora_options.check_choices(self, self.config())
 
-    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
+    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> PeftModel:
         """The policy with its adapters, in training mode, on `device`.
 
         Args:
@@ -147,7 +150,7 @@ class LoRAPolicy(BaseModel):
         with checks.default_dtype(torch.float32):  # else new adapters would be rounded
             return self._load(torch.device(device), dtype)
 
-    def _load(self, device: torch.device, dtype: torch.dtype) -> Any:
+    def _load(self, device: torch.device, dtype: torch.dtype) -> PeftModel:
         base = self.load_base(device, dtype)
         if self.kernels == "auto":
             use_kernels(base)
@@ -160,7 +163,7 @@ class LoRAPolicy(BaseModel):
             checks.enable_checkpointing(base)
         return model.train()
 
-    def put_adapters(self, base: Any) -> Any:
+    def put_adapters(self, base: PreTrainedModel) -> PeftModel:
         """A `peft.PeftModel` of the base: with the adapter of `adapter_path`, or with fresh ones."""
         from peft import get_peft_model
 
@@ -173,7 +176,7 @@ class LoRAPolicy(BaseModel):
         """Whether it begins as a trained adapter, which is then its reference, and not as its base."""
         return self.adapter_path is not None
 
-    def lora_config(self) -> Any:
+    def lora_config(self) -> LoraConfig:
         """PEFT's description of the adapters: of fresh ones by the fields, else that of `adapter_path`."""
         from peft import LoraConfig, PeftConfig
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_dpo.errors import PolicyError
 from lit_dpo.policy.checks import as_policy_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from lit_dpo.policy import LoRAPolicy
+
 
 # Fields of the policy that are fields of PEFT's `LoraConfig`, by name.
 PASSED_ON = {
@@ -33,7 +39,7 @@ _CHOOSING = (
 )
 
 
-def check_values(policy: Any) -> None:
+def check_values(policy: LoRAPolicy) -> None:
     """The fields of a policy agree with one another.
 
     Raises:
@@ -72,7 +78,7 @@ def check_values(policy: Any) -> None:
             )
 
 
-def check_choices(policy: Any, config: Any) -> None:
+def check_choices(policy: LoRAPolicy, config: PreTrainedConfig) -> None:
     """What the options choose is there, seen on the model without weights: PEFT leaves out in silence what is not.
 
     Args:
@@ -115,7 +121,7 @@ def check_choices(policy: Any, config: Any) -> None:
         _expect(any(name == one or name.endswith(f".{one}") for name in found), "target_parameters", one, adapted)
 
 
-def _check_tokens(policy: Any, config: Any) -> None:
+def _check_tokens(policy: LoRAPolicy, config: PreTrainedConfig) -> None:
     """They are ids of the vocabulary, each once."""
     from lit_dpo.policy.limits import skeleton_limits
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class Setting(NamedTuple):
@@ -26,7 +29,7 @@ class Setting(NamedTuple):
         """Whether it is one; True and False are none."""
         return isinstance(self.value, int | float) and not isinstance(self.value, bool)
 
-    def change(self, value: Any) -> None:
+    def change(self, value: object) -> None:
         """Set it to something else, where it is."""
         part = self.parts[-1]
         if isinstance(part, dict):
@@ -35,7 +38,7 @@ class Setting(NamedTuple):
             setattr(part, self.name, value)
 
 
-def settings(config: Any, path: str = "", parts: tuple[Any, ...] = ()) -> Iterator[Setting]:
+def settings(config: PreTrainedConfig, path: str = "", parts: tuple[Any, ...] = ()) -> Iterator[Setting]:
     """All entries of a configuration and of what is nested in it: dictionaries, configurations, lists of them.
 
     Example:
@@ -60,7 +63,7 @@ class RopeLimit(NamedTuple):
     kind: str
 
 
-def rope_limit(config: Any) -> RopeLimit | None:
+def rope_limit(config: PreTrainedConfig) -> RopeLimit | None:
     """The smallest limit of a text configuration, whichever layers it is for; None if there is none.
 
     LongRoPE and dynamic NTK choose their frequencies by the longest row of a batch: beyond their limit a long pair

@@ -8,12 +8,16 @@ the heap it leaves no holes of whole weights between the activations that stay: 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import dequantize_blockwise
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import nn
+
 
 SLICE = 2 * 2**20
 """Bytes of an unpacked slice. From 2 MiB on products are as fast as they get (weights of 4 to 64 MiB, 32 to 1024
@@ -33,7 +37,7 @@ class SlicedLinear4bit(bnb.nn.Linear4bit):
         return _Product.apply(x.to(dtype), self.weight.data, state, bias).to(x.dtype)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def multiply_in_slices(model: Any) -> None:
+def multiply_in_slices(model: nn.Module) -> None:
     """Let the 4-bit layers of a model multiply so, wherever they are on a CPU when they do."""
     for module in model.modules():
         if type(module) is bnb.nn.Linear4bit:

@@ -18,6 +18,8 @@ from lit_dpo.policy.digests import sampled_digest
 from lit_dpo.references.base import Reference
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from lit_dpo.policy import LoRAPolicy
 
 
@@ -30,7 +32,7 @@ class BaseReference(Reference):
     """
 
     @contextmanager
-    def activated(self, model: Any) -> Iterator[Any]:
+    def activated(self, model: PeftModel) -> Iterator[Any]:
         """The policy with the adapters off."""
         with adapters_off(model):
             yield model
@@ -64,7 +66,7 @@ class AdapterReference(Reference):
         if not self._copies(policy):
             self._checked(policy)
 
-    def attach(self, model: Any, policy: LoRAPolicy) -> None:
+    def attach(self, model: PeftModel, policy: LoRAPolicy) -> None:
         """Load the copy, or make it of a model that came with its adapter."""
         if self._copies(policy):
             copy_adapter(model)
@@ -79,7 +81,7 @@ class AdapterReference(Reference):
         freeze_second_adapter(model, training)
 
     @contextmanager
-    def activated(self, model: Any) -> Iterator[Any]:
+    def activated(self, model: PeftModel) -> Iterator[Any]:
         """The policy with the copy in its adapter's place."""
         with active_adapter(model, REFERENCE):
             yield model
@@ -141,11 +143,11 @@ class NoReference(Reference):
         """Nothing."""
         return frozenset()
 
-    def activated(self, model: Any) -> NoReturn:
+    def activated(self, model: PeftModel) -> NoReturn:
         """There is no model."""
         raise PolicyError("NoReference has no model to run.")
 
-    def logps(self, model: Any, batch: PairBatch) -> tuple[None, None]:
+    def logps(self, model: PeftModel, batch: PairBatch) -> tuple[None, None]:
         """Nothing."""
         return None, None
 

@@ -16,6 +16,8 @@ from lit_dpo.logps.records import SequenceLogps
 from lit_dpo.logps.score import completion_logps
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from lit_dpo.policy import LoRAPolicy
 
 
@@ -58,7 +60,7 @@ class Reference(ABC):
             PolicyError: naming the file or field, and what there is instead.
         """
 
-    def attach(self, model: Any, policy: LoRAPolicy) -> None:  # noqa: B027 - most need nothing
+    def attach(self, model: PeftModel, policy: LoRAPolicy) -> None:  # noqa: B027 - most need nothing
         """Put what the reference needs next to the loaded policy. Called once, after `policy.load`.
 
         Args:
@@ -67,19 +69,19 @@ class Reference(ABC):
         """
 
     @abstractmethod
-    def activated(self, model: Any) -> AbstractContextManager[Any]:
+    def activated(self, model: PeftModel) -> AbstractContextManager[Any]:
         """A context that yields the reference as a model to run, made of the policy's or kept next to it.
 
         Args:
             model: the policy.
         """
 
-    def logps(self, model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps] | tuple[None, None]:
+    def logps(self, model: PeftModel, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps] | tuple[None, None]:
         """Log-probs of the chosen and rejected completions under the reference; (None, None) if there is none."""
         with torch.no_grad(), self.activated(model) as reference:
             return completion_logps(reference, batch)
 
-    def update(self, model: Any, step: int) -> None:  # noqa: B027 - most stay as they are
+    def update(self, model: PeftModel, step: int) -> None:  # noqa: B027 - most stay as they are
         """Follow the policy. Called after every optimizer step, on all ranks alike, if `follows_policy`.
 
         Args:
@@ -102,11 +104,11 @@ class Reference(ABC):
         )
 
 
-def keep_attached(model: Any, name: str, frozen: Any) -> None:
+def keep_attached(model: PeftModel, name: str, frozen: object) -> None:
     """Keep something next to the policy that is none of its submodules: not trained, cast, counted or saved with it."""
     model.__dict__[f"lit_dpo_{name}"] = frozen
 
 
-def attached(model: Any, name: str) -> Any:
+def attached(model: PeftModel, name: str) -> Any:
     """What `keep_attached` put there."""
     return model.__dict__[f"lit_dpo_{name}"]

@@ -26,6 +26,8 @@ from lit_dpo.references.store import LogpStore, Stored
 from lit_dpo.writing import written_whole
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from lit_dpo.policy import LoRAPolicy
 
 _VERSION = 1  # of what is stored and of how log-probs are computed
@@ -91,17 +93,17 @@ class CachedReference(Reference):
         except OSError as error:
             raise PolicyError(f"Expected to write to `reference.directory` {self.directory!r} but {error}.") from error
 
-    def attach(self, model: Any, policy: LoRAPolicy) -> None:
+    def attach(self, model: PeftModel, policy: LoRAPolicy) -> None:
         """Attach what is remembered, and find its folder."""
         reference = self._of(policy)
         reference.attach(model, policy)
         keep_attached(model, "cache", _Cache(reference, self, reference.cache_identity(policy)))
 
-    def activated(self, model: Any) -> NoReturn:
+    def activated(self, model: PeftModel) -> NoReturn:
         """Log-probs are all there is."""
         raise PolicyError(f"{self} has no model to run: use {self.reference or 'what it remembers'} itself.")
 
-    def logps(self, model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
+    def logps(self, model: PeftModel, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
         """From disk; what is not there is computed and put there."""
         cache: _Cache = attached(model, "cache")
         return cache.logps(model, batch)
@@ -125,7 +127,7 @@ class _Cache:
         """Copies and other processes open files of their own."""
         return _Cache, (self.reference, self.settings, self.identity)
 
-    def logps(self, model: Any, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
+    def logps(self, model: PeftModel, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
         store = self._store(model)
         keys = [key.tobytes() for key in batch.keys.numpy()]
         found = [store.get(key) for key in keys]
@@ -158,7 +160,7 @@ class _Cache:
             None if tokens is None else tokens.to(device, non_blocking=True),
         )
 
-    def _compute(self, model: Any, batch: PairBatch) -> list[Stored]:
+    def _compute(self, model: PeftModel, batch: PairBatch) -> list[Stored]:
         parts: list[Tensor] = []
         for side in self.reference.logps(model, batch):
             assert side is not None
@@ -177,7 +179,7 @@ class _Cache:
             sides.append([np.concatenate(one) for one in zip(totals, tokens, strict=True)])
         return [Stored(*pair) for pair in zip(*sides, strict=True)]
 
-    def _store(self, model: Any) -> LogpStore:
+    def _store(self, model: PeftModel) -> LogpStore:
         """The folder for this reference as it is computed now: dtypes, devices and versions round differently."""
         base = base_model(model)
         device = base.device.type

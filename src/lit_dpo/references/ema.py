@@ -14,6 +14,8 @@ from lit_dpo.policy.adapters import REFERENCE, active_adapter, adapter_pairs, co
 from lit_dpo.references.base import Reference
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from lit_dpo.policy import LoRAPolicy
 
 
@@ -50,18 +52,18 @@ class EMAReference(Reference):
         if self.every < 1:
             raise PolicyError(f"Expected `reference.every` >= 1 but got {self.every}.")
 
-    def attach(self, model: Any, policy: LoRAPolicy) -> None:
+    def attach(self, model: PeftModel, policy: LoRAPolicy) -> None:
         """Copy the policy's adapter."""
         copy_adapter(model)
 
     @contextmanager
-    def activated(self, model: Any) -> Iterator[Any]:
+    def activated(self, model: PeftModel) -> Iterator[Any]:
         """The policy with the average in its adapter's place."""
         with active_adapter(model, REFERENCE):
             yield model
 
     @torch.no_grad()
-    def update(self, model: Any, step: int) -> None:
+    def update(self, model: PeftModel, step: int) -> None:
         """Move if it is time."""
         if step % self.every == 0:
             for mine, policys in adapter_pairs(model):

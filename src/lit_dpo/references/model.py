@@ -14,6 +14,8 @@ from lit_dpo.policy.limits import Limits, policy_limits
 from lit_dpo.references.base import Reference, attached, keep_attached
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from lit_dpo.policy import LoRAPolicy
 
 
@@ -56,14 +58,14 @@ class ModelReference(BaseModel, Reference):
                 f"{len(different)} tokens, first {different[0]!r}: the same ids would be other texts."
             )
 
-    def attach(self, model: Any, policy: LoRAPolicy) -> None:
+    def attach(self, model: PeftModel, policy: LoRAPolicy) -> None:
         """Load it where the policy is."""
         found = self.load_frozen(next(model.parameters()).device)
         choose_layout(found, self.attention)
         keep_attached(model, "reference", found)
 
     @contextmanager
-    def activated(self, model: Any) -> Iterator[Any]:
+    def activated(self, model: PeftModel) -> Iterator[Any]:
         """That model, where the policy is."""
         found, device = attached(model, "reference"), next(model.parameters()).device
         if next(found.parameters()).device != device:

@@ -106,7 +106,7 @@ def _number(name: str, row: Mapping[str, Any], low: float, high: float) -> float
     return number
 
 
-def _kind(name: str, cell: Any) -> str:
+def _kind(name: str, cell: object) -> str:
     """`"text"` or `"messages"`."""
     if isinstance(cell, str):
         return "text"
@@ -162,6 +162,6 @@ def _hint(row: Mapping[str, Any], kinds: Mapping[str, str]) -> str:
     return ""
 
 
-def _short(value: Any, limit: int = 80) -> str:
+def _short(value: object, limit: int = 80) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
