@@ -221,13 +221,14 @@ def test_a_random_seed_is_saved_as_the_one_that_was_used(tiny_model, pairs_file,
     assert type(saved["seed_everything"]) is int
 
 
-def test_a_downstream_package_adds_a_policy_a_loss_a_metric_and_a_module(tiny_model, pairs_file, here, monkeypatch):
+def test_a_downstream_package_adds_one_of_each_kind(tiny_model, pairs_file, here, monkeypatch):
     """As a user would: from the project's folder, by class path, nothing registered."""
     project = Path(__file__).parent / "downstream"
     command = [sys.executable, "-m", "lit_dpo", *_arguments(tiny_model, pairs_file)]
     command[4:4] = ["--model=my_lab.WatchedDPO", "--model.length_penalty=0.5"]
     command += ["--model.policy=my_lab.FrozenA", "--model.policy.a_scale=2"]
-    command += ["--model.loss=my_lab.HingeLoss", "--model.loss.target=2", f"--data.val={pairs_file}"]
+    command += ["--model.loss=my_lab.GradedHingeLoss", "--model.loss.target=2", f"--data.val={pairs_file}"]
+    command += ["--model.reference=my_lab.WeakerReference", "--data.format=my_lab.Graded", "--data.format.hardest=2"]
     command += [*EPOCH, f"--trainer.logger.save_dir={here / 'runs'}"]
     run = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -236,6 +237,8 @@ def test_a_downstream_package_adds_a_policy_a_loss_a_metric_and_a_module(tiny_mo
     assert config["model"]["init_args"]["policy"]["class_path"] == "my_lab.FrozenA"
     assert config["model"]["init_args"]["policy"]["init_args"]["model"] == str(tiny_model)
     assert config["model"]["init_args"]["loss"]["init_args"] == {"beta": 0.1, "target": 2.0}
+    assert config["model"]["init_args"]["reference"]["class_path"] == "my_lab.WeakerReference"
+    assert config["data"]["init_args"]["format"] == {"class_path": "my_lab.Graded", "init_args": {"hardest": 2.0}}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(here / "runs" / "version_0"))

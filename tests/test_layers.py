@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,17 +96,47 @@ def _room(module: str) -> str:
     return ".".join(module.split(".")[:2])
 
 
+def _arrows() -> dict[str, set[str]]:
+    """Which rooms each room imports."""
+    files = [file for file in FILES if _name(file) not in ("lit_dpo", "lit_dpo.__main__")]  # names load on first use
+    found = {_room(_name(file)): set[str]() for file in files}
+    for file in files:
+        found[_room(_name(file))] |= {_room(one) for one in _own(_imports(file))} - {_room(_name(file))}
+    return found
+
+
 def test_rooms_do_not_import_in_circles():
     """A room whose imports lead back to it cannot be understood, or replaced, without the others."""
-    files = [file for file in FILES if _name(file) != "lit_dpo"]  # its names load on first use
-    arrows = {_room(_name(file)): set[str]() for file in files}
-    for file in files:
-        arrows[_room(_name(file))] |= {_room(one) for one in _own(_imports(file))} - {_room(_name(file))}
-    left = dict(arrows)
+    left = _arrows()
     while free := [room for room, to in left.items() if not to & left.keys()]:
         for room in free:
             del left[room]
     assert not left, f"circles among {sorted(left)}"
+
+
+def test_the_picture_of_the_rooms_is_true():
+    """It leaves out what follows from it: an arrow to where other arrows lead anyway."""
+    arrows = _arrows()
+
+    def below(room: str) -> set[str]:
+        return arrows[room].union(*(below(one) for one in arrows[room]))
+
+    needed = {
+        f"{room} --> {to}".replace("lit_dpo.", "")
+        for room, tos in arrows.items()
+        for to in tos
+        if not any(to in below(other) for other in tos - {to})
+    }
+    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    (picture,) = re.findall(r"```mermaid\n(.*?)```", page, re.DOTALL)
+    assert {line.strip() for line in picture.splitlines() if "-->" in line} == needed
+
+
+def test_the_files_of_a_batchs_way_are_there():
+    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    files = re.findall(r"^\d\. `([\w/]+\.py)`", page, re.MULTILINE)
+    assert 1 < len(files) <= 8
+    assert all((PACKAGE / file).is_file() for file in files)
 
 
 def test_the_module_and_the_data_never_import_each_other():

@@ -47,7 +47,7 @@ def use_adapters(layer: Any, names: str | list[str]) -> None:
 
 
 def attention_of(model: PreTrainedModel) -> str | None:
-    """The attention implementation of a model. transformers has a public way to set it, and none to read it."""
+    """Name the attention implementation of a model. transformers has a public way to set it, and none to read it."""
     found: str | None = model.config._attn_implementation
     return found
 
@@ -69,7 +69,7 @@ def has_gradient_hook(tensor: Tensor) -> bool:
 
 
 def operation_mode() -> Any:
-    """The class whose `__torch_dispatch__` sees every operation, those of a backward pass too.
+    """Return the class whose `__torch_dispatch__` sees every operation, those of a backward pass too.
 
     The public `torch.overrides.TorchFunctionMode` sees calls of Python alone.
     """
@@ -79,7 +79,7 @@ def operation_mode() -> Any:
 
 
 def fake_tensors() -> AbstractContextManager[Any]:
-    """A mode in which tensors have a shape, a dtype and a device, and no memory.
+    """Make a mode in which tensors have a shape, a dtype and a device, and no memory.
 
     Tensors on the public `meta` device are on no other, so that code that asks for the device takes another way.
     """

@@ -40,7 +40,7 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")  # how it began; o
 
 
 def check_adapter(policy: BaseModel, place: Place) -> LoraConfig:
-    """The adapter is one that can be continued and compared with; returns the layers that it is for."""
+    """See that the adapter can be continued and compared with; return the layers that it is for."""
     folder = place.folder
     adapter = check_lora(place)
     check_base(policy, adapter, place)
@@ -59,7 +59,7 @@ def check_adapter(policy: BaseModel, place: Place) -> LoraConfig:
 
 
 def check_lora(place: Place) -> LoraConfig:
-    """The place holds a LoRA adapter that changes nothing but its layers; returns its configuration."""
+    """See that the place holds a LoRA adapter that changes nothing but its layers; return its configuration."""
     from peft import PeftConfig
 
     folder = place.folder
@@ -75,7 +75,7 @@ def check_lora(place: Place) -> LoraConfig:
 
 
 def check_lora_config(adapter: LoraConfig, where: str) -> None:
-    """It is a LoRA adapter that changes nothing but its layers; `where`: it is, for errors."""
+    """See that it is a LoRA adapter that changes nothing but its layers; `where` it is, for errors."""
     from peft import LoraConfig
 
     if type(adapter) is not LoraConfig:  # AdaLoRA's is a subclass
@@ -140,7 +140,7 @@ def _is_whole(name: str) -> bool:
 
 
 def check_base(policy: BaseModel, adapter: LoraConfig, place: Place) -> None:
-    """The adapter was trained on the policy's base, as far as that can be seen.
+    """See that the adapter was trained on the policy's base, as far as that can be seen.
 
     Raises:
         PolicyError: if it was trained on another one and `adapter_base` is `same`.
@@ -199,7 +199,7 @@ def _say(line: str) -> None:
 
 
 def check_adapter_keys(model: PeftModel, folder: Path, adapter: str = "default") -> None:
-    """What a file lacks, peft fills with fresh weights and a warning."""
+    """See that a file has all of an adapter: what it lacks, peft fills with fresh weights and a warning."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 

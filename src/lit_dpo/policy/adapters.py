@@ -21,7 +21,7 @@ REFERENCE = "reference"
 
 
 def adapter_parameters(model: PeftModel, adapter: str = DEFAULT) -> dict[str, torch.nn.Parameter]:
-    """The parameters of one of a policy's adapters by name, in the model's order."""
+    """Return the parameters of one of a policy's adapters by name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if is_adapters(name) and f".{adapter}." in f"{name}."}
 
 
@@ -77,7 +77,7 @@ def adapter_pairs(model: PeftModel) -> list[tuple[Any, Any]]:
 
 
 def freeze_second_adapter(model: PeftModel, training: bool) -> None:
-    """A second adapter that was just added is evaluated, never trained, while the layers around it train.
+    """Let a second adapter that was just added be evaluated, never trained, while the layers around it train.
 
     Args:
         model: the policy.

@@ -107,7 +107,7 @@ class BaseModel(ABC):
             checks.check_targets(config, targets, self.trust_remote_code)
 
     def load_frozen(self, device: torch.device | str = "cpu") -> PreTrainedModel:
-        """The base, with the adapter of `adapter_path` if there is one, frozen and in evaluation mode.
+        """Load the base, with the adapter of `adapter_path` if there is one, frozen and in evaluation mode.
 
         Raises:
             PolicyError: if the model or adapter cannot be loaded, or its layers are not quantised as asked.
@@ -124,7 +124,7 @@ class BaseModel(ABC):
         return model.requires_grad_(False).eval()
 
     def load_base(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """The model alone: a transformers model on `device`, without dropout."""
+        """Load the model alone: a transformers model on `device`, without dropout."""
         from transformers import AutoModelForCausalLM
 
         config = self.config()
@@ -153,7 +153,7 @@ class BaseModel(ABC):
         return base
 
     def load_adapter(self, base: PreTrainedModel, *, trainable: bool) -> PeftModel:
-        """The model with the adapter of `adapter_path`, a `peft.PeftModel`."""
+        """Put the adapter of `adapter_path` on the model: a `peft.PeftModel`."""
         from peft import PeftModel
 
         folder = self.adapter_place.folder
@@ -163,7 +163,7 @@ class BaseModel(ABC):
         return model
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, or the adapter's where it brought its own (with its chat template)."""
+        """Load the model's tokenizer, or the adapter's where it brought its own (with its chat template)."""
         from transformers import AutoTokenizer
 
         self.config()
@@ -203,7 +203,7 @@ class BaseModel(ABC):
         hub.fetch_weights(self.place)
 
     def torch_dtype(self, device: torch.device, auto: torch.dtype | None = None) -> torch.dtype:
-        """The dtype of computation on `device`."""
+        """Return the dtype of computation on `device`."""
         import torch
 
         found = (auto or default_dtype(device)) if self.dtype == "auto" else getattr(torch, self.dtype)
@@ -211,7 +211,7 @@ class BaseModel(ABC):
         return found
 
     def model_identity(self) -> dict[str, Any]:
-        """What a checkpoint of adapters must be put back onto: the base's content (not its place) and quantisation.
+        """Say what a checkpoint of adapters must be put back onto: the base's content, not its place, and quantisation.
 
         A hub id and a copy of it in a directory have one fingerprint; two commits of a hub id differ in any case.
         """
@@ -226,7 +226,7 @@ class BaseModel(ABC):
         }
 
     def model_content(self) -> dict[str, Any]:
-        """What decides the base's log-probs besides dtypes: every byte, or a hub id's commit, and quantisation."""
+        """Say what decides the base's log-probs besides dtypes: every byte, or a hub id's commit, and quantisation."""
         place = self.place
         return {
             "weights": whole_digest(place.folder) if place.commit is None else f"commit {place.commit}",
@@ -238,7 +238,7 @@ class BaseModel(ABC):
         return {"quantization": self.quantization, "double_quantization": double}
 
     def adapter_content(self, path: str) -> str:
-        """A digest of every byte of an adapter, in a directory or of a hub id.
+        """Digest every byte of an adapter, in a directory or of a hub id.
 
         Raises:
             PolicyError: if it has no safetensors.
@@ -252,11 +252,11 @@ class BaseModel(ABC):
         return whole_digest(folder)
 
     def adapter_digest(self) -> str | None:
-        """A digest of the adapter that is continued; None for a fresh one."""
+        """Digest the adapter that is continued; None for a fresh one."""
         return None if self.adapter_path is None else sampled_digest(self.adapter_place.folder)
 
     def config(self) -> PreTrainedConfig:
-        """The model's configuration, as transformers reads it.
+        """Read the model's configuration, as transformers reads it.
 
         Raises:
             PolicyError: if there is none.
@@ -282,7 +282,7 @@ class BaseModel(ABC):
             raise PolicyError(f"No model configuration for {self.model!r}: {first_line(error)}") from error
 
     def quantization_config(self, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-        """What transformers needs to quantise while it loads; None for `none`."""
+        """Return what transformers needs to quantise while it loads; None for `none`."""
         if self.quantization == "none":
             return None
         from transformers import BitsAndBytesConfig

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def check_weights(place: Place) -> None:
-    """A directory has safetensors weights; of a hub id `locate_weights` has seen to it."""
+    """See that a directory has safetensors weights; of a hub id `locate_weights` has seen to it."""
     folder = place.folder
     if place.commit is not None or any(folder.glob("*.safetensors")):
         return
@@ -42,7 +42,7 @@ def check_weights(place: Place) -> None:
 
 
 def check_causal(config: PreTrainedConfig, model: str) -> None:
-    """It is a causal language model."""
+    """See that it is a causal language model."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
@@ -51,7 +51,7 @@ def check_causal(config: PreTrainedConfig, model: str) -> None:
 
 
 def check_attention(attention: str) -> None:
-    """The implementation exists."""
+    """See that the implementation exists."""
     from transformers import AttentionInterface
 
     if attention.startswith("flash_attention") and find_spec("flash_attn") is None and find_spec("kernels") is None:
@@ -62,13 +62,13 @@ def check_attention(attention: str) -> None:
 
 
 def check_bitsandbytes(quantization: str) -> None:
-    """It is installed."""
+    """See that it is installed."""
     if find_spec("bitsandbytes") is None:
         raise PolicyError(f"quantization={quantization} needs bitsandbytes: pip install bitsandbytes (or use none).")
 
 
 def check_no_adapter_inside(model: BaseModel, place: Place) -> None:
-    """A model and an adapter in one folder: transformers puts them together, PEFT and we do not."""
+    """Refuse a model and an adapter in one folder: transformers puts them together, PEFT and we do not."""
     if (place.folder / "adapter_config.json").is_file():
         base = None
         with suppress(ValueError, KeyError, TypeError):  # it only would help
@@ -117,7 +117,7 @@ def keep_quantized(config: PreTrainedConfig, dtype: torch.dtype) -> bool:
 
 
 def check_targets(config: PreTrainedConfig, targets: Any, trust_remote_code: bool) -> None:
-    """The layers exist, seen on a skeleton without weights."""
+    """See that the layers exist, on a skeleton without weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -160,7 +160,7 @@ def _say_tied(names: str) -> None:
 
 
 def check_complete(info: Any, model: str) -> None:
-    """What the weights lack, transformers makes up at random and says in a warning."""
+    """Refuse weights that lack something: transformers makes it up at random and says so in a warning."""
     if lacking := sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]):
         raise PolicyError(
             f"The weights of {model!r} lack {len(lacking)} tensors of its architecture, to be made up "
@@ -248,7 +248,7 @@ def _takes_adapter(module: nn.Module) -> bool:
 
 
 def turn_off_dropout(config: PreTrainedConfig, *, quiet: bool = False) -> None:
-    """A policy and a reference under different dropout masks do not compare: rewards at step 0 would be noise."""
+    """Turn dropout off: under different masks policy and reference do not compare, and rewards at step 0 are noise."""
     found = {}
     for one in settings(config):
         if one.is_number and one.value > 0 and re.search(r"drop(out)?($|_)|jitter", one.name):
@@ -283,7 +283,7 @@ def enable_checkpointing(base: PreTrainedModel) -> None:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New tensors are of this dtype, whatever Lightning's "true" precisions have set."""
+    """Make new tensors of this dtype, whatever Lightning's "true" precisions have set."""
     import torch
 
     before = torch.get_default_dtype()

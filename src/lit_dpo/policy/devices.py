@@ -22,7 +22,7 @@ def has_bf16(device: torch.device | int) -> bool:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """What a policy computes in there where nobody chose it."""
+    """Say what a policy computes in there where nobody chose it."""
     import torch
 
     if device.type == "cpu":
@@ -31,7 +31,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def default_precision(accelerator: str = "auto", strategy: str = "auto") -> str | None:
-    """The precision of a trainer for which nobody chose one: `bf16-mixed` on a GPU with bfloat16, `16-mixed` on others.
+    """Choose the precision where nobody did: `bf16-mixed` on a GPU with bfloat16, `16-mixed` on others.
 
     Where cards differ the weakest decides. None (Lightning's `32-true`) on everything but a CUDA GPU, and for
     strategies that fork: asking a card would keep the processes from using it.
@@ -46,7 +46,7 @@ def default_precision(accelerator: str = "auto", strategy: str = "auto") -> str 
 
 
 def remark(device: torch.device, precision: str, dtype: torch.dtype) -> str | None:
-    """What a user of a CUDA device may want otherwise, or None: products in float32, float16 without a scaler.
+    """Say what a user of a CUDA device may want otherwise, or None: products in float32, float16 without a scaler.
 
     Args:
         device: where the policy is.

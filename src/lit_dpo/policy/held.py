@@ -46,7 +46,9 @@ class HeldPolicy(LoRAPolicy):
     """
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any = None, **options: Any) -> HeldPolicy:
+    def of(
+        cls, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+    ) -> HeldPolicy:
         """See `LoRAPolicy.from_model`."""
         from peft import PeftModel
 
@@ -71,7 +73,7 @@ class HeldPolicy(LoRAPolicy):
         return policy
 
     def __deepcopy__(self, memo: Any) -> HeldPolicy:
-        """A frozen policy; a copy would be a second model in memory."""
+        """Return the same: it is frozen, and a copy would be a second model in memory."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,7 +96,7 @@ class HeldPolicy(LoRAPolicy):
         return held is not None and held.does_something
 
     def check_model(self, *, weights: bool = True) -> None:
-        """The model is there, and one that can be scored; that was seen as it was given."""
+        """See that the model is there, and one that can be scored; that was seen as it was given."""
         self._given()
         checks.check_attention(self.attention)
 
@@ -109,7 +111,7 @@ class HeldPolicy(LoRAPolicy):
         """Nothing is downloaded."""
 
     def config(self) -> PreTrainedConfig:
-        """A copy of the model's."""
+        """Return a copy of the model's."""
         return copy.deepcopy(self._given().base.config)
 
     @cached_property
@@ -118,7 +120,7 @@ class HeldPolicy(LoRAPolicy):
         return Place(Path("(a model in memory)"), self.model, self.revision, f"{self.option}.model")
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The one that was given, or that of the model's name."""
+        """Return the one that was given, or that of the model's name."""
         from transformers import AutoTokenizer
 
         if (tokenizer := self._given().tokenizer) is not None:
@@ -132,7 +134,7 @@ class HeldPolicy(LoRAPolicy):
             ) from error
 
     def load_base(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """The model itself, once; without dropout, on `device`."""
+        """Return the model itself, once; without dropout, on `device`."""
         held = self._given()
         if held.loaded:
             raise PolicyError(f"{self.model!r} is another module's policy already. Load the model again and give that.")
@@ -152,7 +154,7 @@ class HeldPolicy(LoRAPolicy):
         return base.requires_grad_(False)
 
     def put_adapters(self, base: PreTrainedModel) -> PeftModel:
-        """The user's adapter, float32 and trainable; or fresh ones."""
+        """Take the user's adapter, float32 and trainable; or put fresh ones on."""
         if (adapted := self._given().adapted) is None:
             return super().put_adapters(base)
         for parameter in adapter_parameters(adapted).values():
@@ -166,11 +168,11 @@ class HeldPolicy(LoRAPolicy):
         return super().lora_config() if adapted is None else copy.deepcopy(adapted.peft_config["default"])
 
     def model_identity(self) -> dict[str, Any]:
-        """A digest of samples of the weights, as they were given."""
+        """Digest samples of the weights, as they were given."""
         return {"model": self.model, "revision": self.revision, "fingerprint": self._sampled, **self._quantised()}
 
     def model_content(self) -> dict[str, Any]:
-        """A digest of every byte of the weights."""
+        """Digest every byte of the weights."""
         return {"weights": f"memory {_digest(_weights(self._given().base), whole=True)}", **self._quantised()}
 
     def adapter_digest(self) -> str | None:
@@ -182,8 +184,8 @@ class HeldPolicy(LoRAPolicy):
         return f"memory {_digest(_weights(self._given().base), whole=False)}"
 
 
-def _check_model(base: PreTrainedModel, adapted: PeftModel | None) -> None:
-    """It is a causal language model on one device, with one LoRA adapter or none."""
+def _check_model(base: PreTrainedModel, adapted: Any) -> None:
+    """See that it is a causal language model on one device, with one LoRA adapter or none."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import PreTrainedModel
 

@@ -51,7 +51,7 @@ class Kernels:
             self.on = on
 
     def __str__(self) -> str:
-        """The kinds of modules that have one."""
+        """Name the kinds of modules that have one."""
         return ", ".join(sorted({type(module).__name__ for module, _ in self._changes}))
 
 
@@ -71,7 +71,7 @@ def kernels_of(base: PreTrainedModel) -> Kernels | None:
 
 @contextmanager
 def without_kernels(base: PreTrainedModel) -> Iterator[Any]:
-    """The model's own code; the kernels, if there are any, are on again afterwards if they were."""
+    """Run the model's own code; the kernels, if there are any, are on again afterwards if they were."""
     found = kernels_of(base)
     before = found is not None and found.on
     if found is not None:
@@ -134,7 +134,7 @@ def _apply(base: PreTrainedModel) -> dict[str, Any]:
 
 
 def _of_module(module: nn.Module, patched: dict[str, Any]) -> dict[str, Any]:
-    """What to keep of a module's patches: its forward and what that reads, for norms and for MLPs; else nothing."""
+    """Choose what to keep of a patched module: its forward and what that reads, for norms and MLPs; else nothing."""
     kernel = getattr(patched.get("forward"), "__func__", None)
     if kernel is None or not (kernel.__qualname__.startswith("LigerRMSNorm") or _same_activation(module, kernel)):
         return {}
@@ -156,7 +156,7 @@ def _same_activation(module: nn.Module, kernel: Any) -> bool:
 
 
 def _calling(functions: dict[str, Any], module: nn.Module) -> Any:
-    """A module's forward with kernels in place of functions of its source; None if it calls none of them."""
+    """Make a module's forward with kernels in place of functions of its source; None if it calls none of them."""
     source, forward = type(module).__module__, inspect.unwrap(type(module).forward)
     own = forward.__globals__
     called = {name: functions[key] for name in forward.__code__.co_names if (key := f"{source}.{name}") in functions}
@@ -169,7 +169,7 @@ def _calling(functions: dict[str, Any], module: nn.Module) -> Any:
 
 
 def _by_device(kernel: Callable[..., Any], plain: Callable[..., Any], first: int) -> Callable[..., Any]:
-    """The kernel where argument number `first` is on a device for it, else the plain code."""
+    """Call the kernel where argument number `first` is on a device for it, else the plain code."""
 
     def call(*given: Any, **named: Any) -> Any:
         on = (*given[first:], *named.values())[0].device.type

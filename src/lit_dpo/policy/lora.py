@@ -93,7 +93,7 @@ class LoRAPolicy(BaseModel):
 
     @classmethod
     def from_model(cls, model: Any, tokenizer: Any = None, **options: Any) -> LoRAPolicy:
-        """A policy of a model that is loaded already; the model becomes the policy's, and is changed.
+        """Make a policy of a model that is loaded already; the model becomes the policy's, and is changed.
 
         Args:
             model: a transformers model for causal language modelling, quantised by bitsandbytes or not, or a
@@ -130,7 +130,7 @@ class LoRAPolicy(BaseModel):
             lora_options.check_choices(self, self.config())
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> PeftModel:
-        """The policy with its adapters, in training mode, on `device`.
+        """Load the policy with its adapters, in training mode, on `device`.
 
         Args:
             device: where the weights go as they are read.
@@ -164,7 +164,7 @@ class LoRAPolicy(BaseModel):
         return model.train()
 
     def put_adapters(self, base: PreTrainedModel) -> PeftModel:
-        """A `peft.PeftModel` of the base: with the adapter of `adapter_path`, or with fresh ones."""
+        """Make a `peft.PeftModel` of the base: with the adapter of `adapter_path`, or with fresh ones."""
         from peft import get_peft_model
 
         if self.adapter_path is not None:
@@ -190,9 +190,9 @@ class LoRAPolicy(BaseModel):
         return LoraConfig(**given, bias="none", task_type="CAUSAL_LM")
 
     def checkpoint_identity(self) -> dict[str, Any]:
-        """What a checkpoint of adapters must be put back onto: `model_identity`."""
+        """Say what a checkpoint of adapters must be put back onto: `model_identity`."""
         return self.model_identity()
 
     def cache_identity(self) -> dict[str, Any]:
-        """What decides the base's log-probs besides dtypes: `model_content`."""
+        """Say what decides the base's log-probs besides dtypes: `model_content`."""
         return self.model_content()

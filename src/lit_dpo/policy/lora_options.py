@@ -40,7 +40,7 @@ _CHOOSING = (
 
 
 def check_values(policy: LoRAPolicy) -> None:
-    """The fields of a policy agree with one another.
+    """See that the fields of a policy agree with one another.
 
     Raises:
         PolicyError: naming the two that do not.
@@ -79,7 +79,7 @@ def check_values(policy: LoRAPolicy) -> None:
 
 
 def check_choices(policy: LoRAPolicy, config: PreTrainedConfig) -> None:
-    """What the options choose is there, seen on the model without weights: PEFT leaves out in silence what is not.
+    """See that what the options choose is there, on the model without weights: PEFT leaves out in silence what is not.
 
     Args:
         policy: with a fresh adapter.

@@ -64,7 +64,7 @@ class RopeLimit(NamedTuple):
 
 
 def rope_limit(config: PreTrainedConfig) -> RopeLimit | None:
-    """The smallest limit of a text configuration, whichever layers it is for; None if there is none.
+    """Find the smallest limit of a text configuration, whichever layers it is for; None if there is none.
 
     LongRoPE and dynamic NTK choose their frequencies by the longest row of a batch: beyond their limit a long pair
     moves its batch mates.

@@ -33,12 +33,12 @@ class BaseReference(Reference):
 
     @contextmanager
     def activated(self, model: PeftModel) -> Iterator[Any]:
-        """The policy with the adapters off."""
+        """Run the policy with the adapters off."""
         with adapters_off(model):
             yield model
 
     def cache_identity(self, policy: LoRAPolicy) -> dict[str, Any]:
-        """The base's content and quantisation."""
+        """Say the base's content and quantisation."""
         return {"base": policy.cache_identity()}
 
 
@@ -82,7 +82,7 @@ class AdapterReference(Reference):
 
     @contextmanager
     def activated(self, model: PeftModel) -> Iterator[Any]:
-        """The policy with the copy in its adapter's place."""
+        """Run the policy with the copy in its adapter's place."""
         with active_adapter(model, REFERENCE):
             yield model
 
@@ -93,7 +93,7 @@ class AdapterReference(Reference):
         return {"adapter": sampled_digest(self._place(policy).folder)}
 
     def cache_identity(self, policy: LoRAPolicy) -> dict[str, Any]:
-        """The base's content and quantisation, and the adapter's content."""
+        """Say the base's content and quantisation, and the adapter's content."""
         if self._copies(policy):
             return {"base": policy.cache_identity(), "adapter": policy.adapter_digest()}
         return {
@@ -102,7 +102,7 @@ class AdapterReference(Reference):
         }
 
     def _copies(self, policy: LoRAPolicy) -> bool:
-        """The policy starts from an adapter that is in no file: its model was given with it."""
+        """See whether the policy starts from an adapter that is in no file: its model was given with it."""
         return self.path is None and policy.adapter_path is None and policy.starts_from_adapter
 
     def _checked(self, policy: LoRAPolicy) -> Place:

@@ -70,7 +70,7 @@ class Reference(ABC):
 
     @abstractmethod
     def activated(self, model: PeftModel) -> AbstractContextManager[Any]:
-        """A context that yields the reference as a model to run, made of the policy's or kept next to it.
+        """Yield, in a context, the reference as a model to run, made of the policy's or kept next to it.
 
         Args:
             model: the policy.
@@ -110,5 +110,5 @@ def keep_attached(model: PeftModel, name: str, frozen: object) -> None:
 
 
 def attached(model: PeftModel, name: str) -> Any:
-    """What `keep_attached` put there."""
+    """Return what `keep_attached` put there."""
     return model.__dict__[f"lit_dpo_{name}"]

@@ -124,7 +124,7 @@ class _Cache:
         self._stores: dict[str, LogpStore] = {}
 
     def __reduce__(self) -> Any:
-        """Copies and other processes open files of their own."""
+        """Let copies and other processes open files of their own."""
         return _Cache, (self.reference, self.settings, self.identity)
 
     def logps(self, model: PeftModel, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
@@ -151,7 +151,7 @@ class _Cache:
         return chosen, rejected
 
     def _side(self, values: tuple[Any, ...], lengths: Tensor, device: torch.device) -> SequenceLogps:
-        """The first value of a pair is its total; its tokens follow."""
+        """Build one side: the first value of a pair is its total; its tokens follow."""
         total = torch.from_numpy(np.array([one[0] for one in values], np.float32))
         tokens = torch.from_numpy(np.concatenate([one[1:] for one in values])) if self.settings.per_token else None
         return SequenceLogps(
@@ -180,7 +180,7 @@ class _Cache:
         return [Stored(*pair) for pair in zip(*sides, strict=True)]
 
     def _store(self, model: PeftModel) -> LogpStore:
-        """The folder for this reference as it is computed now: dtypes, devices and versions round differently."""
+        """Name the folder for this reference as it is computed now: dtypes, devices and versions round differently."""
         base = base_model(model)
         device = base.device.type
         found = kernels_of(base)

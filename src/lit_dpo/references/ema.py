@@ -58,7 +58,7 @@ class EMAReference(Reference):
 
     @contextmanager
     def activated(self, model: PeftModel) -> Iterator[Any]:
-        """The policy with the average in its adapter's place."""
+        """Run the policy with the average in its adapter's place."""
         with active_adapter(model, REFERENCE):
             yield model
 

@@ -49,7 +49,7 @@ class ModelReference(BaseModel, Reference):
         return False
 
     def check(self, policy: LoRAPolicy) -> None:
-        """It can be loaded, and reads the same tokens."""
+        """See that it can be loaded, and reads the same tokens."""
         self.check_model()
         ours, theirs = policy.load_tokenizer().get_vocab(), self.load_tokenizer().get_vocab()
         if different := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
@@ -66,7 +66,7 @@ class ModelReference(BaseModel, Reference):
 
     @contextmanager
     def activated(self, model: PeftModel) -> Iterator[Any]:
-        """That model, where the policy is."""
+        """Run that model, where the policy is."""
         found, device = attached(model, "reference"), next(model.parameters()).device
         if next(found.parameters()).device != device:
             found.to(device)

@@ -68,7 +68,7 @@ class LogpStore:
         return len(self._entries) + len(self._fresh)
 
     def get(self, key: bytes) -> Stored | None:
-        """The values, verified; None if there are none."""
+        """Return the values, verified; None if there are none."""
         found = self._get(key)
         if found is None and time.perf_counter() - self._last > self._cost / _REREAD_SHARE and self.refresh():
             found = self._get(key)

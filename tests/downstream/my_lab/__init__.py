@@ -1,7 +1,12 @@
-"""A project that uses lit_dpo: a policy, a loss, a metric and a module of its own, nothing registered."""
+"""A project that uses lit_dpo: a policy, a loss, a reference, a format, a metric, a module and a column of its own.
 
-from my_lab.losses import HingeLoss
+Nothing is registered.
+"""
+
+from my_lab.formats import Graded
+from my_lab.losses import GradedHingeLoss, HingeLoss
 from my_lab.module import WatchedDPO
 from my_lab.policy import FrozenA
+from my_lab.reference import WeakerReference
 
-__all__ = ["FrozenA", "HingeLoss", "WatchedDPO"]
+__all__ = ["FrozenA", "Graded", "GradedHingeLoss", "HingeLoss", "WatchedDPO", "WeakerReference"]

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,3 +16,13 @@ class HingeLoss(PreferenceLoss):
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         return torch.relu(self.target - self.beta * pairs.margin)
+
+
+@dataclass(frozen=True)
+class GradedHingeLoss(HingeLoss):
+    """The same, times a column of the data."""
+
+    columns: ClassVar[frozenset[str]] = frozenset({"difficulty"})
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        return super().__call__(pairs) * pairs.column("difficulty")
