@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -221,5 +222,7 @@ def _link_folders(trainer: pl.Trainer) -> None:
             temporary = folder.with_name(f".{folder.name}.link")
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(os.path.relpath(target, folder.parent))
+            if folder.is_dir() and not folder.is_symlink():  # of a `save_last=True` before; no link replaces a folder
+                shutil.rmtree(folder)
             # in one step, so that there is a folder at any moment
             os.replace(temporary, folder)

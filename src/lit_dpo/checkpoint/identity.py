@@ -220,7 +220,9 @@ def to_builtins(given: object) -> Any:
         return {"class_path": _path(made), "init_args": {k: to_builtins(v) for k, v in given.keywords.items()}}
     if isinstance(given, Mapping):
         return {str(key): to_builtins(value) for key, value in given.items()}
-    if isinstance(given, list | tuple | set):
+    if isinstance(given, set | frozenset):  # in an order that the next process has too
+        return sorted((to_builtins(value) for value in given), key=repr)
+    if isinstance(given, list | tuple):
         return [to_builtins(value) for value in given]
     if given is None or isinstance(given, str | int | float | bool):
         return given

@@ -72,8 +72,9 @@ class AdapterCheckpointIO(CheckpointIO):
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
         """Load; nothing but tensors and builtins is ever in it."""
+        # to the CPU, as Lightning's own plugin: a file of a GPU is read without one, and by each rank for itself
         # whatever the caller asks: a file may be a stranger's, and others than these run code
-        checkpoint = self.inner.load_checkpoint(path, map_location, weights_only=True)
+        checkpoint = self.inner.load_checkpoint(path, map_location or "cpu", weights_only=True)
         if not _is_bare(checkpoint):
             self.on_load(checkpoint)
         return checkpoint

@@ -89,8 +89,8 @@ class LogpStore:
             content.append(piece)
             offset += len(piece)
         # values first: a kill in between leaves no entry without its values
-        values.write(b"".join(content))
-        index.write(entries.tobytes())
+        _write(values, b"".join(content))
+        _write(index, entries.tobytes())
         self._fresh |= pairs
         # sorting costs the whole index: once per quarter of it, so that a run's cost stays in proportion
         if len(self._fresh) > max(4096, len(self._entries) // 4):
@@ -176,3 +176,10 @@ class LogpStore:
         values, index = (part.with_suffix(suffix).open("ab", buffering=0) for suffix in (".logps", ".index"))
         self._writers = (values, index)
         return self._writers
+
+
+def _write(file: BinaryIO, content: bytes) -> None:
+    """Write all of it: an unbuffered file may take a part, on a disk that is nearly full, and say so in a number."""
+    view = memoryview(content)
+    while view:
+        view = view[file.write(view) or 0 :]
