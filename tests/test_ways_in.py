@@ -255,7 +255,10 @@ def test_any_data_module_of_lightning_trains_by_the_command(tiny_model, tmp_path
 
 
 def test_a_run_in_a_spawned_process_gives_its_adapter_back(tiny_model, pairs_file, tmp_path):
-    trainer(tmp_path / "alone", max_steps=2).fit(alone := module(tiny_model), data(pairs_file))
+    """From an adapter, so that nothing is drawn in either process."""
+    tiny.lora(tiny.model(), r=4).save_pretrained(tmp_path / "adapter")
+    given = {"policy": {"adapter_path": str(tmp_path / "adapter"), "adapter_base": "any"}}
+    trainer(tmp_path / "alone", max_steps=2).fit(alone := module(tiny_model, **given), data(pairs_file))
     run = trainer(tmp_path / "spawned", max_steps=2, devices=1, strategy="ddp_spawn")
-    run.fit(spawned := module(tiny_model), data(pairs_file))
+    run.fit(spawned := module(tiny_model, **given), data(pairs_file))
     torch.testing.assert_close(adapter(spawned), adapter(alone), rtol=0, atol=1e-6)
