@@ -25,10 +25,10 @@ class AlphaDPOLoss(PreferenceLoss):
     M and M² that take the batch up first, so that `z_momentum` 0 gives a z-score over the batch. Before there is any
     spread, as in the first batch of a policy that starts at its reference, z is 0. Evaluation uses what training left.
 
-    The scale of α is that of the authors' code, from which the formula is: there α·z counts in nats per token, times β.
-    It differs in the state. There mean and deviation start at 0 without correction, so that the first z are about ten
-    times too large, or 0/0 at the reference; and the deviations of batches are averaged, which a batch of one pair has
-    not. Label smoothing, which it has too, is left out.
+    The references disagree on the scale of α: the paper adds α·z to γ, its authors' code β·α·z. It is the code's here,
+    whose settings the arguments name. The code differs in the state: its mean and deviation start at 0 without
+    correction, so that the first z are about ten times too large, or 0/0 at the reference; and it averages the
+    deviations of batches, which a batch of one pair has not. Its label smoothing is left out.
 
     Args:
         beta: scale of the reward; 2.5 in the authors' example, with a learning rate of 1e-6. Rewards are β times the

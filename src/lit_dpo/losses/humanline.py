@@ -22,14 +22,15 @@ class HumanlineLoss(ComposedLoss):
     so that no few tokens make up a margin. All that the inner loss sees of the policy is clamped, tokens and sums. At
     log-ratios 0, and wherever no token is at a bound, it is the inner loss, with its value and slope.
 
-    The paper's second part, a reference that follows the policy, is a reference: `EMAReference`. Against one that stays
-    where it is, as by default here, the bounds hold the policy near it for good. An older version of the authors' code
-    draws at random which tokens lose their gradient; the clamp is the later one.
+    The paper's second part, a reference that is replaced by the policy now and then, is `EMAReference(alpha=1)`; with
+    `every` above 1, since log-ratios are 0 right after. Against a reference that stays, the bounds hold the policy near
+    it for good. An older version of the authors' code draws at random which tokens lose their gradient, and keeps
+    their values; the clamp is the later one's.
 
     Args:
         loss: the loss, with its β. Expected to read the reference.
-        lower: log ε_P, nats. Expected < 0. −1 in the authors' code.
-        upper: log ε_R, nats. Expected > 0. 1.5 there.
+        lower: log ε_P, nats. Expected < 0. −1 is the authors' default.
+        upper: log ε_R, nats. Expected > 0. 1.5 is theirs.
 
     Raises:
         ValueError: if `lower` is not a negative number, `upper` not a positive one, or `loss` without a reference.
