@@ -154,7 +154,8 @@ def own_defaults(of: type) -> dict[str, Any]:
     given = {}
     for field in dataclasses.fields(of):
         if field.init:
-            value = field.default
+            made = field.default_factory is not dataclasses.MISSING
+            value = field.default_factory() if made else field.default
             given[field.name] = own_defaults(type(value)) if dataclasses.is_dataclass(value) else value
     return given
 

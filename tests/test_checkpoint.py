@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -433,3 +434,42 @@ def test_a_last_checkpoint_that_is_a_link_has_its_folder(tiny_model, pairs_file,
     trainer(tmp_path, callbacks=[keep], enable_checkpointing=True).fit(module(tiny_model), data(pairs_file))
     assert (tmp_path / "last").resolve() == tmp_path / "step=6"
     assert (tmp_path / "last" / "adapter_config.json").is_file()
+
+
+def test_a_link_takes_the_place_of_a_folder_that_an_earlier_run_left(tiny_model, pairs_file, tmp_path):
+    """`save_last=True` left one; no rename puts a link over a folder."""
+    for last in (True, "link"):
+        keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1, save_last=last)
+        run = trainer(tmp_path, callbacks=[keep], enable_checkpointing=True, max_steps=4)
+        run.fit(module(tiny_model), data(pairs_file))
+        if not (tmp_path / "last.ckpt").is_symlink():  # whoever wants a link makes room for it
+            (tmp_path / "last.ckpt").unlink()
+    assert (tmp_path / "last").is_symlink()
+    assert (tmp_path / "last").resolve() == (tmp_path / "last.ckpt").resolve().with_suffix("")
+
+
+def test_a_checkpoint_of_a_gpu_is_read_without_one(straight, tiny_model, pairs_file, tmp_path):
+    """Its tensors say `cuda:0`, here in a copy of a file in which they said `cpu`."""
+    path = tmp_path / "gpu.ckpt"
+    with zipfile.ZipFile(straight[0] / "step=6.ckpt") as old, zipfile.ZipFile(path, "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                assert content.count(b"X\x03\x00\x00\x00cpu") == 1  # later ones refer to it
+                content = content.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+            new.writestr(entry.filename, content)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(path, weights_only=True)
+    pairs, found = data(pairs_file, val=str(pairs_file)), []
+    for file in (path, straight[0] / "step=6.ckpt"):
+        dpo = module(tiny_model, policy={"quantization": "nf4", "dropout": 0.1}, lr_scheduler="linear")
+        found.append(trainer(tmp_path).validate(dpo, pairs, ckpt_path=file, verbose=False))
+    assert found[0] == found[1]
+
+
+def test_what_has_no_order_is_written_in_one():
+    """Else a strategy with a set among its fields would be another one in the next process."""
+    from lit_dpo.checkpoint import to_builtins
+
+    names = {f"name {number}" for number in range(50)}
+    assert to_builtins(names) == to_builtins(frozenset(names)) == sorted(names)

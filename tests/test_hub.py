@@ -69,8 +69,8 @@ noted["adapters"] = [a.adapter_content(at) for at in ("acme/adapter@v1", ADAPTER
 
 sharded = LoRAPolicy("acme/sharded", r=2)
 sharded.load()
-noted["sharded"] = [sharded.checkpoint_identity()["fingerprint"],
-LoRAPolicy(SHARDED).checkpoint_identity()["fingerprint"]]
+both = (sharded, LoRAPolicy(SHARDED))
+noted["sharded"] = [one.checkpoint_identity()["fingerprint"] for one in both]
 check("custom", LoRAPolicy("acme/custom"))
 noted["custom, trusted"] = type(LoRAPolicy("acme/custom", trust_remote_code=True).load().get_base_model()).__name__
 

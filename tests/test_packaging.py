@@ -97,7 +97,7 @@ def test_an_installed_wheel_brings_its_configurations_along(built, tmp_path):
     said = _run(command, "configs", "copy", cwd=tmp_path, PYTHONPATH=path)
     assert said == f"lit-dpo fit --config {Path('configs', 'quickstart.yaml')}\n"
     printed = _run(command, *said.split()[1:], "--print_config", cwd=tmp_path, PYTHONPATH=path)
-    assert yaml.safe_load(printed)["model"]["init_args"]["policy"]["model"] == "lit-dpo/quickstart"
+    assert yaml.safe_load(printed)["model"]["init_args"]["policy"]["init_args"]["model"] == "lit-dpo/quickstart"
 
 
 # ---- lit-dpo configs ----

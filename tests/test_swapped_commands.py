@@ -103,7 +103,7 @@ def test_from_one_subclass_to_another_what_their_base_has_is_taken_over(command,
     }[spelling]
     found = command(f"--config={tmp_path}/hot.yaml", after)["model"]["init_args"]
     assert found["heat"] == 0.1  # of the same name, and another thing
-    assert (found["warmup_ratio"], found["policy"]["r"]) == (0.5, 4)
+    assert (found["warmup_ratio"], found["policy"]["init_args"]["r"]) == (0.5, 4)
     assert found["loss"]["init_args"]["beta"] == 2.0
     assert caplog.messages == ["Warm has its own defaults: dropped heat=9.0, given for Hot"]
 

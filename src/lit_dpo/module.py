@@ -32,13 +32,15 @@ from lit_dpo.checkpoint import (
     describe,
     frozen_is_not_missing,
     load_strictly,
+    random_state,
     read_checkpoint,
+    restore_random_state,
     untrusting,
 )
 from lit_dpo.data.batch import PairBatch
 from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.fields import Field
-from lit_dpo.logps.microbatch import MICROBATCH_TOKENS, GradientSum, join, why_whole
+from lit_dpo.logps.microbatch import MICROBATCH_TOKENS, GradientSum, cut_off, differentiable, join, shares, why_whole
 from lit_dpo.logps.records import PairLogps, SequenceLogps
 from lit_dpo.logps.score import FrozenStates, choose_layout, completion_logps, frozen_logps
 from lit_dpo.losses import DPOLoss, PreferenceLoss
@@ -76,7 +78,7 @@ class DPOModule(pl.LightningModule):
         decay_ratio: part of all steps over which `wsd` falls. None: 0.2.
         microbatch_tokens: most tokens that run at once. A batch is cut into micro-batches of whole pairs, whose
             gradients add up: the same step, but for other dropout masks, in the memory of one micro-batch. None: 1024
-            on a CPU, 16384 on a GPU. Where a loss couples the pairs of a batch, training keeps them together.
+            on a CPU, 16384 on a GPU. A loss that couples the pairs of a batch costs one forward pass more then.
 
     Raises:
         PolicyError: if the loss needs a reference and there is none, or the other way round.
@@ -91,7 +93,8 @@ class DPOModule(pl.LightningModule):
     couples_pairs: bool | None = None
     """Whether an override of `forward`, `pair_logps` or `compute_loss` must see a whole training batch, because it
     mixes pairs, logs, or waits for other ranks. None: yes, if there is one. If False, they are called for each
-    micro-batch."""
+    micro-batch. An override of `compute_loss` alone costs a second pass then, as a loss that couples pairs does; one of
+    the other two costs the memory of the whole batch."""
 
     accepts_changes = False
     """Whether what is loaded may be of a run with another loss or reference."""
@@ -99,6 +102,7 @@ class DPOModule(pl.LightningModule):
     loss_state: Tensor | None
     _said_whole = False
     _frozen: FrozenStates | None = None  # of the reference, while `forward` runs
+    _draws: list[dict[str, Any]] | None = None  # random states before each `forward`, while they are noted
 
     def __init__(
         self,
@@ -152,7 +156,7 @@ class DPOModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Load policy and reference on the trainer's device and choose the layout. Does nothing the second time."""
-        if self.model is not None:
+        if self.model is not None:  # Lightning asks before every stage, `load_state_dict` asks too
             return
         self.configured = True
         device = self.trainer.strategy.root_device if self._attached is not None else torch.device("cpu")
@@ -191,14 +195,9 @@ class DPOModule(pl.LightningModule):
     def pair_logps(self, batch: PairBatch) -> PairLogps:
         """Make the record that losses and metrics read: policy with gradients, reference without, data's columns."""
         frozen, chosen, rejected = self._reference_logps(batch)
-        self._frozen = frozen
-        try:
-            scored = self(batch)
-        finally:
-            self._frozen = None
-        if not isinstance(scored, tuple) or len(scored) != 2:
-            raise TrainingError(f"Expected `forward` to return chosen and rejected log-probs but got {scored!r}.")
-        return PairLogps(*scored, chosen, rejected, batch.columns, self.loss_state)
+        if self._draws is not None:
+            self._draws.append(random_state())
+        return PairLogps(*self._policy_logps(batch, frozen), chosen, rejected, batch.columns, self.loss_state)
 
     def compute_loss(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`, times the pairs' weights; the module takes their mean over all pairs of an optimizer step."""
@@ -234,6 +233,7 @@ class DPOModule(pl.LightningModule):
     @pl.LightningModule.trainer.setter  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
     def trainer(self, trainer: Any) -> None:
         """Bring callbacks along, ahead of the trainer's; one of its own of the same class stands in their order."""
+        # not in `configure_callbacks`, which a subclass may override without `super()`
         pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         if trainer is not None and trainer.lightning_module is self:
             own = trainer.callbacks
@@ -291,6 +291,7 @@ class DPOModule(pl.LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the policy's adapter and whatever a subclass added; what is frozen is not stored."""
+        # torch would store the whole base; one in 4 bits would not even load again
         model, self.model = self.model, None
         try:
             state: dict[str, Any] = super().state_dict(*args, **kwargs)
@@ -339,19 +340,20 @@ class DPOModule(pl.LightningModule):
     @property
     def why_whole(self) -> str | None:
         """Why a training batch must not be cut, or None."""
-        if self._may_couple_pairs:
+        if self._may_couple("forward", "pair_logps"):
             return f"{type(self).__name__} may couple pairs (`couples_pairs = False` in its class says it does not)"
-        if self.loss.couples_pairs or self.loss.initial_state() is not None:
-            # it needs all pairs before it knows any gradient
-            return f"{self.loss} couples the pairs of a batch"
         return why_whole(self.trainer.strategy, self.parameters())
 
     @property
-    def _may_couple_pairs(self) -> bool:
+    def needs_two_passes(self) -> bool:
+        """Whether all log-probs of a batch must be known before any gradient is: the loss looks at several pairs."""
+        return self.loss.couples_pairs or self.loss.initial_state() is not None or self._may_couple("compute_loss")
+
+    def _may_couple(self, *names: str) -> bool:
+        """Whether one of these methods is a subclass's own, which has not said that it takes pairs one by one."""
         if self.couples_pairs is not None:
             return self.couples_pairs
-        methods = (getattr(type(self), name) for name in ("forward", "pair_logps", "compute_loss"))
-        return any(not method.__module__.startswith("lit_dpo.") for method in methods)
+        return any(not getattr(type(self), name).__module__.startswith("lit_dpo.") for name in names)
 
     def batch_logps(self, batch: PairBatch) -> PairLogps:
         """`pair_logps` of a batch of any size, without gradients and dropout, one micro-batch at a time."""
@@ -360,7 +362,9 @@ class DPOModule(pl.LightningModule):
             self.model.eval()
         try:
             with torch.no_grad():
-                parts = [batch] if self._may_couple_pairs else batch.cut(self.microbatch_limit)
+                # a loss that couples pairs is no reason here: it sees the joined record
+                whole = self._may_couple("forward", "pair_logps")
+                parts = [batch] if whole else batch.cut(self.microbatch_limit)
                 return join([self.pair_logps(part) for part in parts])
         finally:
             if training:
@@ -377,18 +381,52 @@ class DPOModule(pl.LightningModule):
         return [batch]
 
     def accumulate(self, parts: Sequence[PairBatch]) -> tuple[Tensor, Tensor, PairLogps]:
-        """Return the sum of a batch's losses, to run backward from, the losses and the record."""
+        """Return the sum of a batch's losses, to run backward from, the losses and the record.
+
+        In one pass where each pair's loss is its own. Else in two: all log-probs without a graph, the losses and their
+        gradients with respect to these, and then each micro-batch again, under the dropout masks that it had.
+        """
         scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self._attached is not None else None
         trained = [p for p in self.parameters() if p.requires_grad]
         # not `get_scale`, which waits for the device
         scale = scaler.scale(torch.ones((), device=self.device)) if scaler else 1.0
         sums, records = GradientSum(trained, scale), []
+        if self.needs_two_passes:
+            return self._in_two_passes(parts, sums)
         for part in parts:
             pairs = self.pair_logps(part)
             sums.add(self.losses_of(pairs))
             records.append(pairs.detach())
             del pairs  # or it stays until the next one is there
         return sums.total(), sums.losses, join(records)
+
+    def _in_two_passes(self, parts: Sequence[PairBatch], sums: GradientSum) -> tuple[Tensor, Tensor, PairLogps]:
+        draws: list[dict[str, Any]] = []
+        self._draws = draws
+        try:
+            with torch.no_grad():
+                record = self._remember(join([self.pair_logps(part) for part in parts]))
+        finally:
+            self._draws = None
+        leaves = cut_off(record)
+        sums.add(self.losses_of(leaves.record), leaves.tensors)
+        after = random_state()
+        for part, draw, gradients in zip(parts, draws, shares(sums.of_leaves, parts), strict=True):
+            frozen = self._reference_logps(part)[0] if Field.KL in self.loss.requires else None
+            restore_random_state([draw], 0)
+            chosen, rejected = self._policy_logps(part, frozen)
+            sums.follow([*differentiable(chosen), *differentiable(rejected)], gradients)
+            del chosen, rejected  # or they stay until the next ones are there
+        restore_random_state([after], 0)
+        return sums.total(), sums.losses, record
+
+    def _remember(self, pairs: PairLogps) -> PairLogps:
+        """Let a loss with a memory see a training batch, on all ranks together, before that batch's losses read it."""
+        if self.loss_state is None:
+            return pairs
+        added = self.trainer.strategy.reduce(self.loss.sums(pairs.detach()), reduce_op="sum")
+        self.loss_state = self.loss.next_state(self.loss_state, added)
+        return pairs._replace(state=self.loss_state)
 
     # ---- helpers ----
 
@@ -426,12 +464,8 @@ class DPOModule(pl.LightningModule):
         if training and len(parts := self._microbatches(batch)) > 1:
             total, losses, seen = self.accumulate(parts)
         else:
-            pairs = self.pair_logps(batch) if training else self.batch_logps(batch)
+            pairs = self._remember(self.pair_logps(batch)) if training else self.batch_logps(batch)
             seen = pairs.detach()
-            if training and self.loss_state is not None:
-                sums = self.trainer.strategy.reduce(self.loss.sums(seen), reduce_op="sum")
-                self.loss_state = self.loss.next_state(self.loss_state, sums)
-                pairs, seen = (one._replace(state=self.loss_state) for one in (pairs, seen))
             losses = self.losses_of(pairs)
             total = losses.sum()
         chosen, rejected = self.loss.rewards(seen)
@@ -478,6 +512,17 @@ class DPOModule(pl.LightningModule):
         found = self.eval_sets[key]
         assert isinstance(found, MetricCollection)
         return found, f"eval_sets.{key}"
+
+    def _policy_logps(self, batch: PairBatch, frozen: FrozenStates | None) -> tuple[SequenceLogps, SequenceLogps]:
+        """Both sides by `forward`, which compares with the reference's states where the loss asks for it."""
+        self._frozen = frozen
+        try:
+            scored = self(batch)
+        finally:
+            self._frozen = None
+        if not isinstance(scored, tuple) or len(scored) != 2:
+            raise TrainingError(f"Expected `forward` to return chosen and rejected log-probs but got {scored!r}.")
+        return scored
 
     def _reference_logps(self, batch: PairBatch) -> tuple[Any, Any, Any]:
         """Hidden states of the reference, for a loss that reads how far whole distributions diverge, and both sides."""

@@ -45,7 +45,7 @@ class Window:
         Returns:
             A number that is the mean over the batch's pairs after Lightning's division, and whose gradient is as above.
         """
-        if trainer.global_step != self._step:
+        if trainer.global_step != self._step:  # it moves with optimizer steps alone
             self.reset()
             self._step = trainer.global_step
         counted: float | Tensor = float(pairs)
@@ -55,11 +55,12 @@ class Window:
         self._pairs[batch_idx] = counted
         after = before + counted
         if len(self._pairs) > 1:
+            # the gradients so far are a mean over `before` pairs; a tensor where ranks were asked: nothing waits for it
             share = before / after
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(share)
-        divisor = trainer.accumulate_grad_batches
+        divisor = trainer.accumulate_grad_batches  # undoes Lightning's division, which counts batches
         found: Tensor = _Weighed.apply(total, divisor / pairs, divisor / after)  # type: ignore[no-untyped-call]
         return found
 
@@ -73,6 +74,7 @@ class Window:
 
     def nonfinite(self) -> list[int]:
         """Row numbers of those whose loss is not a finite number."""
+        # it waits for the device, and is asked for only where a gradient is not finite
         return [i for indices, losses in self._seen.values() for i in indices[~losses.isfinite().cpu()].tolist()]
 
 
@@ -82,7 +84,7 @@ class _Weighed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, number: Tensor, factor: float, gradient_factor: float | Tensor) -> Tensor:
         ctx.factor = gradient_factor
-        return number * factor
+        return number * factor  # what is logged and monitored: the mean of this batch, not of the step
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

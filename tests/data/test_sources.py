@@ -114,15 +114,15 @@ def test_a_broken_file_is_named_with_the_line(tmp_path: Path, name: str, text: s
     assert words in message
 
 
-@pytest.mark.parametrize("source", [[], "", 3, [None]])
+@pytest.mark.parametrize("source", [[], "", 3, [""]])
 def test_what_is_no_source_is_refused(source) -> None:
     assert "Expected a file" in fail(source)
 
 
 def test_the_quickstart_is_train_and_val(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lit_dpo.quickstart.model
+    import lit_dpo.quickstart
 
-    monkeypatch.setattr(lit_dpo.quickstart.model, "quickstart_directory", lambda: tmp_path)
+    monkeypatch.setattr(lit_dpo.quickstart, "quickstart_directory", lambda: tmp_path)
     for name in ("train", "val"):
         write(tmp_path / f"{name}.jsonl")
     for stage, name in (("train", "train"), ("val", "val"), ("test", "val"), ("predict", "val")):

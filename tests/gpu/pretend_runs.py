@@ -35,18 +35,19 @@ from lit_dpo import (
 from lit_dpo.data.formats import Triples
 from lit_dpo.logps.attention import has_pair_attention
 from lit_dpo.losses import AOTLoss, BetaDPOLoss, MixtureLoss, ODPOLoss, SoftDPOLoss, TDPOLoss, WPOLoss
+from lit_dpo.policy.base_model import BaseModel
 from losses.test_contract import LOSSES, SETTINGS, _random
 
 
-def _load_and_move(name: str) -> None:
+def _load_and_move(of: type, name: str) -> None:
     """Transformers' own loading is not what is looked at."""
-    load = getattr(LoRAPolicy, name)
+    load = getattr(of, name)
 
-    def moved(self: LoRAPolicy, device: torch.device, *dtype: Any) -> Any:
+    def moved(self: Any, device: torch.device, *dtype: Any) -> Any:
         assert device == DEVICE
         return load(self, torch.device("cpu"), *dtype).to(DEVICE)
 
-    setattr(LoRAPolicy, name, moved)
+    setattr(of, name, moved)
 
 
 class _Scaled(MixedPrecision):
@@ -163,8 +164,8 @@ def cases(folder: Path) -> dict[str, Callable[[], None]]:
 def main(folder: Path, only: str = "") -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    for name in ("load", "load_frozen"):
-        _load_and_move(name)
+    for of, name in ((LoRAPolicy, "load"), (BaseModel, "load_frozen")):
+        _load_and_move(of, name)
     tiny.lora(tiny.model(max_position_embeddings=256, num_hidden_layers=1)).save_pretrained(folder / "adapter")
     found: dict[str, Any] = {}
     for name, run in cases(folder).items():

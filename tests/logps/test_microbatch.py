@@ -20,6 +20,7 @@ from lit_dpo.logps.microbatch import GradientSum, join, why_whole
 from lit_dpo.logps.score import choose_layout
 from lit_dpo.losses import AOTLoss, BCOLoss, LDDPOLoss, MixtureLoss, SFTLoss, TDPOLoss, WPOLoss
 from lit_dpo.memory import LiveBytes
+from losses.test_contract import LOSSES, SETTINGS
 from training import Trace, adapter, data, module, trainer
 
 WHOLE = 10**9
@@ -226,41 +227,121 @@ def test_a_microbatchs_gradients_are_taken_at_the_scale_of_the_trainers_scaler(s
     torch.testing.assert_close(module.weight.grad, torch.tensor(0.0 if scale is None else 5e-8), rtol=1e-2, atol=0)
 
 
-def test_a_loss_that_couples_pairs_keeps_them_together_and_says_so_once(tiny_model, pairs_file, tmp_path):
-    seen, measured = [], []
+def test_a_loss_that_couples_pairs_sees_them_together_and_models_see_them_apart(tiny_model, pairs_file, tmp_path):
+    seen, measured, compared = [], [], []
 
     class Seen(DPOModule):
         couples_pairs = False
 
-        def pair_logps(self, batch):
+        def forward(self, batch):
             (seen if torch.is_grad_enabled() else measured).append(batch.size)
-            return super().pair_logps(batch)
+            return super().forward(batch)
+
+        def compute_loss(self, pairs):
+            compared.append(len(pairs.margin))
+            return super().compute_loss(pairs)
 
     policy = LoRAPolicy(str(tiny_model), quantization="none")
     for loss, sizes in ((AOTLoss(), [5, 5, 5, 5, 1]), (DPOLoss(), [1] * 21)):
         seen.clear()
+        compared.clear()
         with tiny.records("lightning.pytorch.utilities.rank_zero") as found:
-            run, pairs = trainer(tmp_path), data(pairs_file, val=str(pairs_file), predict=str(pairs_file), batch_size=5)
+            run, pairs = trainer(tmp_path), data(pairs_file, predict=str(pairs_file), batch_size=5)
             run.fit(dpo := Seen(policy, loss, microbatch_tokens=1), pairs)
-        said = [record.getMessage() for record in found if "`microbatch_tokens`" in record.getMessage()]
-        assert len(said) == loss.couples_pairs
-        assert seen == sizes
-        if said:
-            assert "AOTLoss(beta=0.1" in said[0]
+        assert not [record for record in found if "`microbatch_tokens`" in record.getMessage()]
+        assert seen == [1] * 21
+        assert [size for size in compared if size in sizes][-len(sizes) :] == sizes
         run.predict(dpo, pairs)
-        assert set(measured) == {1}  # evaluation needs no gradients, so that rows are enough for any loss
+        assert set(measured) == {1}
 
 
 def test_why_a_batch_stays_whole():
     device = SingleDeviceStrategy()
-    for loss, name in ((BCOLoss(), "BCOLoss"), (MixtureLoss([DPOLoss(), SFTLoss("token")]), "SFTLoss")):
-        assert name in str(DPOModule(LoRAPolicy("x"), loss=loss).why_whole)
     for strategy in (FSDPStrategy, DeepSpeedStrategy):  # the second is a DDPStrategy
         assert strategy.__name__ in str(why_whole(object.__new__(strategy), []))
     parameter = torch.zeros(1, requires_grad=True)
     assert why_whole(device, [parameter]) is None
     parameter.register_hook(lambda gradient: 2 * gradient)
     assert "hook" in str(why_whole(device, [parameter]))
+
+
+# --- two passes -----------------------------------------------------------------------------------------------------
+
+
+def _with_loss(loss, tmp_path, dropout=0.0):
+    made = DPOModule(LoRAPolicy("nowhere", quantization="none"), loss=loss)
+    made.model = tiny.lora(tiny.model(), r=4, lora_dropout=dropout)
+    tiny.randomize(made.model)
+    choose_layout(made.model)
+    made._trainer = trainer(tmp_path)
+    made.train()
+    return made
+
+
+@pytest.mark.parametrize("kind", sorted(LOSSES, key=lambda kind: kind.__name__), ids=lambda kind: kind.__name__)
+def test_two_passes_give_the_gradients_of_the_whole_batch(kind, tmp_path):
+    """For every loss with each of its settings, whether or not it couples pairs."""
+    for settings in [{}, *SETTINGS.get(kind, [])]:
+        columns = {"weight": [1.0, 2.0, 0.5, 1.0, 3.0], "score_margin": [1.0, 2.0, 3.0, 0.5, 1.5]}
+        columns["probability"] = [0.9, 0.6, 0.7, 0.8, 0.95]
+        batch = collate_pairs(tiny.pairs(*LENGTHS), columns=columns)
+        found = []
+        for parts in ([batch], batch.cut(40)):
+            torch.manual_seed(0)
+            dpo = _with_loss(kind(**settings), tmp_path)
+            trained = [p for p in dpo.model.parameters() if p.requires_grad]
+            if len(parts) == 1:
+                record = dpo._remember(dpo.pair_logps(batch))
+                losses = dpo.losses_of(record)
+                total = losses.sum()
+            else:
+                total, losses, record = dpo._in_two_passes(parts, GradientSum(trained))
+            total.backward()
+            found.append((tiny.gradients(dpo.model), losses.detach(), record.margin.detach() if record[2] else None))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=2e-5)
+
+
+def test_the_second_pass_draws_the_masks_of_the_first(tmp_path):
+    """Else gradients would belong to other log-probs than the losses; and what is drawn afterwards goes on."""
+    dpo = _with_loss(AOTLoss(), tmp_path, dropout=0.5)
+    seen = []
+    forward = dpo.forward
+    dpo.forward = lambda batch: seen.append(forward(batch)) or seen[-1]
+    parts = collate_pairs(tiny.pairs(*LENGTHS)).cut(40)
+    start = torch.get_rng_state()
+    dpo._in_two_passes(parts, GradientSum([p for p in dpo.model.parameters() if p.requires_grad]))
+    first, second = seen[: len(parts)], seen[len(parts) :]
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(a.per_token, b.per_token) for a, b in zip(one, other, strict=True))
+    after = torch.get_rng_state()
+    torch.set_rng_state(start)
+    with torch.no_grad():
+        for part in parts:
+            forward(part)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.parametrize("loss", [AOTLoss(), BCOLoss()], ids=str)
+def test_a_loss_that_couples_pairs_needs_the_memory_of_one_microbatch(loss, tmp_path):
+    dpo = DPOModule(LoRAPolicy("nowhere", quantization="none"), loss=loss)
+    dpo.model = _module(max_position_embeddings=512, num_hidden_layers=8, r=64).model
+    dpo._trainer = trainer(tmp_path)
+    trained = [p for p in dpo.model.parameters() if p.requires_grad]
+    copies = sum(p.numel() * p.element_size() for p in trained)
+
+    def peak(count, limit):
+        batch = tiny.batch(*[(60, 40, 40)] * count)
+        with LiveBytes() as memory:
+            if limit == WHOLE:
+                dpo.losses_of(dpo._remember(dpo.pair_logps(batch))).sum().backward()
+            else:
+                dpo.accumulate(batch.cut(limit))[0].backward()
+        dpo.zero_grad()
+        return memory.peak
+
+    alone = peak(2, WHOLE) / 2
+    assert peak(16, WHOLE) > 10 * alone
+    assert peak(16, 140) < 1.1 * alone + 2.5 * copies
 
 
 class Together(DPOModule):
@@ -292,7 +373,7 @@ def test_evaluation_keeps_pairs_together_for_such_an_override(tiny_model, pairs_
     assert sizes == [21]
 
 
-@pytest.mark.parametrize(("kind", "whole"), [(Together, True), (Apart, False), (Logging, True), (DPOModule, False)])
+@pytest.mark.parametrize(("kind", "whole"), [(Together, False), (Apart, False), (Logging, True), (DPOModule, False)])
 def test_an_override_that_may_couple_pairs_sees_them_together(tiny_model, pairs_file, tmp_path, kind, whole):
     """What the package cannot know it does not cut, unless the class says that it may."""
     policy, sgd = LoRAPolicy(str(tiny_model), quantization="none"), functools.partial(torch.optim.SGD, lr=1.0)

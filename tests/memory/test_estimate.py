@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from lit_dpo import DPOLoss, LoRAPolicy, NoReference
+from lit_dpo import DPOLoss, DPOModule, LoRAPolicy, NoReference
 from lit_dpo.callbacks import memory as callback
 from lit_dpo.logps import Field
 from lit_dpo.logps.score import choose_layout, completion_logps
@@ -173,7 +173,7 @@ def test_fit_says_what_a_step_needs(tiny_model, pairs_file, tmp_path):
     ("checkpointing", "loss", "microbatch_tokens", "remedy"),
     [
         (False, DPOLoss(), None, "--model.microbatch_tokens"),
-        (True, AOTLoss(), None, "--data.max_tokens"),
+        (True, AOTLoss(), None, "--model.microbatch_tokens"),
         (False, DPOLoss(), 1, "or lower `--data.max_length`."),
     ],
 )
@@ -191,18 +191,33 @@ def test_fit_warns_of_a_step_that_does_not_fit(
     assert remedy in line
 
 
-@pytest.mark.parametrize(("loss", "microbatch_tokens"), [(DPOLoss(), 100), (AOTLoss(), None)])
+@pytest.mark.parametrize(("loss", "microbatch_tokens"), [(DPOLoss(), 100), (AOTLoss(), 100), (DPOLoss(), None)])
 def test_the_estimate_is_of_rows_as_they_run(tiny_model, pairs_file, tmp_path, loss, microbatch_tokens):
-    """The largest row of the epoch, whatever the sampler makes of the pairs; a coupled batch is one row."""
+    """The largest micro-batch of the epoch, whatever the sampler makes of the pairs; or the largest batch."""
+
+    class Whole(DPOModule):
+        couples_pairs = None if microbatch_tokens else True
+
     pairs = data(pairs_file, tokenizer=str(tiny_model))
     pairs.setup("fit")
     rows = [row for batch in pairs.train_dataloader() for row in batch.cut(microbatch_tokens or math.inf)]
     largest = max(row.input_ids.numel() for row in rows)
     with tiny.records("lightning.pytorch.utilities.rank_zero") as found:
-        dpo = module(tiny_model, loss=loss, microbatch_tokens=100)
+        dpo = module(tiny_model, loss=loss, kind=Whole, microbatch_tokens=100)
         trainer(tmp_path, estimate=True, max_steps=1).fit(dpo, data(pairs_file))
     (line,) = [record.getMessage() for record in found if record.getMessage().startswith("a step needs")]
     assert f"activations of {largest} tokens" in line
+
+
+def test_a_batch_that_stays_whole_is_to_be_made_smaller(tiny_model, pairs_file, tmp_path, monkeypatch):
+    class Whole(DPOModule):
+        couples_pairs = True
+
+    monkeypatch.setattr(callback, "_room", lambda device: 1000)
+    with tiny.records("lit_dpo.callbacks.memory") as found:
+        trainer(tmp_path, estimate=True, max_steps=1).fit(module(tiny_model, kind=Whole), data(pairs_file))
+    (line,) = [record.getMessage() for record in found]
+    assert "--data.max_tokens" in line
 
 
 @pytest.mark.parametrize("loss", [DPOLoss(), TDPOLoss()])

@@ -134,7 +134,9 @@ def test_a_fresh_adapter_of_the_users_is_compared_with_its_base(folder, pairs_fi
 def test_what_is_exported_is_what_was_trained(folder, pairs_file, tmp_path):
     from peft import AutoPeftModelForCausalLM
 
-    dpo = _fit(LoRAPolicy.from_model(_model(folder), r=4, use_dora=True), pairs_file, tmp_path)
+    dpo = _fit(LoRAPolicy.from_model(_model(folder), r=4, use_dora=True, revision="v1"), pairs_file, tmp_path)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (str(folder), "v1")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     ids = torch.arange(40, 75)[None]
     with torch.no_grad(), plain_attention(dpo.model.eval()):
@@ -183,7 +185,7 @@ REFUSED = {
     "another name": (_second, {}, "one adapter named default but the model has default, other"),
     "merged": (_merged, {}, "merged into its weights"),
     "a rank for an adapter": (lambda folder: tiny.lora(_model(folder)), {"r": 4}, "`r` has no effect"),
-    "a revision": (_model, {"revision": "v1"}, "`revision` has no effect"),
+    "a quantisation": (_model, {"quantization": "nf4"}, "`quantization` has no effect"),
     "a dtype": (_model, {"dtype": "float16"}, "`dtype` has no effect"),
     "no such layer": (_model, {"target_modules": ["q_prj"]}, "`target_modules` among"),
     "fp4": (

@@ -101,7 +101,7 @@ def test_an_object_on_another_base_is_refused(trained, tiny_model):
         )
 
 
-@pytest.mark.parametrize("path", ["pathlib.Path", "my_lab.HingeLoss", "my_lab.Nothing", "subprocess.Popen"])
+@pytest.mark.parametrize("path", ["pathlib.Path", "my_lab.TargetHingeLoss", "my_lab.Nothing", "subprocess.Popen"])
 def test_a_checkpoint_names_policies_and_nothing_else(trained, tmp_path, path):
     saved = torch.load(trained[0] / "step=2.ckpt", weights_only=True)
     saved["hyper_parameters"]["policy"] = {"class_path": path, "init_args": {"args": ["touch", str(tmp_path / "ran")]}}

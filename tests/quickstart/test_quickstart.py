@@ -11,7 +11,7 @@ import pytest
 from lit_dpo.cli import main
 from lit_dpo.quickstart import is_correct, quickstart_directory, style
 
-CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
 def _rows(path: Path) -> list[dict]:

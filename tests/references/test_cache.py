@@ -33,7 +33,7 @@ def forwards(monkeypatch):
         counted.extend(batch.indices.tolist())
         return completion_logps(model, batch, **options)
 
-    monkeypatch.setattr(references, "pair_logps", counting)
+    monkeypatch.setattr(references, "completion_logps", counting)
     return counted
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,11 +74,12 @@ class ExactResume(pl.Callback):
         """Know what the run is before weights load, and put it into every file."""
         if not pl_module.checked:  # another rank, or another `prepare_data`
             check_run(pl_module, trainer)
-        pl_module.checked = False
+        pl_module.checked = False  # for the next run of this module
         self._resumed, self._loaded = None, {}
         # hyper-parameters in builtins, so that loggers and checkpoints take them as they are
         pl_module.hparams.update(configuration(pl_module))
         pl_module.accepts_changes = self.changes == "accept"
+        # one dictionary: what `on_fit_start` adds to it is in every file too
         self._belongs = belongs = describe(pl_module, trainer)
 
         def on_save(checkpoint: dict[str, Any]) -> None:
@@ -96,6 +98,7 @@ class ExactResume(pl.Callback):
 
         strategy = trainer.strategy
         inner = strategy.checkpoint_io
+        # the trainer has had a run before: one of ours around its plugin is enough
         inner = inner.inner if isinstance(inner, AdapterCheckpointIO) else inner
         strategy.checkpoint_io = AdapterCheckpointIO(inner, on_save, on_load, export)
         if any(isinstance(one, StochasticWeightAveraging) for one in getattr(trainer, "callbacks", ())):
@@ -104,6 +107,7 @@ class ExactResume(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Compare the optimizer and the schedule before a checkpoint's state is put into them."""
         here = self._belongs["steps"] = describe_steps(pl_module)
+        # Lightning has loaded the weights by now, and the optimizers' state not yet
         there = self._loaded.get(KEY, {}).get("steps")
         if there is None or not (found := compare_steps(there, here)):
             return
@@ -129,6 +133,7 @@ class ExactResume(pl.Callback):
                 "The checkpoint holds weights alone, so that no run can be continued from it. To start a new run from "
                 "its adapter, give `policy.adapter_path` the directory next to it, not --ckpt_path."
             )
+        # the very dictionary that Lightning restores data, loops and optimizers from afterwards: it is changed in place
         self._loaded = checkpoint
         if f"{KEY}_run" not in checkpoint:
             return
@@ -147,6 +152,7 @@ class ExactResume(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: DPOModule, batch: PairBatch, batch_idx: int) -> None:
         """Continue as late as possible, so that nothing comes between."""
+        # `ModelCheckpoint` comes after all other callbacks: what it linked is there by the next batch
         _link_folders(trainer)
         self._continue(trainer, pl_module)
         self._ended = False
@@ -180,6 +186,7 @@ class ExactResume(pl.Callback):
             "measured": there.measured,
             "row": there.row,
             "validated": self._validated == trainer.fit_loop.total_batch_idx,
+            # an optimizer step was made, and `OptimizerSteps` has not noted it
             "torn": trainer.global_step != there.step,
             "accumulate": trainer.accumulate_grad_batches,
             "of": trainer.num_training_batches,
@@ -198,6 +205,7 @@ class ExactResume(pl.Callback):
         number_rows_from(trainer, trainer.global_step)
         if row := self._resumed["row"]:  # a stop may have been quicker than the log
             for logger in trainer.loggers:
+                # Lightning numbers a step's row by the steps before it
                 logger.log_metrics(row, trainer.global_step - 1)
                 logger.save()
         self._resumed = None
@@ -214,4 +222,7 @@ def _link_folders(trainer: pl.Trainer) -> None:
             temporary = folder.with_name(f".{folder.name}.link")
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(os.path.relpath(target, folder.parent))
+            if folder.is_dir() and not folder.is_symlink():  # of a `save_last=True` before; no link replaces a folder
+                shutil.rmtree(folder)
+            # in one step, so that there is a folder at any moment
             os.replace(temporary, folder)

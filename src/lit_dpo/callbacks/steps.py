@@ -49,7 +49,7 @@ class OptimizerSteps(pl.Callback):
         if not pl_module.model.training:
             pl_module.model.train()
         _switch(trainer, "train")
-        if pl_module.standing is None:
+        if pl_module.standing is None:  # a file that is written inside the first step needs one too
             pl_module.standing = standing(trainer, pl_module, {})
         pl_module.standing.inside = True
 
@@ -62,14 +62,17 @@ class OptimizerSteps(pl.Callback):
             return
         self._last = trainer.global_step
         pl_module.fresh = False
+        # `ModelCheckpoint` runs after this: its file of this step holds the reference of this step
         if pl_module.reference.follows_policy:
             pl_module.reference.update(pl_module.model, trainer.global_step)
         row, every = {}, getattr(trainer, "log_every_n_steps", 0)
         if pl_module.unlogged:
             values = _log(pl_module, pl_module.train_metrics, pl_module.fetched)
+            # Lightning's own rule (`should_update_logs`), so that counts begin anew exactly where it writes
             if trainer.should_stop or (every and self._last % every == 0):
                 row = {name: float(value) for name, value in values.items()} | {"epoch": trainer.current_epoch}
                 _reset(pl_module)  # Lightning writes the row now
+        # after the reset, so that a run that goes on does not count the logged pairs again
         pl_module.standing = standing(trainer, pl_module, row)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
@@ -123,6 +126,7 @@ def _switch(trainer: pl.Trainer, mode: str) -> None:
 def fetch(pl_module: DPOModule, finite: Tensor) -> bool:
     """Fetch a yes or no of the device, and what the step measured: the one time in a step that the CPU waits."""
     values = _values(pl_module, pl_module.train_metrics) if pl_module.unlogged else {}
+    # no metric is called ""
     pl_module.fetched = on_host({**values, "": finite})
     return bool(pl_module.fetched.pop(""))
 
@@ -139,6 +143,7 @@ def _values(pl_module: DPOModule, measured: MetricCollection) -> dict[str, Any]:
 def _log(
     pl_module: DPOModule, measured: MetricCollection, fetched: dict[str, Tensor] | None = None, **when: Any
 ) -> dict[str, Tensor]:
+    # the check of gradients has fetched them already: no second wait for the device
     values = on_host(_values(pl_module, measured)) if fetched is None else fetched
     for name, value in values.items():
         pl_module.log(name, value, prog_bar=name == f"{measured.prefix}reward_accuracy", **when)

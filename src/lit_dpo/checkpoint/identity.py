@@ -63,6 +63,7 @@ def describe(module: DPOModule, trainer: pl.Trainer | None = None) -> dict[str, 
     if trainer is not None:
         schedule |= {
             "precision": str(trainer.precision),
+            # the digest of the encoded pairs stands for file, order, columns, truncation and tokenizer
             "data": getattr(getattr(trainer, "datamodule", None), "train_digest", None),
         }
         schedule |= {name: _plain(getattr(trainer, name)) for name in _OF_TRAINER}
@@ -73,6 +74,7 @@ def describe(module: DPOModule, trainer: pl.Trainer | None = None) -> dict[str, 
         "base": policy.checkpoint_identity(),
         "policy": _policy(policy),
         "loss": to_builtins(loss),
+        # a reference that is remembered is the one that computes
         "reference": {**to_builtins(reference.unwrapped), "content": reference.unwrapped.checkpoint_identity(policy)},
     }
 
@@ -95,6 +97,7 @@ def describe_steps(module: DPOModule) -> dict[str, Any]:
         "optimizer": _path(type(getattr(optimizer, "optimizer", optimizer))),
         "groups": [
             {name: _plain(given) for name, given in group.items() if name not in ("params", "lr", "initial_lr")}
+            # as it was configured: `lr` itself is where a schedule has moved it by then
             | {"lr": _plain(group.get("initial_lr", group.get("lr")))}
             for group in groups
         ],
@@ -110,12 +113,14 @@ def _plain(given: object) -> Any:
 def compare_steps(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Say how steps are made differently, a sentence each; of the optimizer's settings those that both sides have."""
     found = []
+    # the class first: one optimizer's state loads into another of the same fields without an error
     if saved["optimizer"] != current["optimizer"]:
         found.append(f"it was trained with {saved['optimizer']} but the configuration says {current['optimizer']}")
     elif len(saved["groups"]) != len(current["groups"]):
         found.append(f"its optimizer had {len(saved['groups'])} groups but has {len(current['groups'])} now")
     else:
         for there, here in zip(saved["groups"], current["groups"], strict=True):
+            # by the names that both have: releases of torch, and optimizers of others, differ in them
             found += [
                 f"it was trained with {name}={there[name]} but the configuration says {here[name]}"
                 for name in there.keys() & here.keys()
@@ -147,6 +152,7 @@ def compare(
         parts = ("base", "policy", "loss", "reference", "training", "module") if training else ("base",)
     # the same content under another path is the same base
     ignored = {"base.model", "base.revision"}
+    # and a reference that is known by its content may lie elsewhere too
     if saved.get("reference", {}).get("content"):
         ignored |= {f"reference.init_args.{name}" for name in (*_MAY_CHANGE, "path")}
     there, here = (flatten({part: side.get(part, {}) for part in parts}) for side in (saved, current))
@@ -191,9 +197,10 @@ def configuration(module: DPOModule) -> dict[str, Any]:
     A lambda has no name to write; where one was given, a reload takes the default.
     """
     given = dict(module.hparams)
-    if INSTANTIATOR in given:
+    if INSTANTIATOR in given:  # LightningCLI, or an earlier call, has written the class
         return {name: to_builtins(value) for name, value in given.items()}
     named = {name: to_builtins(value) for name, value in given.items() if not _is_lambda(value)}
+    # so that `load_from_checkpoint` of any class builds the one that was trained
     named[CLASS_PATH] = f"{type(module).__module__}.{type(module).__qualname__}"
     return named | {INSTANTIATOR: "lightning.pytorch.cli.instantiate_module"}
 
@@ -213,7 +220,9 @@ def to_builtins(given: object) -> Any:
         return {"class_path": _path(made), "init_args": {k: to_builtins(v) for k, v in given.keywords.items()}}
     if isinstance(given, Mapping):
         return {str(key): to_builtins(value) for key, value in given.items()}
-    if isinstance(given, list | tuple | set):
+    if isinstance(given, set | frozenset):  # in an order that the next process has too
+        return sorted((to_builtins(value) for value in given), key=repr)
+    if isinstance(given, list | tuple):
         return [to_builtins(value) for value in given]
     if given is None or isinstance(given, str | int | float | bool):
         return given

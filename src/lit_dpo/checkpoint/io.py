@@ -46,6 +46,7 @@ class AdapterCheckpointIO(CheckpointIO):
         if _is_bare(checkpoint):  # what a spawned process hands back to the one that started it
             self.inner.save_checkpoint(checkpoint, path, storage_options)
             return
+        # ahead of every write: it refuses weights that are not finite
         self.on_save(checkpoint)
         if "://" in str(path):  # a remote store: its own writes are whole
             self.inner.save_checkpoint(checkpoint, path, storage_options)
@@ -59,6 +60,7 @@ class AdapterCheckpointIO(CheckpointIO):
         check_writable(folder)
         with refusals(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            # next to the target: only within a file system is a rename one step
             scratch = temporary_name(path, "tmp")
             try:
                 self.export(checkpoint, scratch / folder.name)
@@ -70,7 +72,9 @@ class AdapterCheckpointIO(CheckpointIO):
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
         """Load; nothing but tensors and builtins is ever in it."""
-        checkpoint = self.inner.load_checkpoint(path, map_location, weights_only=True)
+        # to the CPU, as Lightning's own plugin: a file of a GPU is read without one, and by each rank for itself
+        # whatever the caller asks: a file may be a stranger's, and others than these run code
+        checkpoint = self.inner.load_checkpoint(path, map_location or "cpu", weights_only=True)
         if not _is_bare(checkpoint):
             self.on_load(checkpoint)
         return checkpoint
@@ -82,6 +86,7 @@ class AdapterCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove both."""
         self.inner.remove_checkpoint(path)
+        # somebody's folder may have the same name
         if "://" not in str(path) and _is_adapter(_adapter_folder(Path(path))):
             shutil.rmtree(_adapter_folder(Path(path)), ignore_errors=True)
 
@@ -92,6 +97,7 @@ def _is_bare(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def _adapter_folder(path: Path) -> Path:
+    # without the suffix the file has the folder's name itself
     return path.with_suffix("") if path.suffix == ".ckpt" else path.with_name(f"{path.name}-adapter")
 
 
@@ -147,6 +153,8 @@ def save_adapter(
     check_writable(directory)
     with written_whole(directory) as fresh:
         # the embeddings are frozen; "auto" would ask the hub whether the vocabulary grew
+        # a module's names begin with its attribute `model`, PEFT's do not
         weights = None if state is None else {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        # the default one alone: the other, if there is one, is a reference's
         model.save_pretrained(fresh, selected_adapters=["default"], save_embedding_layers=False, state_dict=weights)
         tokenizer.save_pretrained(fresh)

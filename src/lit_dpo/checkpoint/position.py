@@ -42,6 +42,7 @@ class Standing:
 
 def standing(trainer: pl.Trainer, module: DPOModule, row: dict[str, float]) -> Standing:
     """How things stand now."""
+    # a copy: where a step is left out, `TrainingHealth` copies this into the buffer
     state = None if module.loss_state is None else module.loss_state.clone()
     counted = measured(module.train_metrics) if module.unlogged else {}
     return Standing(trainer.global_step, random_state(), state, counted, row)
@@ -61,18 +62,23 @@ def rewind(loops: dict[str, Any], epoch: int, batches: int, of: int, *, validate
         validated: whether the validation that is due after that batch, if one is, has been made.
     """
     fit = loops["fit_loop"]
+    # counters of Lightning: an event is ready, started, processed and completed, in this order
     epochs, done = fit["epoch_progress"], fit["epoch_loop.batch_progress"]
     if batches == 0 and epochs["current"]["ready"] <= epoch:
         return  # the epoch before is finished, and this one was not begun
     begun = int(batches > 0)
     last = batches > 0 and batches == of
+    # batches whose step was not made: they come again
     ahead = done["current"]["ready"] - batches
     for part, count in (("total", done["total"]["ready"] - ahead), ("current", batches)):
         # as it is written after a training batch, if validation shall not begin again, or after a validation
         done[part] = dict.fromkeys(done[part], count)
+        # one less than processed: by that Lightning knows a file of `on_train_batch_end`, after which it trains on
         done[part]["completed"] -= int(begun and validated and not last)
+        # an epoch that has begun and not ended is ready and started, no more
         epochs[part] = {"ready": epoch + begun, "started": epoch + begun, "processed": epoch, "completed": epoch}
     done["is_last_batch"] = last
+    # one less, as Lightning writes it: on going on it adds the one that was under way
     step = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
     fit["epoch_loop.state_dict"][BATCHES_THAT_STEPPED] = step["total"]["completed"] - 1
     validation = fit["epoch_loop.val_loop.batch_progress"]
@@ -102,6 +108,7 @@ def take_settings(checkpoint: dict[str, Any], trainer: pl.Trainer, *, same: bool
     if same:
         for saved, here in zip(checkpoint["optimizer_states"], fresh, strict=True):
             for group, wanted in zip(saved["param_groups"], here["param_groups"], strict=True):
+                # `params` are numbers by which the state finds its parameters: they are the file's
                 group.update({name: given for name, given in wanted.items() if name in group and name != "params"})
     else:
         checkpoint["optimizer_states"] = fresh
@@ -111,21 +118,24 @@ def take_settings(checkpoint: dict[str, Any], trainer: pl.Trainer, *, same: bool
         scheduler = config.scheduler
         state = scheduler.state_dict()
         if place < len(saved_schedulers) and isinstance(scheduler, LambdaLR):  # ours are
+            # our rates are functions of the step alone, so that the new ones can be taken up at any step
             moved = _moved(scheduler, saved_schedulers[place]["last_epoch"])
             state |= moved.state_dict()
             for group, rate in zip(checkpoint["optimizer_states"][0]["param_groups"], moved.get_last_lr(), strict=True):
-                group["lr"] = rate
+                group["lr"] = rate  # loading a scheduler moves no rate
         checkpoint["lr_schedulers"].append(state)
 
 
 def _moved(scheduler: LambdaLR, steps: int) -> LambdaLR:
     """Another one of the same rates, as it is after some steps."""
+    # of an optimizer of its own: to make a scheduler sets rates. It takes one step then, so `last_epoch` is one less
     groups = [{"params": [torch.zeros(())], "lr": rate, "initial_lr": rate} for rate in scheduler.base_lrs]
     return LambdaLR(torch.optim.SGD(groups), scheduler.lr_lambdas, last_epoch=steps - 1)
 
 
 def measured(metrics: MetricCollection) -> dict[str, dict[str, Any]]:
     """Return what the metrics have counted, in tensors and lists of them."""
+    # copies, because metrics may count on in the same tensors
     return {name: {key: _copy(state) for key, state in metric.metric_state.items()} for name, metric in metrics.items()}
 
 
@@ -133,6 +143,7 @@ def remeasure(metrics: MetricCollection, states: dict[str, dict[str, Any]]) -> N
     """Go on counting from there."""
     for name, metric in metrics.items():
         for key, state in states.get(name, {}).items():
+            # copies again: the same standing may be taken up twice
             setattr(metric, key, _copy(state, metric.device))
 
 

@@ -9,6 +9,7 @@ import torch
 
 def random_state() -> dict[str, Any]:
     """Of one rank, so that dropout masks continue too."""
+    # Python's and NumPy's are not kept: the order of rows is drawn from seed and epoch alone
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 

@@ -24,6 +24,7 @@ def adapter_state(module: DPOModule, prefix: str = "") -> dict[str, torch.Tensor
     """
     names = (DEFAULT, REFERENCE) if module.reference.follows_policy else (DEFAULT,)
     adapters = (adapter_parameters(module.model, name) for name in names)
+    # these share memory with the parameters: `load_strictly` copies into them
     return {f"{prefix}model.{name}": p.detach() for one in adapters for name, p in one.items()}
 
 
@@ -54,6 +55,7 @@ def load_strictly(known: Mapping[str, torch.Tensor], given: dict[str, torch.Tens
     if not training:
         given = {name: p for name, p in given.items() if name in known or not _of_training(name)}
         given |= {name: known[name] for name in known.keys() & {"loss_state"} - given.keys()}
+    # all of it before the first copy, so that a refusal leaves the module as it was
     wrong = [f"missing {name}" for name in known.keys() - given.keys()]
     wrong += [f"unknown {name}" for name in given.keys() - known.keys()]
     wrong += [
@@ -65,10 +67,12 @@ def load_strictly(known: Mapping[str, torch.Tensor], given: dict[str, torch.Tens
         raise ResumeError("The checkpoint's adapter does not fit the policy:\n  " + "\n  ".join(sorted(wrong)[:10]))
     with torch.no_grad():
         for name, tensor in known.items():
+            # in place: dtype and device are the policy's, whatever the file has
             tensor.copy_(given[name])
 
 
 def _of_training(name: str) -> bool:
+    # trained tokens have the adapter's name last, hence the dot at the end
     return name == "loss_state" or ".reference." in f"{name}."
 
 
@@ -79,6 +83,7 @@ def _trusts(given: object) -> bool:
 def _without_trust(given: object) -> Any:
     """Return the same, but with `trust_remote_code` false wherever it stands."""
     if isinstance(given, Mapping):
+        # at the key itself `key != TRUST` is False, which is the value that it gets
         return {key: key != TRUST and _without_trust(value) for key, value in given.items()}
     return [_without_trust(value) for value in given] if isinstance(given, list | tuple) else given
 
@@ -89,6 +94,7 @@ def _hparams(file: Any) -> dict[str, Any]:
 
 def frozen_is_not_missing(module: torch.nn.Module, keys: Any) -> None:
     """Accept a module inside another one (a callback's average): it lacks what its `state_dict` never holds."""
+    # the names come with a prefix of the module around; torch reads this very list afterwards
     held = tuple(module.state_dict())
     keys.missing_keys[:] = [name for name in keys.missing_keys if name.endswith(held)]
 
@@ -96,9 +102,11 @@ def frozen_is_not_missing(module: torch.nn.Module, keys: Any) -> None:
 def read_checkpoint(path: Any) -> dict[str, Any]:
     """Read a checkpoint from wherever Lightning can."""
     if hasattr(path, "read"):
+        # Lightning reads the same stream too, before or after
         path.seek(0)
         found = dict(torch.load(path, map_location="cpu", weights_only=True))
         path.seek(0)
         return found
+    # on the CPU: the device that it was written on need not be here
     with fsspec.open(str(path), "rb") as stream:
         return dict(torch.load(stream, map_location="cpu", weights_only=True))

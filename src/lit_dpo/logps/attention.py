@@ -73,12 +73,14 @@ class PairLayout:
         """Make a `(queries, keys)` boolean mask, causal from the bottom right; None where plain causal is the same."""
         if window is not None and window >= keys:
             window = None
+        # `is_causal` of `scaled_dot_product_attention` aligns at the top left: right for a square alone
         if window is None and queries == keys:
             return None
         if (found := self._masks.get((queries, keys, window))) is None:
             ones = torch.ones(queries, keys, dtype=torch.bool, device=self.device)
             found = ones.tril(keys - queries)
             if window is not None:
+                # query `i` stands at key `keys - queries + i`, and sees itself and `window - 1` tokens before it
                 found &= ones.triu(keys - queries - window + 1)
             self._masks[queries, keys, window] = found
         return found
@@ -89,11 +91,13 @@ class PairLayout:
             gather, query_lengths, key_lengths = [], [], []
             for s in self.pairs:
                 completion = s.start + s.prompt + s.chosen
+                # two sequences a pair; the rejected one asks less than it reads, and the kernel aligns both at the end
                 gather += [torch.arange(s.start, completion), torch.arange(s.start, s.start + s.prompt)]
                 gather += [torch.arange(completion, completion + s.rejected)]
                 query_lengths += [s.prompt + s.chosen, s.rejected]
                 key_lengths += [s.prompt + s.chosen, s.prompt + s.rejected]
             cumulative = [
+                # int32 is what flash attention reads
                 torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(self.device, non_blocking=True)
                 for lengths in (query_lengths, key_lengths)
             ]
@@ -143,6 +147,7 @@ def pair_attention_forward(
             f"Expected a pair layout but the model was called without one. Generate or score plain rows inside "
             f"`with plain_attention(model):`; `{PAIR_ATTENTION}` only reads rows of pairs."
         )
+    # models pass what changes the mathematics by names of their own: what is not known is refused, not ignored
     refused = [name for name, given in others.items() if name not in _HARMLESS and not _neutral(name, given)]
     refused += ["attention_mask"] if attention_mask is not None else []
     refused += ["dropout"] if dropout else []
@@ -150,7 +155,9 @@ def pair_attention_forward(
     if refused:
         raise UnsupportedAttentionError(f"the pair attention does not implement {', '.join(map(repr, refused))}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # ahead of the choice between the two ways, which goes by dtypes
     query, key, value = _autocast(query, key, value)
+    # a window that no pair reaches is none: so the kernel of torch 2.10, which has no windows, can take it
     if sliding_window is not None and sliding_window >= pair_layout.longest:
         sliding_window = None
     if softcap is None and _varlen_fits(query, key, value, sliding_window):
@@ -175,6 +182,7 @@ def _masks_a_window(module: nn.Module) -> bool:
     if getattr(config, "sliding_window", None) is None and getattr(config, "attention_chunk_size", None) is None:
         return False
     kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    # where it is not said which layers have it, any may
     return kinds is None or index is None or kinds[index] in ("sliding_attention", "chunked_attention")
 
 
@@ -197,12 +205,14 @@ def _by_segment(
     key, value = (part.transpose(0, 1).expand(-1, query.shape[1], -1, -1) for part in (key, value))
     # `split`, not slices: the backward of a slice fills a tensor as long as the row, for each pair
     sides = [n for s in layout.pairs for n in (s.prompt + s.chosen, s.rejected)]
+    # the same row cut at other places, to have each prompt's keys; `[::2]` drops what follows them
     prompts = [n for s in layout.pairs for n in (s.prompt, s.chosen + s.rejected)]
     queries, keys, values = (part.split_with_sizes(sides, 2) for part in (query, key, value))
     prompt_keys, prompt_values = (part.split_with_sizes(prompts, 2)[::2] for part in (key, value))
     outputs = []
     for number, (prompt_key, prompt_value) in enumerate(zip(prompt_keys, prompt_values, strict=True)):
         one, two = 2 * number, 2 * number + 1
+        # zeros stand for what is not asked, so that every token keeps its place in the row
         unread = layout.pairs[number].prompt - 1 if is_last else 0
         asked = queries[one][:, :, unread:]
         outputs.append(asked.new_zeros(*asked.shape[:2], unread, values[one].shape[-1]))
@@ -226,6 +236,7 @@ def _attend(
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
     if mask is None:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    # written out, since `scaled_dot_product_attention` has no soft-cap; softmax in float32, as `eager` takes it
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
     weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1, dtype=torch.float32)
     return weights.to(value.dtype) @ value
@@ -255,6 +266,7 @@ def _has_kernel(device: torch.device) -> bool:
 def _varlen_arguments() -> frozenset[str]:
     from torch.nn.attention.varlen import varlen_attn
 
+    # asked of the function itself: torch 2.10, 2.11 and 2.13 take different arguments
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
@@ -266,6 +278,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: PairLayout, scale
     arguments: dict[str, Any] = {"scale": scale}
     known = _varlen_arguments()  # torch 2.10 said `is_causal`, later releases say it with the window
     if "window_size" in known:
+        # a query itself counts in a model's window; the kernel counts the tokens to its left
         arguments["window_size"] = (-1, 0) if window is None else (window - 1, 0)
     else:
         arguments["is_causal"] = True
@@ -289,6 +302,7 @@ def use_pair_attention(model: PreTrainedModel) -> None:
     """
     from transformers import AttentionInterface
 
+    # here, not at import: transformers is loaded by who needs it
     AttentionInterface.register(PAIR_ATTENTION, pair_attention_forward)
     if not can_switch_attention(model):
         raise UnsupportedAttentionError(f"{type(model).__name__} does not use transformers' AttentionInterface")
@@ -317,6 +331,7 @@ def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     if not has_pair_attention(base):
         yield
         return
+    # what `choose_layout` found to be right; `sdpa` if it was never asked
     base.set_attn_implementation(getattr(base, "lit_dpo_plain_attention", None) or "sdpa")
     try:
         yield

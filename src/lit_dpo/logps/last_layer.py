@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+# not keys and values: completions read those of every prompt token
 _ROW_BY_ROW = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
 
 
@@ -36,6 +37,7 @@ def last_layer_on(backbone: nn.Module, needed: Tensor) -> Iterator[None]:
     try:
         yield
     finally:
+        # other passes of this model, `generate` or padded rows, read every position
         for hook in hooks:
             hook.remove()
 
@@ -51,9 +53,11 @@ def _hooks(part: nn.Module, needed: Tensor) -> list[Any]:
     """Cut the rows of what goes in, and put those of what comes out back in their places."""
     if part is None:
         return []
+    # one entry per call, from the hook before it to the one after it; None: this call runs as it is
     lengths: list[int | None] = []
 
     def cut(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+        # not a part that is given its states by keyword, or rows already flattened
         fits = bool(inputs) and inputs[0].ndim == 3
         lengths.append(inputs[0].shape[1] if fits else None)
         return (inputs[0][:, needed], *inputs[1:]) if fits else None
@@ -62,6 +66,7 @@ def _hooks(part: nn.Module, needed: Tensor) -> list[Any]:
         if (length := lengths.pop()) is None:
             return None
         rows, *others = output if isinstance(output, tuple) else (output,)  # experts return their router's scores too
+        # each position once, or it would be left to chance which of its rows stays
         whole = rows.new_zeros(1, length, rows.shape[-1]).index_copy(1, needed, rows.view(1, len(needed), -1))
         return (whole, *others) if isinstance(output, tuple) else whole
 
@@ -69,4 +74,5 @@ def _hooks(part: nn.Module, needed: Tensor) -> list[Any]:
 
 
 def _is_checkpointing(backbone: nn.Module) -> bool:
+    # the flag is on the layers or on the decoder, as the architecture has it
     return any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())

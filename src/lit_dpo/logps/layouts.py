@@ -51,6 +51,7 @@ def segments(batch: PairBatch) -> list[Segment]:
         [Segment(start=0, prompt=2, chosen=1, rejected=1), Segment(start=4, prompt=1, chosen=2, rejected=1)]
     """
     found, start = [], 0
+    # lengths are on the CPU, wherever the tokens are: nothing waits for a device here
     lengths = (batch.prompt_lengths.tolist(), batch.chosen_lengths.tolist(), batch.rejected_lengths.tolist())
     for prompt, chosen, rejected in zip(*lengths, strict=True):
         found.append(Segment(start, prompt, chosen, rejected))
@@ -63,8 +64,10 @@ def flat_rows(batch: PairBatch, pairs: list[Segment]) -> Rows:
     predictors, targets = [], []
     for s in pairs:
         completion = s.start + s.prompt
+        # a state predicts the next token, so that the prompt's last one predicts the first of a completion
         predictors.append(torch.arange(completion - 1, completion + s.chosen - 1))
         targets.append(torch.arange(completion, completion + s.chosen))
+    # after all chosen ones: this order is that of `lengths`, by which values are cut into sides
     for s in pairs:
         completion = s.start + s.prompt + s.chosen
         # the last prompt token predicts the first rejected token too, across the chosen completion
@@ -72,6 +75,7 @@ def flat_rows(batch: PairBatch, pairs: list[Segment]) -> Rows:
         predictors.append(torch.arange(completion, completion + s.rejected - 1))
         targets.append(torch.arange(completion, completion + s.rejected))
     device = batch.input_ids.device
+    # to the pair's end, though two last tokens predict nothing: so each position comes once, and in order
     ends = [torch.arange(s.start + s.prompt - 1, s.start + s.prompt + s.chosen + s.rejected) for s in pairs]
     return Rows(
         inputs={"input_ids": batch.input_ids, "position_ids": batch.position_ids},
@@ -90,10 +94,12 @@ def padded_rows(batch: PairBatch, pairs: list[Segment]) -> Rows:
         rows.append(
             torch.cat([torch.arange(s.start, s.start + s.prompt), torch.arange(completion, completion + s.rejected)])
         )
+    # -1, since 0 is a place in the row
     source = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
     width = source.shape[1]
     predictors, targets = [], []
     for number, (row, s) in enumerate(zip(rows, [*pairs, *pairs], strict=True)):
+        # places in the rows laid end to end
         predictors.append(torch.arange(number * width + s.prompt - 1, number * width + len(row) - 1))
         targets.append(row[s.prompt :])
     device = batch.input_ids.device
@@ -101,6 +107,7 @@ def padded_rows(batch: PairBatch, pairs: list[Segment]) -> Rows:
     return Rows(
         inputs={
             "input_ids": batch.input_ids[0, source.clamp(min=0).to(device, non_blocking=True)],
+            # padding is on the right, so that a token's column is its position
             "position_ids": torch.arange(width, device=device).expand(len(rows), -1),
             "attention_mask": mask.long().to(device, non_blocking=True),
         },

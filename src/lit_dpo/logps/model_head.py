@@ -50,6 +50,7 @@ class _Head(nn.Module):
         self.model = model
 
     def forward(self, states: Tensor) -> Tensor:
+        # as if they were the embeddings of one sequence, which `_Given` hands through
         logits: Tensor = self.model(inputs_embeds=states.unsqueeze(0), use_cache=False).logits
         return logits.squeeze(0)  # the backward of an index fills a tensor as large as the logits
 
@@ -57,6 +58,7 @@ class _Head(nn.Module):
 class _Given(nn.Module):
     """A backbone that returns its input embeddings as its last hidden state."""
 
+    # models also pass positions, masks and caches on, of which nothing is computed here
     def forward(self, input_ids: Tensor | None = None, *, inputs_embeds: Tensor, **_: Any) -> Any:
         return _output_type()(last_hidden_state=inputs_embeds)
 
@@ -82,6 +84,7 @@ def _replace(module: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         if any(found is old for found in child.modules()):
             clone = copy.copy(module)
+            # `_modules`, `_parameters`, `_buffers` and hooks; what is in them stays shared
             registries = {key: copy.copy(own) for key, own in vars(module).items() if isinstance(own, dict)}
             vars(clone).update(registries)  # the copy shares them: another child would be the module's too
             setattr(clone, name, _replace(child, old, new))

@@ -26,6 +26,7 @@ _FURTHEST = 256
 """Windows and original lengths of up to so many tokens are crossed at start-up; longer ones would cost too much."""
 
 _SHORT, _CHOSEN, _REJECTED = 16, 7, 5
+# the first two are names of settings, the third one of parameters, which a model with sinks has for them
 _WINDOWS = re.compile(r"(^|_)window(_size)?$|^(local_attention|attention_chunk_size|original_max_position_embeddings)$")
 _SOFT_CAPS = re.compile(r"^attn\w*soft_?cap(ping)?$")
 _SINKS = re.compile(r"(^|[._])(sinks?|s_aux|sinks?_bias)$")
@@ -40,11 +41,12 @@ def probe_batch(base: PreTrainedModel) -> PairBatch:
     """
     config = base.config.get_text_config()
     vocabulary = config.vocab_size
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(0)  # of its own: the run's is not moved
 
     def tokens(count: int) -> list[int]:
         return [int(token) for token in torch.randint(vocabulary, (count,), generator=random)]
 
+    # the prompt alone fills the longest window, so that all chosen tokens but the first look beyond it
     first = EncodedPair(tokens(_reach(config) - _CHOSEN), tokens(_CHOSEN), tokens(_REJECTED))
     batch = collate_pairs([first, EncodedPair(tokens(4), tokens(3), tokens(8))])
     return batch.to(base.get_input_embeddings().weight.device)
@@ -55,6 +57,7 @@ def _reach(config: PreTrainedConfig) -> int:
     marks = [one.value for one in settings(config) if one.is_number and _WINDOWS.search(one.name)]
     wanted = max((int(mark) for mark in marks if 0 < mark <= _FURTHEST), default=0) + _CHOSEN
     limit = rope_limit(config)
+    # learned positions end there; beyond a RoPE's limit the longer pair moves the other, by design
     most: list[int | None] = [getattr(config, "max_position_embeddings", None), limit and limit.tokens]
     return max(_SHORT, min([wanted, *filter(None, most)]))
 
@@ -75,6 +78,7 @@ def _sequences(batch: PairBatch) -> list[tuple[Tensor, int]]:
 
 
 def _one_at_a_time(base: PreTrainedModel, row: Tensor, start: int) -> Tensor:
+    # no positions, mask or layout from here: what the model makes of a sequence by itself
     logits: Tensor = base(input_ids=row.unsqueeze(0), use_cache=False).logits[0, start - 1 : -1].float()
     return logits.log_softmax(-1).gather(-1, row[start:, None])[:, 0]
 
@@ -119,6 +123,7 @@ def why_no_kernels(
         tolerance: nats per token.
     """
     try:
+        # gradients have no other truth than the plain code's
         _, plain = _with_gradients(base, score)
         kernels.use(True)
         found, gradients = _with_gradients(base, score)
@@ -138,7 +143,7 @@ def why_no_kernels(
 def _with_gradients(base: PreTrainedModel, score: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """Log-probs, and of a sum in which each has a weight of its own the gradients of what trains, in one row."""
     trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
-    with torch.enable_grad():
+    with torch.enable_grad():  # `choose_layout` runs without
         tokens = score()
         weights = torch.linspace(0.5, 1.5, len(tokens), device=tokens.device)
         found = torch.autograd.grad((tokens * weights).sum(), trained, allow_unused=True) if trained else []
@@ -151,13 +156,14 @@ def training_mode(base: PreTrainedModel) -> Iterator[None]:
     devices = {parameter.device for parameter in base.parameters() if parameter.is_cuda}
     base.train()
     for name, module in base.named_modules():
+        # its masks are the user's choice, and no fault of the base
         if name.rsplit(".", 1)[-1] == "lora_dropout":
             module.eval()
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
-        base.eval()
+        base.eval()  # as `choose_layout` had it
 
 
 @contextmanager
@@ -169,7 +175,7 @@ def without_outliers(base: PreTrainedModel) -> Iterator[None]:
     thresholds = [(layer.state, layer.state.threshold) for layer in int8_layers(base)]
     try:
         for state, _ in thresholds:
-            state.threshold = 0.0
+            state.threshold = 0.0  # no column is an outlier then
         yield
     finally:
         for state, threshold in thresholds:

@@ -35,6 +35,7 @@ class SequenceLogps(NamedTuple):
 
     def sums(self, values: Tensor) -> Tensor:
         """`(B,)` sums over each sequence of `(N,)` values, one per token."""
+        # `unsafe` leaves out a check of the lengths that waits for the device
         return torch.segment_reduce(values, "sum", lengths=self.length.long(), unsafe=True)
 
     def detach(self) -> SequenceLogps:
@@ -120,6 +121,7 @@ class PairLogps(NamedTuple):
         """Return the same numbers without their graph."""
         policy_chosen, policy_rejected = self.policy_chosen.detach(), self.policy_rejected.detach()
         chosen, rejected = (side and side.detach() for side in (self.reference_chosen, self.reference_rejected))
+        # columns come from the data, the state from sums of detached records: neither has a graph
         return PairLogps(policy_chosen, policy_rejected, chosen, rejected, self.columns, self.state)
 
 

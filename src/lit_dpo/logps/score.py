@@ -98,6 +98,7 @@ def frozen_logps(
         sides = _sides(scored)
 
     def head(states: Tensor) -> Tensor:
+        # run within the policy's pass, where the reference is not active any more
         with torch.no_grad(), reference(model) as other:  # an adapter on the head is off here too
             logits: Tensor = model_head(base_model(other))(states)
             return logits
@@ -123,6 +124,7 @@ def run(model: PeftModel | PreTrainedModel, batch: PairBatch) -> Scored:
     if has_pair_attention(base):
         rows = flat_rows(batch, pairs)
         layers = getattr(config, "num_hidden_layers", None)
+        # models hand keywords that they do not know down to their attention; the probe finds those that do not
         rows.inputs["pair_layout"] = PairLayout(pairs, batch.input_ids.device, layers and layers - 1)
     else:
         rows = padded_rows(batch, pairs)
@@ -142,6 +144,7 @@ def _sides(
     totals = torch.stack([part.sum() for part in torch.split(tokens, lengths)])
     counts = torch.tensor(lengths, dtype=torch.float32).to(totals.device, non_blocking=True)
     size = len(lengths) // 2
+    # values per token are in the order of `Rows.lengths`: all chosen ones, then all rejected ones
     border = sum(lengths[:size])
 
     def cut(values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -171,6 +174,7 @@ def _hidden_states(model: PeftModel | PreTrainedModel, rows: Rows) -> Tensor:
     }
     with nullcontext() if rows.needed is None else last_layer_on(decoder, rows.needed):
         hidden: Tensor = decoder(**inputs, use_cache=False).last_hidden_state
+    # before the head, so that only scored positions get logits; the backward of `index_select` adds, without a sort
     return hidden.flatten(0, 1).index_select(0, rows.predictors)
 
 
@@ -198,14 +202,17 @@ def choose_layout(model: PeftModel | PreTrainedModel, attention: str = "auto") -
     base = base_model(model)
     backbone(base)  # or an error
     if has_pair_attention(base):
+        # chosen for an earlier run: begin where that one began
         base.set_attn_implementation(base.lit_dpo_plain_attention)
+    # on the model itself, for `plain_attention`, which knows nothing else; `_use_eager` may correct it
     base.lit_dpo_plain_attention = attention_of(base)
     training = model.training
-    model.eval()
+    model.eval()  # what is compared below; `_check_training` looks at the other mode
     try:
         with without_outliers(base), without_kernels(base) as kernels:
             batch = probe_batch(base)
             exact = base.dtype == torch.float32 and not int8_layers(base)
+            # some releases of transformers ignore in other implementations what these lack, and say nothing
             with eager_attention(base):
                 truth = truth_of(base, batch)
                 # 16 bits and INT8: what the numbers themselves lose when shapes change, seen on padded rows, with room
@@ -215,6 +222,7 @@ def choose_layout(model: PeftModel | PreTrainedModel, attention: str = "auto") -
     finally:
         model.train(training)
     if kernels is not None:
+        # not inside `without_kernels`, which leaves them as it found them
         kernels.use(reason is None)
         said = f"Liger's kernels in {kernels}" if reason is None else f"no kernels of Liger: {reason}"
         log.log(logging.INFO if reason is None else logging.WARNING, "%s: %s.", type(base).__name__, said)
@@ -223,6 +231,7 @@ def choose_layout(model: PeftModel | PreTrainedModel, attention: str = "auto") -
 
 def _choose_layout(base: PreTrainedModel, attention: str, batch: PairBatch, truth: Tensor, tolerance: float) -> Layout:
     name = type(base).__name__
+    # by name, because what it leaves out may hide below the tolerance of 16 bits
     if lacking := blind_to(base):
         _use_eager(base, attention, f"has no {lacking}")
     if attention in ("auto", "pairs"):
@@ -276,6 +285,7 @@ def _check_training(base: PreTrainedModel, batch: PairBatch, truth: Tensor, tole
     """
     try:
         with training_mode(base):
+            # twice: a mask may move little beside the tolerance, but two are never the same
             one, other = (_tokens(base, batch) for _ in range(2))
     except UnsupportedAttentionError as error:
         raise PolicyError(f"{type(base).__name__}: in training mode {first_line(error)}. {_DROPOUT}") from error
@@ -324,9 +334,9 @@ def _why_not_flat(base: PreTrainedModel, batch: PairBatch, truth: Tensor, tolera
         reason = f"its log-probs are off by {difference:.2g} nats per token (tolerance {tolerance:.2g})"
         if difference <= tolerance:
             reason = f"one completion moves another's log-probs by {leak:.2g} nats per token"
-    except MissingLayoutError:
+    except MissingLayoutError:  # ahead of its own base class
         reason = "its layers do not hand what they are told on to their attention"
-    except (UnsupportedAttentionError, TypeError, ValueError, RuntimeError) as error:
+    except (UnsupportedAttentionError, TypeError, ValueError, RuntimeError) as error:  # of the model's code
         reason = first_line(error).removesuffix(".")
     if has_pair_attention(base):
         base.set_attn_implementation(plain)
@@ -343,6 +353,7 @@ def _leak(base: PreTrainedModel, batch: PairBatch, before: Tensor) -> float:
     changed[0, first.start + first.prompt : first.start + first.prompt + first.chosen] += 1
     changed %= base.config.get_text_config().vocab_size
     after = _tokens(base, batch._replace(input_ids=changed))
+    # the tokens that were changed come first, and may move
     return float((after - before)[first.chosen :].abs().max())
 
 

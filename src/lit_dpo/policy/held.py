@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_SAYS_ITSELF = ("model", "revision", "quantization", "double_quantization", "adapter_path", "adapter_base", "dtype")
+_SAYS_ITSELF = ("model", "quantization", "double_quantization", "adapter_path", "adapter_base", "dtype")
 
 
 @dataclass
@@ -116,8 +116,8 @@ class HeldPolicy(LoRAPolicy):
 
     @cached_property
     def place(self) -> Place:
-        """No folder; the name that the model came with."""
-        return Place(Path("(a model in memory)"), self.model, None, f"{self.option}.model")
+        """No folder; the name that the model came with, and the revision that was given: exported adapters say them."""
+        return Place(Path("(a model in memory)"), self.model, self.revision, f"{self.option}.model")
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the one that was given, or that of the model's name."""
@@ -169,7 +169,7 @@ class HeldPolicy(LoRAPolicy):
 
     def model_identity(self) -> dict[str, Any]:
         """Digest samples of the weights, as they were given."""
-        return {"model": self.model, "revision": None, "fingerprint": self._sampled, **self._quantised()}
+        return {"model": self.model, "revision": self.revision, "fingerprint": self._sampled, **self._quantised()}
 
     def model_content(self) -> dict[str, Any]:
         """Digest every byte of the weights."""

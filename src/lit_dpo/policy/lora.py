@@ -99,7 +99,8 @@ class LoRAPolicy(BaseModel):
             model: a transformers model for causal language modelling, quantised by bitsandbytes or not, or a
                 `peft.PeftModel` with one LoRA adapter named `default`, which is continued then.
             tokenizer: the model's; by default that of the name that it was loaded from.
-            **options: fields of `LoRAPolicy` that say how to train: `r`, `target_modules`, `gradient_checkpointing`, …
+            **options: fields of `LoRAPolicy` that say how to train: `r`, `target_modules`, `gradient_checkpointing`, …;
+                and `revision`, if it was loaded from one, for exported adapters to say it.
 
         Returns:
             The policy. Checkpoints of it belong to these weights, and do not build the model again: see `HeldPolicy`.

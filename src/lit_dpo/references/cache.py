@@ -88,7 +88,7 @@ class CachedReference(Reference):
         self.cache_identity(policy)
         try:
             Path(self.directory).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.directory):
+            with tempfile.TemporaryFile(dir=self.directory):  # permissions do not say that a disk takes files
                 pass
         except OSError as error:
             raise PolicyError(f"Expected to write to `reference.directory` {self.directory!r} but {error}.") from error
@@ -121,7 +121,7 @@ class _Cache:
 
     def __init__(self, reference: Reference, settings: CachedReference, identity: dict[str, Any]) -> None:
         self.reference, self.settings, self.identity = reference, settings, identity
-        self._stores: dict[str, LogpStore] = {}
+        self._stores: dict[str, LogpStore] = {}  # by identity: autocast may be on in one pass, off in another
 
     def __reduce__(self) -> Any:
         """Let copies and other processes open files of their own."""
@@ -129,7 +129,7 @@ class _Cache:
 
     def logps(self, model: PeftModel, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
         store = self._store(model)
-        keys = [key.tobytes() for key in batch.keys.numpy()]
+        keys = [key.tobytes() for key in batch.keys.numpy()]  # they stay on the CPU
         found = [store.get(key) for key in keys]
         missing = [place for place, one in enumerate(found) if one is None]
         if missing:
@@ -161,6 +161,7 @@ class _Cache:
         )
 
     def _compute(self, model: PeftModel, batch: PairBatch) -> list[Stored]:
+        # chosen total, chosen tokens, rejected total, rejected tokens; they are taken off in this order below
         parts: list[Tensor] = []
         for side in self.reference.logps(model, batch):
             assert side is not None
@@ -173,7 +174,7 @@ class _Cache:
         sides = []
         for lengths in (batch.chosen_lengths, batch.rejected_lengths):
             totals = values.pop(0)[:, None]
-            tokens = [totals[:0, 0]] * batch.size
+            tokens = [totals[:0, 0]] * batch.size  # empty, where sums are all that is stored
             if self.settings.per_token:
                 tokens = np.split(values.pop(0), lengths.numpy().cumsum()[:-1])
             sides.append([np.concatenate(one) for one in zip(totals, tokens, strict=True)])
@@ -184,6 +185,7 @@ class _Cache:
         base = base_model(model)
         device = base.device.type
         found = kernels_of(base)
+        # kernels round differently: their release counts, while they are on
         kernels = ["liger-kernel"] if found and found.on else []
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
         identity = {

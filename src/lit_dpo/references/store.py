@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 _ENTRY = np.dtype(
     [
-        ("key", "V16"),
+        ("key", "V16"),  # `PairBatch.keys`: 128 bits of BLAKE2b over lengths and token ids
         ("offset", "<u8"),  # of the first value, in bytes
         ("chosen", "<u4"),  # values of the chosen side
         ("rejected", "<u4"),
@@ -31,7 +31,7 @@ _ENTRY = np.dtype(
         ("own_checksum", "<u4"),  # of this entry up to here
     ]
 )
-_OWN = _ENTRY.itemsize - 4
+_OWN = _ENTRY.itemsize - 4  # bytes that `own_checksum` is of
 _REREAD_SHARE = 0.05  # of the time at most goes into looking for what other processes have added
 
 
@@ -88,9 +88,11 @@ class LogpStore:
             entry["own_checksum"] = zlib.crc32(entry.tobytes()[:_OWN])
             content.append(piece)
             offset += len(piece)
-        values.write(b"".join(content))
-        index.write(entries.tobytes())
+        # values first: a kill in between leaves no entry without its values
+        _write(values, b"".join(content))
+        _write(index, entries.tobytes())
         self._fresh |= pairs
+        # sorting costs the whole index: once per quarter of it, so that a run's cost stays in proportion
         if len(self._fresh) > max(4096, len(self._entries) // 4):
             self.refresh()
 
@@ -106,10 +108,11 @@ class LogpStore:
             self._entries = np.concatenate([self._entries, entries])
             self._part_of = np.concatenate([self._part_of, number])
         if new:
+            # half of a key, to search by; the sort is stable, so that of equal ones the last that was read is last
             heads = np.ascontiguousarray(self._entries["key"]).view(np.uint64)[::2]
             self._order = np.argsort(heads, kind="stable")
             self._sorted = heads[self._order]
-        self._fresh = {}
+        self._fresh = {}  # its own part was read above too
         self._last = time.perf_counter()
         self._cost = self._last - start
         return bool(new)
@@ -150,8 +153,9 @@ class LogpStore:
         except OSError:  # another's, or no file at all
             self._damage(1, path)
             return self._entries[:0]
+        # an entry that is still being written is read the next time
         entries = np.frombuffer(content[: len(content) // _ENTRY.itemsize * _ENTRY.itemsize], _ENTRY)
-        self._seen[path] = seen + len(entries)
+        self._seen[path] = seen + len(entries)  # damaged ones too, or they would be reported each time
         starts = range(0, len(entries) * _ENTRY.itemsize, _ENTRY.itemsize)
         sums = np.array([zlib.crc32(content[start : start + _OWN]) for start in starts], np.uint32)
         whole = sums == entries["own_checksum"]
@@ -168,6 +172,14 @@ class LogpStore:
     def _open_part(self) -> tuple[BinaryIO, BinaryIO]:
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:12]}"
+        # unbuffered: what was written is in the file even if the process is killed next
         values, index = (part.with_suffix(suffix).open("ab", buffering=0) for suffix in (".logps", ".index"))
         self._writers = (values, index)
         return self._writers
+
+
+def _write(file: BinaryIO, content: bytes) -> None:
+    """Write all of it: an unbuffered file may take a part, on a disk that is nearly full, and say so in a number."""
+    view = memoryview(content)
+    while view:
+        view = view[file.write(view) or 0 :]

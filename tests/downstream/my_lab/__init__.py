@@ -4,9 +4,9 @@ Nothing is registered.
 """
 
 from my_lab.formats import Graded
-from my_lab.losses import GradedHingeLoss, HingeLoss
+from my_lab.losses import GradedHingeLoss, TargetHingeLoss
 from my_lab.module import WatchedDPO
 from my_lab.policy import FrozenA
 from my_lab.reference import WeakerReference
 
-__all__ = ["FrozenA", "Graded", "GradedHingeLoss", "HingeLoss", "WatchedDPO", "WeakerReference"]
+__all__ = ["FrozenA", "Graded", "GradedHingeLoss", "TargetHingeLoss", "WatchedDPO", "WeakerReference"]

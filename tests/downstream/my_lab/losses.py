@@ -9,7 +9,7 @@ from lit_dpo.losses import PreferenceLoss
 
 
 @dataclass(frozen=True)
-class HingeLoss(PreferenceLoss):
+class TargetHingeLoss(PreferenceLoss):
     """max(0, target − β·Δ)."""
 
     target: float = 1.0
@@ -19,7 +19,7 @@ class HingeLoss(PreferenceLoss):
 
 
 @dataclass(frozen=True)
-class GradedHingeLoss(HingeLoss):
+class GradedHingeLoss(TargetHingeLoss):
     """The same, times a column of the data."""
 
     columns: ClassVar[frozenset[str]] = frozenset({"difficulty"})
