@@ -14,8 +14,8 @@ FRAGMENTS = sorted(path.stem for path in (CONFIGS / "losses").glob("*.yaml"))
 
 SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=0.5"]
 # Rewards without a reference start at log π, so that pairs have to be turned around: that takes four times as long.
-SLOW = {"alphapo", "cpo", "orpo", "sft", "simpo", "slic"}
-COLUMNS = {"odpo": "score_margin", "softdpo": "probability"}
+SLOW = {"alphapo", "cpo", "orpo", "sft", "simper", "simpo", "slic"}
+COLUMNS = {"odpo": "score_margin", "rpo": "score_margin", "softdpo": "probability"}
 
 
 @pytest.fixture(scope="module")

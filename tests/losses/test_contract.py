@@ -22,6 +22,7 @@ import tiny
 from lit_dpo.checkpoint import to_builtins
 from lit_dpo.logps import Field, PairLogps, SequenceLogps
 from lit_dpo.losses import (
+    AlphaDPOLoss,
     AlphaPOLoss,
     AOTLoss,
     AOTUnpairedLoss,
@@ -36,9 +37,11 @@ from lit_dpo.losses import (
     DiscoPOPLoss,
     DPOLoss,
     DPOPLoss,
+    DPOShiftLoss,
     EXOLoss,
     FDPOLoss,
     HingeLoss,
+    HumanlineLoss,
     IPOLoss,
     LDDPOLoss,
     MixtureLoss,
@@ -49,7 +52,9 @@ from lit_dpo.losses import (
     PreferenceLoss,
     RDPOLoss,
     RobustDPOLoss,
+    RPOLoss,
     SFTLoss,
+    SimPERLoss,
     SimPOLoss,
     SLiCLoss,
     SoftDPOLoss,
@@ -70,7 +75,7 @@ KL = {"chosen": 0.5, "rejected": 0.25}
 SCORE_MARGIN, PROBABILITY = 2.0, 0.8
 
 # (value, slope in the chosen log-prob) at margin 0, lengths 1, chosen log-prob −3, no memory, and the above, by each
-# docstring's arithmetic. Every loss must be here.
+# docstring's arithmetic; the rejected log-prob is −5 with a reference and −3 without. Every loss must be here.
 AT_ZERO = {
     DPOLoss: lambda loss: (math.log(2), -loss.beta / 2),
     CDPOLoss: lambda loss: (math.log(2), -loss.beta * (1 - 2 * loss.label_smoothing) / 2),
@@ -126,6 +131,11 @@ AT_ZERO = {
     BetaDPOLoss: lambda loss: (math.log(2), -loss.beta / 2),
     ChiPOLoss: lambda loss: (math.log(2), -loss.beta),
     SoftDPOLoss: lambda loss: (math.log(2), -loss.beta * (2 * PROBABILITY - 1) / 2),
+    SimPERLoss: lambda loss: (0, -math.exp(-3)),
+    DPOShiftLoss: lambda loss: (math.log(2), -loss.beta / 2),
+    AlphaDPOLoss: lambda loss: _at_offset(loss.gamma - 2 * loss.beta, loss.beta),
+    RPOLoss: lambda loss: _at_target(loss.distance, loss.reward_scale * SCORE_MARGIN, loss.beta),
+    HumanlineLoss: lambda loss: AT_ZERO[type(loss.loss)](loss.loss),
     LDDPOLoss: lambda loss: AT_ZERO[type(loss.loss)](loss.loss),
     WPOLoss: lambda loss: _scaled(
         math.exp(-sum(BELOW.values()) if loss.alignment == "sampled" else -8), *AT_ZERO[type(loss.loss)](loss.loss)
@@ -140,6 +150,16 @@ AT_ZERO = {
 def _at_offset(offset: float, beta: float) -> tuple[float, float]:
     """−log σ(β·Δ − offset) at Δ = 0."""
     return math.log1p(math.exp(offset)), -beta * _sigmoid(offset)
+
+
+def _at_target(distance: str, target: float, beta: float) -> tuple[float, float]:
+    """What the docstring of RPO says of each distance at Δ = 0."""
+    p = _sigmoid(target)
+    return {
+        "bwd_kl": (math.log(2) + p * math.log(p) + (1 - p) * math.log(1 - p), -beta * (p - 0.5)),
+        "fwd_kl": (-math.log(2) - math.log(p * (1 - p)) / 2, -beta * target / 4),
+        "sq": (target**2, -2 * beta * target),
+    }[distance]
 
 
 def _scaled(weight: float, value: float, slope: float) -> tuple[float, float]:
@@ -161,12 +181,16 @@ SETTINGS = {
     ODPOLoss: [{"scale": "linear"}],
     TDPOLoss: [{"version": "tdpo1"}, {"kl_weight": 0.3}],
     CalDPOLoss: [{"beta": 0.5}],
+    AlphaDPOLoss: [{"z_momentum": 0.0}],
+    RPOLoss: [{"distance": "fwd_kl"}, {"distance": "sq", "reward_scale": 0.1}],
+    HumanlineLoss: [{"lower": -0.4, "upper": 0.3}, {"loss": LDDPOLoss(BCOLoss()), "upper": 0.3}],
     LDDPOLoss: [{"reference": "plain"}, {"loss": SimPOLoss()}, {"loss": BCOLoss(), "surplus_weight": 0.0}],
     WPOLoss: [{"clamp": False}, {"alignment": "none"}, {"loss": LDDPOLoss(SimPOLoss())}],
     MixtureLoss: [
         {"losses": (DPOLoss(), BCOLoss(), SFTLoss()), "weights": (0.8, 0.2, 1.0)},
         {"losses": (BetaDPOLoss(), SFTLoss("token"), BCOLoss(0.2))},
         {"losses": (CPOLoss(), SLiCLoss()), "weights": (0.5, 2.0)},
+        {"losses": (AlphaDPOLoss(), HumanlineLoss(BetaDPOLoss()))},
         {"losses": (TDPOLoss(), WPOLoss(ODPOLoss()), SoftDPOLoss())},
     ],
 }
@@ -276,10 +300,11 @@ def _without(pairs: PairLogps, name: str) -> PairLogps:
 
 
 def _remember(loss: PreferenceLoss, pairs: PairLogps, seen: PairLogps | None = None) -> PairLogps:
-    """The record with what the loss remembers of one training batch, always the same one unless given."""
+    """The record with what the loss remembers of two training batches, always the same ones, or of a given one."""
     state = loss.initial_state()
     if state is not None:
-        state = loss.next_state(state, loss.sums(_random(5, seed=7) if seen is None else seen))
+        for batch in [_random(5, seed=7), _random(5, seed=8)] if seen is None else [seen]:
+            state = loss.next_state(state, loss.sums(batch))
     return pairs._replace(state=state)
 
 
@@ -311,6 +336,10 @@ def _changes(loss: PreferenceLoss, name: str) -> list[dict]:
             return [{"link": "sigmoid" if value == "hinge" else "hinge", "label_smoothing": 0.0}]
         case TDPOLoss(), "version":
             return [{"version": "tdpo1" if value == "tdpo2" else "tdpo2", "kl_weight": None}]
+        case DPOShiftLoss(), "rejected_weight":
+            return [{name: 0.5 * value}]
+        case HumanlineLoss(), "lower" | "upper":  # narrower; beyond the bounds there may be nothing to hold
+            return [{name: 0.3 * value}]
         case LDDPOLoss(loss=inner), "reference" if Field.REFERENCE not in inner.requires:
             return []
         case WPOLoss(), "alignment":
@@ -330,28 +359,28 @@ def _changes(loss: PreferenceLoss, name: str) -> list[dict]:
     if isinstance(value, str):
         return [{name: choice} for choice in get_args(get_type_hints(type(loss))[name]) if choice != value]
     assert isinstance(value, float), f"tell this test about {type(loss).__name__}.{name}"
-    if name == "momentum":
+    if name in {"momentum", "z_momentum"} and value:
         return [{name: 0.5 * value}]
     return [{name: 0.5 * value}, {name: 1.5 * value}] if value else [{name: 0.1}, {name: 0.3}]
 
 
-def _two(kind: type[PreferenceLoss]) -> tuple[dict, dict]:
-    """Two lots of arguments that differ."""
+def _two(kind: type[PreferenceLoss]) -> tuple[dict, dict | None]:
+    """Two lots of arguments that differ; no second one for a loss without arguments."""
     if _takes_beta(kind):
         return {"beta": 0.3}, {"beta": 0.4}
-    return {}, next(change for name in _arguments(kind) for change in _changes(kind(), name))
+    return {}, next((change for name in _arguments(kind) for change in _changes(kind(), name)), None)
 
 
 def _needs_only_the_margin(loss: PreferenceLoss) -> bool:
     """Whether the loss looks at nothing but one margin, be it of log-ratios or log-probs."""
     if isinstance(loss, CPOLoss | SLiCLoss):
         return loss.nll_weight == 0
-    if isinstance(loss, LDDPOLoss | WPOLoss):
+    if isinstance(loss, LDDPOLoss | WPOLoss | HumanlineLoss):
         return _needs_only_the_margin(loss.loss)
     if isinstance(loss, MixtureLoss):
         return all(map(_needs_only_the_margin, loss.losses))
     own = NCALoss | SPPOLoss | APOZeroLoss | APODownLoss | FDPOLoss | AlphaPOLoss | BCOLoss | ORPOLoss | SFTLoss
-    return not isinstance(loss, own | DPOPLoss | CalDPOLoss | ChiPOLoss)
+    return not isinstance(loss, own | DPOPLoss | CalDPOLoss | ChiPOLoss | SimPERLoss | DPOShiftLoss)
 
 
 # ---- the laws ----
@@ -387,11 +416,17 @@ def test_losses_and_gradients_are_finite_at_margins_of_ten_thousand_nats(make, m
 
 
 def test_gradients_are_those_of_the_values(make, monkeypatch):
-    pairs, weights = _random(4), WPOLoss.weights
-    # WPO's weights are constants to the gradient, so they have to be to the differences too
-    monkeypatch.setattr(WPOLoss, "weights", lambda loss, _: weights(loss, pairs))
+    pairs = _random(4)
+    # WPO's weights and α-DPO's targets are constants to the gradient, so they have to be to the differences too
+    for owner, name in ((WPOLoss, "weights"), (AlphaDPOLoss, "target")):
+        monkeypatch.setattr(owner, name, functools.partialmethod(_held, getattr(owner, name), pairs))
     leaves = [side.per_token.clone().requires_grad_() for side in pairs[:2]]
     assert torch.autograd.gradcheck(lambda *tokens: _score(make(), _with_tokens(pairs, *tokens)), leaves)
+
+
+def _held(loss: PreferenceLoss, constant: Any, pairs: PairLogps, given: PairLogps) -> torch.Tensor:
+    """A method's value for pairs of its own, with what the loss remembers."""
+    return constant(loss, pairs._replace(state=given.state))
 
 
 def test_losses_follow_the_order_of_pairs(make):
@@ -453,7 +488,7 @@ def test_it_pickles_compares_and_hashes_by_value(kind):
     loss = kind(**one)
     assert pickle.loads(pickle.dumps(loss)) == loss == kind(**one)
     assert hash(loss) == hash(kind(**one))
-    assert loss != kind(**other)
+    assert loss != (HingeLoss(0.3) if other is None else kind(**other))
 
 
 def test_a_configuration_file_gives_an_equal_loss(make):

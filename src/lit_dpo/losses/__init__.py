@@ -1,5 +1,6 @@
 """Preference losses: one file per paper, one frozen dataclass per loss."""
 
+from lit_dpo.losses.alphadpo import AlphaDPOLoss
 from lit_dpo.losses.alphapo import AlphaPOLoss
 from lit_dpo.losses.aot import AOTLoss
 from lit_dpo.losses.aotunpaired import AOTUnpairedLoss
@@ -15,9 +16,11 @@ from lit_dpo.losses.cpo import CPOLoss
 from lit_dpo.losses.discopop import DiscoPOPLoss
 from lit_dpo.losses.dpo import DPOLoss
 from lit_dpo.losses.dpop import DPOPLoss
+from lit_dpo.losses.dposhift import DPOShiftLoss
 from lit_dpo.losses.exo import EXOLoss
 from lit_dpo.losses.fdpo import FDPOLoss
 from lit_dpo.losses.hinge import HingeLoss
+from lit_dpo.losses.humanline import HumanlineLoss
 from lit_dpo.losses.ipo import IPOLoss
 from lit_dpo.losses.lddpo import LDDPOLoss
 from lit_dpo.losses.mixture import MixtureLoss
@@ -27,7 +30,9 @@ from lit_dpo.losses.odpo import ODPOLoss
 from lit_dpo.losses.orpo import ORPOLoss
 from lit_dpo.losses.rdpo import RDPOLoss
 from lit_dpo.losses.robustdpo import RobustDPOLoss
+from lit_dpo.losses.rpo import RPOLoss
 from lit_dpo.losses.sft import SFTLoss
+from lit_dpo.losses.simper import SimPERLoss
 from lit_dpo.losses.simpo import SimPOLoss
 from lit_dpo.losses.slic import SLiCLoss
 from lit_dpo.losses.softdpo import SoftDPOLoss
@@ -40,6 +45,7 @@ __all__ = [
     "AOTUnpairedLoss",
     "APODownLoss",
     "APOZeroLoss",
+    "AlphaDPOLoss",
     "AlphaPOLoss",
     "BCOLoss",
     "BetaDPOLoss",
@@ -49,10 +55,12 @@ __all__ = [
     "ChiPOLoss",
     "DPOLoss",
     "DPOPLoss",
+    "DPOShiftLoss",
     "DiscoPOPLoss",
     "EXOLoss",
     "FDPOLoss",
     "HingeLoss",
+    "HumanlineLoss",
     "IPOLoss",
     "LDDPOLoss",
     "MixtureLoss",
@@ -62,10 +70,12 @@ __all__ = [
     "ORPOLoss",
     "PreferenceLoss",
     "RDPOLoss",
+    "RPOLoss",
     "RobustDPOLoss",
     "SFTLoss",
     "SLiCLoss",
     "SPPOLoss",
+    "SimPERLoss",
     "SimPOLoss",
     "SoftDPOLoss",
     "TDPOLoss",

@@ -12,6 +12,7 @@ from lit_dpo.losses.base import PreferenceLoss
 from lit_dpo.losses.checks import in_range, one_of
 from lit_dpo.losses.composed import ComposedLoss
 from lit_dpo.losses.dpo import DPOLoss
+from lit_dpo.losses.humanline import HumanlineLoss
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class LDDPOLoss(ComposedLoss):
         reference: how the reference's log-probs are taken. Of effect only where the loss reads them.
 
     Raises:
-        ValueError: if `surplus_weight` is outside [0, 1), or `reference` neither.
+        ValueError: if `surplus_weight` is outside [0, 1), `reference` neither, or a `HumanlineLoss` within.
 
     Example:
         >>> import torch
@@ -52,6 +53,8 @@ class LDDPOLoss(ComposedLoss):
         super().__post_init__()
         in_range("surplus_weight", self.surplus_weight, "[0, 1)")
         one_of("reference", self.reference, "decoupled", "plain")
+        if _sums_again(self.loss):  # from the tokens, so that the weights given here would be lost
+            raise ValueError(f"Expected `HumanlineLoss` around `LDDPOLoss`, not within, but got {self.loss}.")
 
     @property
     def inner(self) -> tuple[PreferenceLoss, ...]:
@@ -102,3 +105,7 @@ class LDDPOLoss(ComposedLoss):
         border = (starts + shared).repeat_interleave(lengths, output_size=size)
         surplus = torch.arange(size, device=tokens.device) >= border
         return side._replace(total=side.sums(torch.where(surplus, self.surplus_weight * tokens, tokens)))
+
+
+def _sums_again(loss: PreferenceLoss) -> bool:
+    return isinstance(loss, HumanlineLoss) or any(map(_sums_again, getattr(loss, "inner", ())))
