@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.tuner import Tuner
+from transformers import AutoModelForCausalLM
 
 import tiny
 from lit_dpo import DPOModule, LoRAPolicy, PreferenceDataModule
@@ -256,7 +257,8 @@ def test_any_data_module_of_lightning_trains_by_the_command(tiny_model, tmp_path
 
 def test_a_run_in_a_spawned_process_gives_its_adapter_back(tiny_model, pairs_file, tmp_path):
     """From an adapter, so that nothing is drawn in either process."""
-    tiny.lora(tiny.model(), r=4).save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tiny.lora(base, r=4).save_pretrained(tmp_path / "adapter")
     given = {"policy": {"adapter_path": str(tmp_path / "adapter"), "adapter_base": "any"}}
     trainer(tmp_path / "alone", max_steps=2).fit(alone := module(tiny_model, **given), data(pairs_file))
     run = trainer(tmp_path / "spawned", max_steps=2, devices=1, strategy="ddp_spawn")
