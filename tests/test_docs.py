@@ -104,6 +104,19 @@ def test_every_file_that_a_page_names_is_there(page):
         assert ((ROOT / page).parent / link).is_file(), link
 
 
+FORMER = re.compile(
+    r"\bbeside\b|QLoRAPolicy|\brow_tokens\b|needs_reference|SampleAnswers|truncate_response|\bpair_logps\(model"
+)
+
+
+def test_each_thing_has_one_word():
+    """What was called otherwise before is not called so anywhere; the changelog says what is what now."""
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    files += [one for folder in ("src", "docs", "configs", "benchmarks") for one in (ROOT / folder).rglob("*.*")]
+    texts = [one for one in files if one.suffix in (".py", ".md", ".yaml")]
+    assert not [f"{one.relative_to(ROOT)}: {found[0]}" for one in texts if (found := FORMER.search(one.read_text()))]
+
+
 def test_the_readme_is_short():
     assert len(README.split()) <= 900
 

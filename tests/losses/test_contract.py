@@ -527,7 +527,7 @@ def test_every_argument_refuses_what_is_not_its_type_and_names_itself(kind):
     for name in _arguments(kind):
         (of,) = {float, bool, str, PreferenceLoss} & {type(one) if isinstance(one, str) else one
                                                       for one in _types(hints[name])}  # fmt: skip
-        # an argument that only counts beside another one is given beside it
+        # an argument that only counts with another one is given with it
         given = next((one for one in SETTINGS.get(kind, []) if name in one), {})
         several = "tuple" in str(hints[name])
         for wrong in WRONG.get(of, []):

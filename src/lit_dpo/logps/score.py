@@ -285,7 +285,7 @@ def _check_training(base: PreTrainedModel, batch: PairBatch, truth: Tensor, tole
     """
     try:
         with training_mode(base):
-            # twice: a mask may move little beside the tolerance, but two are never the same
+            # twice: a mask may move little compared with the tolerance, but two are never the same
             one, other = (_tokens(base, batch) for _ in range(2))
     except UnsupportedAttentionError as error:
         raise PolicyError(f"{type(base).__name__}: in training mode {first_line(error)}. {_DROPOUT}") from error

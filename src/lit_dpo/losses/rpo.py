@@ -27,7 +27,7 @@ class RPOLoss(PreferenceLoss):
     - `"sq"`, (z − t)²: t², slope −2·β·t.
 
     The leave-one-out distance for more than two completions per prompt is not here: a pair has two. The term that is
-    also called RPO, a likelihood of the chosen completion beside DPO (arXiv 2404.19733), is `MixtureLoss`.
+    also called RPO, a likelihood of the chosen completion added to DPO (arXiv 2404.19733), is `MixtureLoss`.
 
     Args:
         beta: inverse temperature; 0.2 is NeMo-Aligner's default.

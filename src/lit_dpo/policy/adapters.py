@@ -59,7 +59,7 @@ def active_adapter(model: PeftModel, name: str) -> Iterator[None]:
 
 
 def copy_adapter(model: PeftModel) -> None:
-    """Put a frozen copy of the adapter that trains beside it, as `REFERENCE`."""
+    """Put a frozen copy of the adapter that trains next to it, as `REFERENCE`."""
     training = model.training
     config = copy.deepcopy(model.peft_config[DEFAULT])
     config.init_lora_weights = True  # its weights are copied below; some initialisations would change the base

@@ -1,1 +1,1 @@
-"""What the `lit-dpo` command does beside training."""
+"""What the `lit-dpo` command does besides training."""

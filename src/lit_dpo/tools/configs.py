@@ -36,7 +36,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def folder() -> Path:
-    """Where they lie: within the package in a wheel, beside `src` in a checkout."""
+    """Where they lie: within the package in a wheel, next to `src` in a checkout."""
     package = Path(lit_dpo.__file__).parent
     return next(place for place in (package / "configs", package.parents[1] / "configs") if place.is_dir())
 
