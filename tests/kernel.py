@@ -29,9 +29,8 @@ def varlen_2_10(
     max_k: int,
     is_causal: bool = False,
     return_aux: Any = None,
-    scale: float | None = None,
 ) -> Tensor:
-    return _loop(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, (-1, 0) if is_causal else (-1, -1))
+    return _loop(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, None, (-1, 0) if is_causal else (-1, -1))
 
 
 def varlen_2_11(

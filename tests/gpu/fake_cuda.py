@@ -74,9 +74,10 @@ class FakeCuda:
 
     def batch(self, real: PairBatch) -> PairBatch:
         """Tokens and weights without numbers; lengths, which stay on the CPU, with theirs."""
-        fakes = {name: self.on.from_tensor(getattr(real, name)) for name in ("input_ids", "position_ids", "weight")}
+        fakes = {name: self.on.from_tensor(getattr(real, name)) for name in ("input_ids", "position_ids")}
+        columns = {name: self.on.from_tensor(column) for name, column in real.columns.items()}
         with self.on:
-            return real._replace(**fakes).to(CUDA)
+            return real._replace(**fakes, columns=columns).to(CUDA)
 
     def scored(self, model: Any, batch: PairBatch) -> list[str]:
         """The types of the kernel's calls."""

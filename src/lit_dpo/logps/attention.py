@@ -275,8 +275,12 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: PairLayout, scale
     from torch.nn.attention.varlen import varlen_attn
 
     index, cu_q, cu_k, max_q, max_k = layout.varlen()
-    arguments: dict[str, Any] = {"scale": scale}
+    arguments: dict[str, Any] = {}
     known = _varlen_arguments()  # torch 2.10 said `is_causal`, later releases say it with the window
+    if "scale" in known:
+        arguments["scale"] = scale
+    elif (factor := scale * query.shape[-1] ** 0.5) != 1:  # torch 2.10 has the usual scale alone
+        query = query * factor
     if "window_size" in known:
         # a query itself counts in a model's window; the kernel counts the tokens to its left
         arguments["window_size"] = (-1, 0) if window is None else (window - 1, 0)

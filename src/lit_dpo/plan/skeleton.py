@@ -108,7 +108,13 @@ def skeleton(policy: BaseModel, dtype: torch.dtype, *, on_gpu: bool = False, lay
     if policy.attention in ("auto", "pairs") and can_switch_attention(base):
         use_pair_attention(base)
     widest = max(linear, key=lambda shape: shape[0] * shape[1], default=(1, 1))
-    return Skeleton(model.train(), parameters, trained, widest, repeats, fake)
+    model.train()
+    for module in model.modules():
+        if hasattr(
+            module, "layerdrop"
+        ):  # it is 0, but OPT of older transformers draws and compares a number all the same
+            module.training = False
+    return Skeleton(model, parameters, trained, widest, repeats, fake)
 
 
 def _base(policy: BaseModel, dtype: torch.dtype, layers: int | None) -> PreTrainedModel:
