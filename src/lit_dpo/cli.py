@@ -71,11 +71,16 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _import_quickly() -> None:
-    """Look for no garbage while modules are imported: they make a million objects, and none."""
+    """Look for no garbage while modules are imported, nor among them later: they make a million objects, and none."""
+    if "lit_dpo.lightning_cli" in sys.modules:  # what is there by now may be garbage one day
+        return
     collects = gc.isenabled()
     gc.disable()
     try:
+        import peft  # noqa: F401 - the parser looks into it for each command
+
         import lit_dpo.lightning_cli  # noqa: F401
     finally:
+        gc.freeze()
         if collects:
             gc.enable()
