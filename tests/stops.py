@@ -98,6 +98,7 @@ def run(
         "max_epochs": 2,
         "max_steps": steps if way == "max_steps" else -1,
         "val_check_interval": 2,
+        "limit_val_batches": 2,
         "accumulate_grad_batches": accumulate,
         "log_every_n_steps": every,
         "num_sanity_val_steps": 0,

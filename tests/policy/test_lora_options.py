@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -70,9 +71,14 @@ def _fit(policy, pairs_file, root, *, ckpt_path=None, steps=3, **kwargs):
 
 def _base(policy):
     """The base loaded alone."""
-    model = policy.load_base(torch.device("cpu"), torch.float32).eval()
-    choose_layout(model)
-    return _totals(completion_logps(model, BATCH))
+    return _base_of(policy.model, policy.quantization)
+
+
+@functools.cache
+def _base_of(model, quantization):
+    base = LoRAPolicy(model, quantization=quantization).load_base(torch.device("cpu"), torch.float32).eval()
+    choose_layout(base)
+    return _totals(completion_logps(base, BATCH))
 
 
 @pytest.mark.parametrize(("case", "quantization"), CASES)
@@ -107,15 +113,28 @@ def test_an_option_trains_beside_an_exact_base_and_is_saved_whole(case, quantiza
     assert {name.removeprefix("model.") for name in saved} == adapter(dpo).keys()
 
 
+@pytest.fixture(scope="module")
+def two_steps(folder, pairs_file, tmp_path_factory):
+    """Log-probs after two steps of a model with these options."""
+
+    def scored(name, **options):
+        policy = LoRAPolicy(str(folder(name)), quantization="none", r=4, **options)
+        model = _fit(policy, pairs_file, tmp_path_factory.mktemp("two"), steps=2).model.eval()
+        return _totals(completion_logps(model, BATCH))
+
+    @functools.cache
+    def without(name, targets):
+        return scored(name, target_modules=json.loads(targets))
+
+    return scored, lambda name, targets: without(name, json.dumps(targets))
+
+
 @pytest.mark.parametrize("case", OPTIONS)
-def test_an_option_has_an_effect(case, folder, pairs_file, tmp_path):
+def test_an_option_has_an_effect(case, two_steps):
     """After the same steps the policy is another one than without it."""
-    scores = []
-    for options in (OPTIONS[case][1], {"target_modules": OPTIONS[case][1].get("target_modules") or "all-linear"}):
-        policy = LoRAPolicy(str(folder(OPTIONS[case][0])), quantization="none", r=4, **options)
-        model = _fit(policy, pairs_file, tmp_path / str(len(scores)), steps=2).model.eval()
-        scores.append(_totals(completion_logps(model, BATCH)))
-    assert not torch.allclose(*scores, atol=1e-4)
+    (name, options), (scored, without) = OPTIONS[case], two_steps
+    plain = without(name, options.get("target_modules") or "all-linear")
+    assert not torch.allclose(scored(name, **options), plain, atol=1e-4)
 
 
 MOVING = ["dora", "rank_pattern", "target_parameters", "trainable_token_indices", "trainable_token_indices, tied"]
@@ -203,20 +222,23 @@ def test_an_option_of_a_fresh_adapter_is_refused_beside_a_trained_one(folder, pa
 @pytest.mark.parametrize("case", ["dora", "rank_pattern", "trainable_token_indices", "trainable_token_indices, tied"])
 def test_a_step_is_estimated_and_planned_with_it(case, folder):
     """By the same model without weights: what trains, and what a changed table costs, is counted."""
-    lengths, found = np.array([(20, 9, 12), (8, 15, 7)]), []
-    for options in (OPTIONS[case][1], {}):
+    lengths = np.array([(20, 9, 12), (8, 15, 7)])
+
+    def loaded(options):
         policy = LoRAPolicy(str(folder(OPTIONS[case][0])), quantization="none", r=4, **options)
         model = policy.load()
         choose_layout(model)
-        made = skeleton(policy, torch.float32)
-        with made.fake:
-            planned = StepEstimate(made.model, optimizer_bytes(torch.optim.AdamW, torch.device("cpu"))).of([lengths])
-        estimated = estimate_step(model, [lengths])
-        assert made.trained == model.get_nb_trainable_parameters()[0]
-        assert planned.adapters == estimated.adapters
-        assert planned.total == pytest.approx(estimated.total, rel=0.02, abs=40 * 1024)
-        found.append(estimated.adapters)
-    assert found[0] > found[1]
+        return policy, model, estimate_step(model, [lengths])
+
+    policy, model, estimated = loaded(OPTIONS[case][1])
+    made = skeleton(policy, torch.float32)
+    with made.fake:
+        planned = StepEstimate(made.model, optimizer_bytes(torch.optim.AdamW, torch.device("cpu"))).of([lengths])
+    assert made.trained == model.get_nb_trainable_parameters()[0]
+    assert planned.adapters == estimated.adapters
+    assert planned.total == pytest.approx(estimated.total, rel=0.02, abs=40 * 1024)
+    *_, plain = loaded({})  # its plan is that of `test_plan.py`
+    assert estimated.adapters > plain.adapters
 
 
 def test_what_a_plan_cannot_count_it_refuses(folder):
