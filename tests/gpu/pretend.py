@@ -10,7 +10,8 @@ Importing it adds a device to this process; do so only in a process of its own.
 
 from __future__ import annotations
 
-import traceback
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,6 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # experimental; from torch 2.10 on
 
 aten = torch.ops.aten
@@ -90,12 +90,14 @@ LOG = Log()
 
 def _place() -> str:
     """The innermost line that is neither torch's nor of here."""
-    for frame in reversed(traceback.extract_stack()):
-        name = frame.filename
-        others = "site-packages" in name and "/torch/" not in name and frame.name != "__torch_function__"
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        name, function = frame.f_code.co_filename, frame.f_code.co_name
+        others = "site-packages" in name and "/torch/" not in name and function != "__torch_function__"
         if others or "lit_dpo/" in name:
             file = name.rsplit("site-packages/", 1)[-1].rsplit("/src/", 1)[-1]
-            return f"{file}:{frame.name}"
+            return f"{file}:{function}"
+        frame = frame.f_back
     return "backward"
 
 
@@ -154,8 +156,26 @@ _SCALARS_TOO |= {"gt", "ge", "lt", "le", "eq", "ne", "logical_and", "logical_or"
 _SCALARS_TOO |= {"masked_fill", "clamp", "addcmul", "addcdiv", "xlogy", "remainder", "fmod", "floor_divide"}
 
 
+def _leaves(thing: Any) -> Iterator[Any]:
+    """What an operation is given; `torch.utils._pytree` takes any structure, and its time."""
+    if isinstance(thing, list | tuple | dict):
+        for one in thing.values() if isinstance(thing, dict) else thing:
+            yield from _leaves(one)
+    else:
+        yield thing
+
+
+def _mapped(change: Callable[[Any], Any], thing: Any) -> Any:
+    if isinstance(thing, dict):
+        return {name: _mapped(change, one) for name, one in thing.items()}
+    if isinstance(thing, list | tuple):
+        return type(thing)([_mapped(change, one) for one in thing])
+    return change(thing)
+
+
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+    leaves = [*_leaves((args, kwargs))]
+    given = [one for one in leaves if isinstance(one, Tensor)]
     mine = [one for one in given if isinstance(one, Pretend)]
     here = bool(mine)
     if func in _COPIES:
@@ -165,13 +185,13 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
             here = torch.device(kwargs["device"]).type == DEVICE.type
         if mine:
             _check(func, args, kwargs, [one for one in given if not isinstance(one, Pretend)])
-    if here and any(isinstance(one, torch.Generator) for one in tree_leaves((args, kwargs))):
+    if here and any(isinstance(one, torch.Generator) for one in leaves):
         raise RuntimeError(
             f"{func.__name__}: Expected a generator of the device but found one of the CPU, at {_place()}"
         )
     if kwargs.get("device") is not None:
         kwargs = {name: one for name, one in kwargs.items() if name != "pin_memory"} | {"device": torch.device("cpu")}
-    inside_args, inside_kwargs = tree_map(lambda one: one.inner if isinstance(one, Pretend) else one, (args, kwargs))
+    inside_args, inside_kwargs = _mapped(lambda one: one.inner if isinstance(one, Pretend) else one, (args, kwargs))
     made = func(*inside_args, **inside_kwargs)
     if not here:
         return made
@@ -180,7 +200,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     def wrapped(one: Any) -> Any:
         return known[id(one)] if id(one) in known else Pretend(one) if isinstance(one, Tensor) else one
 
-    return tree_map(wrapped, made)
+    return _mapped(wrapped, made)
 
 
 def _copied(func: Any, args: Any, kwargs: Any) -> bool:
