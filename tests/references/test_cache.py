@@ -118,10 +118,10 @@ def test_sums_alone_can_be_stored_and_losses_that_read_tokens_then_refuse(folder
 # ---- a second run ----
 
 
-def _fit(model, file, root, forwards, *, loss=None, reference=None, policy=None, lr=1e-2, **options):
+def _fit(model, file, root, forwards, *, loss=None, reference=None, policy=None, lr=1e-2, epochs=2, **options):
     trace, start = Trace(), len(forwards)
     dpo = module(model, lr=lr, policy=policy, reference=reference, **({} if loss is None else {"loss": loss}))
-    run = trainer(root, callbacks=[trace], max_epochs=2)
+    run = trainer(root, callbacks=[trace], max_epochs=epochs)
     run.fit(dpo, data(file, val=str(file), **options))
     return trace.losses, adapter(dpo), len(forwards) - start
 
@@ -143,7 +143,7 @@ def test_the_first_epoch_fills_and_another_loss_beta_and_rate_then_run_no_refere
         {"policy": policy | {"r": 8, "dropout": 0.0}},
         {"batch_size": 7, "seed": 5},
     ):
-        given = {"policy": policy, **change}
+        given = {"policy": policy, "epochs": 1, **change}
         expected, _, _ = _fit(tiny_model, pairs_file, root, forwards, **given)
         losses, _, passes = _fit(tiny_model, pairs_file, root, forwards, reference=cached, **given)
         assert passes == 0, change
@@ -157,7 +157,8 @@ def test_what_changes_the_numbers_runs_all_of_them(tiny_model, pairs_file, tmp_p
     shutil.copytree(tiny_model, moved)
 
     def passes(model=tiny_model, policy=None, **options):
-        return _fit(model, pairs_file, tmp_path / "run", forwards, reference=cached, policy=policy, **options)[2]
+        given = {"reference": cached, "policy": policy, "epochs": 1, **options}
+        return _fit(model, pairs_file, tmp_path / "run", forwards, **given)[2]
 
     assert passes() == 21
     assert passes(moved) == 0, "the same content elsewhere"

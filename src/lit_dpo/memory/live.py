@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 from lit_dpo.compat import operation_mode
 
@@ -37,23 +38,28 @@ class LiveBytes(_Mode):
         super().__init__()
         self.live: int = 0
         self.peak: int = 0
-        self._sizes: dict[int, int] = {}
+        self._made: dict[int, tuple[int, weakref.ref[UntypedStorage]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and note what it made; views and results in place are no new memory."""
-        given = {id(one.untyped_storage()) for one in _given((args, kwargs))}
         result = func(*args, **(kwargs or {}))
+        given: set[int] | None = None
         for made in _given(result):
             # one object for as long as there is memory, whichever tensor is asked
-            if (key := id(made.untyped_storage())) not in given | self._sizes.keys():
-                self._sizes[key] = made.untyped_storage().nbytes()
-                self.live += self._sizes[key]
-                weakref.finalize(made.untyped_storage(), self._free, key)
+            storage = made.untyped_storage()
+            if (key := id(storage)) in self._made:
+                continue
+            if given is None:
+                given = {id(one.untyped_storage()) for one in _given((args, kwargs))}
+            if key not in given:
+                size = storage.nbytes()
+                self._made[key] = size, weakref.ref(storage, partial(self._free, key))
+                self.live += size
         self.peak = max(self.peak, self.live)
         return result
 
-    def _free(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
+    def _free(self, key: int, _: object) -> None:
+        self.live -= self._made.pop(key)[0]
 
 
 def stored_bytes(model: PeftModel | PreTrainedModel) -> tuple[int, int]:
