@@ -156,8 +156,20 @@ def _exported(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def straight(tiny_model, pairs_file, tmp_path_factory):
+    """The adapter of a run that was not stopped."""
+    folder = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main(_command(tiny_model, pairs_file))
+    return _exported(folder / "runs" / "version_0" / "adapter")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on_from_last(tiny_model, pairs_file, tmp_path, monkeypatch, number):
+def test_a_signal_saves_and_the_same_command_goes_on_from_last(
+    tiny_model, pairs_file, tmp_path, monkeypatch, straight, number
+):
     """In a process of its own; SIGTERM ends with 143, and the adapter is that of a run that was not stopped."""
     monkeypatch.chdir(tmp_path)
     command = _command(tiny_model, pairs_file)
@@ -177,8 +189,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_from_last(tiny_model, pairs
     assert 3 <= saved["global_step"] <= 5
     assert (run / "last" / "adapter_config.json").is_file()
     main([*command, "--ckpt_path", "last"])
-    main(command)
-    resumed, straight = (_exported(tmp_path / "runs" / f"version_{number}" / "adapter") for number in (1, 2))
+    resumed = _exported(tmp_path / "runs" / "version_1" / "adapter")
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
 
 

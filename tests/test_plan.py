@@ -146,7 +146,8 @@ def _plan(model, pairs, tmp_path, device="H100", run=None, policy=None, batches=
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """One layer: these laws are about what comes together, not about what a layer needs."""
-    return tiny.directory(tmp_path_factory.mktemp("small") / "model", num_hidden_layers=1, **{**LONG, "vocab_size": 300})
+    sizes = {**LONG, "vocab_size": 300, "num_hidden_layers": 1}
+    return tiny.directory(tmp_path_factory.mktemp("small") / "model", **sizes)
 
 
 @pytest.fixture(scope="module")
