@@ -263,9 +263,9 @@ class Charged(DPOModule):
 
 
 def _run(model, pairs_file, root, *, kind=DPOModule, ckpt_path=None, source=None, policy=None, lr=1e-2,
-         optimizer=torch.optim.AdamW, changes=None, extra=None, **kwargs):  # fmt: skip
+         optimizer=torch.optim.AdamW, changes=None, extra=None, every=1, **kwargs):  # fmt: skip
     """An epoch of six steps, a checkpoint at every one, with a schedule."""
-    callbacks = [ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)]
+    callbacks = [ModelCheckpoint(root, filename="{step}", every_n_train_steps=every, save_top_k=-1)]
     callbacks += [] if changes is None else [ExactResume(changes=changes)]
     run = trainer(root, callbacks=callbacks, enable_checkpointing=True, **kwargs)
     torch.manual_seed(0)
@@ -401,7 +401,7 @@ def test_every_optimizer_goes_on_to_the_bit(tiny_model, pairs_file, tmp_path, na
 
     kind = Mine if name == "Mine" else getattr(torch.optim, name, None) or getattr(bitsandbytes.optim, name)
     kind = functools.partial(kind, momentum=0.9) if name in ("LARS8bit", "SGD8bit") else kind
-    extra = {"optimizer": kind, "lr": 1e-3, "extra": {"lr_scheduler": "constant"}, "max_steps": 4}
+    extra = {"optimizer": kind, "lr": 1e-3, "extra": {"lr_scheduler": "constant"}, "max_steps": 4, "every": 2}
     _, straight = _run(tiny_model, pairs_file, tmp_path / "a", **extra)
     _, resumed = _run(tiny_model, pairs_file, tmp_path / "b", ckpt_path=tmp_path / "a" / "step=2.ckpt", **extra)
     assert all(torch.equal(p, adapter(resumed)[name]) for name, p in adapter(straight).items())

@@ -59,12 +59,11 @@ def _policy(folder, case, quantization, **changes):
     return LoRAPolicy(str(folder(name)), quantization=quantization, r=4, **{**options, **changes})
 
 
-def _fit(policy, pairs_file, root, *, ckpt_path=None, steps=3, **kwargs):
+def _fit(policy, pairs_file, root, *, ckpt_path=None, steps=3, keep=None, **kwargs):
     torch.manual_seed(0)
-    keep = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
     dpo = DPOModule(policy, optimizer=optimizer, lr_scheduler="constant", **kwargs)
-    run = trainer(root, callbacks=[keep], enable_checkpointing=True, max_steps=steps)
+    run = trainer(root, callbacks=[keep] if keep else [], enable_checkpointing=bool(keep), max_steps=steps)
     run.fit(dpo, data(pairs_file), ckpt_path=ckpt_path)
     return dpo
 
@@ -90,7 +89,8 @@ def test_an_option_trains_beside_an_exact_base_and_is_saved_whole(case, quantiza
     choose_layout(fresh)
     assert torch.equal(_totals(completion_logps(fresh, BATCH)), _base(policy)), "a fresh adapter does nothing"
     assert {p.dtype for p in fresh.parameters() if p.requires_grad} == {torch.float32}
-    dpo = _fit(policy, pairs_file, tmp_path / "a")
+    keep = ModelCheckpoint(tmp_path / "a", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    dpo = _fit(policy, pairs_file, tmp_path / "a", keep=keep)
     model = dpo.model.eval()
     scores = _totals(completion_logps(model, BATCH))
     # the reference is the base, and the policy no longer
