@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 from lit_dpo.data.budget import BudgetSampler
-from lit_dpo.data.sampler import PairSampler
+from lit_dpo.data.sampler import PromptSampler
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     for budget in (4096, 8192, 16384):
         report(f"max_tokens={budget}", lengths, BudgetSampler(lengths, budget), budget)
     for pairs in (8, 16, 32):
-        report(f"batch_size={pairs}", lengths, PairSampler(lengths, pairs))
+        report(f"batch_size={pairs}", lengths, PromptSampler(lengths, pairs))
     million = np.random.default_rng(0).integers(8, 1024, 1_000_000)
     start = time.process_time()
     sampler = BudgetSampler(million, 8192)
@@ -29,7 +29,7 @@ def main() -> None:
     print(f"a million rows: {made - start:.1f} s to count, {time.process_time() - made:.1f} s per epoch (CPU)")
 
 
-def report(name: str, lengths: np.ndarray, sampler: PairSampler, budget: int | None = None) -> None:
+def report(name: str, lengths: np.ndarray, sampler: PromptSampler, budget: int | None = None) -> None:
     tokens = np.array([lengths[rows].sum() for rows in sampler])
     largest = budget or tokens.max()
     print(f"{name:20} {len(tokens):8} {largest:14} {tokens.mean() / largest:12.1%}")

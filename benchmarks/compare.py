@@ -152,13 +152,13 @@ def describe(spec: Spec, given: argparse.Namespace, parameters: int, vocabulary:
 def batches(spec: Spec, steps: int) -> list[list[list[list[int]]]]:
     """The first batches of lit_dpo's sampler, as token ids; only whole batches."""
     from lit_dpo import PreferenceDataModule
-    from lit_dpo.data.sampler import PairSampler
+    from lit_dpo.data.sampler import PromptSampler
 
     data = ready(PreferenceDataModule, spec)
     data.setup("fit")
     table = data.train_dataloader().dataset.table
     bucket = 50 if spec.order == "bucketed" else 0
-    sampler, found, epoch = PairSampler(table.lengths, spec.batch_size, bucket=bucket), [], 0
+    sampler, found, epoch = PromptSampler(table.lengths, spec.batch_size, bucket=bucket), [], 0
     while len(found) < steps:
         sampler.set_epoch(epoch)
         found += [flat_pairs(table.batch(rows)) for rows in sampler]

@@ -23,7 +23,7 @@ import memory as program
 from gpu_compare import store
 from gpu_run import Run
 from lit_dpo import DPOModule, LoRAPolicy
-from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
+from lit_dpo.data.batch import CompletionBatch, EncodedPrompt, collate
 from lit_dpo.logps.microbatch import MICROBATCH_TOKENS
 from lit_dpo.logps.score import choose_layout
 from lit_dpo.memory import estimate_step
@@ -147,10 +147,10 @@ def load(run: Run, quantization: Any = "none", checkpointing: bool = False) -> D
     return module.to(device)
 
 
-def batch_of(run: Run, pairs: int) -> PairBatch:
+def batch_of(run: Run, pairs: int) -> CompletionBatch:
     prompt, completion = (20, 16) if run.rehearsed else (300, 250)
     made = made_pairs(pairs, prompt, completion, REHEARSED)
-    return collate_pairs([EncodedPair(*pair) for pair in made]).to(run.device)
+    return collate([EncodedPrompt(pair[0], list(pair[1:])) for pair in made]).to(run.device)
 
 
 def usual(run: Run) -> Callable[[], AbstractContextManager[Any]]:
@@ -161,7 +161,7 @@ def usual(run: Run) -> Callable[[], AbstractContextManager[Any]]:
 def measured(
     run: Run,
     module: DPOModule,
-    rows: list[PairBatch],
+    rows: list[CompletionBatch],
     context: Callable[[], AbstractContextManager[Any]] | None = None,
     after: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def measured(
     return {"seconds": statistics.median(seconds[1:]), "GiB": peak, "loss": loss / sum(row.size for row in rows)}
 
 
-def step_loss(module: DPOModule, rows: list[PairBatch]) -> Tensor:
+def step_loss(module: DPOModule, rows: list[CompletionBatch]) -> Tensor:
     if len(rows) == 1:
         return module.compute_loss(module.pair_logps(rows[0])).sum()
     return module.accumulate(rows)[0]

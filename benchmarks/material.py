@@ -50,6 +50,10 @@ class Spec:
     checkpointing: bool = False
     best: bool = False
     threads: int = 1
+    lists: list[list[tuple[list[int], list[list[int]]]]] = field(default_factory=list)
+    """Instead of `train`: batches of prompts with their completions, of which all are compared."""
+    at_once: int | None = None
+    """Pairs that TRL runs at once, its gradients adding up; by default the batch."""
 
 
 def read_pairs(file: Path) -> list[dict[str, Any]]:

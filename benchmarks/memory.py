@@ -27,8 +27,8 @@ import transformers
 from torch import Tensor
 
 from lit_dpo import DPOModule, LoRAPolicy
-from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
-from lit_dpo.memory import estimate_step
+from lit_dpo.data.batch import CompletionBatch, EncodedPrompt, collate
+from lit_dpo.memory import Lengths, estimate_step
 
 SIZES = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 2048}
 LLAMA = {**SIZES, "intermediate_size": 688, "num_key_value_heads": 2}
@@ -72,7 +72,7 @@ def main() -> None:
                     worst = max(worst, abs(off))
                     print(
                         f"{name:6} {quantization:5} {'yes' if checkpointing else 'no':5} {vocabulary:7} {pairs:5} "
-                        f"{lengths(batch).sum():6} {limit:5} {measured / 2**20:8.1f} {estimate / 2**20:8.1f} "
+                        f"{lengths(batch).tokens:6} {limit:5} {measured / 2**20:8.1f} {estimate / 2**20:8.1f} "
                         f"{off:+6.1%}",
                         flush=True,
                     )
@@ -91,25 +91,28 @@ def load(folder: str, quantization: Any, checkpointing: bool) -> Any:
     return module.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def random_batch(pairs: int, longest: int, vocabulary: int) -> PairBatch:
+def random_batch(pairs: int, longest: int, vocabulary: int) -> CompletionBatch:
     random = np.random.default_rng(0)
 
     def tokens(low: int, high: int) -> list[int]:
         return random.integers(0, vocabulary, random.integers(low, high)).tolist()
 
     half = longest // 2
-    return collate_pairs(
-        [EncodedPair(tokens(1, half), tokens(1, half + 1), tokens(1, half + 1)) for _ in range(pairs - 1)]
-        + [EncodedPair(tokens(half, half + 1), tokens(half, half + 1), tokens(half, half + 1))]
+    return collate(
+        [EncodedPrompt(tokens(1, half), [tokens(1, half + 1), tokens(1, half + 1)]) for _ in range(pairs - 1)]
+        + [EncodedPrompt(tokens(half, half + 1), [tokens(half, half + 1), tokens(half, half + 1)])]
     )
 
 
-def lengths(batch: PairBatch) -> np.ndarray[Any, Any]:
-    return torch.stack([batch.prompt_lengths, batch.chosen_lengths, batch.rejected_lengths], dim=1).numpy()
+def lengths(batch: CompletionBatch) -> Lengths:
+    counts = (batch.prompt_lengths, batch.completions_per_prompt, batch.completion_lengths)
+    return Lengths(*(one.numpy() for one in counts))
 
 
 def peak(
-    module: Any, rows: list[PairBatch], context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    module: Any,
+    rows: list[CompletionBatch],
+    context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> int:
     """Bytes, in the second step, when the optimizer has its state, and with the gradients of an accumulation.
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lit_dpo import DPOModule, LoRAPolicy
-from lit_dpo.data.batch import EncodedPair, collate_pairs
+from lit_dpo.data.batch import EncodedPrompt, collate
 from material import SHAPES, made_pairs, save_model
 
 
@@ -90,7 +90,7 @@ class Bench:
         """Of one step, or of so many passes over its batch."""
         module, optimizer = self.module(point.shape, point.vocabulary)
         made = made_pairs(point.pairs, point.prompt, point.completion, point.vocabulary, seed)
-        batch = collate_pairs([EncodedPair(*pair) for pair in made]).to(self.device)
+        batch = collate([EncodedPrompt(pair[0], list(pair[1:])) for pair in made]).to(self.device)
         module.microbatch_tokens = point.microbatch_tokens
         rows = batch.cut(module.microbatch_limit)
         begun = self._now()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import time
@@ -22,6 +23,7 @@ class Gate:
         self.loss: Any = None
         self.pairs: Callable[[], Any] | None = None  # called when the clocks have been read
         self.tokens = 0
+        self.lists = False  # whether completions of a prompt are together
         self.loading, self.resident = 0.0, _resident()
 
     def wait(self) -> None:
@@ -88,6 +90,7 @@ def start(side: str, spec: Spec, steps: int, connection: Any) -> None:
     torch.set_num_threads(spec.threads)
     gate = Gate(connection, spec.device)
     spec.best |= side == "trl-best"
+    gate.lists = side == "lit_dpo-lists"
     spec.checkpointing |= side in ("trl", "lit_dpo-checkpoints")  # TRL's default
     try:
         (_trl if side.startswith("trl") else _lit_dpo)(spec, steps, gate)
@@ -161,7 +164,26 @@ def _lit_dpo(spec: Spec, steps: int, gate: Gate) -> None:
         enable_model_summary=False,
         log_every_n_steps=10,
     )
-    trainer.fit(module, ready(Data, spec))
+    trainer.fit(module, listed(spec, gate.lists) if spec.lists else ready(Data, spec))
+
+
+def listed(spec: Spec, as_lists: bool) -> Any:
+    """Batches of prompts with all their completions, or of all pairs of these written out."""
+    from torch.utils.data import DataLoader
+
+    from lit_dpo.data.batch import EncodedPrompt, collate
+
+    made = []
+    for batch in spec.lists:
+        given = []
+        for prompt, completions in batch:
+            compared = [*itertools.combinations(range(len(completions)), 2)]
+            if as_lists:
+                given.append(EncodedPrompt(prompt, completions, compared))
+            else:
+                given += [EncodedPrompt(prompt, [completions[one], completions[other]]) for one, other in compared]
+        made.append(collate(given))
+    return DataLoader(made, batch_size=None, shuffle=False)
 
 
 def ready(kind: Any, spec: Spec) -> Any:
@@ -175,12 +197,14 @@ def ready(kind: Any, spec: Spec) -> Any:
 
 
 def flat_pairs(batch: Any) -> list[list[list[int]]]:
-    ids, found, start = batch.input_ids[0].tolist(), [], 0
-    lengths = (batch.prompt_lengths.tolist(), batch.chosen_lengths.tolist(), batch.rejected_lengths.tolist())
-    for prompt, chosen, rejected in zip(*lengths, strict=True):
-        ends = start + prompt, start + prompt + chosen, start + prompt + chosen + rejected
-        found.append([ids[start : ends[0]], ids[ends[0] : ends[1]], ids[ends[1] : ends[2]]])
-        start = ends[2]
+    """Token ids of each comparison: prompt, chosen, rejected."""
+    from lit_dpo.logps.layouts import segments
+
+    ids, found, comparisons = batch.input_ids[0].tolist(), [], iter(batch.comparisons.tolist())
+    for s, count in zip(segments(batch), batch.comparisons_per_prompt.tolist(), strict=True):
+        for pair in itertools.islice(comparisons, count):
+            sides = [ids[begin:end] for begin, end in (s.spans[place] for place in pair)]
+            found.append([ids[s.start : s.start + s.prompt], *sides])
     return found
 
 
@@ -199,14 +223,19 @@ def _trl(spec: Spec, steps: int, gate: Gate) -> None:
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-            gate.loss = loss.detach()
-            gate.pairs, gate.tokens = (lambda: _padded_pairs(inputs)), inputs["input_ids"].numel()
+            seen.append((loss.detach(), inputs))
+            gate.loss = sum(one for one, _ in seen) / len(seen)
+            gate.pairs = lambda: [pair for _, one in seen for pair in _padded_pairs(one)]
+            gate.tokens = sum(one["input_ids"].numel() for _, one in seen)
             return loss
 
     class Steps(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             gate.wait()
+            seen.clear()
 
+    seen: list[tuple[Any, Any]] = []  # of the step
+    at_once = spec.at_once or spec.batch_size
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows = [dict(zip(names, pair, strict=True)) for batch in spec.batches for pair in batch]
     quantization = None
@@ -225,7 +254,8 @@ def _trl(spec: Spec, steps: int, gate: Gate) -> None:
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
             folder,
-            per_device_train_batch_size=spec.batch_size,
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=spec.batch_size // at_once,
             max_steps=steps,
             learning_rate=spec.lr,
             lr_scheduler_type="constant",

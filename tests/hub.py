@@ -274,7 +274,7 @@ PRELUDE = """
 import contextlib, glob, io, json, logging, os, traceback, urllib.request
 from lit_dpo import AdapterReference, CachedReference, ModelReference, LoRAPolicy
 from lit_dpo.cli import main
-from lit_dpo.data.sources import load_pairs
+from lit_dpo.data.sources import load_rows
 from lit_dpo.errors import LitDPOError
 
 noted, FIT = {}, "--trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.num_sanity_val_steps 0"
@@ -291,7 +291,7 @@ def check(name, policy, reference=None):
 
 def pairs(source):
     try:
-        noted[source] = load_pairs(source, ["prompt", "chosen", "rejected"])[0].rows[0]["chosen"]
+        noted[source] = load_rows(source, ["prompt", "chosen", "rejected"])[0].rows[0]["chosen"]
     except LitDPOError as error:
         noted[source] = str(error)
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 import tiny
-from lit_dpo.data.batch import EncodedPair, PairBatch
+from lit_dpo.data.batch import CompletionBatch, EncodedPrompt
 from lit_dpo.logps.layouts import segments
 from lit_dpo.logps.score import base_model
 from lit_dpo.policy.adapters import adapters_off
@@ -23,7 +23,7 @@ class Steps(Callback):
     """The batches and mean losses of a run, and its model before the first step, in ordinary attention."""
 
     def __init__(self) -> None:
-        self.batches: list[list[EncodedPair]] = []
+        self.batches: list[list[EncodedPrompt]] = []
         self.losses: list[float] = []
 
     def on_train_start(self, trainer, pl_module):
@@ -35,21 +35,22 @@ class Steps(Callback):
         self.losses.append(float(outputs["loss"]))
 
 
-def _pairs(batch: PairBatch) -> list[EncodedPair]:
+def _pairs(batch: CompletionBatch) -> list[EncodedPrompt]:
     found = []
     for s in segments(batch):
-        lengths = [s.prompt, s.chosen, s.rejected]
+        lengths = [s.prompt, *s.completions]
         parts = batch.input_ids[0, s.start : s.start + sum(lengths)].split(lengths)
-        found.append(EncodedPair(*(part.tolist() for part in parts)))
+        prompt, *completions = (part.tolist() for part in parts)
+        found.append(EncodedPrompt(prompt, completions))
     return found
 
 
-def _plain_step(model, pairs: list[EncodedPair], optimizer: torch.optim.Optimizer) -> float:
+def _plain_step(model, pairs: list[EncodedPrompt], optimizer: torch.optim.Optimizer) -> float:
     """Whole sequences, one at a time, whole logits, the formula of the paper."""
     with torch.no_grad(), adapters_off(model):
         reference = [logps.sum() for logps in tiny.one_at_a_time(model, pairs)]
     ratios = [p.sum() - r for p, r in zip(tiny.one_at_a_time(model, pairs), reference, strict=True)]
-    chosen, rejected = torch.stack(ratios).chunk(2)
+    chosen, rejected = torch.stack(ratios).view(-1, 2).T
     loss = -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
     loss.backward()
     optimizer.step()

@@ -129,8 +129,8 @@ def test_another_commit_is_refused_with_both(online, hub, name):
 
 
 def test_a_cached_reference_of_a_hub_id_is_found_again(online):
-    assert "reference cache: 0 pairs" in online["cached 1"]["text"]
-    assert "reference cache: 8 pairs" in online["cached 2"]["text"]
+    assert "reference cache: 0 completions" in online["cached 1"]["text"]
+    assert "reference cache: 16 completions" in online["cached 2"]["text"]
 
 
 def test_a_check_downloads_no_weights(online, hub):

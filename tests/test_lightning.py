@@ -40,7 +40,7 @@ from lit_dpo import (
     PreferenceLoss,
 )
 from lit_dpo.callbacks import AdapterExport, OptimizerSteps, TrainingHealth
-from lit_dpo.data.sampler import PairSampler
+from lit_dpo.data.sampler import PromptSampler
 from lit_dpo.errors import DataError, ResumeError, TrainingError
 from lit_dpo.losses import BCOLoss
 from lit_dpo.requirements import check_strategy
@@ -284,7 +284,7 @@ def _gradients(tiny_model, pairs_file, root, *, batch_size, accumulate, kind=DPO
     sgd = functools.partial(torch.optim.SGD, lr=1.0)
     dpo = kind(LoRAPolicy(str(tiny_model), quantization="none", r=4), optimizer=sgd, lr_scheduler="constant")
     pairs = data(pairs_file, batch_size=batch_size)
-    pairs._sampler = lambda table, size, **_: PairSampler(table.lengths, batch_size, shuffle=False)  # the same order
+    pairs._sampler = lambda table, size, **_: PromptSampler(table.lengths, batch_size, shuffle=False)  # the same order
     run = trainer(root, accumulate_grad_batches=accumulate, callbacks=[gradients], **kwargs)
     run.fit(dpo, pairs)
     return gradients, run

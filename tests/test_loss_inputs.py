@@ -189,16 +189,18 @@ def test_forward_is_never_bypassed(tiny_model, pairs_file, tmp_path, loss):
             return returned[-1]
 
         def compute_loss(self, pairs):
-            read.append((pairs.policy_chosen, pairs.policy_rejected))
+            read.append(pairs)
             return super().compute_loss(pairs)
 
     _fit(tiny_model, pairs_file, tmp_path, kind=Noted, loss=loss)
     assert len(read) > 5
-    kept = {id(side) for sides in returned for side in sides}
-    trained = [sides for sides in read if sides[0].total.requires_grad]
+    kept = {id(logps) for logps in returned}
+    trained = [pairs for pairs in read if pairs.policy_chosen.total.requires_grad]
     assert trained
-    assert all(id(side) in kept for sides in trained for side in sides)
-    assert all((side.kl is None) is (loss == DPOLoss()) for sides in trained for side in sides)
+    assert all(id(pairs.completions.policy) in kept for pairs in trained)
+    assert all((side.kl is None) is (loss == DPOLoss()) for pairs in trained for side in pairs[:2])
+    for pairs in trained:
+        assert torch.equal(pairs.policy_chosen.total, pairs.completions.policy.total[::2])
 
 
 def test_predicting_needs_no_column_that_only_the_loss_reads(tiny_model, pairs_file, tmp_path):

@@ -112,9 +112,9 @@ def _train(model, pairs_file, root, *, batch_size, accumulate):
 
 
 def _in_order(pairs, batch_size, table, *_, **__):
-    from lit_dpo.data.sampler import PairSampler
+    from lit_dpo.data.sampler import PromptSampler
 
-    return PairSampler(table.lengths, batch_size, shuffle=False, seed=0, rank=0, num_replicas=1)
+    return PromptSampler(table.lengths, batch_size, shuffle=False, seed=0, rank=0, num_replicas=1)
 
 
 def test_training_moves_the_adapter_and_nothing_else(tiny_model, pairs_file, tmp_path):
@@ -126,8 +126,7 @@ def test_training_moves_the_adapter_and_nothing_else(tiny_model, pairs_file, tmp
     before, start = dpo.reference.logps(dpo.model, batch), adapter(dpo)
     trainer(tmp_path).fit(dpo, data(pairs_file))
     after = dpo.reference.logps(dpo.model, batch)
-    assert torch.equal(before[0].total, after[0].total)
-    assert torch.equal(before[1].total, after[1].total)
+    assert torch.equal(before.total, after.total)
     assert {name: p.requires_grad for name, p in dpo.model.named_parameters()} == trains
     assert all(torch.equal(p, frozen[name]) for name, p in dpo.model.named_parameters() if name in frozen)
     assert all(not torch.equal(p, start[name]) for name, p in adapter(dpo).items() if "lora_B" in name)
@@ -316,16 +315,28 @@ CASES = {
     "accumulated": {"accumulate": 3},
     "BCOLoss": {"loss": "BCOLoss"},
     "BetaDPOLoss": {"loss": "BetaDPOLoss"},
+    "comparisons": {"ranked": True, "accumulate": 3},
+    "prompts": {"ranked": True, "accumulate": 3, "average_over": "prompt"},
+    "rankings": {"ranked": True, "loss": "PlackettLuceLoss"},
 }
+CACHED = ("BCOLoss", "BetaDPOLoss")
 
 
 @pytest.fixture(scope="module")
 def on_two(tiny_model, pairs_file, tmp_path_factory):
     """What each case came to on two ranks, one case after the other; and the sizes of the caches that they left."""
     folder = tmp_path_factory.mktemp("two")
-    given = {"model": str(tiny_model), "pairs": str(pairs_file)}
-    caches = {name: {"cache": str(folder / name)} if "loss" in case else {} for name, case in CASES.items()}
-    cases = {name: {**given, **case, **caches[name]} for name, case in CASES.items()}
+    ranked = folder / "ranked.jsonl"
+    ranked.write_text("".join(json.dumps(_ranking(n)) + "\n" for n in range(21)))
+    cases = {
+        name: {
+            "model": str(tiny_model),
+            "pairs": str(ranked if "ranked" in case else pairs_file),
+            **case,
+            **({"cache": str(folder / name)} if name in CACHED else {}),
+        }
+        for name, case in CASES.items()
+    }
     (folder / "cases.json").write_text(json.dumps(cases))
     script = Path(two_processes.__file__)
     run = subprocess.run(
@@ -334,6 +345,12 @@ def on_two(tiny_model, pairs_file, tmp_path_factory):
     assert run.returncode == 0, run.stderr[-6000:]
     found = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in cases}
     return {name: (cases[name], one, _index_sizes(folder / name)) for name, one in found.items()}
+
+
+def _ranking(number):
+    count = 2 + number % 4
+    completions = [f" answer {(number * k) % 7}" + "!" * k for k in range(count)]
+    return {"prompt": f"question {number}", "completions": completions, "scores": [*range(count)]}
 
 
 def _index_sizes(cache):
@@ -346,9 +363,9 @@ def _assert_equal(one, two):
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["each batch", "accumulated"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in CACHED])
 def test_two_processes_measure_and_train_like_one(on_two, tmp_path, name):
-    """An odd number of pairs on two ranks, each in several rows: the same metrics and the same adapter."""
+    """An odd number of prompts on two ranks, each in several micro-batches: the same metrics and the same adapter."""
     case, two, _ = on_two[name]
     one = two_processes.train(root=tmp_path, **case)
     _assert_equal(one, two)
@@ -360,7 +377,7 @@ def test_two_processes_fill_one_cache_and_share_a_loss_s_memory(on_two, tmp_path
     """Every pair is computed once by one of them; a later run on one process finds them all, and trains the same."""
     case, two, sizes = on_two[loss]
     assert len(sizes) == 2
-    assert sum(sizes.values()) == 21 * 40
+    assert sum(sizes.values()) == 42 * 36
     _assert_equal(one := two_processes.train(root=tmp_path, **case), two)
     assert one["state"].abs().min() > 0
     torch.testing.assert_close(two["state"], one["state"], rtol=1e-4, atol=0)

@@ -6,7 +6,6 @@ import functools
 import json
 import re
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,7 +15,7 @@ from lit_dpo.cli import main
 from lit_dpo.errors import TrainingError
 from lit_dpo.logps.score import choose_layout
 from lit_dpo.losses import SFTLoss
-from lit_dpo.memory import StepEstimate, estimate_step, optimizer_bytes
+from lit_dpo.memory import Lengths, StepEstimate, estimate_step, optimizer_bytes
 from lit_dpo.plan import plan
 from lit_dpo.plan.arithmetic import count, measured_rate
 from lit_dpo.plan.cards import CARDS, card
@@ -25,7 +24,8 @@ from lit_dpo.plan.skeleton import Repeats, skeleton
 from training import data, module, trainer
 
 LONG = {"max_position_embeddings": 512, "vocab_size": 1500}
-LENGTHS = np.array([(70, 50, 90), (30, 80, 20), (9, 60, 66)])
+PARTS = [(70, (50, 90)), (30, (80, 20)), (9, (60, 66))]
+LENGTHS = Lengths.of(PARTS)
 CPU = torch.device("cpu")
 
 
@@ -35,8 +35,8 @@ def _both(folder, name="llama", with_kl=False, changes=LONG, **fields):
     model = policy.load()
     choose_layout(model, policy.attention)
     made = skeleton(policy, torch.float32)
-    with made.fake:
-        planned = StepEstimate(made.model, optimizer_bytes(torch.optim.AdamW, CPU), with_kl=with_kl).of([LENGTHS])
+    kept = optimizer_bytes(torch.optim.AdamW, CPU)
+    planned = StepEstimate(made.model, kept, with_kl=with_kl, context=lambda: made.fake).of([LENGTHS])
     return estimate_step(model, [LENGTHS], with_kl=with_kl), planned, model, made
 
 
@@ -97,8 +97,7 @@ def test_layers_that_repeat_are_counted_and_not_run(tmp_path, name, changes, rep
     shallow, deep = (skeleton(policy, torch.float32, layers=n) for n in (repeats.shallow, repeats.deep))
 
     def estimate(made):
-        with made.fake:
-            return StepEstimate(made.model, 2.0)
+        return StepEstimate(made.model, 2.0, context=lambda: made.fake)
 
     if name == "gemma2":
         expected, few, more = map(estimate, (whole, shallow, deep))
@@ -115,9 +114,9 @@ def test_autocast_keeps_its_copies_of_weights_for_one_step_alone(tmp_path):
     model = policy.load(dtype=torch.bfloat16)
     choose_layout(model)
     bfloat16 = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16)
-    small, large = (estimate_step(model, [LENGTHS[:n]], context=bfloat16).activations for n in (1, 3))
-    tokens = LENGTHS.sum(1)
-    assert (large - small) / (tokens[1:].sum()) == pytest.approx(small / tokens[0], rel=0.7)
+    small, large = (estimate_step(model, [Lengths.of(PARTS[:n])], context=bfloat16).activations for n in (1, 3))
+    first = Lengths.of(PARTS[:1]).tokens
+    assert (large - small) / (LENGTHS.tokens - first) == pytest.approx(small / first, rel=0.7)
     assert large < 3 * estimate_step(model, [LENGTHS]).activations
 
 
@@ -125,13 +124,13 @@ def test_autocast_keeps_its_copies_of_weights_for_one_step_alone(tmp_path):
 def test_the_arithmetic_is_that_of_the_formula(tmp_path, quantization):
     """Each token passes each layer's weights forward, and back but for what no gradient needs."""
     policy = LoRAPolicy(str(tiny.directory(tmp_path, hidden_size=64, **LONG)), quantization=quantization, r=1)
-    lengths = np.array([(2, 60, 60)] * 50)
+    lengths = Lengths.of([(2, (60, 60))] * 50)
     found = count(skeleton(policy, torch.float32), torch.enable_grad, lengths)
     weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 64)
-    assert found.forward == pytest.approx(2 * weights * lengths.sum(), rel=0.25)
+    assert found.forward == pytest.approx(2 * weights * lengths.tokens, rel=0.25)
     assert 0.5 * found.forward < found.backward < 2.2 * found.forward
-    assert found.head == 2 * 64 * 1500 * lengths[:, 1:].sum()
-    twice = count(skeleton(policy, torch.float32), torch.enable_grad, np.concatenate([lengths, lengths]))
+    assert found.head == 2 * 64 * 1500 * lengths.completion.sum()
+    twice = count(skeleton(policy, torch.float32), torch.enable_grad, Lengths.of([(2, (60, 60))] * 100))
     assert twice.training == pytest.approx(2 * found.training, rel=0.01)
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lit_dpo.data.batch import EncodedPair, collate_pairs
-from lit_dpo.logps import PairLogps, SequenceLogps
+from lit_dpo.data.batch import EncodedPrompt, collate
+from lit_dpo.logps import CompletionLogps, PairLogps, SequenceLogps
 from lit_dpo.logps.score import choose_layout, completion_logps
 from lit_dpo.losses import (
     AOTLoss,
@@ -194,8 +194,8 @@ def batch(trl):
     encoded = []
     for (prompt, chosen), (same, rejected) in zip(rows[:size], rows[size:], strict=True):
         assert prompt == same
-        encoded.append(EncodedPair(prompt, chosen, rejected))
-    return collate_pairs(encoded)
+        encoded.append(EncodedPrompt(prompt, [chosen, rejected]))
+    return collate(encoded)
 
 
 @pytest.fixture(scope="module", params=["flat", "padded"])
@@ -209,7 +209,7 @@ def scored(shared, trl, batch, policy) -> PairLogps:
     reference = _load(shared, trl["reference"], "flat")
     with torch.no_grad():
         frozen = completion_logps(reference, batch)
-    return PairLogps(*completion_logps(policy, batch), *frozen)
+    return CompletionLogps.of(batch, completion_logps(policy, batch), frozen).pairs()
 
 
 def _load(shared, name, layout):

@@ -104,7 +104,7 @@ def test_every_loss_after_every_other_has_its_own_defaults(loss_of, tmp_path):
             assert class_of(found) is after, arguments
             assert found.get("init_args") == alone[after], arguments
             count += 1
-    assert count == 2 * 41 * 40
+    assert count == 2 * 43 * 42
 
 
 @pytest.mark.parametrize("kind", range(8))

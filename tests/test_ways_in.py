@@ -230,7 +230,7 @@ def test_the_default_module_can_be_sent_to_another_process(tiny_model):
 OWN_DATA = """
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
-from lit_dpo.data.batch import EncodedPair, collate_pairs
+from lit_dpo.data.batch import EncodedPrompt, collate
 
 class Made(pl.LightningDataModule):
     def __init__(self, count: int = 3):
@@ -238,8 +238,8 @@ class Made(pl.LightningDataModule):
         self.count = count
 
     def train_dataloader(self):
-        pairs = [EncodedPair([1, 5 + n], [6, 7], [8]) for n in range(self.count)]
-        return DataLoader(pairs, batch_size=2, collate_fn=collate_pairs)
+        pairs = [EncodedPrompt([1, 5 + n], [[6, 7], [8]]) for n in range(self.count)]
+        return DataLoader(pairs, batch_size=2, collate_fn=collate)
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
+from lit_dpo.data.batch import CompletionBatch, EncodedPrompt, collate
 from lit_dpo.logps import PairLogps, SequenceLogps
 from lit_dpo.logps.probe import eager_attention
 from lit_dpo.logps.score import completion_logps, frozen_logps
@@ -149,19 +150,34 @@ def load_tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(path)
 
 
-def pairs(*lengths: tuple[int, int, int], seed: int = 1, vocabulary: int = VOCABULARY) -> list[EncodedPair]:
-    """Random pairs of the given prompt, chosen and rejected lengths."""
+def pairs(*lengths: tuple[int, ...], seed: int = 1, vocabulary: int = VOCABULARY) -> list[EncodedPrompt]:
+    """Random prompts of the given lengths, each prompt's and its completions'; of these all are compared.
+
+    Three lengths are a pair: prompt, chosen, rejected. The earlier completions are the better ones.
+    """
     random = torch.Generator().manual_seed(seed)
 
     def tokens(count: int) -> list[int]:
         return torch.randint(3, vocabulary, (count,), generator=random).tolist()
 
     wanted = lengths or ((7, 5, 9), (3, 1, 4), (1, 12, 2))
-    return [EncodedPair(*(tokens(count) for count in pair)) for pair in wanted]
+    return [
+        EncodedPrompt(tokens(prompt), [tokens(count) for count in counts], [*combinations(range(len(counts)), 2)])
+        for prompt, *counts in wanted
+    ]
 
 
-def batch(*lengths: tuple[int, int, int], seed: int = 1, vocabulary: int = VOCABULARY) -> PairBatch:
-    return collate_pairs(pairs(*lengths, seed=seed, vocabulary=vocabulary))
+def written_out(given: list[EncodedPrompt]) -> list[EncodedPrompt]:
+    """Each comparison as a pair of its own, as other packages take them."""
+    return [
+        EncodedPrompt(one.prompt, [one.completions[chosen], one.completions[rejected]])
+        for one in given
+        for chosen, rejected in one.comparisons
+    ]
+
+
+def batch(*lengths: tuple[int, ...], seed: int = 1, vocabulary: int = VOCABULARY) -> CompletionBatch:
+    return collate(pairs(*lengths, seed=seed, vocabulary=vocabulary))
 
 
 def lora(base: Any, seed: int = 0, targets: Any = "all-linear", **options: Any) -> Any:
@@ -183,8 +199,8 @@ def randomize(adapted: Any, seed: int = 0, scale: float = 0.1) -> None:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=random))
 
 
-def one_at_a_time(scored: Any, given: list[EncodedPair]) -> list[Tensor]:
-    """The definition: each sequence alone through the whole model; log-probs of all chosen, then all rejected.
+def one_at_a_time(scored: Any, given: list[EncodedPrompt]) -> list[Tensor]:
+    """The definition: each completion alone through the whole model; log-probs in the order of a batch.
 
     Under `eager`: `sdpa` ignores the soft-cap in transformers 5.17.
     """
@@ -193,15 +209,14 @@ def one_at_a_time(scored: Any, given: list[EncodedPair]) -> list[Tensor]:
         return _one_at_a_time(scored, given)
 
 
-def _one_at_a_time(scored: Any, given: list[EncodedPair]) -> list[Tensor]:
+def _one_at_a_time(scored: Any, given: list[EncodedPrompt]) -> list[Tensor]:
     found, device = [], next(scored.parameters()).device
-    for side in ("chosen", "rejected"):
-        for pair in given:
-            answer = getattr(pair, side)
-            ids = torch.tensor([[*pair.prompt, *answer]], device=device)
+    for one in given:
+        for completion in one.completions:
+            ids = torch.tensor([[*one.prompt, *completion]], device=device)
             logits = scored(input_ids=ids, use_cache=False).logits[0].float()
-            targets = torch.tensor(answer, device=device)[:, None]
-            found.append(logits[len(pair.prompt) - 1 : -1].log_softmax(-1).gather(-1, targets)[:, 0])
+            targets = torch.tensor(completion, device=device)[:, None]
+            found.append(logits[len(one.prompt) - 1 : -1].log_softmax(-1).gather(-1, targets)[:, 0])
     return found
 
 
@@ -273,6 +288,6 @@ def records(name: str):
 
 
 def with_kl(model, batch, reference, *, collision=False):
-    """Both sides of the policy, with `kl`, then both of the reference, which is `Reference.activated`."""
-    frozen, *sides = frozen_logps(model, batch, reference)
-    return (*completion_logps(model, batch, collision=collision, frozen=frozen), *sides)
+    """Log-probs of the policy, with `kl`, and those of the reference, which is `Reference.activated`."""
+    frozen, logps = frozen_logps(model, batch, reference)
+    return completion_logps(model, batch, collision=collision, frozen=frozen), logps

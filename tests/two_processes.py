@@ -12,22 +12,34 @@ from typing import Any
 import torch
 
 from lit_dpo import CachedReference, losses
+from lit_dpo.data.formats import Rankings
 from lit_dpo.references import store
 from training import adapter, data, module, trainer
 
 
 def train(
-    model: str, pairs: str, root: Path, devices: int = 1, accumulate: int = 1, cache: str = "", loss: str = "DPOLoss"
+    model: str,
+    pairs: str,
+    root: Path,
+    devices: int = 1,
+    accumulate: int = 1,
+    cache: str = "",
+    loss: str = "DPOLoss",
+    ranked: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """What came out of it, on this rank."""
-    given = {"loss": getattr(losses, loss)(), "reference": CachedReference(directory=cache)} if cache else {}
-    rows = {"microbatch_tokens": 200} if devices > 1 else {}
+    given = {"loss": getattr(losses, loss)(), **options}
+    given |= {"reference": CachedReference(directory=cache)} if cache else {}
+    # rankings also in parts of a prompt
+    rows = {"microbatch_tokens": 30 if ranked else 200} if devices > 1 else {}
     dpo = module(model, optimizer=functools.partial(torch.optim.SGD, lr=1.0), **given, **rows)
     strategy = "ddp" if devices > 1 else "auto"
     steps = {"max_epochs": 2 if cache else 1, "accumulate_grad_batches": accumulate, "log_every_n_steps": 50}
     run = trainer(root, devices=devices, strategy=strategy, num_sanity_val_steps=0, **steps)
     size = 22 if accumulate == 1 else 6  # of all ranks together; the tail of 21 pairs is shared unevenly
-    run.fit(dpo, data(pairs, val={"one": pairs, "two": pairs}, batch_size=size // devices, eval_batch_size=3))
+    how = {"format": Rankings()} if ranked else {}
+    run.fit(dpo, data(pairs, val={"one": pairs, "two": pairs}, batch_size=size // devices, eval_batch_size=3, **how))
     assert run.world_size == devices
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}
     return {"metrics": metrics, "adapter": adapter(dpo), "state": dpo.loss_state}

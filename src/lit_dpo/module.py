@@ -37,11 +37,21 @@ from lit_dpo.checkpoint import (
     restore_random_state,
     untrusting,
 )
-from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.batch import CompletionBatch
 from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.fields import Field
-from lit_dpo.logps.microbatch import MICROBATCH_TOKENS, GradientSum, cut_off, differentiable, join, shares, why_whole
-from lit_dpo.logps.records import PairLogps, SequenceLogps
+from lit_dpo.logps.microbatch import (
+    MICROBATCH_TOKENS,
+    GradientSum,
+    concatenate,
+    cut_off,
+    differentiable,
+    join,
+    microbatches,
+    shares,
+    why_whole,
+)
+from lit_dpo.logps.records import CompletionLogps, PairLogps, SequenceLogps
 from lit_dpo.logps.score import FrozenStates, choose_layout, completion_logps, frozen_logps
 from lit_dpo.losses import DPOLoss, PreferenceLoss
 from lit_dpo.policy import LoRAPolicy
@@ -57,8 +67,9 @@ _BROUGHT = (ExactResume, TrainingHealth, MemoryEstimate, OptimizerSteps, Adapter
 class DPOModule(pl.LightningModule):
     """Preference optimisation of a LoRA policy against a frozen reference.
 
-    Subclasses override `configure_model`, `configure_metrics`, `forward`, `pair_logps`, `compute_loss` or
-    `configure_optimizers`. Weights load in `configure_model`, never in `__init__`. See `couples_pairs`.
+    Subclasses override `configure_model`, `configure_metrics`, `forward`, `completion_logps`, `pair_logps`,
+    `compute_loss` or `configure_optimizers`. Weights load in `configure_model`, never in `__init__`. See
+    `couples_pairs`.
 
     Lightning's hooks (`on_…`, `setup`, `configure_callbacks`, …) are the subclass's own: nothing here depends on
     `super()` in them. What must happen is done by callbacks that come along, unless the trainer has its own of a class.
@@ -76,12 +87,17 @@ class DPOModule(pl.LightningModule):
         warmup_ratio: part of all steps over which the learning rate rises from 0. Expected in [0, 1].
         min_lr_ratio: part of the learning rate that is left at the end. Expected in [0, 1).
         decay_ratio: part of all steps over which `wsd` falls. None: 0.2.
-        microbatch_tokens: most tokens that run at once. A batch is cut into micro-batches of whole pairs, whose
+        microbatch_tokens: most tokens that run at once. A batch is cut into micro-batches of whole prompts, whose
             gradients add up: the same step, but for other dropout masks, in the memory of one micro-batch. None: 1024
-            on a CPU, 16384 on a GPU. A loss that couples the pairs of a batch costs one forward pass more then.
+            on a CPU, 16384 on a GPU. A loss that couples the prompts of a batch costs one forward pass more then; so
+            does a prompt with more than two completions that is longer than this, or, by default, than 16384.
+        average_over: what counts the same in the loss of a step: each `"comparison"`, or each `"prompt"`, with the mean
+            over its comparisons, as InstructGPT has it (arXiv 2203.02155, eq. 1). They differ where prompts have
+            different numbers of comparisons.
 
     Raises:
-        PolicyError: if the loss needs a reference and there is none, or the other way round.
+        PolicyError: if the loss needs a reference and there is none, or the other way round, or `average_over` is
+            neither.
 
     Example:
         ```python
@@ -91,10 +107,10 @@ class DPOModule(pl.LightningModule):
     """
 
     couples_pairs: bool | None = None
-    """Whether an override of `forward`, `pair_logps` or `compute_loss` must see a whole training batch, because it
-    mixes pairs, logs, or waits for other ranks. None: yes, if there is one. If False, they are called for each
-    micro-batch. An override of `compute_loss` alone costs a second pass then, as a loss that couples pairs does; one of
-    the other two costs the memory of the whole batch."""
+    """Whether an override of `forward`, `completion_logps`, `pair_logps` or `compute_loss` must see a whole training
+    batch, because it mixes prompts, logs, or waits for other ranks. None: yes, if there is one. If False, they are
+    called for each micro-batch. An override of `compute_loss` alone costs a second pass then, as a loss that couples
+    pairs does; one of the others costs the memory of the whole batch."""
 
     accepts_changes = False
     """Whether what is loaded may be of a run with another loss or reference."""
@@ -115,6 +131,7 @@ class DPOModule(pl.LightningModule):
         min_lr_ratio: float = 0.0,
         decay_ratio: float | None = None,
         microbatch_tokens: int | None = None,
+        average_over: Literal["comparison", "prompt"] = "comparison",
     ) -> None:
         super().__init__()
         if not isinstance(policy, LoRAPolicy):
@@ -131,11 +148,13 @@ class DPOModule(pl.LightningModule):
         check_schedule(lr_scheduler, warmup_ratio, min_lr_ratio, decay_ratio)
         if microbatch_tokens is not None and microbatch_tokens < 1:
             raise PolicyError(f"Expected `microbatch_tokens` >= 1 but got {microbatch_tokens}.")
+        if average_over not in ("comparison", "prompt"):
+            raise PolicyError(f"Expected `average_over` to be `comparison` or `prompt` but got {average_over!r}.")
         self.policy, self.loss, self.reference = policy, loss, reference
         self.optimizer, self.lr_scheduler, self.warmup_ratio = optimizer, lr_scheduler, warmup_ratio
         self.min_lr_ratio, self.decay_ratio = min_lr_ratio, decay_ratio
         self.lr: float | None = None  # instead of the optimizer's own; what Lightning's tuner finds, it sets here
-        self.microbatch_tokens = microbatch_tokens
+        self.microbatch_tokens, self.average_over = microbatch_tokens, average_over
         self.model: Any = None
         self.register_buffer("loss_state", loss.initial_state())
         self.fresh = True  # until it has trained, or was loaded with a checkpoint's adapter
@@ -187,23 +206,34 @@ class DPOModule(pl.LightningModule):
             measured["kl"] = metrics.KLEstimate()
         return MetricCollection(measured, compute_groups=False)  # type: ignore[arg-type]
 
-    def forward(self, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
-        """Log-probs of the chosen and of the rejected completions under the policy."""
+    def forward(self, batch: CompletionBatch) -> SequenceLogps:
+        """`(C,)` log-probs of the batch's completions under the policy."""
         collision = Field.COLLISION in self.loss.requires
         return completion_logps(self.model, batch, collision=collision, frozen=self._frozen)
 
-    def pair_logps(self, batch: PairBatch) -> PairLogps:
-        """Make the record that losses and metrics read: policy with gradients, reference without, data's columns."""
-        frozen, chosen, rejected = self._reference_logps(batch)
+    def completion_logps(self, batch: CompletionBatch) -> CompletionLogps:
+        """Score each completion once: under the policy, with gradients, and under the reference, without."""
+        frozen, reference = self._reference_logps(batch)
         if self._draws is not None:
             self._draws.append(random_state())
-        return PairLogps(*self._policy_logps(batch, frozen), chosen, rejected, batch.columns, self.loss_state)
+        return CompletionLogps.of(batch, self._policy_logps(batch, frozen), reference)
+
+    def pair_logps(self, batch: CompletionBatch) -> PairLogps:
+        """Make the record of `B` comparisons that losses and metrics read: `completion_logps`, and the data's columns.
+
+        Of a prompt that is too long to run at once it is made without this method.
+        """
+        return self.completion_logps(batch).pairs(batch.columns, self.loss_state)
 
     def compute_loss(self, pairs: PairLogps) -> Tensor:
-        """Losses `(B,)`, times the pairs' weights; the module takes their mean over all pairs of an optimizer step."""
+        """Losses `(B,)`, or `(P,)` of a loss over lists, times the data's weights.
+
+        The module takes their mean over all of an optimizer step; see `average_over`.
+        """
         losses = self.loss(pairs)
-        weight = pairs.columns.get("weight")
-        return losses if weight is None else losses * weight
+        if (weight := pairs.columns.get("weight")) is None:
+            return losses
+        return losses * (pairs.lists.per_prompt(weight) if self.loss.per_prompt else weight)
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer of the adapters, and the learning rate's schedule per step."""
@@ -248,26 +278,29 @@ class DPOModule(pl.LightningModule):
         if self.trainer.is_global_zero:
             claim_versions(self._unnumbered)
 
-    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: CompletionBatch, batch_idx: int) -> Tensor:
         """Return a batch's mean loss, before Lightning divides it for accumulation; see `Window` for its gradient."""
         self.fetched = None
         total, losses = self._step(batch, self.train_metrics, training=True)
         self.unlogged = True
         parameters = [p for p in self.parameters() if p.requires_grad]
-        mean = self.window.loss(total, batch.size, batch_idx, self.trainer, parameters)
-        self.window.note(batch_idx, batch.indices, losses)
+        mean = self.window.loss(total, losses.numel(), batch_idx, self.trainer, parameters)
+        self.window.note(batch_idx, batch.indices_of(losses.numel()), losses)
         return mean
 
-    def validation_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: CompletionBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure."""
         self._evaluate(batch, "val", self.trainer.val_dataloaders, dataloader_idx)
 
-    def test_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: CompletionBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Measure."""
         self._evaluate(batch, "test", self.trainer.test_dataloaders, dataloader_idx)
 
-    def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Rewards, margins and log-probs of each pair, `(B,)` each, on the CPU."""
+    def predict_step(self, batch: CompletionBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Rewards, margins and log-probs of each comparison, `(B,)` each, on the CPU.
+
+        Where a prompt has more than two completions, also the numbers of those that are compared, from 0.
+        """
         pairs = self.batch_logps(batch)
         chosen, rejected = self.loss.rewards(pairs)
         columns = (chosen, rejected, chosen - rejected, pairs.policy_chosen.total, pairs.policy_rejected.total)
@@ -278,6 +311,7 @@ class DPOModule(pl.LightningModule):
             **dict(zip(names, numbers, strict=True)),
             "chosen_length": batch.chosen_lengths,
             "rejected_length": batch.rejected_lengths,
+            **_which(batch),
             **{name: column.cpu() for name, column in batch.columns.items()},
         }
 
@@ -338,10 +372,18 @@ class DPOModule(pl.LightningModule):
         return self.microbatch_tokens or MICROBATCH_TOKENS["cuda" if self.device.type == "cuda" else "cpu"]
 
     @property
+    def prompt_limit(self) -> int:
+        """Most tokens of a prompt with more than two completions, of which a longer one runs in parts."""
+        # not the default for a CPU, which is about speed: parts cost a pass more, and the prompt once more each
+        return self.microbatch_tokens or MICROBATCH_TOKENS["cuda"]
+
+    @property
     def why_whole(self) -> str | None:
         """Why a training batch must not be cut, or None."""
-        if self._may_couple("forward", "pair_logps"):
+        if self._may_couple("forward", "completion_logps", "pair_logps"):
             return f"{type(self).__name__} may couple pairs (`couples_pairs = False` in its class says it does not)"
+        if self._overrides("pair_logps") and self.needs_two_passes:
+            return f"the losses couple pairs that {type(self).__name__} makes"
         return why_whole(self.trainer.strategy, self.parameters())
 
     @property
@@ -351,11 +393,12 @@ class DPOModule(pl.LightningModule):
 
     def _may_couple(self, *names: str) -> bool:
         """Whether one of these methods is a subclass's own, which has not said that it takes pairs one by one."""
-        if self.couples_pairs is not None:
-            return self.couples_pairs
+        return self._overrides(*names) if self.couples_pairs is None else self.couples_pairs
+
+    def _overrides(self, *names: str) -> bool:
         return any(not getattr(type(self), name).__module__.startswith("lit_dpo.") for name in names)
 
-    def batch_logps(self, batch: PairBatch) -> PairLogps:
+    def batch_logps(self, batch: CompletionBatch) -> PairLogps:
         """`pair_logps` of a batch of any size, without gradients and dropout, one micro-batch at a time."""
         training = self.model.training
         if training:
@@ -363,16 +406,29 @@ class DPOModule(pl.LightningModule):
         try:
             with torch.no_grad():
                 # a loss that couples pairs is no reason here: it sees the joined record
-                whole = self._may_couple("forward", "pair_logps")
-                parts = [batch] if whole else batch.cut(self.microbatch_limit)
-                return join([self.pair_logps(part) for part in parts])
+                whole = self._may_couple("forward", "completion_logps", "pair_logps")
+                return self._record([batch] if whole else self._cut(batch), batch)
         finally:
             if training:
                 self.model.train()
 
-    def _microbatches(self, batch: PairBatch) -> list[PairBatch]:
+    def _cut(self, batch: CompletionBatch) -> list[CompletionBatch]:
+        """Cut a batch into what runs at once; pairs that a subclass makes are of whole prompts."""
+        if self._overrides("pair_logps"):
+            return batch.cut(self.microbatch_limit)
+        return microbatches(batch, self.microbatch_limit, self.prompt_limit)
+
+    def _record(self, parts: Sequence[CompletionBatch], batch: CompletionBatch | None) -> PairLogps:
+        """Score the parts of a batch, and put them together; parts of a prompt compare nothing, the batch does."""
+        if batch is None or all(part.size for part in parts):
+            return join([self.pair_logps(part) for part in parts])
+        scored = [self.completion_logps(part) for part in parts]
+        policy, reference = (concatenate([one[side] for one in scored]) for side in (0, 1))
+        return CompletionLogps.of(batch, policy, reference).pairs(batch.columns, self.loss_state)
+
+    def _microbatches(self, batch: CompletionBatch) -> list[CompletionBatch]:
         """Cut a training batch; or leave it whole where it must be, in a line that says so once."""
-        parts = batch.cut(self.microbatch_limit)
+        parts = self._cut(batch)
         if len(parts) == 1 or (reason := self.why_whole) is None:
             return parts
         if not self._said_whole:
@@ -380,19 +436,25 @@ class DPOModule(pl.LightningModule):
             self._said_whole = True
         return [batch]
 
-    def accumulate(self, parts: Sequence[PairBatch]) -> tuple[Tensor, Tensor, PairLogps]:
+    def accumulate(
+        self, parts: Sequence[CompletionBatch], batch: CompletionBatch | None = None
+    ) -> tuple[Tensor, Tensor, PairLogps]:
         """Return the sum of a batch's losses, to run backward from, the losses and the record.
 
-        In one pass where each pair's loss is its own. Else in two: all log-probs without a graph, the losses and their
-        gradients with respect to these, and then each micro-batch again, under the dropout masks that it had.
+        In one pass where each prompt's losses are its own. Else in two: all log-probs without a graph, the losses and
+        their gradients with respect to these, and then each part again, under the dropout masks that it had.
+
+        Args:
+            parts: micro-batches.
+            batch: of which they are. Needed where a prompt is in several of them.
         """
         scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self._attached is not None else None
         trained = [p for p in self.parameters() if p.requires_grad]
         # not `get_scale`, which waits for the device
         scale = scaler.scale(torch.ones((), device=self.device)) if scaler else 1.0
         sums, records = GradientSum(trained, scale), []
-        if self.needs_two_passes:
-            return self._in_two_passes(parts, sums)
+        if self.needs_two_passes or not all(part.size for part in parts):
+            return self._in_two_passes(parts, batch, sums)
         for part in parts:
             pairs = self.pair_logps(part)
             sums.add(self.losses_of(pairs))
@@ -400,23 +462,26 @@ class DPOModule(pl.LightningModule):
             del pairs  # or it stays until the next one is there
         return sums.total(), sums.losses, join(records)
 
-    def _in_two_passes(self, parts: Sequence[PairBatch], sums: GradientSum) -> tuple[Tensor, Tensor, PairLogps]:
+    def _in_two_passes(
+        self, parts: Sequence[CompletionBatch], batch: CompletionBatch | None, sums: GradientSum
+    ) -> tuple[Tensor, Tensor, PairLogps]:
         draws: list[dict[str, Any]] = []
         self._draws = draws
         try:
             with torch.no_grad():
-                record = self._remember(join([self.pair_logps(part) for part in parts]))
+                record = self._remember(self._record(parts, batch))
         finally:
             self._draws = None
-        leaves = cut_off(record)
-        sums.add(self.losses_of(leaves.record), leaves.tensors)
+        assert record.completions is not None
+        leaves = cut_off(record.completions)
+        sums.add(self.losses_of(leaves.record.pairs(record.columns, record.state)), leaves.tensors)
         after = random_state()
         for part, draw, gradients in zip(parts, draws, shares(sums.of_leaves, parts), strict=True):
             frozen = self._reference_logps(part)[0] if Field.KL in self.loss.requires else None
             restore_random_state([draw], 0)
-            chosen, rejected = self._policy_logps(part, frozen)
-            sums.follow([*differentiable(chosen), *differentiable(rejected)], gradients)
-            del chosen, rejected  # or they stay until the next ones are there
+            logps = self._policy_logps(part, frozen)
+            sums.follow(differentiable(logps), gradients)
+            del logps  # or they stay until the next ones are there
         restore_random_state([after], 0)
         return sums.total(), sums.losses, record
 
@@ -443,26 +508,29 @@ class DPOModule(pl.LightningModule):
         return AttributeDict(copy.deepcopy(configuration(self)))
 
     def losses_of(self, pairs: PairLogps) -> Tensor:
-        """`compute_loss`, which must not be reduced: `(B,)`.
+        """`compute_loss`, which must not be reduced: `(B,)` or `(P,)`; with `average_over="prompt"` always `(P,)`.
 
         Raises:
             TrainingError: naming both shapes; a mean would train with a part of the gradient.
         """
         losses = self.compute_loss(pairs)
         expected, found = tuple(pairs.policy_chosen.total.shape), getattr(losses, "shape", None)
-        if found is None or tuple(found) != expected:
+        of_prompts = pairs.completions is not None and found == pairs.completions.completions_per_prompt.shape
+        if found is None or (tuple(found) != expected and not of_prompts):
             what = f"a {type(losses).__name__}" if found is None else f"the shape {tuple(found)}"
             raise TrainingError(
                 f"Expected a loss for each pair, of shape {expected}, but {type(self.loss).__name__} and "
                 f"{type(self).__name__}.compute_loss gave {what}. Leave out the mean: the module takes it over all "
                 "pairs of an optimizer step."
             )
-        return losses
+        return pairs.lists.per_prompt(losses) if self.average_over == "prompt" and not of_prompts else losses
 
-    def _step(self, batch: PairBatch, *measured: MetricCollection, training: bool = False) -> tuple[Tensor, Tensor]:
+    def _step(
+        self, batch: CompletionBatch, *measured: MetricCollection, training: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Measure a batch; the sum of its losses, and the losses."""
         if training and len(parts := self._microbatches(batch)) > 1:
-            total, losses, seen = self.accumulate(parts)
+            total, losses, seen = self.accumulate(parts, batch)
         else:
             pairs = self._remember(self.pair_logps(batch)) if training else self.batch_logps(batch)
             seen = pairs.detach()
@@ -479,7 +547,7 @@ class DPOModule(pl.LightningModule):
             )
         return total, losses
 
-    def _evaluate(self, batch: PairBatch, stage: str, loaders: Any, number: int) -> None:
+    def _evaluate(self, batch: CompletionBatch, stage: str, loaders: Any, number: int) -> None:
         """Measure a batch; where there are several sets, each by itself. `OptimizerSteps` logs all of them together."""
         together: MetricCollection = getattr(self, f"{stage}_metrics")
         measured, home, numbered = together, f"{stage}_metrics", False
@@ -513,19 +581,30 @@ class DPOModule(pl.LightningModule):
         assert isinstance(found, MetricCollection)
         return found, f"eval_sets.{key}"
 
-    def _policy_logps(self, batch: PairBatch, frozen: FrozenStates | None) -> tuple[SequenceLogps, SequenceLogps]:
-        """Both sides by `forward`, which compares with the reference's states where the loss asks for it."""
+    def _policy_logps(self, batch: CompletionBatch, frozen: FrozenStates | None) -> SequenceLogps:
+        """Log-probs by `forward`, which compares with the reference's states where the loss asks for it."""
         self._frozen = frozen
         try:
             scored = self(batch)
         finally:
             self._frozen = None
-        if not isinstance(scored, tuple) or len(scored) != 2:
-            raise TrainingError(f"Expected `forward` to return chosen and rejected log-probs but got {scored!r}.")
+        count = len(batch.completion_lengths)
+        if not isinstance(scored, SequenceLogps) or scored.total.shape != (count,):
+            raise TrainingError(
+                f"Expected `forward` to return `SequenceLogps` of the batch's {count} completions, in their order, but "
+                f"{type(self).__name__} gave {scored!r}."
+            )
         return scored
 
-    def _reference_logps(self, batch: PairBatch) -> tuple[Any, Any, Any]:
-        """Hidden states of the reference, for a loss that reads how far whole distributions diverge, and both sides."""
+    def _reference_logps(self, batch: CompletionBatch) -> tuple[FrozenStates | None, SequenceLogps | None]:
+        """Hidden states of the reference, for a loss that reads how far whole distributions diverge, and log-probs."""
         if Field.KL in self.loss.requires:
             return frozen_logps(self.model, batch, self.reference.activated)
-        return None, *self.reference.logps(self.model, batch)
+        return None, self.reference.logps(self.model, batch)
+
+
+def _which(batch: CompletionBatch) -> dict[str, Tensor]:
+    """Say which of more than two completions are compared."""
+    if int(batch.completions_per_prompt.max()) <= 2:
+        return {}
+    return dict(zip(("chosen_completion", "rejected_completion"), batch.comparisons.unbind(1), strict=True))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from lit_dpo.data.batch import KNOWN_COLUMNS
 from lit_dpo.errors import DataError, PolicyError, TrainingError
 from lit_dpo.logps.fields import OF_REFERENCE, Field
-from lit_dpo.logps.records import column_remedy
+from lit_dpo.logps.records import CompletionLogps, SequenceLogps, column_remedy
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.composed import within
 from lit_dpo.policy.limits import Limits, limits, policy_limits
 from lit_dpo.references.adapter import NoReference, default_reference
 from lit_dpo.references.base import Reference
@@ -104,7 +109,8 @@ def check_run(module: DPOModule, trainer: pl.Trainer, *, weights: bool = True) -
 
     Raises:
         TrainingError: for the strategy.
-        DataError: for rows that lack what the loss reads, or tokens that policy or reference cannot read.
+        DataError: for rows that lack what the loss reads, comparisons that it cannot use, or tokens that policy or
+            reference cannot read.
         PolicyError: for a policy or reference that cannot be loaded.
     """
     check_strategy(trainer.strategy)
@@ -115,6 +121,9 @@ def check_run(module: DPOModule, trainer: pl.Trainer, *, weights: bool = True) -
         )
     if not trainer.predicting:
         check_columns(module.loss, getattr(getattr(trainer, "datamodule", None), "columns", {}))
+        check_lists = getattr(getattr(trainer, "datamodule", None), "check_lists", None)
+        if check_lists is not None and (over_lists := [one for one in within(module.loss) if one.per_prompt]):
+            check_lists(partial(_ask, over_lists))
     if module.model is None:
         module.policy.check(weights=weights)
         module.reference.check(module.policy)
@@ -122,6 +131,15 @@ def check_run(module: DPOModule, trainer: pl.Trainer, *, weights: bool = True) -
     if check_tokens is not None:
         for name, found in _limits(module):
             check_tokens(*found, model=name)
+
+
+def _ask(losses: Sequence[PreferenceLoss], counts: Tensor, comparisons: Tensor, compared: Tensor) -> None:
+    """Have losses look at lists whose log-probs are all 0."""
+    zeros = torch.zeros(int(counts.sum()))
+    alike = SequenceLogps(zeros, zeros + 1, zeros)
+    pairs = CompletionLogps(alike, alike, alike.length.long(), counts, comparisons, compared).pairs()
+    for loss in losses:
+        loss(pairs)
 
 
 def _limits(module: DPOModule) -> Iterator[tuple[str, Limits]]:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from recorder import Recorder, trainer
 
-from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.batch import CompletionBatch
 from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.data.formats import Preference, Triples
 from lit_dpo.errors import DataError, ResumeError
@@ -23,35 +23,6 @@ def rows(count: int, start: int = 0) -> list[dict]:
         {"prompt": f"question {i}", "chosen": " yes" * (i % 5 + 1), "rejected": " no"}
         for i in range(start, start + count)
     ]
-
-
-class Recorder(LightningModule):
-    """Remembers which rows it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(1, 1)
-        self.seen: list[list[int]] = []
-        self.validated: list[int] = []
-
-    def training_step(self, batch: PairBatch, _: int) -> torch.Tensor:
-        self.seen.append(batch.indices.tolist())
-        return self.layer(torch.ones(1, 1)).sum()
-
-    def validation_step(self, batch: PairBatch, _: int) -> None:
-        self.validated += batch.indices.tolist()
-
-    def predict_step(self, batch: PairBatch, _: int) -> list[int]:
-        return batch.indices.tolist()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.01)
-
-
-def trainer(*callbacks, **options) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    options = {"accelerator": "cpu", "max_epochs": 2, "enable_checkpointing": bool(callbacks), **quiet, **options}
-    return Trainer(callbacks=list(callbacks), **options)
 
 
 @pytest.fixture
@@ -315,12 +286,12 @@ def test_the_largest_microbatches_are_those_of_the_epoch(data, options: dict, mi
     batches = list(loader)
     rows = [row for batch in batches for row in batch.cut(microbatch_tokens)]
     assert several == (len(rows) > len(batches)) == (microbatch_tokens == 60)
-    assert flat.sum() == max(row.input_ids.shape[1] for row in rows)
-    assert len(padded) * (padded[:, 0] + padded[:, 1:].max(1)).max() == max(
+    assert sum(prompt + sum(completions) for prompt, completions in flat) == max(row.input_ids.shape[1] for row in rows)
+    assert len(padded) * max(prompt + max(completions) for prompt, completions in padded) == max(
         row.size * int((row.prompt_lengths + torch.maximum(row.chosen_lengths, row.rejected_lengths)).max())
         for row in rows
     )
-    assert any(row.prompt_lengths.tolist() == flat[:, 0].tolist() for row in rows)
+    assert any(row.prompt_lengths.tolist() == [prompt for prompt, _ in flat] for row in rows)
 
 
 def test_overfit_batches_repeat_the_same_batches(data) -> None:
@@ -379,7 +350,7 @@ def test_a_run_stopped_by_max_steps_goes_on_where_it_was(data, tmp_path: Path, w
 
 def test_a_step_that_failed_is_done_again(data, tmp_path: Path) -> None:
     class Fails(Recorder):
-        def training_step(self, batch: PairBatch, index: int) -> torch.Tensor:
+        def training_step(self, batch: CompletionBatch, index: int) -> torch.Tensor:
             if len(self.seen) == 3:
                 raise RuntimeError("out of luck")
             return super().training_step(batch, index)
@@ -415,7 +386,7 @@ def test_other_batches_can_continue_after_an_epoch(data, tmp_path: Path) -> None
 
 def test_an_epoch_that_was_cut_short_is_not_taken_up_again(data, tmp_path: Path) -> None:
     class Stops(Recorder):
-        def training_step(self, batch: PairBatch, index: int) -> torch.Tensor:
+        def training_step(self, batch: CompletionBatch, index: int) -> torch.Tensor:
             self.trainer.should_stop = len(self.seen) == 3
             return super().training_step(batch, index)
 

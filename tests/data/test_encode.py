@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
-from lit_dpo.data.batch import EncodedPair
-from lit_dpo.data.encode import Dropped, PairEncoder
+from lit_dpo.data.batch import EncodedPrompt
+from lit_dpo.data.encode import Dropped, PromptEncoder
 from lit_dpo.data.formats import Preference
 from lit_dpo.errors import DataError
 from toy_tokenizers import byte_level, sentencepiece_like
@@ -21,9 +21,9 @@ PREFERENCES = [
 ]
 
 
-def encode(tokenizer, *preferences: Preference, **options) -> list[EncodedPair]:
-    pairs = PairEncoder(tokenizer, **options)(preferences)
-    assert all(isinstance(pair, EncodedPair) for pair in pairs), pairs
+def encode(tokenizer, *preferences: Preference, **options) -> list[EncodedPrompt]:
+    pairs = PromptEncoder(tokenizer, **options)(preferences)
+    assert all(isinstance(pair, EncodedPrompt) for pair in pairs), pairs
     return pairs
 
 
@@ -44,7 +44,7 @@ def test_the_prompt_is_what_generation_sees(tokenizer, preference: Preference) -
 @pytest.mark.parametrize("preference", PREFERENCES)
 def test_prompt_and_answer_decode_to_the_text_with_one_eos(tokenizer, preference: Preference) -> None:
     (pair,) = encode(tokenizer, preference)
-    for ids, text in ((pair.chosen, preference.chosen), (pair.rejected, preference.rejected)):
+    for ids, text in zip(pair.completions, (preference.chosen, preference.rejected), strict=True):
         assert ids[-1] == tokenizer.eos_token_id
         assert (pair.prompt + ids).count(tokenizer.eos_token_id) == 1
         assert tokenizer.bos_token_id not in ids
@@ -58,7 +58,7 @@ def test_without_a_merge_the_ids_are_those_of_the_whole_text(tokenizer, preferen
     whole = body(tokenizer, preference.prompt + preference.chosen)
     prompt = body(tokenizer, preference.prompt)
     if whole[: len(prompt)] == prompt:
-        assert prompt + pair.chosen[:-1] == whole
+        assert prompt + pair.completions[0][:-1] == whole
 
 
 def test_there_are_merges_across_the_boundary_in_these_tests() -> None:
@@ -74,14 +74,14 @@ def test_there_are_merges_across_the_boundary_in_these_tests() -> None:
 def test_the_whole_text_decides_where_an_answer_cannot_be_tokenised_apart() -> None:
     tokenizer = sentencepiece_like(strip=True)
     (pair,) = encode(tokenizer, Preference("What", "not", "five"))
-    assert tokenizer.decode(pair.prompt[1:] + pair.chosen[:-1]) == "Whatnot"  # apart it would be "What not"
+    assert tokenizer.decode(pair.prompt[1:] + pair.completions[0][:-1]) == "Whatnot"  # apart it would be "What not"
 
 
 def test_an_eos_that_is_there_is_not_doubled(tokenizer) -> None:
     with_eos, without = encode(
         tokenizer, Preference("What", f" is{tokenizer.eos_token}", " not"), Preference("What", " is", " not")
     )
-    assert with_eos.chosen == without.chosen
+    assert with_eos.completions[0] == without.completions[0]
 
 
 def test_a_bos_that_the_text_begins_with_is_not_doubled() -> None:
@@ -94,7 +94,7 @@ def test_no_eos_is_an_error() -> None:
     tokenizer = byte_level()
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="EOS"):
-        PairEncoder(tokenizer)(PREFERENCES)
+        PromptEncoder(tokenizer)(PREFERENCES)
 
 
 def test_batch_mates_do_not_matter(tokenizer) -> None:
@@ -112,7 +112,7 @@ CONVERSATION = Preference(
 
 def test_a_conversation_is_the_template_s_text(chat_tokenizer) -> None:
     (pair,) = encode(chat_tokenizer, CONVERSATION)
-    for ids, answer in ((pair.chosen, CONVERSATION.chosen), (pair.rejected, CONVERSATION.rejected)):
+    for ids, answer in zip(pair.completions, (CONVERSATION.chosen, CONVERSATION.rejected), strict=True):
         text = chat_tokenizer.apply_chat_template(CONVERSATION.prompt + answer, tokenize=False)
         assert chat_tokenizer.decode(pair.prompt + ids) == text  # no EOS: the template ends in a special token
     assert chat_tokenizer.decode(pair.prompt).endswith("<|assistant|>")
@@ -123,20 +123,20 @@ def test_eos_is_added_where_the_template_ends_in_none() -> None:
         chat_template="{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     )
     (pair,) = encode(tokenizer, CONVERSATION)
-    assert pair.chosen[-1] == pair.rejected[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(pair.chosen) == "assistant: four\n<eos>"
+    assert pair.completions[0][-1] == pair.completions[1][-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(pair.completions[0]) == "assistant: four\n<eos>"
 
 
 def test_a_header_that_finished_answers_lack_is_left_out() -> None:
     template = byte_level().chat_template.replace("'<|assistant|>' }}{% endif", "'<|assistant|><think>' }}{% endif")
     tokenizer = byte_level(chat_template=template)
     (pair,) = encode(tokenizer, CONVERSATION)
-    assert tokenizer.decode(pair.chosen) == "<|assistant|>four<|end|>\n"
+    assert tokenizer.decode(pair.completions[0]) == "<|assistant|>four<|end|>\n"
 
 
 def test_a_template_that_rewrites_history_is_a_row_error() -> None:
     template = "{{ messages | length }}" + byte_level().chat_template
-    (result,) = PairEncoder(byte_level(chat_template=template))([CONVERSATION])
+    (result,) = PromptEncoder(byte_level(chat_template=template))([CONVERSATION])
     assert isinstance(result, Dropped)
     assert result.fatal
     assert "rewrites history" in result.reason
@@ -144,7 +144,7 @@ def test_a_template_that_rewrites_history_is_a_row_error() -> None:
 
 def test_a_template_that_raises_is_a_row_error() -> None:
     template = "{{ raise_exception('no system message, please') }}"
-    (result,) = PairEncoder(byte_level(chat_template=template))([CONVERSATION])
+    (result,) = PromptEncoder(byte_level(chat_template=template))([CONVERSATION])
     assert isinstance(result, Dropped)
     assert result.fatal
     assert "no system message, please" in result.reason
@@ -152,7 +152,7 @@ def test_a_template_that_raises_is_a_row_error() -> None:
 
 def test_conversations_need_a_template() -> None:
     with pytest.raises(DataError, match="chat template"):
-        PairEncoder(sentencepiece_like())([CONVERSATION])
+        PromptEncoder(sentencepiece_like())([CONVERSATION])
 
 
 def test_template_arguments_reach_the_template() -> None:
@@ -167,8 +167,8 @@ def test_template_arguments_reach_the_template() -> None:
 LONG = Preference("What is the answer? " * 5, " four" * 6, " not" * 9)
 
 
-def sizes(pair: EncodedPair) -> tuple[int, int, int]:
-    return len(pair.prompt), len(pair.chosen), len(pair.rejected)
+def sizes(pair: EncodedPrompt) -> tuple[int, int, int]:
+    return len(pair.prompt), *map(len, pair.completions)
 
 
 POLICIES = ["drop", "truncate_prompt", "truncate_completion", "truncate_both", "error"]
@@ -183,7 +183,7 @@ LIMITS = [
 
 @pytest.mark.parametrize(("truncation", "max_length", "max_prompt_length"), LIMITS)
 def test_every_pair_is_dropped_or_fits(tokenizer, truncation, max_length, max_prompt_length) -> None:
-    encoder = PairEncoder(tokenizer, max_length, max_prompt_length, truncation)
+    encoder = PromptEncoder(tokenizer, max_length, max_prompt_length, truncation)
     for preference, full in zip(
         [*PREFERENCES, LONG], encode(tokenizer, *PREFERENCES, LONG, max_length=None), strict=True
     ):
@@ -199,8 +199,8 @@ def test_every_pair_is_dropped_or_fits(tokenizer, truncation, max_length, max_pr
             assert prompt + max(chosen, rejected) <= max_length
             assert min(prompt, chosen, rejected) >= 1
             assert prompt <= (max_prompt_length or max_length)
-            assert full.chosen[:chosen] == pair.chosen
-            assert full.rejected[:rejected] == pair.rejected
+            assert full.completions[0][:chosen] == pair.completions[0]
+            assert full.completions[1][:rejected] == pair.completions[1]
             assert pair.prompt[1:] == full.prompt[len(full.prompt) - prompt + 1 :]
             if truncation == "truncate_prompt":
                 assert (chosen, rejected) == sizes(full)[1:]
@@ -232,7 +232,7 @@ def test_a_prompt_cut_to_one_token_is_the_one_that_the_answer_follows() -> None:
 def test_truncate_both_does_what_tutorials_did(chat_tokenizer) -> None:
     (full,) = encode(chat_tokenizer, LONG)
     (pair,) = encode(chat_tokenizer, LONG, max_length=9, max_prompt_length=4, truncation="truncate_both")
-    assert pair == EncodedPair(full.prompt[-4:], full.chosen[:5], full.rejected[:5])
+    assert pair == EncodedPrompt(full.prompt[-4:], [ids[:5] for ids in full.completions])
 
 
 @pytest.mark.parametrize(
@@ -246,26 +246,26 @@ def test_truncate_both_does_what_tutorials_did(chat_tokenizer) -> None:
 )
 def test_limits_that_leave_no_room_are_refused(tokenizer, options: dict) -> None:
     with pytest.raises(ValueError, match="max_"):
-        PairEncoder(tokenizer, **options)
+        PromptEncoder(tokenizer, **options)
 
 
 # --- fingerprint ----------------------------------------------------------------------------------------------------
 
 
 def test_the_fingerprint_changes_with_all_that_changes_ids(tokenizer) -> None:
-    base = PairEncoder(tokenizer)
+    base = PromptEncoder(tokenizer)
     others = [
         replace(base, max_length=99),
         replace(base, max_prompt_length=9),
         replace(base, truncation="truncate_prompt"),
         replace(base, chat_template_kwargs={"a": 1}),
-        PairEncoder(byte_level(chat_template="x")),
-        PairEncoder(byte_level(eos_token="<|end|>")),
+        PromptEncoder(byte_level(chat_template="x")),
+        PromptEncoder(byte_level(eos_token="<|end|>")),
     ]
     assert len({encoder.fingerprint for encoder in [base, *others]}) == 7
     before = base.fingerprint
     tokenizer(["a", "longer text"], padding=tokenizer.pad_token is not None, truncation=True, max_length=5)
-    assert PairEncoder(tokenizer).fingerprint == before
+    assert PromptEncoder(tokenizer).fingerprint == before
 
 
 # --- against others -------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_ids_and_masks_are_those_of_trl(shared) -> None:
     referee = json.loads((shared / "data/referee/trl_stories260K_text.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(shared / "models/stories260K")
     pairs = encode(tokenizer, *(Preference(r["prompt"], r["chosen"], r["rejected"]) for r in referee["rows"]))
-    sides = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+    sides = [(pair.prompt, pair.completions[side]) for side in (0, 1) for pair in pairs]
     for (prompt, answer), ids, mask in zip(sides, referee["input_ids"], referee["completion_mask"], strict=True):
         pad = len(ids) - len(prompt) - len(answer)
         assert prompt + answer + [tokenizer.unk_token_id] * pad == ids
@@ -288,17 +288,17 @@ def test_a_real_template_renders_header_and_end_once(shared) -> None:
     answer = [{"role": "assistant", "content": "Once."}]
     (pair,) = encode(tokenizer, Preference(messages, answer, answer))
     assert tokenizer.decode(pair.prompt) == "<|req|> A story. <|story|>"
-    assert tokenizer.decode(pair.chosen) == " Once.<|endoftext|>"
+    assert tokenizer.decode(pair.completions[0]) == " Once.<|endoftext|>"
 
 
 def test_taking_a_fingerprint_leaves_padding_and_truncation_as_they_are(chat_tokenizer) -> None:
     backend = chat_tokenizer.backend_tokenizer
-    plain = PairEncoder(chat_tokenizer).fingerprint
+    plain = PromptEncoder(chat_tokenizer).fingerprint
     backend.enable_padding(length=7, pad_id=1, pad_token="x", direction="left")
     backend.enable_truncation(9, stride=2)
     try:
         before = backend.padding, backend.truncation
-        assert PairEncoder(chat_tokenizer).fingerprint == plain
+        assert PromptEncoder(chat_tokenizer).fingerprint == plain
         assert (backend.padding, backend.truncation) == before
     finally:
         backend.no_padding()

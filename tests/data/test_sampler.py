@@ -6,14 +6,14 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from lit_dpo.data.sampler import PairSampler
+from lit_dpo.data.sampler import PromptSampler
 
 CASES = [(rows, batch, ranks) for rows in (4, 7, 24, 101) for batch in (1, 3, 8) for ranks in (1, 2, 4)]
 
 
 def per_rank(rows: int, batch: int, ranks: int, epoch: int = 0, **options) -> list[list[list[int]]]:
     lengths = np.random.default_rng(0).integers(1, 50, rows)
-    samplers = [PairSampler(lengths, batch, rank=r, num_replicas=ranks, **options) for r in range(ranks)]
+    samplers = [PromptSampler(lengths, batch, rank=r, num_replicas=ranks, **options) for r in range(ranks)]
     for sampler in samplers:
         sampler.set_epoch(epoch)
     passes = [list(sampler) for sampler in samplers]
@@ -71,10 +71,10 @@ def test_the_rows_of_a_step_do_not_depend_on_how_they_are_shared(ranks: int) -> 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 12])
 def test_a_loaded_position_gives_the_remaining_batches(start: int) -> None:
-    sampler = PairSampler(range(50), 4, seed=5)
+    sampler = PromptSampler(range(50), 4, seed=5)
     sampler.set_epoch(3)
     straight = list(sampler)
-    resumed = PairSampler(range(50), 4, seed=5)
+    resumed = PromptSampler(range(50), 4, seed=5)
     resumed.load_position(3, start)
     resumed.set_epoch(3)  # as Lightning does
     assert list(resumed) == straight[start:]
@@ -88,27 +88,27 @@ def test_batches_hold_pairs_of_similar_length() -> None:
     lengths = np.random.default_rng(0).integers(1, 1000, 800)
 
     def spread(bucket: int) -> float:
-        return float(np.mean([np.ptp(lengths[rows]) for rows in PairSampler(lengths, 8, bucket=bucket)]))
+        return float(np.mean([np.ptp(lengths[rows]) for rows in PromptSampler(lengths, 8, bucket=bucket)]))
 
     assert spread(50) < spread(0) / 5
-    first = [lengths[rows].mean() for rows in PairSampler(lengths, 8)]
+    first = [lengths[rows].mean() for rows in PromptSampler(lengths, 8)]
     assert abs(np.corrcoef(first, range(len(first)))[0, 1]) < 0.3  # the batches themselves are not in order
 
 
 def test_ranks_share_a_step_evenly() -> None:
     lengths = np.random.default_rng(0).integers(1, 1000, 800)
-    ranks = [list(PairSampler(lengths, 8, rank=rank, num_replicas=4)) for rank in range(4)]
+    ranks = [list(PromptSampler(lengths, 8, rank=rank, num_replicas=4)) for rank in range(4)]
     loads = np.array([[lengths[rows].sum() for rows in batches] for batches in ranks])
     assert (loads.max(0) / loads.mean(0)).mean() < 1.05
 
 
 def test_a_million_rows_are_ordered_at_once() -> None:
-    sampler = PairSampler(np.random.default_rng(0).integers(1, 1000, 1_000_000), 8)
+    sampler = PromptSampler(np.random.default_rng(0).integers(1, 1000, 1_000_000), 8)
     assert len(next(iter(sampler))) == 8
 
 
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="batch_size"):
-        PairSampler([1, 2], 0)
+        PromptSampler([1, 2], 0)
     with pytest.raises(ValueError, match="per rank"):
-        PairSampler([1, 2], 1, num_replicas=3)
+        PromptSampler([1, 2], 1, num_replicas=3)

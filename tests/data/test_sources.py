@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from lit_dpo.data.sources import load_pairs
+from lit_dpo.data.sources import load_rows
 from lit_dpo.errors import DataError
 
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -34,32 +34,32 @@ def write(path: Path) -> str:
 
 def fail(source, columns=COLUMNS) -> str:
     with pytest.raises(DataError) as error:
-        load_pairs(source, columns)
+        load_rows(source, columns)
     return str(error.value)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.parquet", "odd [1] *.jsonl"])
 def test_every_file_type_gives_the_same_text(tmp_path: Path, name: str) -> None:
-    (source,) = load_pairs(write(tmp_path / name), COLUMNS)
+    (source,) = load_rows(write(tmp_path / name), COLUMNS)
     assert source.rows.to_list() == ROWS
     assert source.name == str(tmp_path / name)
 
 
 def test_patterns_and_lists_give_one_source_per_file(tmp_path: Path) -> None:
     names = [write(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.csv")]
-    assert [source.name for source in load_pairs(str(tmp_path / "*.jsonl"), COLUMNS)] == names[:2]
-    assert [source.name for source in load_pairs(names[::-1], COLUMNS)] == names[::-1]
+    assert [source.name for source in load_rows(str(tmp_path / "*.jsonl"), COLUMNS)] == names[:2]
+    assert [source.name for source in load_rows(names[::-1], COLUMNS)] == names[::-1]
 
 
 def test_other_columns_are_left_out(jsonl) -> None:
     path = jsonl("a.jsonl", [{**row, "score": index} for index, row in enumerate(ROWS)])
-    assert load_pairs(path, COLUMNS)[0].rows.to_list() == ROWS
+    assert load_rows(path, COLUMNS)[0].rows.to_list() == ROWS
 
 
 def test_a_dataset_object_and_a_folder(tmp_path: Path) -> None:
-    assert load_pairs(Dataset.from_list(ROWS), COLUMNS)[0].rows.to_list() == ROWS
+    assert load_rows(Dataset.from_list(ROWS), COLUMNS)[0].rows.to_list() == ROWS
     write(tmp_path / "train.jsonl")
-    (source,) = load_pairs(f"{tmp_path}:train", COLUMNS)
+    (source,) = load_rows(f"{tmp_path}:train", COLUMNS)
     assert (source.name, source.rows.to_list()) == (f"{tmp_path}:train", ROWS)
     assert "Expected a split" not in source.name
 
@@ -126,4 +126,4 @@ def test_the_quickstart_is_train_and_val(tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("train", "val"):
         write(tmp_path / f"{name}.jsonl")
     for stage, name in (("train", "train"), ("val", "val"), ("test", "val"), ("predict", "val")):
-        assert load_pairs("lit-dpo/quickstart", COLUMNS, stage=stage)[0].name == str(tmp_path / f"{name}.jsonl")
+        assert load_rows("lit-dpo/quickstart", COLUMNS, stage=stage)[0].name == str(tmp_path / f"{name}.jsonl")

@@ -26,15 +26,14 @@ from torch.utils._pytree import tree_leaves
 
 import tiny
 from lit_dpo import AdapterReference, BaseReference, CachedReference, EMAReference, LoRAPolicy, ModelReference
-from lit_dpo.data.batch import PairBatch, collate_pairs
+from lit_dpo.data.batch import CompletionBatch, collate
 from lit_dpo.logps import attention
 from lit_dpo.logps.score import completion_logps
 from lit_dpo.module import DPOModule
 from lit_dpo.references.base import attached, keep_attached
-from lit_dpo.references.store import Stored
 
 CUDA = torch.device("cuda", 0)
-PAIRS = ((9, 14, 6), (3, 5, 11), (20, 1, 1))
+PAIRS = ((9, 14, 6), (3, 5, 11, 4), (20, 1, 1))
 PADDED = ("falcon", "bloom")
 EXPERTS = ("mixtral", "mixtral-router-logits", "afmoe")  # torch 2.11's fake `_grouped_mm` takes bfloat16 alone
 
@@ -72,20 +71,20 @@ class FakeCuda:
     def tensor(self, one: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         return self.on.from_tensor(one).to(CUDA, dtype if one.is_floating_point() else None)
 
-    def batch(self, real: PairBatch) -> PairBatch:
+    def batch(self, real: CompletionBatch) -> CompletionBatch:
         """Tokens and weights without numbers; lengths, which stay on the CPU, with theirs."""
         fakes = {name: self.on.from_tensor(getattr(real, name)) for name in ("input_ids", "position_ids")}
         columns = {name: self.on.from_tensor(column) for name, column in real.columns.items()}
         with self.on:
             return real._replace(**fakes, columns=columns).to(CUDA)
 
-    def scored(self, model: Any, batch: PairBatch) -> list[str]:
+    def scored(self, model: Any, batch: CompletionBatch) -> list[str]:
         """The types of the kernel's calls."""
         self.calls.clear()
         with self.on:
-            sides = completion_logps(model, batch)
-            _all_there(sides)
-        assert {one.dtype for one in tree_leaves(sides) if one is not None} == {torch.float32}
+            found = completion_logps(model, batch)
+            _all_there(found)
+        assert {one.dtype for one in tree_leaves(found) if one is not None} == {torch.float32}
         return [str(one) for one in self.calls]
 
 
@@ -96,7 +95,7 @@ def _all_there(found: Any) -> None:
 
 def walks(fake: FakeCuda, folder: Path) -> dict[str, Callable[[], Any]]:
     """By name: every architecture, references, rows, divergences, losses and metrics."""
-    real = collate_pairs(tiny.pairs(*PAIRS), columns={"weight": [1.0, 2.0, 3.0]})
+    real = collate(tiny.pairs(*PAIRS), columns={"weight": [1.0, 2.0, 3.0]})
     batch = fake.batch(real)
     policy = LoRAPolicy(str(folder / "model"), quantization="none", r=2)
     found: dict[str, Callable[[], Any]] = {
@@ -124,8 +123,7 @@ def walks(fake: FakeCuda, folder: Path) -> dict[str, Callable[[], Any]]:
     def stored() -> None:
         reference = CachedReference(directory=str(folder / "cache"))
         model = fake.model("llama", lambda one: reference.attach(one, policy))
-        lengths = zip(real.chosen_lengths.tolist(), real.rejected_lengths.tolist(), strict=True)
-        values = [Stored(*(np.zeros(1 + one, np.float32) for one in pair)) for pair in lengths]
+        values = [np.zeros(1 + length, np.float32) for length in real.completion_lengths.tolist()]
         # a pass would have to wait for its numbers
         attached(model, "cache")._store(model).put(
             {key.tobytes(): one for key, one in zip(real.keys.numpy(), values, strict=True)}
@@ -155,7 +153,7 @@ def walks(fake: FakeCuda, folder: Path) -> dict[str, Callable[[], Any]]:
 
     return found | {
         "rows": lambda: [fake.scored(fake.model("llama"), fake.batch(row)) for row in real.cut(30)],
-        "selected pairs": lambda: fake.scored(fake.model("llama"), fake.batch(real.select([2, 0]))),
+        "some completions": lambda: fake.scored(fake.model("llama"), fake.batch(real.of_completions([0, 3, 4]))),
         "base reference": lambda: under(BaseReference()),
         "adapter reference": lambda: under(AdapterReference(str(folder / "adapter"))),
         "moving reference": lambda: under(EMAReference()),

@@ -32,9 +32,9 @@ from lit_dpo import (
     LoRAPolicy,
     ModelReference,
 )
-from lit_dpo.data.formats import Triples
+from lit_dpo.data.formats import Rankings, Triples
 from lit_dpo.logps.attention import has_pair_attention
-from lit_dpo.losses import AOTLoss, BetaDPOLoss, MixtureLoss, ODPOLoss, SoftDPOLoss, TDPOLoss, WPOLoss
+from lit_dpo.losses import AOTLoss, BetaDPOLoss, MixtureLoss, ODPOLoss, PlackettLuceLoss, SoftDPOLoss, TDPOLoss, WPOLoss
 from lit_dpo.policy.base_model import BaseModel
 from losses.test_contract import LOSSES, SETTINGS, _random
 
@@ -81,7 +81,7 @@ def fit(folder: Path, stages: tuple[str, ...] = (), **given: Any) -> None:
     names = {"logger", "enable_progress_bar", "log_every_n_steps", "accumulate_grad_batches", "gradient_clip_val"}
     options = {name: given.pop(name) for name in (names | {"plugins", "max_epochs", "estimate"}) & given.keys()}
     policy = {"quantization": "none", **given.pop("policy", {})}
-    rows = given.pop("rows", {})
+    rows, name = given.pop("rows", {}), given.pop("file", "pairs.jsonl")
     torch.manual_seed(0)
     sizes = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 2}
     trainer = training.trainer(
@@ -92,7 +92,7 @@ def fit(folder: Path, stages: tuple[str, ...] = (), **given: Any) -> None:
     strategy.trainer = trainer
     made = {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3), "lr_scheduler": "linear", **given}
     module = DPOModule(LoRAPolicy(str(folder / "model"), **policy), **made)
-    file = str(folder / "pairs.jsonl")
+    file = str(folder / name)
     data = training.data(file, val=file, test=file, predict=file, **rows)
     trainer.fit(module, data)
     for stage in stages:
@@ -100,8 +100,14 @@ def fit(folder: Path, stages: tuple[str, ...] = (), **given: Any) -> None:
 
 
 def score(loss: Any) -> None:
-    """A loss by itself, on a record of pairs: values, gradients, rewards, parts, memory, metrics."""
-    pairs = tree_map(lambda one: one.to(DEVICE) if isinstance(one, torch.Tensor) else one, _random())
+    """A loss by itself, on the record of a batch: values, gradients, rewards, parts, memory, metrics."""
+
+    def moved(given: Any) -> Any:
+        return tree_map(lambda one: one.to(DEVICE) if isinstance(one, torch.Tensor) else one, given)
+
+    pairs = _random()
+    lists, columns = pairs.lists, moved(pairs.columns)  # counts and places stay on the CPU
+    lists = lists._replace(policy=moved(lists.policy), reference=moved(lists.reference))
     measured = pl.LightningModule()  # holds them, so that they move as the module's do
     measured.metrics = DPOModule(LoRAPolicy("any"), loss).train_metrics
     measured.to(DEVICE)
@@ -109,11 +115,10 @@ def score(loss: Any) -> None:
         state = state.to(DEVICE)
     LOG.begin("steps")
     for _ in range(2):
-        side = pairs.policy_chosen
-        side = side._replace(
-            total=side.total.clone().requires_grad_(), per_token=side.per_token.clone().requires_grad_()
+        policy = lists.policy._replace(
+            total=lists.policy.total.clone().requires_grad_(), per_token=lists.policy.per_token.clone().requires_grad_()
         )
-        seen = pairs._replace(policy_chosen=side, state=state)
+        seen = lists._replace(policy=policy).pairs(columns, state)
         if state is not None:
             state = loss.next_state(state, loss.sums(seen.detach()))
             seen = seen._replace(state=state)
@@ -152,6 +157,8 @@ def cases(folder: Path) -> dict[str, Callable[[], None]]:
         "moving": {"reference": EMAReference(every=1), "loss": BetaDPOLoss()},
         "stored": {"max_epochs": 2, "reference": CachedReference(directory=str(folder / "cache"))},
         "all columns": {"loss": mixed, "rows": {"format": Triples(**columns)}},
+        "rankings": {"loss": PlackettLuceLoss(), "rows": {"format": Rankings()}, "file": "ranked.jsonl"},
+        "rankings in parts": {"rows": {"format": Rankings()}, "file": "ranked.jsonl", "microbatch_tokens": 10},
         "scaled": {"plugins": [_Scaled("16-mixed", DEVICE.type)], "microbatch_tokens": 60},
     }
     made = {name: lambda given=given: fit(folder, **given) for name, given in found.items()}

@@ -7,13 +7,13 @@ import torch
 
 import tiny
 from lit_dpo import LoRAPolicy
-from lit_dpo.data.batch import collate_pairs
+from lit_dpo.data.batch import collate
 from lit_dpo.logps.probe import without_outliers
 from lit_dpo.logps.score import base_model, choose_layout, completion_logps
 
 pytestmark = pytest.mark.gpu
 # Beyond the kernel's blocks of 128, answers of one token, pairs that are nothing but short.
-PAIRS = tiny.pairs((150, 90, 40), (9, 14, 70), (1, 1, 3), (170, 1, 130))
+PAIRS = tiny.pairs((150, 90, 40), (9, 14, 70, 33), (1, 1, 3), (170, 1, 130))
 SIZES = {"hidden_size": 128, "intermediate_size": 128, "max_position_embeddings": 512}
 HEADS = {**SIZES, "head_dim": 32}
 SHAPES = {
@@ -61,9 +61,8 @@ def _scored(model, alone=False):
             parts = tiny.one_at_a_time(model, PAIRS)
             tokens, totals = torch.cat(parts), torch.stack([part.sum() for part in parts])
         else:
-            chosen, rejected = completion_logps(model, collate_pairs(PAIRS).to(model.device))
-            tokens = torch.cat([chosen.per_token, rejected.per_token])
-            totals = torch.cat([chosen.total, rejected.total])
+            found = completion_logps(model, collate(PAIRS).to(model.device))
+            tokens, totals = found.per_token, found.total
         tiny.weighted(totals).backward()
     return tokens.detach().cpu(), {name: one.cpu() for name, one in tiny.gradients(model).items()}
 

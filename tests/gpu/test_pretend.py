@@ -26,6 +26,8 @@ RUNS = (
     "moving",
     "stored",
     "all columns",
+    "rankings",
+    "rankings in parts",
     "scaled",
 )
 # What a training step waits for: one copy, with the check of its gradients and all that is logged.
@@ -62,6 +64,12 @@ def found(tmp_path_factory):
         for number in range(21)
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [" one", " two", " three", " four", " many"]
+    ranked = [
+        {"prompt": row["prompt"], "completions": words[: 2 + place % 4], "scores": [*range(2 + place % 4)]}
+        for place, row in enumerate(rows)
+    ]
+    (folder / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ranked))
     done = subprocess.run(
         [sys.executable, str(HERE / "pretend_runs.py"), str(folder)], capture_output=True, text=True, check=False
     )

@@ -13,7 +13,7 @@ import tiny
 from lit_dpo import BaseReference, CachedReference, EMAReference, LoRAPolicy, ModelReference
 from lit_dpo.cli import main
 from lit_dpo.logps.score import choose_layout, completion_logps
-from lit_dpo.memory import LiveBytes, estimate_step, stored_bytes
+from lit_dpo.memory import Lengths, LiveBytes, estimate_step, stored_bytes
 from lit_dpo.policy.adapters import adapter_parameters
 from training import Trace, adapter, data, module, trainer
 
@@ -168,12 +168,11 @@ def test_a_step_needs_the_memory_that_was_estimated(gpu, tmp_path, quantization,
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
     def step(given):
-        chosen, rejected = completion_logps(model, given)
-        (chosen.total - rejected.total).sum().backward()
+        tiny.weighted(completion_logps(model, given).total).backward()
 
     step(small)  # gradients, workspaces of libraries
     optimizer.step()  # what it keeps
-    estimate = estimate_step(model, [np.array(lengths)])
+    estimate = estimate_step(model, [Lengths.of([(prompt, rest) for prompt, *rest in lengths])])
     if large:
         torch.cuda.reset_peak_memory_stats()
         step(batch)

@@ -18,18 +18,21 @@ from lit_dpo.logps.attention import (
 )
 from lit_dpo.logps.layouts import Segment
 
-PAIRS = [Segment(0, 4, 3, 5), Segment(12, 1, 6, 1), Segment(20, 5, 1, 2)]
+PAIRS = [Segment(0, 4, (3, 5)), Segment(12, 1, (2, 4, 1)), Segment(20, 5, (1,)), Segment(26, 1, (1,))]
 TOKENS = 28
 LAYOUT = PairLayout(PAIRS, torch.device("cpu"))
 
 
 def _visible(window=None):
-    """`(T, T)`, by the definition: same pair, not in the other completion, not later, within the window."""
+    """`(T, T)`, by the definition: same prompt, not in another completion, not later, within the window."""
     pair, part, position = [], [], []
     for number, s in enumerate(PAIRS):
-        pair += [number] * (s.prompt + s.chosen + s.rejected)
-        part += [0] * s.prompt + [1] * s.chosen + [2] * s.rejected
-        position += [*range(s.prompt + s.chosen), *range(s.prompt, s.prompt + s.rejected)]
+        pair += [number] * (s.prompt + sum(s.completions))
+        part += [0] * s.prompt
+        position += range(s.prompt)
+        for place, length in enumerate(s.completions, 1):
+            part += [place] * length
+            position += range(s.prompt, s.prompt + length)
     pair, part, position = (torch.tensor(values) for values in (pair, part, position))
     distance = position[:, None] - position
     same = (pair[:, None] == pair) & ((part[:, None] == part) | (part == 0))
@@ -78,7 +81,7 @@ def test_in_the_last_layer_a_prompt_asks_with_its_last_token_alone(window, softc
     given = {"pair_layout": PairLayout(PAIRS, torch.device("cpu"), 1), "sliding_window": window, "softcap": softcap}
     read = torch.zeros(TOKENS, dtype=torch.bool)
     for s in PAIRS:
-        read[s.start + s.prompt - 1 : s.start + s.prompt + s.chosen + s.rejected] = True
+        read[s.start + s.prompt - 1 : s.start + s.prompt + sum(s.completions)] = True
     layer.layer_idx = 0
     whole, _ = pair_attention_forward(layer, *inputs, None, **given)
     layer.layer_idx = 1

@@ -9,26 +9,24 @@ import torch
 import transformers
 
 import tiny
-from lit_dpo.data.batch import EncodedPair, collate_pairs
+from lit_dpo.data.batch import EncodedPrompt, collate
 from lit_dpo.errors import PolicyError, UnsupportedAttentionError
 from lit_dpo.logps.attention import PAIR_ATTENTION, has_pair_attention, plain_attention
 from lit_dpo.logps.layouts import padded_rows, segments
 from lit_dpo.logps.score import choose_layout, completion_logps
 
-PAIRS = tiny.pairs()
+PAIRS = tiny.pairs((7, 5, 9), (3, 1, 4, 6), (1, 12, 2))
 
 
 def _assert_equals_one_at_a_time(model, reference, pairs, tolerance=1e-4):
     """Values per token and gradients of a weighted sum; `reference` is an untouched copy of `model`."""
-    chosen, rejected = completion_logps(model, collate_pairs(pairs))
+    found = completion_logps(model, collate(pairs))
     truth = tiny.one_at_a_time(reference, pairs)
-    torch.testing.assert_close(
-        torch.cat([chosen.per_token, rejected.per_token]), torch.cat(truth), rtol=0, atol=tolerance
-    )
-    totals, expected = torch.cat([chosen.total, rejected.total]), torch.stack([part.sum() for part in truth])
-    torch.testing.assert_close(totals, expected, rtol=1e-5, atol=tolerance)
-    assert torch.cat([chosen.length, rejected.length]).tolist() == [len(part) for part in truth]
-    tiny.weighted(totals).backward()
+    torch.testing.assert_close(found.per_token, torch.cat(truth), rtol=0, atol=tolerance)
+    expected = torch.stack([part.sum() for part in truth])
+    torch.testing.assert_close(found.total, expected, rtol=1e-5, atol=tolerance)
+    assert found.length.tolist() == [len(part) for part in truth]
+    tiny.weighted(found.total).backward()
     tiny.weighted(expected).backward()
     tiny.assert_same_gradients(tiny.gradients(reference), tiny.gradients(model), tolerance)
 
@@ -101,7 +99,7 @@ def test_a_batch_mate_that_would_change_the_rope_is_refused():
     choose_layout(model)
     _assert_equals_one_at_a_time(model, reference, tiny.pairs((3, 5, 7), (10, 14, 8)))
     with pytest.raises(PolicyError, match=r"up to 24 tokens but one has 40[\s\S]*max_length"):
-        completion_logps(model, collate_pairs(tiny.pairs((3, 5, 7), (10, 30, 8))))
+        completion_logps(model, collate(tiny.pairs((3, 5, 7), (10, 30, 8))))
 
 
 def test_deepseek_with_values_narrower_than_keys_is_exact_in_whichever_layout():
@@ -211,44 +209,49 @@ def model(request):
     return found
 
 
-def _by_pair(model, pairs):
-    chosen, rejected = completion_logps(model, collate_pairs(pairs))
-    return torch.stack([chosen.total, rejected.total], dim=1)
+def _totals(model, prompts):
+    return completion_logps(model, collate(prompts)).total
+
+
+def _by_prompt(model, prompts):
+    return _totals(model, prompts).split([len(one.completions) for one in prompts])
 
 
 def test_log_probs_do_not_depend_on_batch_mates(model):
-    alone = torch.cat([_by_pair(model, [pair]) for pair in PAIRS])
-    torch.testing.assert_close(_by_pair(model, PAIRS), alone, rtol=0, atol=1e-4)
+    alone = torch.cat([_totals(model, [prompt]) for prompt in PAIRS])
+    torch.testing.assert_close(_totals(model, PAIRS), alone, rtol=0, atol=1e-4)
 
 
-def test_log_probs_follow_the_order_of_pairs(model):
+def test_log_probs_follow_the_order_of_prompts(model):
     order = [2, 0, 1]
-    shuffled = _by_pair(model, [PAIRS[number] for number in order])
-    torch.testing.assert_close(shuffled, _by_pair(model, PAIRS)[order], rtol=0, atol=1e-4)
+    shuffled = _totals(model, [PAIRS[number] for number in order])
+    expected = torch.cat([_by_prompt(model, PAIRS)[number] for number in order])
+    torch.testing.assert_close(shuffled, expected, rtol=0, atol=1e-4)
 
 
-def test_swapping_chosen_and_rejected_swaps_their_log_probs(model):
-    swapped = _by_pair(model, [EncodedPair(p.prompt, p.rejected, p.chosen) for p in PAIRS])
-    torch.testing.assert_close(swapped, _by_pair(model, PAIRS).flip(1), rtol=0, atol=1e-4)
+def test_permuting_completions_permutes_their_log_probs(model):
+    permuted = _by_prompt(model, [EncodedPrompt(p.prompt, p.completions[::-1]) for p in PAIRS])
+    for found, expected in zip(permuted, _by_prompt(model, PAIRS), strict=True):
+        torch.testing.assert_close(found, expected.flip(0), rtol=0, atol=1e-4)
 
 
 def test_a_long_batch_mate_that_adds_padding_changes_nothing(model):
     long = tiny.pairs((9, 20, 25), seed=5)
-    together = _by_pair(model, PAIRS + long)[: len(PAIRS)]
-    torch.testing.assert_close(together, _by_pair(model, PAIRS), rtol=0, atol=1e-4)
+    together = _totals(model, PAIRS + long)[:-2]
+    torch.testing.assert_close(together, _totals(model, PAIRS), rtol=0, atol=1e-4)
 
 
 def test_equal_completions_have_equal_log_probs(model):
-    """The rejected part does not see the chosen part, and its positions start where the prompt ends."""
-    same = [EncodedPair(p.prompt, p.chosen, p.chosen) for p in PAIRS]
-    both = _by_pair(model, same)
-    torch.testing.assert_close(both[:, 0], both[:, 1], rtol=0, atol=1e-4)
+    """A completion does not see those before it, and its positions start where the prompt ends."""
+    same = [EncodedPrompt(p.prompt, [p.completions[0]] * 3) for p in PAIRS]
+    for one in _by_prompt(model, same):
+        torch.testing.assert_close(one, one[:1].expand(3), rtol=0, atol=1e-4)
 
 
 def test_the_token_ids_of_padding_do_not_matter():
     model = tiny.model("mistral-window").requires_grad_(False)
     choose_layout(model, "sdpa")
-    batch = collate_pairs(PAIRS)
+    batch = collate(PAIRS)
     rows = padded_rows(batch, segments(batch))
     mask = rows.inputs["attention_mask"].bool()
     assert not mask.all()
@@ -259,8 +262,8 @@ def test_the_token_ids_of_padding_do_not_matter():
 
 
 def test_the_tokens_a_layout_scores_are_the_completions_in_order():
-    batch = collate_pairs(PAIRS)
-    expected = [token for pair in PAIRS for token in pair.chosen] + [token for pair in PAIRS for token in pair.rejected]
+    batch = collate(PAIRS)
+    expected = [token for prompt in PAIRS for completion in prompt.completions for token in completion]
     assert padded_rows(batch, segments(batch)).targets.tolist() == expected
 
 
@@ -278,7 +281,7 @@ def test_a_row_much_longer_than_the_window_is_exact():
 def test_gradient_checkpointing_changes_no_number(name, monkeypatch):
     import torch.utils.checkpoint as checkpointing
 
-    batch, found = collate_pairs(PAIRS), []
+    batch, found = collate(PAIRS), []
     for on in (False, True):
         model = tiny.lora(tiny.model(name))
         choose_layout(model)
@@ -297,8 +300,7 @@ def test_gradient_checkpointing_changes_no_number(name, monkeypatch):
             from lit_dpo.policy.checks import enable_checkpointing
 
             enable_checkpointing(model.get_base_model())
-        chosen, rejected = completion_logps(model, batch)
-        totals = torch.cat([chosen.total, rejected.total])
+        totals = completion_logps(model, batch).total
         tiny.weighted(totals).backward()
         assert bool(calls) is on
         found.append((totals.detach(), tiny.gradients(model)))
@@ -318,9 +320,9 @@ def test_bfloat16_rows_agree_within_the_tolerance_of_the_dtype(name):
     for attention in ("auto", "eager"):
         model = tiny.model(name).requires_grad_(False).to(torch.bfloat16)
         layout = choose_layout(model, attention)
-        chosen, rejected = completion_logps(model, collate_pairs(PAIRS))
-        assert chosen.total.dtype == chosen.per_token.dtype == torch.float32
-        found[layout] = torch.cat([chosen.total, rejected.total])
+        scored = completion_logps(model, collate(PAIRS))
+        assert scored.total.dtype == scored.per_token.dtype == torch.float32
+        found[layout] = scored.total
     noise = float((found["padded"] - truth).abs().max())
     assert float((found["flat"] - truth).abs().max()) < 3 * noise + 0.05
     torch.testing.assert_close(found["flat"], found["padded"], rtol=0.05, atol=0.5)
@@ -362,9 +364,9 @@ def test_plain_attention_ends_with_the_pair_attention_even_after_an_error():
 def test_plain_attention_scores_padded_rows_equal_to_the_flat_row():
     model = tiny.model("gemma2").requires_grad_(False)
     choose_layout(model)
-    flat = _by_pair(model, PAIRS)
+    flat = _totals(model, PAIRS)
     with plain_attention(model):
-        torch.testing.assert_close(_by_pair(model, PAIRS), flat, rtol=0, atol=1e-4)
+        torch.testing.assert_close(_totals(model, PAIRS), flat, rtol=0, atol=1e-4)
 
 
 def test_calling_the_model_plainly_in_the_pair_attention_raises():

@@ -110,8 +110,7 @@ def test_no_tensor_has_tokens_times_vocabulary_elements_in_a_whole_step(name):
     choose_layout(model)
     batch = tiny.batch((5, 60, 50), (4, 40, 30), vocabulary=vocabulary)
     with _Largest() as seen:
-        chosen, rejected = completion_logps(model, batch)
-        (chosen.total - rejected.total).sum().backward()
+        tiny.weighted(completion_logps(model, batch).total).backward()
     assert seen.elements <= vocabulary * 32  # 16 rows of logits, or the transposed view of the head
 
 
@@ -120,7 +119,7 @@ def test_no_tensor_has_tokens_times_vocabulary_elements_in_a_whole_step(name):
 def test_no_tensor_has_tokens_times_vocabulary_elements_in_a_whole_step_of_dpo(targets):
     """Policy and reference, losses and gradients; 180 scored tokens in chunks of 16."""
     from lit_dpo import DPOLoss
-    from lit_dpo.logps import PairLogps
+    from lit_dpo.logps import CompletionLogps
     from lit_dpo.logps.score import choose_layout, completion_logps
     from lit_dpo.references.adapter import BaseReference
 
@@ -130,7 +129,7 @@ def test_no_tensor_has_tokens_times_vocabulary_elements_in_a_whole_step_of_dpo(t
     batch = tiny.batch((5, 60, 50), (4, 40, 30), vocabulary=vocabulary)
     with _Largest() as seen:
         reference = BaseReference().logps(model, batch)
-        DPOLoss()(PairLogps(*completion_logps(model, batch), *reference)).mean().backward()
+        DPOLoss()(CompletionLogps.of(batch, completion_logps(model, batch), reference).pairs()).mean().backward()
     assert seen.elements <= vocabulary * 32  # the embedding's weights
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import tiny
 from lit_dpo import DPOLoss, DPOModule, IPOLoss, LoRAPolicy
-from lit_dpo.data.batch import collate_pairs, microbatch_borders
+from lit_dpo.data.batch import collate, microbatch_borders
 from lit_dpo.errors import PolicyError
 from lit_dpo.logps.microbatch import GradientSum, join, why_whole
 from lit_dpo.logps.score import choose_layout
@@ -52,11 +52,13 @@ def in_microbatches(parts, score, parameters, scale=1.0):
 
 def test_a_cut_batch_is_its_pairs():
     pairs = tiny.pairs(*LENGTHS)
-    batch = collate_pairs(pairs, indices=[7, 3, 5, 1, 9], columns={"weight": [1.0, 2.0, 3.0, 4.0, 5.0]})
+    batch = collate(pairs, indices=[7, 3, 5, 1, 9], columns={"weight": [1.0, 2.0, 3.0, 4.0, 5.0]})
     rows = batch.cut(40)
     assert [row.size for row in rows] == [2, 1, 2]
-    for row, places in zip(rows, ([0, 1], [2], [3, 4]), strict=True):
-        torch.testing.assert_close(row._asdict(), batch.select(places)._asdict(), rtol=0, atol=0)
+    for row, numbers in zip(rows, ([0, 1], [2], [3, 4]), strict=True):
+        weight = [1.0 + number for number in numbers]
+        alone = collate([pairs[n] for n in numbers], [[7, 3, 5, 1, 9][n] for n in numbers], {"weight": weight})
+        torch.testing.assert_close(row._asdict(), alone._asdict(), rtol=0, atol=0)
     assert batch.cut(WHOLE)[0].input_ids.data_ptr() == batch.input_ids.data_ptr()  # nothing is copied
 
 
@@ -83,7 +85,7 @@ def test_losses_gradients_and_records_are_those_of_one_row(name, loss):
     """Everything that a loss may read, in both layouts, with weights, and with the gradient's scale of 16 bits."""
     dpo = _module(name)
     dpo.loss = loss
-    batch = collate_pairs(tiny.pairs(*LENGTHS), columns={"weight": [1.0, 2.0, 0.5, 1.0, 3.0]})
+    batch = collate(tiny.pairs(*LENGTHS), columns={"weight": [1.0, 2.0, 0.5, 1.0, 3.0]})
     trained = {name: p for name, p in dpo.model.named_parameters() if p.requires_grad}
     pairs = dpo.pair_logps(batch)
     expected = dpo.compute_loss(pairs)
@@ -221,7 +223,8 @@ def test_a_microbatchs_gradients_are_taken_at_the_scale_of_the_trainers_scaler(s
     run = trainer(tmp_path)
     run.precision_plugin.scaler = scale and torch.amp.GradScaler("cpu", init_scale=scale)
     module._trainer = run
-    total, losses, _ = module.accumulate(collate_pairs(tiny.pairs(*LENGTHS)).cut(40))
+    batch = tiny.batch(*LENGTHS)
+    total, losses, _ = module.accumulate(batch.cut(40))
     total.backward()
     torch.testing.assert_close(losses, torch.full((5,), 1e-8, dtype=torch.float64))
     torch.testing.assert_close(module.weight.grad, torch.tensor(0.0 if scale is None else 5e-8), rtol=1e-2, atol=0)
@@ -284,7 +287,7 @@ def test_two_passes_give_the_gradients_of_the_whole_batch(kind, tmp_path):
     for settings in [{}, *SETTINGS.get(kind, [])]:
         columns = {"weight": [1.0, 2.0, 0.5, 1.0, 3.0], "score_margin": [1.0, 2.0, 3.0, 0.5, 1.5]}
         columns["probability"] = [0.9, 0.6, 0.7, 0.8, 0.95]
-        batch = collate_pairs(tiny.pairs(*LENGTHS), columns=columns)
+        batch = collate(tiny.pairs(*LENGTHS), columns=columns)
         found = []
         for parts in ([batch], batch.cut(40)):
             torch.manual_seed(0)
@@ -295,7 +298,7 @@ def test_two_passes_give_the_gradients_of_the_whole_batch(kind, tmp_path):
                 losses = dpo.losses_of(record)
                 total = losses.sum()
             else:
-                total, losses, record = dpo._in_two_passes(parts, GradientSum(trained))
+                total, losses, record = dpo._in_two_passes(parts, batch, GradientSum(trained))
             total.backward()
             found.append((tiny.gradients(dpo.model), losses.detach(), record.margin.detach() if record[2] else None))
         torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=2e-5)
@@ -307,12 +310,13 @@ def test_the_second_pass_draws_the_masks_of_the_first(tmp_path):
     seen = []
     forward = dpo.forward
     dpo.forward = lambda batch: seen.append(forward(batch)) or seen[-1]
-    parts = collate_pairs(tiny.pairs(*LENGTHS)).cut(40)
+    batch = tiny.batch(*LENGTHS)
+    parts = batch.cut(40)
     start = torch.get_rng_state()
-    dpo._in_two_passes(parts, GradientSum([p for p in dpo.model.parameters() if p.requires_grad]))
+    dpo._in_two_passes(parts, batch, GradientSum([p for p in dpo.model.parameters() if p.requires_grad]))
     first, second = seen[: len(parts)], seen[len(parts) :]
     for one, other in zip(first, second, strict=True):
-        assert all(torch.equal(a.per_token, b.per_token) for a, b in zip(one, other, strict=True))
+        assert torch.equal(one.per_token, other.per_token)
     after = torch.get_rng_state()
     torch.set_rng_state(start)
     with torch.no_grad():

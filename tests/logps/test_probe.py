@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import tiny
-from lit_dpo.data.batch import collate_pairs
+from lit_dpo.data.batch import collate
 from lit_dpo.errors import PolicyError
 from lit_dpo.logps.layouts import segments
 from lit_dpo.logps.probe import probe_batch
@@ -31,7 +31,7 @@ def _said(model, *attention):
 
 def _tokens(model, pairs):
     with torch.no_grad():
-        return torch.cat([side.per_token for side in completion_logps(model, collate_pairs(pairs))])
+        return completion_logps(model, collate(pairs)).per_token
 
 
 # ---- windows and lengths ----
@@ -52,8 +52,8 @@ def _tokens(model, pairs):
 )
 def test_a_probe_is_longer_than_what_bounds_a_layer_where_that_is_short(name, changes, longest):
     first, second = segments(probe_batch(tiny.model(name, **changes)))
-    assert first.prompt + max(first.chosen, first.rejected) == longest
-    assert second.prompt + max(second.chosen, second.rejected) == 12
+    assert first.prompt + max(first.completions) == longest
+    assert second.prompt + max(second.completions) == 12
 
 
 @pytest.mark.parametrize("window", [20, 100, 250])
@@ -124,7 +124,7 @@ def test_the_last_length_at_which_positions_are_a_pairs_own_is_scored_and_the_ne
     with pytest.raises(
         PolicyError, match=rf"up to {limit} tokens but one has {limit + 1}.*data.max_length` to {limit}"
     ):
-        completion_logps(model, collate_pairs(short + beyond))
+        completion_logps(model, collate(short + beyond))
     assert limits(model).context == limit, "longer pairs are refused with file and row before weights load"
 
 

@@ -65,13 +65,13 @@ def test_scored_totals_are_the_sums_of_their_tokens_and_lengths():
 
     model = tiny.model().requires_grad_(False)
     choose_layout(model)
-    for side in completion_logps(model, tiny.batch()):
-        parts = side.per_token.split([int(length) for length in side.length])
-        assert len(parts) == len(side.total)
-        torch.testing.assert_close(torch.stack([part.sum() for part in parts]), side.total)
-        assert all(field.dtype == torch.float32 for field in side[:3])
-        assert side.collision is None
-        assert side.kl is None
+    found = completion_logps(model, tiny.batch())
+    parts = found.per_token.split([int(length) for length in found.length])
+    assert len(parts) == len(found.total)
+    torch.testing.assert_close(torch.stack([part.sum() for part in parts]), found.total)
+    assert all(field.dtype == torch.float32 for field in found[:3])
+    assert found.collision is None
+    assert found.kl is None
 
 
 def test_sums_are_taken_per_sequence_and_have_gradients():

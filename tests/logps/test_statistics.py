@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import tiny
-from lit_dpo.data.batch import collate_pairs
+from lit_dpo.data.batch import collate
 from lit_dpo.logps import head as heads
 from lit_dpo.logps.head import reference_kl
 from lit_dpo.logps.score import choose_layout, completion_logps
 from lit_dpo.references import BaseReference
 
-PAIRS = tiny.pairs()
-BATCH = collate_pairs(PAIRS)
+PAIRS = tiny.pairs((7, 5, 9), (3, 1, 4, 6), (1, 12, 2))
+BATCH = collate(PAIRS)
 
 
 @contextmanager
@@ -27,13 +27,13 @@ def _another(model):
 
 
 def _dense(model) -> list[torch.Tensor]:
-    """Log-probs over the vocabulary at each scored position, chosen first, one sequence at a time."""
+    """Log-probs over the vocabulary at each scored position, one completion at a time."""
     found = []
-    for side in ("chosen", "rejected"):
-        for pair in PAIRS:
-            ids = torch.tensor([[*pair.prompt, *getattr(pair, side)]])
+    for one in PAIRS:
+        for completion in one.completions:
+            ids = torch.tensor([[*one.prompt, *completion]])
             logits = model(input_ids=ids, use_cache=False).logits[0].double()
-            found.append(logits[len(pair.prompt) - 1 : -1].log_softmax(-1))
+            found.append(logits[len(one.prompt) - 1 : -1].log_softmax(-1))
     return found
 
 
@@ -51,8 +51,7 @@ def chunks(request, monkeypatch):
 
 def test_collision_is_the_log_of_the_sum_of_squared_probabilities(model):
     truth = torch.cat([(2 * rows).logsumexp(-1) for rows in _dense(tiny.model())])
-    chosen, rejected = completion_logps(model, BATCH, collision=True)
-    found = torch.cat([chosen.collision, rejected.collision])
+    found = completion_logps(model, BATCH, collision=True).collision
     torch.testing.assert_close(found, truth.float(), rtol=0, atol=1e-5)
     assert not found.requires_grad
 
@@ -63,8 +62,7 @@ def test_kl_is_that_of_the_whole_distributions_and_so_is_its_gradient(model):
     truth = torch.cat([(r.exp() * (r - p)).sum(-1) for p, r in zip(policy, reference, strict=True)])
     weights = torch.linspace(0.5, 1.5, len(truth), dtype=torch.float64)
     (truth * weights).sum().backward()
-    chosen, rejected, *_ = tiny.with_kl(model, BATCH, _another)
-    found = torch.cat([chosen.kl, rejected.kl])
+    found = tiny.with_kl(model, BATCH, _another)[0].kl
     torch.testing.assert_close(found, truth.detach().float(), rtol=1e-5, atol=1e-5)
     (found * weights.float()).sum().backward()
     tiny.assert_same_gradients(tiny.gradients(model), tiny.gradients(dense))
@@ -72,12 +70,12 @@ def test_kl_is_that_of_the_whole_distributions_and_so_is_its_gradient(model):
 
 def test_with_the_divergence_come_the_same_log_probs(model):
     with _another(model) as other:
-        expected = [*completion_logps(model, BATCH), *completion_logps(other, BATCH)]
+        expected = [completion_logps(model, BATCH), completion_logps(other, BATCH)]
     found = tiny.with_kl(model, BATCH, _another)
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine.total, theirs.total)
         assert torch.equal(mine.per_token, theirs.per_token)
-    assert not any(side.total.requires_grad for side in found[2:])
+    assert not found[1].total.requires_grad
 
 
 @pytest.mark.parametrize("layout", ["auto", "sdpa"])
@@ -86,16 +84,15 @@ def test_an_adapter_on_the_head_is_off_in_the_reference_s_distribution(layout):
     choose_layout(model, layout)
     policy, reference = _dense(tiny.lora(tiny.model(), seed=3, targets=["q_proj", "lm_head"])), _dense(tiny.model())
     truth = torch.cat([(r.exp() * (r - p)).sum(-1) for p, r in zip(policy, reference, strict=True)]).detach()
-    chosen, rejected, *_ = tiny.with_kl(model, BATCH, BaseReference().activated)
-    found = torch.cat([chosen.kl, rejected.kl])
+    found = tiny.with_kl(model, BATCH, BaseReference().activated)[0].kl
     torch.testing.assert_close(found, truth.float(), rtol=1e-4, atol=1e-5)
     found.sum().backward()
     assert float(model.base_model.model.lm_head.lora_B["default"].weight.grad.abs().max()) > 0
 
 
 def test_both_statistics_come_together(model):
-    alone, _ = completion_logps(model, BATCH, collision=True)
-    both, *_ = tiny.with_kl(model, BATCH, _another, collision=True)
+    alone = completion_logps(model, BATCH, collision=True)
+    both, _ = tiny.with_kl(model, BATCH, _another, collision=True)
     assert torch.equal(both.collision, alone.collision)
     assert both.kl is not None
 
@@ -114,5 +111,4 @@ def test_a_model_does_not_diverge_from_itself(model):
     def itself(given):
         yield given
 
-    chosen, rejected, *_ = tiny.with_kl(model, BATCH, itself)
-    assert torch.cat([chosen.kl, rejected.kl]).abs().max() < 1e-6
+    assert tiny.with_kl(model, BATCH, itself)[0].kl.abs().max() < 1e-6

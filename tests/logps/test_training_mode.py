@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tiny
-from lit_dpo.data.batch import collate_pairs
+from lit_dpo.data.batch import collate
 from lit_dpo.errors import PolicyError
 from lit_dpo.logps.score import choose_layout, completion_logps
 from lit_dpo.policy import LoRAPolicy
@@ -22,7 +22,7 @@ from lit_dpo.policy.settings import settings
 
 def _tokens(model, pairs):
     with torch.no_grad():
-        return torch.cat([side.per_token for side in completion_logps(model, collate_pairs(pairs))])
+        return completion_logps(model, collate(pairs)).per_token
 
 
 class _Noisy(nn.Module):

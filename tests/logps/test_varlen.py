@@ -11,27 +11,27 @@ from torch.nn.attention.varlen import varlen_attn
 
 import kernel
 import tiny
-from lit_dpo.data.batch import collate_pairs
+from lit_dpo.data.batch import collate
 from lit_dpo.logps import attention
 from lit_dpo.logps.score import choose_layout, completion_logps
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # float32, so that one token shows in any digit
 # Answers of one token, the longest in the middle, rejected longer and shorter than chosen, prompts beyond any window.
-PAIRS = tiny.pairs((9, 14, 6), (1, 1, 1), (20, 1, 11), (3, 5, 5))
+PAIRS = tiny.pairs((9, 14, 6), (1, 1, 1), (20, 1, 11, 4), (3, 5, 5))
 ARCHITECTURES = [name for name in tiny.FLAT if name != "gemma2"]  # whose soft-cap the kernel does not have
 WINDOWED = {"mistral-window": 2, "qwen2-window": 1, "gemma3": 2, "olmo3": 2, "afmoe": 2, "modernbert-decoder": 1}
 
 
 def _apart(model, reference):
     """How far values, nats per token, and gradients, of the largest, are from one sequence at a time."""
-    chosen, rejected = completion_logps(model, collate_pairs(PAIRS))
+    scored = completion_logps(model, collate(PAIRS))
     truth = tiny.one_at_a_time(reference, PAIRS)
-    tiny.weighted(torch.cat([chosen.total, rejected.total])).backward()
+    tiny.weighted(scored.total).backward()
     tiny.weighted(torch.stack([part.sum() for part in truth])).backward()
     found, expected = tiny.gradients(model), tiny.gradients(reference)
     assert expected.keys() == found.keys()
     largest = max(float(one.abs().max()) for one in expected.values())
-    values = float((torch.cat([chosen.per_token, rejected.per_token]) - torch.cat(truth)).detach().abs().max())
+    values = float((scored.per_token - torch.cat(truth)).detach().abs().max())
     return values, max(float((found[name] - expected[name]).abs().max()) for name in found) / largest
 
 
@@ -49,7 +49,8 @@ def test_the_kernel_is_told_what_one_sequence_at_a_time_is(name, release, monkey
     calls = kernel.emulate(monkeypatch, kernel.RELEASES[release], FLOATS)
     values, gradients = _apart(model, reference)
     without = WINDOWED.get(name, 0) if release == "2.10" else 0  # which has no windows
-    assert calls == [sum(map(sum, (map(len, pair) for pair in PAIRS)))] * (2 - without)
+    tokens = sum(len(one.prompt) + sum(map(len, one.completions)) for one in PAIRS)
+    assert calls == [tokens] * (2 - without)
     assert values < 1e-4
     assert gradients < 1e-4
 

@@ -17,6 +17,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
+import lists
 import lit_dpo.losses
 import tiny
 from lit_dpo.checkpoint import to_builtins
@@ -44,11 +45,13 @@ from lit_dpo.losses import (
     HumanlineLoss,
     IPOLoss,
     LDDPOLoss,
+    LiPOLoss,
     MixtureLoss,
     NCALoss,
     NormalizedDPOLoss,
     ODPOLoss,
     ORPOLoss,
+    PlackettLuceLoss,
     PreferenceLoss,
     RDPOLoss,
     RobustDPOLoss,
@@ -135,6 +138,13 @@ AT_ZERO = {
     DPOShiftLoss: lambda loss: (math.log(2), -loss.beta / 2),
     AlphaDPOLoss: lambda loss: _at_offset(loss.gamma - 2 * loss.beta, loss.beta),
     RPOLoss: lambda loss: _at_target(loss.distance, loss.reward_scale * SCORE_MARGIN, loss.beta),
+    PlackettLuceLoss: lambda loss: (math.log(2), -loss.beta / 2),
+    LiPOLoss: lambda loss: _scaled(
+        (2**0.75 - 2**0.25)
+        * (1 / math.log(2) - 1 / math.log(3) if loss.weighting == "paper" else 2 * (1 - 1 / math.log2(3))),
+        math.log(2),
+        -loss.beta / 2,
+    ),
     HumanlineLoss: lambda loss: AT_ZERO[type(loss.loss)](loss.loss),
     LDDPOLoss: lambda loss: AT_ZERO[type(loss.loss)](loss.loss),
     WPOLoss: lambda loss: _scaled(
@@ -177,13 +187,19 @@ SETTINGS = {
     AlphaPOLoss: [{"alpha": -0.5}],
     BCOLoss: [{"baseline": "zero"}],
     SLiCLoss: [{"nll_weight": 0.0}],
-    SFTLoss: [{"average_over": "token"}],
+    SFTLoss: [{"average_over": "token"}, {"of": "best"}, {"average_over": "token", "of": "best"}],
     ODPOLoss: [{"scale": "linear"}],
     TDPOLoss: [{"version": "tdpo1"}, {"kl_weight": 0.3}],
     CalDPOLoss: [{"beta": 0.5}],
     AlphaDPOLoss: [{"z_momentum": 0.0}],
     RPOLoss: [{"distance": "fwd_kl"}, {"distance": "sq", "reward_scale": 0.1}],
-    HumanlineLoss: [{"lower": -0.4, "upper": 0.3}, {"loss": LDDPOLoss(BCOLoss()), "upper": 0.3}],
+    PlackettLuceLoss: [{"top": 1}, {"top": 2}],
+    LiPOLoss: [{"weighting": "rax"}],
+    HumanlineLoss: [
+        {"lower": -0.4, "upper": 0.3},
+        {"loss": LDDPOLoss(BCOLoss()), "upper": 0.3},
+        {"loss": MixtureLoss((PlackettLuceLoss(), SFTLoss(of="best"))), "upper": 0.3},
+    ],
     LDDPOLoss: [{"reference": "plain"}, {"loss": SimPOLoss()}, {"loss": BCOLoss(), "surplus_weight": 0.0}],
     WPOLoss: [{"clamp": False}, {"alignment": "none"}, {"loss": LDDPOLoss(SimPOLoss())}],
     MixtureLoss: [
@@ -192,6 +208,8 @@ SETTINGS = {
         {"losses": (CPOLoss(), SLiCLoss()), "weights": (0.5, 2.0)},
         {"losses": (AlphaDPOLoss(), HumanlineLoss(BetaDPOLoss()))},
         {"losses": (TDPOLoss(), WPOLoss(ODPOLoss()), SoftDPOLoss())},
+        {"losses": (LiPOLoss(), PlackettLuceLoss(top=1))},
+        {"losses": (BCOLoss(), PlackettLuceLoss(), SFTLoss(of="best"))},
     ],
 }
 
@@ -213,10 +231,15 @@ def kind(request) -> type[PreferenceLoss]:
     return request.param
 
 
-@pytest.fixture(
-    params=[functools.partial(kind, **given) for kind in LOSSES for given in [{}, *SETTINGS.get(kind, [])]],
-    ids=lambda make: "-".join([make.func.__name__, *map(str, make.keywords.values())]),
-)
+EVERY = [functools.partial(kind, **given) for kind in LOSSES for given in [{}, *SETTINGS.get(kind, [])]]
+
+
+def named(make: functools.partial) -> str:
+    """Of a test of one of them."""
+    return "-".join([make.func.__name__, *map(str, make.keywords.values())])
+
+
+@pytest.fixture(params=EVERY, ids=named)
 def make(request):
     """Every loss, with its defaults and with each of its `SETTINGS`."""
     return request.param
@@ -346,6 +369,8 @@ def _changes(loss: PreferenceLoss, name: str) -> list[dict]:
             return [{"alignment": "none" if value == "sampled" else "sampled", "clamp": True}]
         case WPOLoss(alignment="none"), "clamp":
             return []
+        case PlackettLuceLoss(), "top":
+            return [{name: 3 if value == 1 else 1}]
         case MixtureLoss(), "losses":
             return [{"losses": (HingeLoss(), *value[1:])}]
         case MixtureLoss(), "weights":
@@ -464,10 +489,15 @@ def test_chosen_and_rejected_pull_with_the_same_force_where_only_the_margin_coun
 
 
 def test_every_argument_changes_the_value(make):
-    pairs, loss = _random(), make()
+    loss = make()
     for name in _arguments(loss):
+        # what is said of many completions shows where there are many
+        pairs = lists.random().pairs() if name in {"top", "of"} else _random()
         for change in _changes(loss, name):
             other = dataclasses.replace(loss, **change)
+            if other.per_prompt != loss.per_prompt:
+                assert _score(other, pairs).mean() != pytest.approx(_score(loss, pairs).mean().item())
+                continue
             assert not torch.allclose(_score(other, pairs), _score(loss, pairs)), f"{change} changes nothing"
 
 
@@ -516,6 +546,7 @@ def test_a_bad_beta_is_refused_by_name(kind, beta):
 
 # What is no value of an argument of this type: NaN, infinities, and what belongs to another type.
 WRONG = {
+    int: [math.nan, 1.0, 0, -1, True, "1", torch.tensor(1)],
     float: [math.nan, math.inf, -math.inf, True, "0.1", torch.tensor(0.1)],
     bool: [1, 0.0, "true", None],
     str: ["neither", True, 0, None],
@@ -525,7 +556,7 @@ WRONG = {
 def test_every_argument_refuses_what_is_not_its_type_and_names_itself(kind):
     hints = get_type_hints(kind)
     for name in _arguments(kind):
-        (of,) = {float, bool, str, PreferenceLoss} & {type(one) if isinstance(one, str) else one
+        (of,) = {int, float, bool, str, PreferenceLoss} & {type(one) if isinstance(one, str) else one
                                                       for one in _types(hints[name])}  # fmt: skip
         # an argument that only counts with another one is given with it
         given = next((one for one in SETTINGS.get(kind, []) if name in one), {})

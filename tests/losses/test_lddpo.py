@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from lit_dpo.logps import PairLogps, SequenceLogps
-from lit_dpo.losses import BCOLoss, DPOLoss, LDDPOLoss, SimPOLoss
+from lit_dpo.losses import (
+    BCOLoss,
+    DPOLoss,
+    LDDPOLoss,
+    LiPOLoss,
+    MixtureLoss,
+    PlackettLuceLoss,
+    SFTLoss,
+    SimPOLoss,
+    WPOLoss,
+)
 
 
 def _side(*sequences: list[float]) -> SequenceLogps:
@@ -91,3 +101,12 @@ def test_a_bad_alpha_is_refused_by_name(surplus_weight):
 def test_a_bad_reference_is_refused_by_name():
     with pytest.raises(ValueError, match="`reference`"):
         LDDPOLoss(reference="both")
+
+
+@pytest.mark.parametrize("over_lists", [PlackettLuceLoss(), LiPOLoss(), SFTLoss(of="best")], ids=str)
+def test_a_loss_over_lists_has_no_shared_length_nor_the_weight_of_a_pair(over_lists):
+    for inner in (over_lists, MixtureLoss([DPOLoss(), over_lists])):
+        with pytest.raises(ValueError, match="`loss` to score pairs, which share a length"):
+            LDDPOLoss(inner)
+        with pytest.raises(ValueError, match="`loss` to score each pair by itself"):
+            WPOLoss(inner)

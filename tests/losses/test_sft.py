@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+import lists
 import tiny
-from lit_dpo.losses import SFTLoss
+from lit_dpo.losses import DPOLoss, MixtureLoss, SFTLoss
 
 PAIRS = tiny.logps([-3.0, -20.0], [-5.0, -8.0], lengths=([4, 16], [2, 5]))
 
@@ -29,8 +30,48 @@ def test_slopes_by_hand(average_over, slopes):
 
 
 def test_it_has_no_beta_and_prints_none():
-    assert repr(SFTLoss()) == "SFTLoss(average_over='sequence')"
+    assert repr(SFTLoss()) == "SFTLoss(average_over='sequence', of='chosen')"
     assert (SFTLoss().couples_pairs, SFTLoss("token").couples_pairs) == (False, True)
+
+
+def test_the_best_completion_of_each_prompt_counts_once():
+    """A ranking of four chooses the first three times, the second twice, and the third once."""
+    record = lists.random((4, 2, 3), seed=3)
+    leaf = record.policy.per_token.clone().requires_grad_()
+    pairs = lists.with_tokens(record, leaf).pairs()
+    firsts, numbers = [0, 4, 6], [6, 1, 3]
+    best = []
+    for first, chosen in zip(firsts, record.comparisons[:, 0].split(numbers), strict=True):
+        best.append(first + int(chosen.mode().values))
+    total, length = record.policy.total[best], record.policy.length[best]
+    assert SFTLoss(of="best")(pairs).tolist() == pytest.approx((-total / length).tolist(), rel=1e-12)
+    losses = SFTLoss("token", of="best")(pairs)
+    assert losses.mean().item() == pytest.approx(float(-total.sum() / length.sum()), rel=1e-12)
+    (slopes,) = torch.autograd.grad(losses.sum(), leaf)
+    moved = [bool(part.any()) for part in slopes.split(record.lengths.tolist())]
+    assert [place for place, one in enumerate(moved) if one] == best
+    (slopes,) = torch.autograd.grad(SFTLoss()(lists.with_tokens(record, leaf).pairs()).sum(), leaf)
+    assert sum(bool(part.any()) for part in slopes.split(record.lengths.tolist())) == 3 + 1 + 2
+
+
+def test_a_mixture_hands_each_pair_what_is_of_its_prompt():
+    pairs = lists.random((4, 2, 3), seed=3).pairs()
+    parts = MixtureLoss([DPOLoss(), SFTLoss(of="best")]).parts(pairs)
+    of_prompts = SFTLoss(of="best")(pairs)
+    assert torch.equal(parts["sft"], of_prompts.repeat_interleave(torch.tensor([6, 1, 3])))
+    assert (SFTLoss(of="best").per_prompt, SFTLoss().per_prompt) == (True, False)
+
+
+def test_a_prompt_without_one_best_completion_is_refused():
+    record = lists.compared(lists.random((2, 4)), [(0, 1), (0, 1), (2, 3)], [1, 2])
+    with pytest.raises(ValueError, match=r"completions of prompt 1 of the batch .* which one is best, but"):
+        SFTLoss(of="best")(record.pairs())
+    assert SFTLoss()(record.pairs()).shape == (3,)
+
+
+def test_a_bad_choice_is_refused_by_name():
+    with pytest.raises(ValueError, match="`of`"):
+        SFTLoss(of="worst")
 
 
 def test_a_bad_average_is_refused_by_name():

@@ -4,7 +4,6 @@ import functools
 import math
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,7 +13,7 @@ from lit_dpo.callbacks import memory as callback
 from lit_dpo.logps import Field
 from lit_dpo.logps.score import choose_layout, completion_logps
 from lit_dpo.losses import AOTLoss, SFTLoss, TDPOLoss
-from lit_dpo.memory import LiveBytes, StepMemory, estimate_step, optimizer_bytes, stored_bytes
+from lit_dpo.memory import Lengths, LiveBytes, StepMemory, estimate_step, optimizer_bytes, stored_bytes
 from lit_dpo.references.base import keep_attached
 from training import data, module, trainer
 
@@ -22,8 +21,8 @@ LONG = {"max_position_embeddings": 512, "vocab_size": 1500}
 LENGTHS = ((70, 50, 90), (30, 80, 20), (9, 60, 66))
 
 
-def _lengths(*pairs):
-    return np.array(pairs)
+def _lengths(*prompts):
+    return Lengths.of([(prompt, completions) for prompt, *completions in prompts])
 
 
 def _measured(model, batch, with_kl=False):
@@ -32,11 +31,10 @@ def _measured(model, batch, with_kl=False):
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     with LiveBytes() as memory:
         if with_kl:
-            chosen, rejected, *_ = tiny.with_kl(model, batch, lambda policy: nullcontext(policy))
-            loss = sum(side.kl.sum() + side.total.sum() for side in (chosen, rejected))
+            found, _ = tiny.with_kl(model, batch, lambda policy: nullcontext(policy))
+            loss = found.kl.sum() + found.total.sum()
         else:
-            chosen, rejected = completion_logps(model, batch)
-            loss = (chosen.total - rejected.total).sum()
+            loss = tiny.weighted(completion_logps(model, batch).total)
         loss.backward()
     frozen, trained = stored_bytes(model)
     return frozen + 2 * trained + memory.peak
@@ -55,6 +53,19 @@ def test_the_estimate_is_what_a_larger_step_then_needs(name, checkpointing):
     # attention matrices of padded rows are not the largest of the backward at every length
     tolerance = 0.15 if name == "falcon" else 0.05
     assert estimate.total == pytest.approx(_measured(model, tiny.batch(*LENGTHS)), rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    "lengths", [((128, *[40] * 4),), ((205, *[41] * 7),), ((300, *[20] * 7), (12, 9, 30))], ids=str
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2-window"])
+def test_the_estimate_holds_for_many_completions(name, lengths):
+    """Each further completion keeps a copy of its prompt's keys and values: probes of three tell what it is."""
+    changes = {"n_positions": 512, "vocab_size": 1500} if name == "gpt2" else LONG
+    model = tiny.lora(tiny.model(name, **changes)).train()
+    choose_layout(model)
+    estimate = estimate_step(model, [_lengths(*lengths)], optimizer=functools.partial(torch.optim.SGD, lr=1.0))
+    assert estimate.total == pytest.approx(_measured(model, tiny.batch(*lengths)), rel=0.05)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "q_proj"]], ids=["frozen head", "head with an adapter"])
@@ -81,7 +92,8 @@ def test_rows_need_what_the_largest_needs_and_more_copies_of_gradients(tmp_path,
     for p in dpo.model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None  # of the batch before
     with LiveBytes() as memory:
-        dpo.accumulate(tiny.batch(*LENGTHS * 3).cut(1))[0].backward()
+        batch = tiny.batch(*LENGTHS * 3)
+        dpo.accumulate(batch.cut(1))[0].backward()
     sgd, rows = functools.partial(torch.optim.SGD, lr=1.0), [_lengths(pair) for pair in LENGTHS]
     estimate = estimate_step(dpo.model, rows, several=True, optimizer=sgd)
     frozen, kept = stored_bytes(dpo.model)

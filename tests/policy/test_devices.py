@@ -16,7 +16,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 import tiny
 from lit_dpo import LoRAPolicy
 from lit_dpo.cli import main
-from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.batch import CompletionBatch
 from lit_dpo.policy.devices import remark
 from training import data
 
@@ -168,7 +168,7 @@ def _noted():
     whole, columns = tiny.batch()._asdict(), {"weight": torch.ones(3), "difficulty": torch.ones(3)}
     del whole["columns"]
     noted = {name: one.as_subclass(_Noted) for name, one in whole.items()}
-    return PairBatch(**noted, columns={name: one.as_subclass(_Noted) for name, one in columns.items()})
+    return CompletionBatch(**noted, columns={name: one.as_subclass(_Noted) for name, one in columns.items()})
 
 
 def _fields(batch):
@@ -179,13 +179,13 @@ def _fields(batch):
 def test_a_loaders_pinning_reaches_every_tensor_of_a_batch():
     """`DataLoader`'s own function, which knows NamedTuples and skips dataclasses."""
     pinned = pin_memory(_noted())
-    assert type(pinned) is PairBatch
+    assert type(pinned) is CompletionBatch
     assert all(one.pinned for one in _fields(pinned).values())
 
 
 def test_lightning_moves_tokens_without_waiting_and_leaves_lengths():
     moved = move_data_to_device(_noted(), torch.device("meta"))
-    assert type(moved) is PairBatch
+    assert type(moved) is CompletionBatch
     for name, field in _fields(moved).items():
         there = name in ("input_ids", "position_ids", "weight", "difficulty")
         assert field.device.type == ("meta" if there else "cpu"), name

@@ -44,8 +44,8 @@ def _model(folder, quantization="none", **changes):
     )
 
 
-def _totals(sides):
-    return torch.cat([side.total for side in sides]).detach()
+def _totals(logps):
+    return logps.total.detach()
 
 
 def _fit(policy, pairs_file, root, *, ckpt_path=None, steps=2, **kwargs):

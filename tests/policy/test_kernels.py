@@ -50,9 +50,9 @@ def _model(name="llama", **changes):
 
 
 def _scored(model, batch=BATCH):
-    chosen, rejected = completion_logps(model, batch)
-    tiny.weighted(torch.cat([chosen.total, rejected.total])).backward()
-    return torch.cat([chosen.per_token, rejected.per_token]).detach(), tiny.gradients(model)
+    found = completion_logps(model, batch)
+    tiny.weighted(found.total).backward()
+    return found.per_token.detach(), tiny.gradients(model)
 
 
 def _said(model):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from lit_dpo import AdapterReference, BaseReference, hub
-from lit_dpo.data.batch import collate_pairs
+from lit_dpo.data.batch import collate
 from lit_dpo.errors import PolicyError
 from lit_dpo.logps.score import choose_layout, completion_logps
 from lit_dpo.policy import LoRAPolicy
@@ -100,9 +100,9 @@ def _assert_scores_as_peft_does(base, adapter):
         assert (on - off).abs().max() > 0.01
         model = LoRAPolicy(str(base), quantization="none", adapter_path=str(adapter)).load()
         choose_layout(model)
-        batch = collate_pairs(PAIRS)
-        found = torch.cat([side.per_token for side in completion_logps(model.eval(), batch)])
-        without = torch.cat([side.per_token for side in BaseReference().logps(model, batch)])
+        batch = collate(PAIRS)
+        found = completion_logps(model.eval(), batch).per_token
+        without = BaseReference().logps(model, batch).per_token
     torch.testing.assert_close(found, on, rtol=0, atol=1e-5)
     torch.testing.assert_close(without, off, rtol=0, atol=1e-5)
 

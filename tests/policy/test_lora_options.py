@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -16,7 +15,7 @@ from lit_dpo import AdapterReference, DPOModule, EMAReference, LoRAPolicy, Model
 from lit_dpo.errors import PolicyError
 from lit_dpo.logps.attention import plain_attention
 from lit_dpo.logps.score import choose_layout, completion_logps
-from lit_dpo.memory import StepEstimate, estimate_step, optimizer_bytes
+from lit_dpo.memory import Lengths, StepEstimate, estimate_step, optimizer_bytes
 from lit_dpo.plan.skeleton import skeleton
 from lit_dpo.policy.checks import keep_trainable
 from lit_dpo.references import BaseReference
@@ -50,8 +49,8 @@ def folder(tmp_path_factory):
     return lambda name: root / name if (root / name).is_dir() else tiny.directory(root / name, name)
 
 
-def _totals(sides):
-    return torch.cat([side.total for side in sides]).detach()
+def _totals(logps):
+    return logps.total.detach()
 
 
 def _policy(folder, case, quantization, **changes):
@@ -222,7 +221,7 @@ def test_an_option_of_a_fresh_adapter_is_refused_beside_a_trained_one(folder, pa
 @pytest.mark.parametrize("case", ["dora", "rank_pattern", "trainable_token_indices", "trainable_token_indices, tied"])
 def test_a_step_is_estimated_and_planned_with_it(case, folder):
     """By the same model without weights: what trains, and what a changed table costs, is counted."""
-    lengths = np.array([(20, 9, 12), (8, 15, 7)])
+    lengths = Lengths.of([(20, (9, 12)), (8, (15, 7))])
 
     def loaded(options):
         policy = LoRAPolicy(str(folder(OPTIONS[case][0])), quantization="none", r=4, **options)
@@ -232,8 +231,8 @@ def test_a_step_is_estimated_and_planned_with_it(case, folder):
 
     policy, model, estimated = loaded(OPTIONS[case][1])
     made = skeleton(policy, torch.float32)
-    with made.fake:
-        planned = StepEstimate(made.model, optimizer_bytes(torch.optim.AdamW, torch.device("cpu"))).of([lengths])
+    kept = optimizer_bytes(torch.optim.AdamW, torch.device("cpu"))
+    planned = StepEstimate(made.model, kept, context=lambda: made.fake).of([lengths])
     assert made.trained == model.get_nb_trainable_parameters()[0]
     assert planned.adapters == estimated.adapters
     assert planned.total == pytest.approx(estimated.total, rel=0.02, abs=40 * 1024)

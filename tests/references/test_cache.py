@@ -14,23 +14,24 @@ from transformers import AutoModelForCausalLM
 import lit_dpo.references.base as references
 import tiny
 from lit_dpo import AdapterReference, BaseReference, CachedReference, EMAReference, IPOLoss, ModelReference, NoReference
-from lit_dpo.data.batch import collate_pairs
+from lit_dpo.data.batch import EncodedPrompt, collate
 from lit_dpo.errors import PolicyError
 from lit_dpo.logps import Field
 from lit_dpo.logps.score import choose_layout, completion_logps
 from lit_dpo.policy import LoRAPolicy
 from training import Trace, adapter, data, module, trainer
 
-PAIRS = tiny.pairs()
+ALL = 42  # completions of the file's 21 pairs
+PAIRS = tiny.pairs((7, 5, 9), (3, 1, 4), (1, 12, 2, 6))
 
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """How many pairs references have run, in a list that grows."""
+    """Lengths of the completions that references have run, in a list that grows."""
     counted = []
 
     def counting(model, batch, **options):
-        counted.extend(batch.indices.tolist())
+        counted.extend(batch.completion_lengths.tolist())
         return completion_logps(model, batch, **options)
 
     monkeypatch.setattr(references, "completion_logps", counting)
@@ -55,9 +56,8 @@ def _attached(reference, policy):
 
 
 def _same(found, expected):
-    for mine, theirs in zip(found, expected, strict=True):
-        for field in ("total", "length", "per_token"):
-            assert torch.equal(getattr(mine, field), getattr(theirs, field)), field
+    for field in ("total", "length", "per_token"):
+        assert torch.equal(getattr(found, field), getattr(expected, field)), field
 
 
 # ---- the numbers ----
@@ -65,50 +65,72 @@ def _same(found, expected):
 
 def test_what_is_read_is_what_was_computed_to_the_bit(folder, tmp_path, forwards):
     reference = CachedReference(BaseReference(), str(tmp_path))
-    model, batch = _attached(reference, _policy(folder)), collate_pairs(PAIRS)
+    model, batch = _attached(reference, _policy(folder)), collate(PAIRS)
     expected = BaseReference().logps(model, batch)
     forwards.clear()
     _same(reference.logps(model, batch), expected)
-    assert forwards == [0, 1, 2]
+    lengths = batch.completion_lengths.tolist()
+    assert forwards == lengths
     tiny.randomize(model)
     for again in (model, _attached(reference, _policy(folder, r=4, alpha=1))):
         _same(reference.logps(again, batch), expected)
-    assert forwards == [0, 1, 2]
+    assert forwards == lengths
 
 
 def test_only_what_is_missing_is_computed(folder, tmp_path, forwards):
     reference = CachedReference(BaseReference(), str(tmp_path))
     model = _attached(reference, _policy(folder))
-    reference.logps(model, collate_pairs([PAIRS[1]], indices=[1]))
-    mixed = collate_pairs([PAIRS[2], PAIRS[1], PAIRS[0]], indices=[2, 1, 0])
+    (known, _), (first, second, third) = PAIRS[1].completions, PAIRS[2].completions
+    reference.logps(model, collate([EncodedPrompt(PAIRS[1].prompt, [known])._replace(comparisons=())]))
+    mixed = collate([PAIRS[2], PAIRS[1], PAIRS[0]])
     found = reference.logps(model, mixed)
-    assert forwards == [1, 2, 0]
-    for mine, theirs in zip(found, BaseReference().logps(model, mixed), strict=True):
-        torch.testing.assert_close(mine.total, theirs.total, rtol=0, atol=1e-4)
-        torch.testing.assert_close(mine.per_token, theirs.per_token, rtol=0, atol=1e-5)
+    assert forwards[1:] == [len(one) for one in (first, second, third, PAIRS[1].completions[1], *PAIRS[0].completions)]
+    expected = BaseReference().logps(model, mixed)
+    torch.testing.assert_close(found.total, expected.total, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.per_token, expected.per_token, rtol=0, atol=1e-5)
+
+
+def test_what_a_completion_is_compared_with_does_not_matter(folder, tmp_path, forwards):
+    """Pairs, then the same completions as a list, in another order: nothing is computed again."""
+    reference = CachedReference(BaseReference(), str(tmp_path))
+    model = _attached(reference, _policy(folder))
+    expected = reference.logps(model, collate(tiny.written_out(PAIRS)))
+    count = len(forwards)
+    listed = [EncodedPrompt(one.prompt, one.completions[::-1]) for one in PAIRS]
+    found = reference.logps(model, collate(listed))
+    assert len(forwards) == count
+    assert {float(one) for one in found.total} == {float(one) for one in expected.total}
+    moved = [
+        EncodedPrompt([*one.prompt, first[0]], [first[1:]], ())
+        for one in PAIRS
+        for first in one.completions
+        if len(first) > 1
+    ]
+    reference.logps(model, collate(moved))  # the same tokens, but the prompt ends elsewhere
+    assert len(forwards) == count + len(moved)
 
 
 def test_a_pair_in_a_batch_twice_is_right_twice(folder, tmp_path):
     reference = CachedReference(BaseReference(), str(tmp_path))
     model = _attached(reference, _policy(folder))
-    twice = collate_pairs([PAIRS[0], PAIRS[0]])
+    twice = collate([PAIRS[0], PAIRS[0]])
     for _ in range(2):
-        chosen, _ = reference.logps(model, twice)
-        torch.testing.assert_close(chosen.total[0], chosen.total[1], rtol=0, atol=1e-5)
+        first, second = reference.logps(model, twice).total.chunk(2)
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
 
 
 def test_sums_alone_can_be_stored_and_losses_that_read_tokens_then_refuse(folder, tmp_path):
     sums, whole = (CachedReference(BaseReference(), str(tmp_path), per_token=tokens) for tokens in (False, True))
-    model, batch = _attached(sums, _policy(folder)), collate_pairs(PAIRS)
+    model, batch = _attached(sums, _policy(folder)), collate(PAIRS)
     expected = BaseReference().logps(model, batch)
     for _ in range(2):
-        for mine, theirs in zip(sums.logps(model, batch), expected, strict=True):
-            assert torch.equal(mine.total, theirs.total)
-            assert mine.per_token is None
+        found = sums.logps(model, batch)
+        assert torch.equal(found.total, expected.total)
+        assert found.per_token is None
     bytes_of = {True: 0, False: 0}
     for file in tmp_path.glob("*/*.logps"):
         bytes_of[json.loads((file.parent / "reference.json").read_text())["per_token"]] += file.stat().st_size
-    assert bytes_of == {False: 3 * 8, True: 0}
+    assert bytes_of == {False: 7 * 4, True: 0}
     assert sums.provides == {Field.REFERENCE}
     assert whole.provides == {Field.REFERENCE, Field.REFERENCE_PER_TOKEN}
     assert "kl" not in module(folder, reference=sums).train_metrics
@@ -132,9 +154,9 @@ def test_the_first_epoch_fills_and_another_loss_beta_and_rate_then_run_no_refere
     policy, root = {"quantization": "nf4", "dropout": 0.1}, tmp_path / "run"
     cached = CachedReference(directory=str(tmp_path / "cache"))
     plain, weights, passes = _fit(tiny_model, pairs_file, root, forwards, policy=policy)
-    assert passes > 4 * 21, "two epochs and their validations, the check before validation aside"
+    assert passes > 4 * ALL, "two epochs and their validations, the check before validation aside"
     first, found, passes = _fit(tiny_model, pairs_file, root, forwards, policy=policy, reference=cached)
-    assert passes == 21, "every pair once"
+    assert passes == ALL, "every completion once"
     assert first == pytest.approx(plain, abs=1e-6)
     assert all(torch.allclose(found[name], p, atol=1e-5) for name, p in weights.items())
     for change in (
@@ -160,19 +182,19 @@ def test_what_changes_the_numbers_runs_all_of_them(tiny_model, pairs_file, tmp_p
         given = {"reference": cached, "policy": policy, "epochs": 1, **options}
         return _fit(model, pairs_file, tmp_path / "run", forwards, **given)[2]
 
-    assert passes() == 21
+    assert passes() == ALL
     assert passes(moved) == 0, "the same content elsewhere"
-    assert passes(policy={"quantization": "nf4"}) == 21
-    assert passes(policy={"quantization": "nf4", "double_quantization": False}) == 21
-    assert passes(policy={"quantization": "int8"}) == 21
-    assert passes(policy={"dtype": "bfloat16"}) == 21
+    assert passes(policy={"quantization": "nf4"}) == ALL
+    assert passes(policy={"quantization": "nf4", "double_quantization": False}) == ALL
+    assert passes(policy={"quantization": "int8"}) == ALL
+    assert passes(policy={"dtype": "bfloat16"}) == ALL
     changed = passes(max_length=25, truncation="truncate_completion")
-    assert 0 < changed <= 21, "those that are cut"
+    assert 0 < changed <= ALL, "those that are cut"
     weights = moved / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1000] ^= 0x01  # one bit of one weight
     weights.write_bytes(content)
-    assert passes(moved) == 21
+    assert passes(moved) == ALL
     assert passes() == 0
     assert len(list((tmp_path / "cache").iterdir())) == 6
 
@@ -186,58 +208,58 @@ def test_a_changed_chat_template_runs_all_of_them(quickstart, tmp_path, forwards
     for template in changed.glob("chat_template.jinja"):
         template.write_text(template.read_text().replace("'<|'", "' <|'"))
     cached, model = CachedReference(directory=str(tmp_path / "cache")), quickstart / "model"
-    assert _fit(model, file, tmp_path / "run", forwards, reference=cached)[2] == 9
-    assert _fit(changed, file, tmp_path / "run", forwards, reference=cached)[2] == 9
+    assert _fit(model, file, tmp_path / "run", forwards, reference=cached)[2] == 18
+    assert _fit(changed, file, tmp_path / "run", forwards, reference=cached)[2] == 18
     assert _fit(model, file, tmp_path / "run", forwards, reference=cached)[2] == 0
 
 
 def test_another_adapter_as_the_reference_runs_all_of_them(folder, tmp_path, forwards):
-    batch, totals = collate_pairs(PAIRS), []
+    batch, totals = collate(PAIRS), []
     for seed in (1, 2):
         tiny.lora(AutoModelForCausalLM.from_pretrained(folder), seed=seed).save_pretrained(tmp_path / f"{seed}")
         policy = LoRAPolicy(str(folder), quantization="none", adapter_path=str(tmp_path / f"{seed}"))
         for reference in (CachedReference(directory=str(tmp_path)), CachedReference(AdapterReference(), str(tmp_path))):
-            totals.append(reference.logps(_attached(reference, policy), batch)[0].total)
-    assert forwards == [0, 1, 2, 0, 1, 2]
+            totals.append(reference.logps(_attached(reference, policy), batch).total)
+    assert forwards == 2 * batch.completion_lengths.tolist()
     assert torch.equal(totals[0], totals[1])
     assert torch.equal(totals[2], totals[3])
     assert not torch.equal(totals[0], totals[2])
     bare = CachedReference(BaseReference(), str(tmp_path))
     bare.logps(_attached(bare, _policy(folder)), batch)
-    assert len(forwards) == 9
+    assert len(forwards) == 3 * 7
 
 
 def test_another_model_can_be_remembered_too(folder, tmp_path, forwards):
     """Its own quantisation, dtype and adapter are what it is known by."""
     other = tiny.directory(tmp_path / "other", "qwen3", seed=5)
-    batch = collate_pairs(PAIRS)
+    batch = collate(PAIRS)
     for seed in (1, 2):
         tiny.lora(AutoModelForCausalLM.from_pretrained(other), seed=seed).save_pretrained(tmp_path / f"{seed}")
     for given, passes in (
-        ({"quantization": "none"}, 3),
-        ({"quantization": "none"}, 3),
-        ({"quantization": "nf4"}, 6),
-        ({"quantization": "none", "dtype": "bfloat16"}, 9),
-        ({"quantization": "none", "adapter_path": str(tmp_path / "1")}, 12),
-        ({"quantization": "none", "adapter_path": str(tmp_path / "2")}, 15),
-        ({"quantization": "none", "adapter_path": str(tmp_path / "1")}, 15),
+        ({"quantization": "none"}, 1),
+        ({"quantization": "none"}, 1),
+        ({"quantization": "nf4"}, 2),
+        ({"quantization": "none", "dtype": "bfloat16"}, 3),
+        ({"quantization": "none", "adapter_path": str(tmp_path / "1")}, 4),
+        ({"quantization": "none", "adapter_path": str(tmp_path / "2")}, 5),
+        ({"quantization": "none", "adapter_path": str(tmp_path / "1")}, 5),
     ):
         inner = ModelReference(str(other), **given)
         reference = CachedReference(inner, str(tmp_path / "cache"))
         model = _attached(reference, _policy(folder))
         _same(reference.logps(model, batch), reference.logps(model, batch))
-        assert len(forwards) == passes
+        assert len(forwards) == 7 * passes
 
 
 def test_autocast_is_not_float32(folder, tmp_path, forwards):
     reference = CachedReference(BaseReference(), str(tmp_path))
-    model, batch = _attached(reference, _policy(folder)), collate_pairs(PAIRS)
-    plain = reference.logps(model, batch)[0].total
+    model, batch = _attached(reference, _policy(folder)), collate(PAIRS)
+    plain = reference.logps(model, batch).total
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = reference.logps(model, batch)[0].total
-    assert len(forwards) == 6
+        rounded = reference.logps(model, batch).total
+    assert len(forwards) == 14
     assert not torch.equal(plain, rounded)
-    assert torch.equal(reference.logps(model, batch)[0].total, plain)
+    assert torch.equal(reference.logps(model, batch).total, plain)
 
 
 def test_damage_is_noticed_and_mended_while_training(tiny_model, pairs_file, tmp_path, forwards):
@@ -270,7 +292,7 @@ def test_it_works_with_a_stream(tiny_model, tmp_path, forwards):
         run = trainer(tmp_path, callbacks=[trace], max_epochs=2)
         run.fit(dpo, DataLoader(Stream(), batch_size=None))
         losses.append(trace.losses)
-        assert len(forwards) == 12
+        assert len(forwards) == 24
     assert losses[0] == losses[1]
 
 
@@ -311,17 +333,17 @@ def test_it_starts_where_what_it_remembers_starts():
 
 def test_a_policy_with_a_cache_can_be_copied(folder, tmp_path, forwards):
     reference = CachedReference(BaseReference(), str(tmp_path))
-    model, batch = _attached(reference, _policy(folder)), collate_pairs(PAIRS)
+    model, batch = _attached(reference, _policy(folder)), collate(PAIRS)
     expected = reference.logps(model, batch)
     _same(reference.logps(copy.deepcopy(model), batch), expected)
-    assert len(forwards) == 3
+    assert len(forwards) == 7
 
 
 def test_under_autocast_too_every_pair_runs_once(tiny_model, pairs_file, tmp_path, forwards):
     """The check before the first step is made in the precision of training."""
     dpo = module(tiny_model, reference=CachedReference(directory=str(tmp_path / "cache")))
     trainer(tmp_path, precision="bf16-mixed").fit(dpo, data(pairs_file))
-    assert len(forwards) == 21
+    assert len(forwards) == ALL
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -378,4 +400,4 @@ def test_a_full_disk_is_said(folder, tmp_path, monkeypatch):
     model = _attached(reference, _policy(folder))
     monkeypatch.setattr(LogpStore, "put", full)
     with pytest.raises(TrainingError, match=r"No space left on device. Make room"):
-        reference.logps(model, collate_pairs(PAIRS))
+        reference.logps(model, collate(PAIRS))

@@ -26,8 +26,8 @@ def folder(tmp_path_factory):
     return tiny.directory(tmp_path_factory.mktemp("model") / "base")
 
 
-def _totals(sides):
-    return torch.cat([side.total for side in sides]).detach()
+def _totals(logps):
+    return logps.total.detach()
 
 
 @pytest.mark.parametrize(("alpha", "every"), [(0.6, 1), (0.3, 2), (1.0, 3)])

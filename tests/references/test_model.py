@@ -28,8 +28,8 @@ def folders(tmp_path_factory):
     return tiny.directory(root / "mine"), tiny.directory(root / "other", "qwen3", seed=5)
 
 
-def _totals(sides):
-    return torch.cat([side.total for side in sides]).detach()
+def _totals(logps):
+    return logps.total.detach()
 
 
 def _attached(reference, folder, **options):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from lit_dpo.errors import PolicyError, ResumeError
-from lit_dpo.logps import PairLogps
+from lit_dpo.logps import CompletionLogps
 from lit_dpo.logps.score import choose_layout, completion_logps
 from lit_dpo.losses import DPOLoss
 from lit_dpo.policy import LoRAPolicy
@@ -46,8 +46,8 @@ def _attached(reference, policy):
     return model
 
 
-def _totals(sides):
-    return torch.cat([side.total for side in sides])
+def _totals(logps):
+    return logps.total
 
 
 def _requires_grad(model):
@@ -123,8 +123,9 @@ def test_training_steps_do_not_move_a_reference(case):
     before = _totals(reference.logps(model, BATCH))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
-        sides = reference.logps(model, BATCH)
-        DPOLoss()(PairLogps(*completion_logps(model, BATCH), *sides)).mean().backward()
+        logps = reference.logps(model, BATCH)
+        pairs = CompletionLogps.of(BATCH, completion_logps(model, BATCH), logps).pairs()
+        DPOLoss()(pairs).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     assert torch.equal(_totals(reference.logps(model, BATCH)), before)
@@ -183,7 +184,9 @@ def test_a_reference_pass_between_forward_and_backward_changes_no_gradient(case)
 
 def test_reference_log_probs_have_no_graph(case):
     reference, model = case
-    assert not any(side.total.requires_grad or side.per_token.requires_grad for side in reference.logps(model, BATCH))
+    logps = reference.logps(model, BATCH)
+    assert not logps.total.requires_grad
+    assert not logps.per_token.requires_grad
 
 
 def test_an_error_in_a_reference_pass_leaves_the_policys_adapter_on(case, monkeypatch):
@@ -284,10 +287,9 @@ def test_resuming_stops_if_the_reference_is_another_and_not_if_it_moved(tiny_mod
 
 def test_no_reference_gives_nothing_and_losses_that_need_one_say_so(folder):
     model = _attached(NoReference(), _policy(folder))
-    sides = NoReference().logps(model, BATCH)
-    assert sides == (None, None)
+    assert NoReference().logps(model, BATCH) is None
     with pytest.raises(ValueError, match="NoReference"):
-        DPOLoss()(PairLogps(*completion_logps(model, BATCH), *sides))
+        DPOLoss()(CompletionLogps.of(BATCH, completion_logps(model, BATCH), None).pairs())
 
 
 def test_adapter_reference_without_any_adapter_is_a_policy_error(folder):

@@ -10,16 +10,16 @@ import sys
 import numpy as np
 import pytest
 
-from lit_dpo.references.store import _ENTRY, LogpStore, Stored
+from lit_dpo.references.store import _ENTRY, LogpStore
 
 
 def _key(number: int) -> bytes:
     return number.to_bytes(4, "big") * 4
 
 
-def _values(number: int) -> Stored:
+def _values(number: int) -> np.ndarray:
     random = np.random.Generator(np.random.PCG64(number))
-    return Stored(*(random.standard_normal(1 + number % part).astype(np.float32) for part in (3, 5)))
+    return random.standard_normal(2 + number % 5).astype(np.float32)
 
 
 def _fill(store: LogpStore, numbers) -> None:
@@ -30,8 +30,7 @@ def _has(store: LogpStore, number: int) -> bool:
     found = store.get(_key(number))
     if found is None:
         return False
-    for mine, expected in zip(found, _values(number), strict=True):
-        np.testing.assert_array_equal(mine, expected)
+    np.testing.assert_array_equal(found, _values(number))
     return True
 
 
@@ -78,7 +77,7 @@ def test_keys_that_begin_alike_are_told_apart(tmp_path):
     store.put({key: _values(number) for number, key in enumerate(keys)})
     for reader in (store, LogpStore(tmp_path)):
         for number, key in enumerate(keys):
-            np.testing.assert_array_equal(reader.get(key).chosen, _values(number).chosen)
+            np.testing.assert_array_equal(reader.get(key), _values(number))
         assert reader.get(b"\0" * 16 if keys[0] != b"\0" * 16 else b"\0" * 8 + b"\xff" * 8) is None
 
 
@@ -142,8 +141,8 @@ def test_a_process_that_is_killed_leaves_what_it_has_put(tmp_path):
     assert _has(LogpStore(tmp_path), 10**7)
 
 
-def test_an_entry_is_forty_bytes():
-    assert _ENTRY.itemsize == 40
+def test_an_entry_is_thirty_six_bytes():
+    assert _ENTRY.itemsize == 36
 
 
 def test_what_is_put_again_replaces_what_was_there(tmp_path):
@@ -152,7 +151,7 @@ def test_what_is_put_again_replaces_what_was_there(tmp_path):
         store.put({_key(0): _values(number)})
         store.refresh()
     for reader in (store, LogpStore(tmp_path)):
-        np.testing.assert_array_equal(reader.get(_key(0)).rejected, _values(2).rejected)
+        np.testing.assert_array_equal(reader.get(_key(0)), _values(2))
 
 
 def test_something_else_in_the_folder_is_left_alone(tmp_path):

@@ -19,7 +19,8 @@ from lit_dpo.policy.adapters import is_adapters
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from lit_dpo.data.batch import PairBatch
+    from lit_dpo.data.batch import CompletionBatch
+    from lit_dpo.logps.records import PairLogps
     from lit_dpo.module import DPOModule
 
 
@@ -84,7 +85,9 @@ class TrainingHealth(pl.Callback):
         _check_zero_grad(trainer, pl_module, next(iter(trainable.values())))
 
     @torch.no_grad()
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: DPOModule, batch: PairBatch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: DPOModule, batch: CompletionBatch, batch_idx: int
+    ) -> None:
         """Compare policy and reference before a fresh policy's first step."""
         if not pl_module.fresh or not pl_module.reference.starts_at_policy:
             return
@@ -95,9 +98,7 @@ class TrainingHealth(pl.Callback):
         furthest = torch.cat([pairs.chosen_logratio / pairs.policy_chosen.length,
                               pairs.rejected_logratio / pairs.policy_rejected.length]).abs().max()  # fmt: skip
         loss = pl_module.losses_of(pairs).mean()
-        at_zero = pl_module.losses_of(
-            pairs._replace(reference_chosen=pairs.policy_chosen, reference_rejected=pairs.policy_rejected)
-        ).mean()
+        at_zero = pl_module.losses_of(_at_the_policy(pairs)).mean()
         furthest, loss, at_zero = on_host({"furthest": furthest, "loss": loss, "at zero": at_zero}).values()
         # 16 bits may round the two passes differently; adapters that do nothing yet still round their input
         exact = pl_module.model.get_base_model().dtype == torch.float32 and "32" in str(trainer.precision)
@@ -130,7 +131,7 @@ class TrainingHealth(pl.Callback):
             self._steps += 1
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: DPOModule, outputs: object, batch: PairBatch, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: DPOModule, outputs: object, batch: CompletionBatch, batch_idx: int
     ) -> None:
         """There was a first step; after the first one that counts, every `lora_B` has moved."""
         self._check_first_step(trainer, pl_module, batch, batch_idx)
@@ -184,7 +185,9 @@ class TrainingHealth(pl.Callback):
         remeasure(pl_module.train_metrics, there.measured)
         pl_module.unlogged, pl_module.fetched = bool(there.measured), None
 
-    def _check_first_step(self, trainer: pl.Trainer, pl_module: DPOModule, batch: PairBatch, batch_idx: int) -> None:
+    def _check_first_step(
+        self, trainer: pl.Trainer, pl_module: DPOModule, batch: CompletionBatch, batch_idx: int
+    ) -> None:
         """See that no hook returns nothing where it must return something, and leaves it undone without a word."""
         if self._start is None:
             return
@@ -219,6 +222,14 @@ def _stepped(trainer: pl.Trainer) -> list[Any]:
     """Schedulers that move after every optimizer step."""
     return [one for one in trainer.lr_scheduler_configs if (one.interval, one.frequency) == ("step", 1)
             and not one.reduce_on_plateau]  # fmt: skip
+
+
+def _at_the_policy(pairs: PairLogps) -> PairLogps:
+    """As if the reference were the policy."""
+    lists = pairs.completions and pairs.completions._replace(reference=pairs.completions.policy)
+    return pairs._replace(
+        reference_chosen=pairs.policy_chosen, reference_rejected=pairs.policy_rejected, completions=lists
+    )
 
 
 def _check_zero_grad(trainer: pl.Trainer, pl_module: DPOModule, parameter: Tensor) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_dpo.callbacks.export import run_directory
 
 if TYPE_CHECKING:
-    from lit_dpo.data.batch import PairBatch
+    from lit_dpo.data.batch import CompletionBatch
     from lit_dpo.module import DPOModule
 
 
@@ -41,7 +41,7 @@ class LastCheckpoint(pl.Callback):
         self._step, self._saved = trainer.global_step, time.monotonic()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: DPOModule, outputs: object, batch: PairBatch, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: DPOModule, outputs: object, batch: CompletionBatch, batch_idx: int
     ) -> None:
         """Write it if it is time."""
         if trainer.global_step == self._step:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.callbacks.alone import alone
 from lit_dpo.logps.fields import Field
-from lit_dpo.memory import StepMemory, estimate_step
+from lit_dpo.memory import Lengths, StepMemory, estimate_step
 
 if TYPE_CHECKING:
     from lit_dpo.module import DPOModule
@@ -31,10 +31,12 @@ class MemoryEstimate(pl.Callback):
         if largest is None or not trainer.is_global_zero:
             return
         with alone("The estimate of a step's memory"):
-            parts, several = largest(math.inf if pl_module.why_whole else pl_module.microbatch_limit)
+            whole = pl_module.why_whole is not None
+            limits = (math.inf, math.inf) if whole else (pl_module.microbatch_limit, pl_module.prompt_limit)
+            parts, several = largest(*limits)
             step = estimate_step(
                 pl_module.model,
-                parts,
+                [Lengths.of(part) for part in parts],
                 several=several,
                 optimizer=pl_module.optimizer,
                 with_kl=Field.KL in pl_module.loss.requires,

@@ -13,7 +13,7 @@ from lit_dpo.callbacks.health import say_it_is_the_same
 from lit_dpo.writing import written_whole
 
 if TYPE_CHECKING:
-    from lit_dpo.data.batch import PairBatch
+    from lit_dpo.data.batch import CompletionBatch
     from lit_dpo.module import DPOModule
 
 
@@ -40,7 +40,7 @@ class PredictionWriter(pl.Callback):
         trainer: pl.Trainer,
         pl_module: DPOModule,
         outputs: object,
-        batch: PairBatch,
+        batch: CompletionBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:

@@ -34,7 +34,7 @@ from lit_dpo.errors import ResumeError
 from lit_dpo.requirements import check_run
 
 if TYPE_CHECKING:
-    from lit_dpo.data.batch import PairBatch
+    from lit_dpo.data.batch import CompletionBatch
     from lit_dpo.module import DPOModule
 
 
@@ -150,7 +150,9 @@ class ExactResume(pl.Callback):
         stands["between"] = stands["batches"] == 0  # two epochs: the next one may have other batches
         rewind(checkpoint["loops"], stands["epoch"], stands["batches"], run["of"], validated=run["validated"])
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: DPOModule, batch: PairBatch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: DPOModule, batch: CompletionBatch, batch_idx: int
+    ) -> None:
         """Continue as late as possible, so that nothing comes between."""
         # `ModelCheckpoint` comes after all other callbacks: what it linked is there by the next batch
         _link_folders(trainer)

@@ -16,7 +16,7 @@ from lit_dpo.checkpoint import configuration, flatten, remeasure, standing
 from lit_dpo.metrics.preference import on_host
 
 if TYPE_CHECKING:
-    from lit_dpo.data.batch import PairBatch
+    from lit_dpo.data.batch import CompletionBatch
     from lit_dpo.module import DPOModule
 
 
@@ -44,7 +44,9 @@ class OptimizerSteps(pl.Callback):
         """Count from here; a checkpoint's steps are known by now."""
         self._first = self._last = trainer.global_step
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: DPOModule, batch: PairBatch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: DPOModule, batch: CompletionBatch, batch_idx: int
+    ) -> None:
         """Train in training mode, whoever has evaluated before: else dropout and checkpointing would be off."""
         if not pl_module.model.training:
             pl_module.model.train()
@@ -54,7 +56,7 @@ class OptimizerSteps(pl.Callback):
         pl_module.standing.inside = True
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: DPOModule, outputs: object, batch: PairBatch, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: DPOModule, outputs: object, batch: CompletionBatch, batch_idx: int
     ) -> None:
         """Follow and log, unless the step goes on with another batch."""
         _switch(trainer, "eval")

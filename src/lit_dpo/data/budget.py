@@ -1,4 +1,4 @@
-"""Batches by a budget of tokens: as many pairs as fit, and the same number of batches in every epoch."""
+"""Batches by a budget of tokens: as many prompts as fit, and the same number of batches in every epoch."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_dpo.data.sampler import PairSampler
+from lit_dpo.data.sampler import PromptSampler
 
 _DRAWS = 8
 
 
-class BudgetSampler(PairSampler):
-    """A `PairSampler` whose batches hold as many pairs as fit `max_tokens` tokens.
+class BudgetSampler(PromptSampler):
+    """A `PromptSampler` whose batches hold as many prompts as fit `max_tokens` tokens.
 
-    An order of the rows is cut from its beginning: a batch ends where the next pair would not fit. Nothing is sorted,
+    An order of the rows is cut from its beginning: a batch ends where the next one would not fit. Nothing is sorted,
     because rows without padding cost the same whatever their neighbours are.
 
     Training: a new permutation per epoch. Permutations need more or fewer batches, but a trainer counts them once, for
     the end of an accumulation window and the course of the learning rate. So every epoch has the number that the worst
     of the first 8 permutations needs, rounded up to a multiple of the ranks: where there are fewer, the batches with
-    the most pairs are halved; a permutation that needs more is drawn again. If there are too few rows for that
+    the most prompts are halved; a permutation that needs more is drawn again. If there are too few rows for that
     multiple, fewer rows than ranks sit the epoch out.
 
     Evaluation: file order, every row exactly once over all ranks, none twice.
 
     Args:
-        lengths: tokens per pair.
-        max_tokens: most tokens per rank and batch. Expected at least the longest pair.
-        batch_size: most pairs per rank and batch. None: as many as fit.
-        options: `seed`, `shuffle`, `rank` and `num_replicas` as in `PairSampler`.
+        lengths: tokens per prompt with its completions.
+        max_tokens: most tokens per rank and batch. Expected at least the longest of these.
+        batch_size: most prompts per rank and batch. None: as many as fit.
+        options: `seed`, `shuffle`, `rank` and `num_replicas` as in `PromptSampler`.
 
     Raises:
-        ValueError: for a pair that does not fit, or as `PairSampler`.
+        ValueError: for a prompt that does not fit, or as `PromptSampler`.
 
     Example:
         >>> from lit_dpo.data.budget import BudgetSampler
@@ -49,7 +49,7 @@ class BudgetSampler(PairSampler):
     ) -> None:
         super().__init__(lengths, max(1, len(lengths)) if batch_size is None else batch_size, bucket=0, **options)
         if len(lengths) and self.lengths.max() > max_tokens:
-            raise ValueError(f"Expected pairs of up to `max_tokens`={max_tokens} but one has {self.lengths.max()}.")
+            raise ValueError(f"Expected prompts of up to `max_tokens`={max_tokens} but one has {self.lengths.max()}.")
         self.max_tokens = max_tokens
         self._rows_sit_out = False
         self._epoch_batches = self._count_batches() if self.shuffle else len(self._batches())
@@ -97,7 +97,7 @@ class BudgetSampler(PairSampler):
 
 
 def _halve_largest(batches: list[NDArray[np.int64]], times: int) -> list[NDArray[np.int64]]:
-    """So many batches more: the second halves of those that had the most pairs, at the end."""
+    """So many batches more: the second halves of those that had the most prompts, at the end."""
     heap = [(-len(rows), place) for place, rows in enumerate(batches)]
     heapq.heapify(heap)
     for _ in range(times):

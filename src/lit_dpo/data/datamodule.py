@@ -1,4 +1,4 @@
-"""The Lightning data module for preference pairs."""
+"""The Lightning data module for preferences."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.batch import CompletionBatch
 from lit_dpo.data.budget import BudgetSampler
-from lit_dpo.data.encode import PairEncoder, Truncation, check_limits
-from lit_dpo.data.formats import Preference, PreferenceFormat, Triples
-from lit_dpo.data.loader import PairDataset, PairLoader, loader_options
+from lit_dpo.data.comparisons import Choice, Comparing, Ties
+from lit_dpo.data.encode import PromptEncoder
+from lit_dpo.data.encoding import encode_table
+from lit_dpo.data.formats import Preference, PreferenceFormat, Ranking, Triples
+from lit_dpo.data.loader import PromptDataset, PromptLoader, loader_options
 from lit_dpo.data.position import first_position, position
-from lit_dpo.data.sampler import PairSampler
-from lit_dpo.data.sources import Source, load_pairs
-from lit_dpo.data.table import PairTable, check_tokens, encode_table, report, warn
+from lit_dpo.data.reports import Ask, check_budget, check_lists, check_tokens, report, warn
+from lit_dpo.data.sampler import PromptSampler
+from lit_dpo.data.sources import Source, load_rows
+from lit_dpo.data.table import PromptTable
+from lit_dpo.data.truncation import Truncation, check_limits
 from lit_dpo.errors import DataError, PolicyError
 from lit_dpo.hub import locate, split_revision
 
@@ -37,7 +41,7 @@ _BATCH_SIZE = 8
 
 
 class PreferenceDataModule(LightningDataModule):
-    """Preference pairs from files, the hub or `datasets`, encoded and batched.
+    """Preference pairs, and rankings of many completions, from files, the hub or `datasets`, encoded and batched.
 
     Everything that can be wrong with the data is found in `prepare_data`, before weights are loaded or a run directory
     is made: every row is read, checked and encoded there, once; the result is cached by content.
@@ -50,24 +54,31 @@ class PreferenceDataModule(LightningDataModule):
             `val/NAME/…` and together as `val/…`. None: see `val_split`.
         test: test pairs, likewise.
         predict: pairs for `predict`, likewise. None: those of `test`, or else of `val`.
-        format: how a row becomes a preference: which columns, for instance.
+        format: how a row becomes a preference, or a ranking of many completions: which columns, for instance.
         tokenizer: a folder, or `organisation/name` or `organisation/name@revision` of the hub; or one of transformers'
             tokenizers. None: the tokenizer of the module's policy.
         max_length: most tokens of a prompt and one completion together. None: no limit.
         max_prompt_length: most tokens of a prompt. None: no limit of its own.
-        truncation: what happens to longer pairs: `drop`, `truncate_prompt`, `truncate_completion`, `truncate_both` or
+        truncation: what happens to longer ones: `drop`, `truncate_prompt`, `truncate_completion`, `truncate_both` or
             `error`.
-        batch_size: pairs per device and batch, or with `max_tokens` the most of them. None: 8, or with `max_tokens` as
-            many as fit.
+        comparisons: which completions of a row with scores or ranks are compared: `all`, each two; `best_worst`, one
+            comparison; `best_rest`, the best with each other one; `adjacent`, each with the next one.
+        ties: what happens to completions of equal score or rank: `drop`, they are not compared; `half`, they are, with
+            1/2 in the column `probability`, which is 1 for all others: `SoftDPOLoss` reads it.
+        group_by_prompt: merge rows of the same prompt, so that its tokens are computed once, into examples of up to so
+            many different completions; further ones go into a further example. Each comparison stays, with its columns.
+            None: a row is an example.
+        batch_size: prompts (with two completions each: pairs) per device and batch, or with `max_tokens` the most of
+            them. None: 8, or with `max_tokens` as many as fit.
         eval_batch_size: the same outside of training. None: `batch_size`.
-        max_tokens: most tokens of a batch per device (the prompt, the chosen and the rejected completion of each of its
-            pairs), in training and outside. Batches then hold as many pairs as fit; a step is still the mean over its
-            pairs. None: batches are counted in pairs.
+        max_tokens: most tokens of a batch per device (each prompt once, and all its completions), in training and
+            outside. Batches then hold as many prompts as fit; a step is still the mean over its comparisons. None:
+            batches are counted in prompts.
         val_split: without `val`, this fraction of the training prompts is held out for validation, with all their
-            pairs. 0: no validation.
+            completions. 0: no validation.
         num_workers: processes that collate batches. Encoding is done by then, and collating takes some milliseconds,
             about what a process takes to hand a batch over: 0 is rarely slow.
-        seed: of the order of training pairs and of `val_split`.
+        seed: of the order of training and of `val_split`.
         chat_template_kwargs: more arguments for the tokenizer's chat template.
 
     Example:
@@ -87,6 +98,9 @@ class PreferenceDataModule(LightningDataModule):
         max_length: int | None = 1024,
         max_prompt_length: int | None = None,
         truncation: Truncation = "drop",
+        comparisons: Choice = "all",
+        ties: Ties = "drop",
+        group_by_prompt: int | None = None,
         batch_size: int | None = None,
         eval_batch_size: int | None = None,
         max_tokens: int | None = None,
@@ -104,6 +118,8 @@ class PreferenceDataModule(LightningDataModule):
                 raise ValueError(f"Expected `{name}` >= 1 but got {size}.")
         if num_workers < 0 or seed < 0:
             raise ValueError(f"Expected `num_workers` and `seed` >= 0 but got {num_workers} and {seed}.")
+        if group_by_prompt is not None and group_by_prompt < 2:
+            raise ValueError(f"Expected `group_by_prompt` >= 2 (a pair has two completions) but got {group_by_prompt}.")
         check_limits(max_length, max_prompt_length, truncation)
         self.sources = {"train": train, **_by_name("val", val), **_by_name("test", test), "predict": predict}
         self.format = format
@@ -111,6 +127,8 @@ class PreferenceDataModule(LightningDataModule):
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
         self.truncation = truncation
+        self.comparing = Comparing(comparisons, ties)
+        self.group_by_prompt = group_by_prompt
         self.batch_size = _BATCH_SIZE if batch_size is None and max_tokens is None else batch_size
         self.eval_batch_size = eval_batch_size or self.batch_size
         self.max_tokens = max_tokens
@@ -118,10 +136,10 @@ class PreferenceDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.chat_template_kwargs = chat_template_kwargs or {}
-        self._tables: dict[str, PairTable | None] = {}
-        self._encoder: PairEncoder | None = None
+        self._tables: dict[str, PromptTable | None] = {}
+        self._encoder: PromptEncoder | None = None
         self._policy: Any = None  # that the encoder is of
-        self._train_loader: PairLoader | None = None
+        self._train_loader: PromptLoader | None = None
         self._resume: Mapping[str, int] | None = None
 
     # --- Lightning's hooks -----------------------------------------------------------------------------------------
@@ -149,11 +167,11 @@ class PreferenceDataModule(LightningDataModule):
             for split in splits:
                 self._table(split)
 
-    def train_dataloader(self) -> PairLoader:
+    def train_dataloader(self) -> PromptLoader:
         """Shuffled batches, from the position of the checkpoint if one is resumed."""
         table = self._table("train")
         sampler = self._sampler(table, self.batch_size, shuffle=not getattr(self.trainer, "overfit_batches", 0))
-        self._train_loader = PairLoader(PairDataset(table), sampler=sampler, **self._loader_options())
+        self._train_loader = PromptLoader(PromptDataset(table), sampler=sampler, **self._loader_options())
         if self.trainer:
             self._train_loader.start = self._first_position
         return self._train_loader
@@ -165,11 +183,11 @@ class PreferenceDataModule(LightningDataModule):
             return []
         return self._eval_loaders("val")
 
-    def test_dataloader(self) -> DataLoader[PairBatch] | dict[str, DataLoader[PairBatch]]:
+    def test_dataloader(self) -> DataLoader[CompletionBatch] | dict[str, DataLoader[CompletionBatch]]:
         """Batches in file order, by name if there are several sets."""
         return self._eval_loaders("test")
 
-    def predict_dataloader(self) -> DataLoader[PairBatch]:
+    def predict_dataloader(self) -> DataLoader[CompletionBatch]:
         """Batches in file order."""
         return self._eval_loader("predict")
 
@@ -191,12 +209,12 @@ class PreferenceDataModule(LightningDataModule):
 
     @property
     def loaded_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that encodes the pairs; what is exported with an adapter."""
+        """The tokenizer that encodes the data; what is exported with an adapter."""
         return self._get_encoder().tokenizer
 
     @property
     def train_digest(self) -> str | None:
-        """Of the training pairs as they are encoded, by which a run that goes on knows them; None before `setup`."""
+        """Of the training data as they are encoded, by which a run that goes on knows them; None before `setup`."""
         table = self._tables.get("train")
         return None if table is None else table.digest
 
@@ -206,18 +224,32 @@ class PreferenceDataModule(LightningDataModule):
         return {split: frozenset(table.columns) for split, table in self._tables.items() if table is not None}
 
     def check_tokens(self, vocabulary: int, context: int | None, made_for: int | None, model: str) -> None:
-        """See that a model can read every pair of this run; say once if some are longer than what it was made for.
+        """See that a model can read all of this run; say once if some are longer than what it was made for.
 
         Raises:
-            DataError: for the first pair that it cannot, with file and row.
+            DataError: for the first comparison that it cannot, with file and row.
         """
         for split, table in self._tables.items():
             if table is not None:
                 check_tokens(split, table, vocabulary, context, made_for, model)
 
+    def check_lists(self, ask: Ask) -> None:
+        """Let a loss over lists see what is compared, before a model is there.
+
+        Args:
+            ask: given `completions_per_prompt`, `comparisons` and `comparisons_per_prompt` of some prompts, raises a
+                `ValueError` for those that it cannot use.
+
+        Raises:
+            DataError: for the first prompt that it refuses, with file and row.
+        """
+        for split, table in self._tables.items():
+            if table is not None and not table.holds_pairs:
+                check_lists(split, table, ask)
+
     # --- for reports -----------------------------------------------------------------------------------------------
 
-    def preference(self, split: str, row: int) -> Preference:
+    def preference(self, split: str, row: int) -> Preference | Ranking:
         """Return the raw prompt and completions of a row of a split, by its number in `batch.indices`.
 
         Splits are `train`, `val`, …, and `val/NAME` where there are several.
@@ -228,24 +260,19 @@ class PreferenceDataModule(LightningDataModule):
         """Say in which file a row of a split is, and its number there."""
         return self._table(split).place(row)
 
-    def prompts(self, split: str, limit: int) -> list[tuple[int, list[int], Preference]]:
-        """Return the first `limit` prompts of a split: row number, token ids as trained on, raw preference.
+    def prompts(self, split: str, limit: int) -> list[tuple[int, list[int], Preference | Ranking]]:
+        """Return the first `limit` prompts of a split: row number, token ids as trained on, what the row says.
 
         Of several sets, equally many each.
         """
         sets = self._sets(split)
         if sets != [split]:
             return [one for name in sets for one in self.prompts(name, -(-limit // len(sets)))][:limit]
-        table = self._table(split)
-        first = np.sort(np.unique(table.prompt_keys, return_index=True)[1])[:limit]
-        ids = table.encoded.select_columns("prompt_ids")[table.rows[first].tolist()]["prompt_ids"]
-        return [
-            (row, prompt, table.preference(row)) for row, prompt in zip(table.rows[first].tolist(), ids, strict=True)
-        ]
+        return self._table(split).prompts(limit)
 
     # --- tables ----------------------------------------------------------------------------------------------------
 
-    def _table(self, split: str) -> PairTable:
+    def _table(self, split: str) -> PromptTable:
         table = self._tables.get(split)
         if table is None:
             raise DataError(f"Expected `{split}` data but there are none: set `--data.{split}`.")
@@ -263,17 +290,17 @@ class PreferenceDataModule(LightningDataModule):
         else:
             self._tables[split] = None if self.sources[split] is None else self._encode(split)
 
-    def _build_train(self) -> dict[str, PairTable | None]:
+    def _build_train(self) -> dict[str, PromptTable | None]:
         if self.sources["train"] is None:
             raise DataError("Expected training data but `train` is not set: name a file with `--data.train`.")
         table = self._encode("train")
         if self.sources.get("val") is not None or self._sets("val") != ["val"] or not self.val_split:
             return {"train": table}
         train, val = table.hold_out(self.val_split, self.seed)
-        rank_zero_info(f"train: {train.size} pairs; val: {val.size} pairs (val_split={self.val_split}, by prompt)")
+        rank_zero_info(f"train: {train.summary}; val: {val.summary} (val_split={self.val_split}, by prompt)")
         return {"train": train, "val": val}
 
-    def _build_predict(self) -> PairTable:
+    def _build_predict(self) -> PromptTable:
         split = next((name for name in ("predict", "test", "val") if self.sources.get(name) is not None), None)
         if split is None and self.val_split and self.sources["train"] is not None:
             rank_zero_info("predict: no `predict` data are set, so those of `val_split` are used")
@@ -288,34 +315,28 @@ class PreferenceDataModule(LightningDataModule):
             rank_zero_info(f"predict: no `predict` data are set, so those of `{split}` are used")
         return self._encode(split)
 
-    def _encode(self, split: str) -> PairTable:
+    def _encode(self, split: str) -> PromptTable:
         source = self.sources[split]
         assert source is not None
         table = encode_table(
-            load_pairs(source, self.format.columns, stage=split.partition("/")[0]), self.format, self._get_encoder()
+            load_rows(source, self.format.columns, stage=split.partition("/")[0]),
+            self.format,
+            self._get_encoder(),
+            self.comparing,
+            self.group_by_prompt,
         )
-        report(split, table, self.truncation)
-        self._check_budget(split, table)
+        report(split, table, self.truncation, self.comparing, self.group_by_prompt)
+        check_budget(split, table, self.max_tokens)
         return table
 
-    def _check_budget(self, split: str, table: PairTable) -> None:
-        """Every pair fits a batch."""
-        if self.max_tokens is None or not (longer := int((table.lengths > self.max_tokens).sum())):
-            return
-        raise DataError(
-            f"{split}: Expected pairs of up to `max_tokens`={self.max_tokens} tokens (prompt and both completions) but "
-            f"{longer} of {table.size} are longer, the longest {table.lengths.max()}. "
-            "Raise `--data.max_tokens`, or lower `--data.max_length`, and `--data.truncation` drops or cuts them."
-        )
-
-    def _get_encoder(self) -> PairEncoder:
+    def _get_encoder(self) -> PromptEncoder:
         if self._encoder is None:
             self._policy = self._policy_now
             self._encoder = self._make_encoder()
         return self._encoder
 
-    def _make_encoder(self) -> PairEncoder:
-        return PairEncoder(
+    def _make_encoder(self) -> PromptEncoder:
+        return PromptEncoder(
             self._load_tokenizer(),
             max_length=self.max_length,
             max_prompt_length=self.max_prompt_length,
@@ -363,18 +384,18 @@ class PreferenceDataModule(LightningDataModule):
             val = self._tables.get(split)
             leaked = 0 if val is None else int(np.isin(val.prompt_keys, train.prompt_keys).sum())
             if val is not None and leaked:
-                said = f"{split}: {leaked} of {val.size} pairs have a prompt that is in train too"
+                said = f"{split}: {leaked} of {val.size} {val.unit} have a prompt that is in train too"
                 warn(f"{said}; validation looks too good")
 
     # --- loaders ---------------------------------------------------------------------------------------------------
 
-    def _sampler(self, table: PairTable, batch_size: int | None, *, shuffle: bool) -> PairSampler:
+    def _sampler(self, table: PromptTable, batch_size: int | None, *, shuffle: bool) -> PromptSampler:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         order: dict[str, Any] = {"seed": self.seed, "shuffle": shuffle, "rank": rank, "num_replicas": ranks}
         if self.max_tokens is not None:
             return BudgetSampler(table.lengths, self.max_tokens, batch_size, **order)
         assert batch_size is not None
-        return PairSampler(table.lengths, batch_size, **order)
+        return PromptSampler(table.lengths, batch_size, **order)
 
     def _loader_options(self) -> dict[str, Any]:
         """Pinned for the trainer's device, not for one that happens to be there: pinning opens a context on it."""
@@ -388,25 +409,32 @@ class PreferenceDataModule(LightningDataModule):
         return first_position(state, self.trainer, self._train_loader, self._order_facts())
 
     def _order_facts(self) -> dict[str, int | None]:
-        """Say what decides which pairs the next batches hold."""
-        return {
-            "pairs": self._table("train").size,
+        """Say what decides which prompts the next batches hold."""
+        table = self._table("train")
+        counts: dict[str, int | None] = {"pairs": table.size}
+        if not table.holds_pairs:
+            counts = {
+                "prompts": table.size,
+                "completions": len(table.completion_lengths),
+                "comparisons": table.comparisons_count,
+            }
+        return counts | {
             "batch_size": self.batch_size,
             "max_tokens": self.max_tokens,
             "ranks": self.trainer.world_size if self.trainer else 1,
             "seed": self.seed,
         }
 
-    def _eval_loaders(self, split: str) -> DataLoader[PairBatch] | dict[str, DataLoader[PairBatch]]:
+    def _eval_loaders(self, split: str) -> DataLoader[CompletionBatch] | dict[str, DataLoader[CompletionBatch]]:
         sets = self._sets(split)
         if sets == [split]:
             return self._eval_loader(split)
         return {name.partition("/")[2]: self._eval_loader(name) for name in sets}
 
-    def _eval_loader(self, split: str) -> DataLoader[PairBatch]:
+    def _eval_loader(self, split: str) -> DataLoader[CompletionBatch]:
         table = self._table(split)
         sampler = self._sampler(table, self.eval_batch_size, shuffle=False)
-        return DataLoader(PairDataset(table), sampler=sampler, **self._loader_options())
+        return DataLoader(PromptDataset(table), sampler=sampler, **self._loader_options())
 
 
 def _by_name(split: str, source: Source | Mapping[str, Source] | None) -> dict[str, Source | None]:

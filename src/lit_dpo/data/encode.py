@@ -1,13 +1,13 @@
-"""From preferences to token ids: where the prompt ends, which tokens end a completion, what happens to long pairs.
+"""From preferences to token ids: where the prompt ends, and which tokens end a completion.
 
 **Text.** The prompt's ids are exactly what the tokenizer gives for the prompt, with its BOS: what generation will see,
-and what both sides share. A completion's ids are what follows them in the ids of prompt and completion together. Where
-the tokenizer merges across the boundary there is no such cut; the completion is then tokenised on its own, after a
-newline if that shows to work, because SentencePiece tokenizers put a space before what comes first. Both completions
-end in one EOS.
+and what all completions share. A completion's ids are what follows them in the ids of prompt and completion together.
+Where the tokenizer merges across the boundary there is no such cut; the completion is then tokenised on its own, after
+a newline if that shows to work, because SentencePiece tokenizers put a space before what comes first. Each completion
+ends in one EOS.
 
-**Conversations.** The chat template renders the prompt (with the header of the completion, as for generation) and both
-whole conversations; no special token is added to what it renders, except an EOS after a completion that ends with none.
+**Conversations.** The chat template renders the prompt (with the header of the completion, as for generation) and each
+whole conversation; no special token is added to what it renders, except an EOS after a completion that ends with none.
 """
 
 from __future__ import annotations
@@ -17,63 +17,62 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lit_dpo.data.batch import EncodedPair
+from lit_dpo.data.batch import EncodedPrompt
+from lit_dpo.data.comparisons import Comparing
 from lit_dpo.data.digests import code_digest, content_digest
-from lit_dpo.data.formats.base import Message, Preference
+from lit_dpo.data.formats.base import Message, Preference, Ranking
+from lit_dpo.data.truncation import (
+    ALL_EQUAL,
+    ALL_TIE,
+    Dropped,
+    Fitted,
+    Limits,
+    Truncation,
+    check_limits,
+    merged,
+    restricted,
+    used_places,
+)
 from lit_dpo.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Truncation: TypeAlias = Literal["drop", "truncate_prompt", "truncate_completion", "truncate_both", "error"]
-
 _ANCHOR = "\n"
 
 
-class Dropped(NamedTuple):
-    """A pair that cannot be trained on.
-
-    Attributes:
-        reason: why, in words.
-        fatal: whether it is an error (of the row, or by `truncation="error"`), which the caller raises with file and
-            row; otherwise the pair is left out and counted.
-    """
-
-    reason: str
-    fatal: bool = False
-
-
 class _Rendered(NamedTuple):
-    """A preference as text: both completions follow the prompt."""
+    """A row as text: its completions, each of which follows the prompt, by what errors call them."""
 
     prompt: str
-    chosen: str
-    rejected: str
+    completions: dict[str, str]
     is_conversation: bool
 
 
 @dataclass(frozen=True)
-class PairEncoder:
-    """Encodes preferences in batches; see the head of this file for the rules.
+class PromptEncoder:
+    """Encodes preferences and rankings in batches; see the head of this file for the rules.
 
-    Policies for a pair with a side of more than `max_length` tokens, or a prompt of more than `max_prompt_length`:
+    Policies for a prompt of more than `max_prompt_length` tokens, or of more than `max_length` with a completion:
 
-    - `drop`: leave the pair out, and count it.
-    - `truncate_prompt`: keep the end of the prompt (and its BOS), so that the longer completion fits; drop the pair if
-      that leaves no token of the prompt.
-    - `truncate_completion`: cut the end of the completions, which then have no EOS; drop the pair if that leaves no
+    - `drop`: leave the completion out, with its comparisons; and the prompt, which is counted, if it is too long or no
+      comparison is left. So a pair is left out as soon as one of its completions is too long.
+    - `truncate_prompt`: keep the end of the prompt (and its BOS), so that the longest completion fits; leave a
+      completion out, as above, if that leaves no token of the prompt.
+    - `truncate_completion`: cut the end of the completions, which then have no EOS; drop the prompt if that leaves no
       token of them.
     - `truncate_both`: the end of the prompt to `max_prompt_length`, then the completions to what is left.
     - `error`: stop.
 
-    Whatever the policy, each part of an encoded pair has at least one token.
+    Whatever the policy, each part of an encoded prompt has at least one token.
 
     Args:
         tokenizer: a transformers tokenizer. Its padding side and pad token do not matter: nothing is padded.
-        max_length: most tokens per side, prompt and completion together. None: no limit.
+        max_length: most tokens of a prompt and one completion together. None: no limit.
         max_prompt_length: most tokens of the prompt. None: no limit of its own.
         truncation: the policy.
         chat_template_kwargs: more arguments for the chat template, such as `{"enable_thinking": False}`.
@@ -92,19 +91,39 @@ class PairEncoder:
         """Check the limits."""
         check_limits(self.max_length, self.max_prompt_length, self.truncation)
 
-    def __call__(self, preferences: Sequence[Preference]) -> list[EncodedPair | Dropped]:
-        """Encode preferences, one result for each, in order.
+    def __call__(self, rows: Sequence[Preference | Ranking]) -> list[EncodedPrompt | Dropped]:
+        """Encode preferences and rankings, one result for each, in order.
+
+        Of a ranking, only completions that are compared are encoded, and those that encode to the same ids are one.
 
         Raises:
             DataError: if the tokenizer cannot encode any such data: no chat template, no EOS.
         """
-        rendered = [self._render(preference) for preference in preferences]
+        return [one.prompt if isinstance(one, Fitted) else one for one in self.encode(rows)]
+
+    def encode(self, rows: Sequence[Preference | Ranking]) -> list[Fitted | Dropped]:
+        """Encode as a call does, and say which of each row's comparisons are left."""
+        compared = [Comparing().of(row).comparisons for row in rows]
+        rendered = [self._render(row, pairs) for row, pairs in zip(rows, compared, strict=True)]
         texts = [item for item in rendered if isinstance(item, _Rendered)]
-        prompts = self._tokenize([text.prompt for text in texts])
-        chosen = self._tokenize([text.prompt + text.chosen for text in texts])
-        rejected = self._tokenize([text.prompt + text.rejected for text in texts])
-        encoded = map(self._pair, texts, prompts, chosen, rejected)
-        return [next(encoded) if isinstance(item, _Rendered) else item for item in rendered]
+        prompts = iter(self._tokenize([text.prompt for text in texts]))
+        wholes = iter(self._tokenize([text.prompt + one for text in texts for one in text.completions.values()]))
+        found: list[Fitted | Dropped] = []
+        for row, pairs, item in zip(rows, compared, rendered, strict=True):
+            if isinstance(item, _Rendered):
+                parts = self._encoded(item, next(prompts), list(islice(wholes, len(item.completions))))
+                found.append(parts if isinstance(parts, Dropped) else self._fitted(row, pairs, *parts))
+            else:
+                found.append(item)
+        return found
+
+    def fit(self, one: EncodedPrompt) -> Fitted | Dropped:
+        """Apply the policy for what is too long."""
+        return self._limits.fit(one)
+
+    @cached_property
+    def _limits(self) -> Limits:
+        return Limits(self.max_length, self.max_prompt_length, self.truncation, self._bos)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -118,29 +137,32 @@ class PairEncoder:
 
     # --- text ------------------------------------------------------------------------------------------------------
 
-    def _render(self, preference: Preference) -> _Rendered | Dropped:
-        prompt, chosen, rejected = preference[:3]
-        if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-            return _Rendered(prompt, chosen, rejected, is_conversation=False)
-        return self._render_conversation(prompt, chosen, rejected)  # type: ignore[arg-type]
+    def _render(self, row: Preference | Ranking, comparisons: Sequence[tuple[int, int]]) -> _Rendered | Dropped:
+        if not comparisons:
+            return Dropped(ALL_TIE)
+        if isinstance(row, Preference):
+            completions: dict[str, Any] = {"chosen": row.chosen, "rejected": row.rejected}
+        else:
+            completions = {f"completions[{place}]": row.completions[place] for place in used_places(comparisons)}
+        if not row.is_conversation:
+            return _Rendered(str(row.prompt), completions, is_conversation=False)
+        return self._render_conversation(row.prompt, completions)  # type: ignore[arg-type]
 
-    def _render_conversation(
-        self, prompt: list[Message], chosen: list[Message], rejected: list[Message]
-    ) -> _Rendered | Dropped:
+    def _render_conversation(self, prompt: list[Message], completions: dict[str, list[Message]]) -> _Rendered | Dropped:
         if self.tokenizer.chat_template is None:
             raise DataError(
                 "Expected a tokenizer with a chat template, because the data are conversations (lists of messages), "
                 f"but `{self.tokenizer.name_or_path}` has none. Use an instruction-tuned model's tokenizer, or text."
             )
         try:
-            sides = self._apply_template(prompt + chosen), self._apply_template(prompt + rejected)
+            wholes = [self._apply_template(prompt + completion) for completion in completions.values()]
             # With the header of the completion, as for generation. A template may put things there (an empty thought)
-            # that it leaves out of a finished completion; the conversation without the header is then what both share.
+            # that it leaves out of a finished completion; the conversation without the header is then what all share.
             for header in (True, False):
                 start = self._apply_template(prompt, header=header)
-                if all(side.startswith(start) and len(side) > len(start) for side in sides):
-                    chosen_text, rejected_text = (side[len(start) :] for side in sides)
-                    return _Rendered(start, chosen_text, rejected_text, is_conversation=True)
+                if all(whole.startswith(start) and len(whole) > len(start) for whole in wholes):
+                    texts = (whole[len(start) :] for whole in wholes)
+                    return _Rendered(start, dict(zip(completions, texts, strict=True)), is_conversation=True)
         except Exception as error:  # templates raise whatever they like: jinja2 errors, TypeError, KeyError
             return Dropped(f"the chat template refuses the conversation: {error}", fatal=True)
         return Dropped(
@@ -176,11 +198,12 @@ class PairEncoder:
         length = mask.index(0) if 0 in mask else 0
         return list(ids[:length])
 
-    def _pair(self, text: _Rendered, prompt: list[int], *sides: list[int]) -> EncodedPair | Dropped:
+    def _encoded(
+        self, text: _Rendered, prompt: list[int], wholes: list[list[int]]
+    ) -> tuple[list[int], list[list[int]]] | Dropped:
+        """Return the ids of the prompt and of each completion."""
         completions = []
-        for name, completion_text, whole in zip(
-            ("chosen", "rejected"), (text.chosen, text.rejected), sides, strict=True
-        ):
+        for (name, completion_text), whole in zip(text.completions.items(), wholes, strict=True):
             completion = self._completion(prompt, completion_text, whole)
             if not completion:
                 return Dropped(f"`{name}` encodes to no token: {completion_text[:60]!r}", fatal=True)
@@ -188,7 +211,27 @@ class PairEncoder:
         start = self._start(prompt, text.is_conversation)
         if not start:
             return Dropped("the prompt encodes to no token, and the tokenizer has no BOS to stand for it", fatal=True)
-        return self._fit(EncodedPair(start, *completions))
+        return start, completions
+
+    def _fitted(
+        self,
+        row: Preference | Ranking,
+        comparisons: Sequence[tuple[int, int]],
+        prompt: list[int],
+        completions: list[list[int]],
+    ) -> Fitted | Dropped:
+        if isinstance(row, Preference):  # kept even if its completions are equal
+            return self.fit(EncodedPrompt(prompt, completions))
+        place = {used: number for number, used in enumerate(used_places(comparisons))}
+        renumbered = [(place[chosen], place[rejected]) for chosen, rejected in comparisons]
+        one = merged(EncodedPrompt(prompt, completions, renumbered))
+        differ = [number for number, (chosen, rejected) in enumerate(one.comparisons) if chosen != rejected]
+        if not differ:
+            return Dropped(ALL_EQUAL)
+        fitted = self.fit(restricted(one, differ))
+        if isinstance(fitted, Dropped):
+            return fitted
+        return fitted._replace(kept=[differ[number] for number in fitted.kept])
 
     def _start(self, prompt: list[int], is_conversation: bool) -> list[int]:
         """Return the prompt with the tokenizer's BOS, once; templates write theirs themselves."""
@@ -233,69 +276,6 @@ class PairEncoder:
     def _special_tokens(self) -> tuple[str, ...]:
         added = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
         return tuple({*added, *self.tokenizer.all_special_tokens})
-
-    # --- limits ----------------------------------------------------------------------------------------------------
-
-    def _fit(self, pair: EncodedPair) -> EncodedPair | Dropped:
-        prompt_limit = self.max_prompt_length or len(pair.prompt)
-        limit = self.max_length or prompt_limit + _longest(pair)
-        too_long = self._too_long(pair)
-        if too_long is None or self.truncation in ("drop", "error"):
-            return pair if too_long is None else Dropped(too_long, fatal=self.truncation == "error")
-        if self.truncation == "truncate_completion":
-            if len(pair.prompt) > min(prompt_limit, limit - 1):
-                return Dropped(f"the prompt leaves no room for a completion: {too_long}")
-            return _cut_completions(pair, limit - len(pair.prompt))
-        if self.truncation == "truncate_both":
-            pair = pair._replace(prompt=self._keep_end(pair.prompt, prompt_limit))
-            return _cut_completions(pair, limit - len(pair.prompt))
-        room = limit - _longest(pair)
-        if room < 1:
-            return Dropped(f"a completion leaves no room for the prompt: {too_long}")
-        return pair._replace(prompt=self._keep_end(pair.prompt, min(prompt_limit, room)))
-
-    def _too_long(self, pair: EncodedPair) -> str | None:
-        length, prompt = len(pair.prompt) + _longest(pair), len(pair.prompt)
-        if self.max_length is not None and length > self.max_length:
-            return f"longer than max_length={self.max_length}" + self._figures(length, prompt)
-        if self.max_prompt_length is not None and prompt > self.max_prompt_length:
-            return f"longer than max_prompt_length={self.max_prompt_length}" + self._figures(length, prompt)
-        return None
-
-    def _figures(self, length: int, prompt: int) -> str:
-        """Say the lengths of the one pair that an error is about; dropped pairs are counted by reason, without them."""
-        return f" ({length} tokens, {prompt} of them the prompt)" if self.truncation == "error" else ""
-
-    def _keep_end(self, prompt: list[int], length: int) -> list[int]:
-        if len(prompt) <= length:
-            return prompt
-        # After BOS models behave as trained; one token alone should rather be the one the completion follows.
-        if length > 1 and prompt[0] == self._bos:
-            return [prompt[0], *prompt[len(prompt) - length + 1 :]]
-        return prompt[len(prompt) - length :]
-
-
-def check_limits(max_length: int | None, max_prompt_length: int | None, truncation: str) -> None:
-    """See that the limits leave room and go together.
-
-    Raises:
-        ValueError: if they do not.
-    """
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"Expected `max_length` >= 2 (a prompt and a completion) but got {max_length}.")
-    if max_prompt_length is None:
-        if truncation == "truncate_both":
-            raise ValueError('Expected `max_prompt_length` with `truncation="truncate_both"` but got None.')
-    elif not 1 <= max_prompt_length < (max_length or float("inf")):
-        raise ValueError(f"Expected `max_prompt_length` in [1, max_length={max_length}) but got {max_prompt_length}.")
-
-
-def _longest(pair: EncodedPair) -> int:
-    return max(len(pair.chosen), len(pair.rejected))
-
-
-def _cut_completions(pair: EncodedPair, room: int) -> EncodedPair:
-    return pair._replace(chosen=pair.chosen[:room], rejected=pair.rejected[:room])
 
 
 def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> Any:

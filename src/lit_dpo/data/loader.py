@@ -1,4 +1,4 @@
-"""Loaders of pair batches; the training one knows where it is."""
+"""Loaders of batches; the training one knows where it is."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from lit_dpo.data.batch import PairBatch, microbatch_borders
-from lit_dpo.data.sampler import PairSampler
-from lit_dpo.data.table import PairTable
+from lit_dpo.data.batch import CompletionBatch, completion_borders, microbatch_borders
+from lit_dpo.data.sampler import PromptSampler
+from lit_dpo.data.table import PromptTable
 
 
-class PairDataset(Dataset[PairBatch]):
-    """A `PairTable` for a `DataLoader` with `batch_size=None`: an index is the list of pairs of one batch."""
+class PromptDataset(Dataset[CompletionBatch]):
+    """A `PromptTable` for a `DataLoader` with `batch_size=None`: an index is the list of prompts of one batch."""
 
-    def __init__(self, table: PairTable) -> None:
+    def __init__(self, table: PromptTable) -> None:
         self.table = table
 
     def __len__(self) -> int:
         return self.table.size
 
-    def __getitem__(self, indices: Sequence[int]) -> PairBatch:
+    def __getitem__(self, indices: Sequence[int]) -> CompletionBatch:
         return self.table.batch(indices)
 
 
-class PairLoader(DataLoader[PairBatch]):
+class PromptLoader(DataLoader[CompletionBatch]):
     """Training batches, pass after pass, counted as they are handed over.
 
     A pass that follows one that has begun is the next epoch. The counts are the loader's own, because the trainer's are
@@ -51,7 +50,7 @@ class PairLoader(DataLoader[PairBatch]):
         """Let the first pass be `epoch` without its first `batches` batches."""
         self.epoch, self.batches, self._begun = epoch, batches, False
 
-    def __iter__(self) -> Iterator[PairBatch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[CompletionBatch]:  # type: ignore[override]
         """Yield the batches of the next pass; nothing happens before the first is asked for."""
         if self.start is not None:
             self.load_position(*self.start())
@@ -59,34 +58,48 @@ class PairLoader(DataLoader[PairBatch]):
         if self._begun:
             self.load_position(self.epoch + 1, 0)
         self._begun = True
-        assert isinstance(self.sampler, PairSampler)
+        assert isinstance(self.sampler, PromptSampler)
         self.sampler.load_position(self.epoch, self.batches)
         for batch in super().__iter__():
             self.batches += 1
             yield batch
 
-    def largest_microbatches(self, microbatch_tokens: float = math.inf) -> tuple[list[NDArray[np.int64]], bool]:
-        """Of the sampler's present epoch, the micro-batch with most tokens and the one with most when padded.
+    def largest_microbatches(
+        self, microbatch_tokens: float = math.inf, of_one_prompt: float = math.inf
+    ) -> tuple[list[list[tuple[int, tuple[int, ...]]]], bool]:
+        """Of the sampler's present epoch, the micro-batches with most tokens and those with most when padded.
 
         Args:
             microbatch_tokens: most tokens of one, by default a batch is one.
+            of_one_prompt: most tokens of a prompt with more than two completions, of which a longer one runs in parts.
 
         Returns:
-            Both as `(B, 3)` tokens of the prompt, the chosen and the rejected completion of their pairs; and whether
-            any batch has several.
+            Of each, for each prompt its tokens, and those of each of its completions; and whether any batch has several
+            micro-batches.
         """
-        assert isinstance(self.dataset, PairDataset)
-        lengths = self.dataset.table.part_lengths
+        assert isinstance(self.dataset, PromptDataset)
+        table = self.dataset.table
         batches: list[list[int]] = list(self.sampler)
-        totals, longest = lengths.sum(1), lengths[:, 0] + lengths[:, 1:].max(1)
+        totals, longest, completions = table.lengths, table.side_lengths, table.completions_per_prompt
         parts = [
             batch[first:last]
             for batch in batches
             for first, last in pairwise(microbatch_borders(totals[batch], microbatch_tokens))
         ]
-        flat = max(parts, key=lambda part: totals[part].sum())
-        padded = max(parts, key=lambda part: len(part) * longest[part].max())
-        return [lengths[flat], lengths[padded]], len(parts) > len(batches)
+        in_parts = (completions > 2) & (totals > of_one_prompt)
+        several = len(parts) > len(batches) or bool(in_parts.any())
+        whole = [part for part in parts if not in_parts[part].any()]
+        found = [
+            [(prompt, lengths[first:last])]
+            for prompt, lengths in table.part_lengths(np.flatnonzero(in_parts).tolist() if in_parts.any() else [])
+            for first, last in pairwise(completion_borders(prompt, lengths, of_one_prompt))
+        ]
+        if whole:
+            found.append(table.part_lengths(max(whole, key=lambda part: totals[part].sum())))
+            found.append(table.part_lengths(max(whole, key=lambda part: completions[part].sum() * longest[part].max())))
+        flat = max(found, key=lambda part: sum(prompt + sum(lengths) for prompt, lengths in part))
+        padded = max(found, key=_padded_tokens)
+        return [flat, padded], several
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: that it is there tells Lightning that the loader resumes.
@@ -99,8 +112,12 @@ class PairLoader(DataLoader[PairBatch]):
         """Nothing: see `state_dict`."""
 
 
+def _padded_tokens(part: list[tuple[int, tuple[int, ...]]]) -> int:
+    return sum(len(lengths) for _, lengths in part) * max(prompt + max(lengths) for prompt, lengths in part)
+
+
 def loader_options(num_workers: int, pin_memory: bool = False) -> dict[str, Any]:
-    """Return what all loaders of pairs have in common.
+    """Return what all loaders have in common.
 
     Args:
         num_workers: processes that collate ahead.

@@ -10,15 +10,15 @@ from lit_dpo.errors import ResumeError
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from lit_dpo.data.loader import PairLoader
+    from lit_dpo.data.loader import PromptLoader
 
 
-def position(trainer: pl.Trainer, loader: PairLoader) -> dict[str, int | None]:
+def position(trainer: pl.Trainer, loader: PromptLoader) -> dict[str, int | None]:
     """Say where a run stands, for its checkpoint.
 
     Args:
         trainer: of the run.
-        loader: of the training pairs; it counts the batches that it has handed out.
+        loader: of the training data; it counts the batches that it has handed out.
     """
     in_hand = trainer.fit_loop.epoch_loop.batch_progress.current
     # An exception saves in the middle of a step: the batch in hand is not consumed.
@@ -29,15 +29,15 @@ def position(trainer: pl.Trainer, loader: PairLoader) -> dict[str, int | None]:
 
 
 def first_position(
-    state: Mapping[str, int] | None, trainer: pl.Trainer, loader: PairLoader, facts: Mapping[str, int | None]
+    state: Mapping[str, int] | None, trainer: pl.Trainer, loader: PromptLoader, facts: Mapping[str, int | None]
 ) -> tuple[int, int]:
     """Say at which epoch, and after how many of its batches, a run begins.
 
     Args:
         state: of the checkpoint that it goes on from, or None.
         trainer: of the run.
-        loader: of the training pairs.
-        facts: what decides which pairs the next batches hold.
+        loader: of the training data.
+        facts: what decides which prompts the next batches hold.
 
     Raises:
         ResumeError: if it would go on inside an epoch whose batches are others now, with what differs.

@@ -1,4 +1,4 @@
-"""The order of pairs: a function of seed and epoch, cut into batches, shared by ranks, resumable at any batch."""
+"""The order of prompts: a function of seed and epoch, cut into batches, shared by ranks, resumable at any batch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler, SequentialSampler
 
 
-class PairSampler(DistributedSampler[Any], SequentialSampler):
-    """Yields the row indices of one batch of this rank at a time: use it as `sampler` with `batch_size=None`.
+class PromptSampler(DistributedSampler[Any], SequentialSampler):
+    """Yields the indices of one batch of this rank at a time: use it as `sampler` with `batch_size=None`.
+
+    What has an index here, a row, is a prompt with its completions: a pair, where there are two.
 
     Training (`shuffle=True`): a new permutation per epoch. It is cut into runs of `bucket` global batches that are
-    sorted by length, so that batches, and the ranks' shares of one batch, hold pairs of similar length; then the
+    sorted by length, so that batches, and the ranks' shares of one batch, hold prompts of similar length; then the
     batches are shuffled. A shorter last batch is shared as evenly as possible. If it has fewer rows than there are
     ranks, those rows (others in each epoch) sit the epoch out, because every rank must make the same number of steps.
 
@@ -24,8 +26,8 @@ class PairSampler(DistributedSampler[Any], SequentialSampler):
     own in its place, and calls `set_epoch`.
 
     Args:
-        lengths: tokens per pair; only their order matters.
-        batch_size: pairs per rank and batch.
+        lengths: tokens per prompt with its completions; only their order matters.
+        batch_size: prompts per rank and batch.
         seed: the order is a function of this and the epoch; nothing else draws from it.
         shuffle: training order (True) or evaluation order.
         rank: which share to yield.
@@ -36,8 +38,8 @@ class PairSampler(DistributedSampler[Any], SequentialSampler):
         ValueError: for a batch size below 1, or for training with fewer rows than ranks.
 
     Example:
-        >>> from lit_dpo.data.sampler import PairSampler
-        >>> list(PairSampler([10, 40, 20, 30, 50], batch_size=2, shuffle=False))
+        >>> from lit_dpo.data.sampler import PromptSampler
+        >>> list(PromptSampler([10, 40, 20, 30, 50], batch_size=2, shuffle=False))
         [[0, 1], [2, 3], [4]]
     """
 
@@ -55,7 +57,7 @@ class PairSampler(DistributedSampler[Any], SequentialSampler):
         if batch_size < 1:
             raise ValueError(f"Expected `batch_size` >= 1 but got {batch_size}.")
         if shuffle and len(lengths) < num_replicas:
-            raise ValueError(f"Expected at least one pair per rank but got {len(lengths)} for {num_replicas} ranks.")
+            raise ValueError(f"Expected at least one prompt per rank but got {len(lengths)} for {num_replicas} ranks.")
         self.lengths = np.asarray(lengths, dtype=np.int64)
         super().__init__(self.lengths, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
         self.batch_size = batch_size
@@ -64,7 +66,7 @@ class PairSampler(DistributedSampler[Any], SequentialSampler):
 
     @property
     def global_batch_size(self) -> int:
-        """Pairs per batch over all ranks."""
+        """Prompts per batch over all ranks."""
         return self.batch_size * self.num_replicas
 
     def __len__(self) -> int:
@@ -95,7 +97,7 @@ class PairSampler(DistributedSampler[Any], SequentialSampler):
             return np.arange(rows)
         random = np.random.Generator(np.random.PCG64([self.seed, self.epoch]))
         permutation = random.permutation(rows)
-        # The shorter last batch stays out of the sorting: it would always hold the longest pairs.
+        # The shorter last batch stays out of the sorting: it would always hold the longest prompts.
         full = rows // self.global_batch_size * self.global_batch_size
         batches = self._sort_runs(permutation[:full]).reshape(-1, self.global_batch_size)
         return np.concatenate([batches[random.permutation(len(batches))].ravel(), permutation[full:]])

@@ -39,7 +39,7 @@ _LOADERS = {
 }
 
 
-class PairSource(NamedTuple):
+class RowSource(NamedTuple):
     """Rows that came from one place.
 
     Attributes:
@@ -59,8 +59,8 @@ class PairSource(NamedTuple):
         return _cache(self.content)
 
 
-def load_pairs(source: Source, columns: Sequence[str], *, stage: str = "train") -> list[PairSource]:
-    """Load preference rows, one `PairSource` per file, so that whatever is wrong can be named with file and row.
+def load_rows(source: Source, columns: Sequence[str], *, stage: str = "train") -> list[RowSource]:
+    """Load preference rows, one `RowSource` per file, so that whatever is wrong can be named with file and row.
 
     Args:
         source: one of
@@ -87,7 +87,7 @@ def load_pairs(source: Source, columns: Sequence[str], *, stage: str = "train") 
     return [_checked(item, columns) for item in found]
 
 
-def _load(name: str, stage: str) -> Iterator[PairSource]:
+def _load(name: str, stage: str) -> Iterator[RowSource]:
     if name == QUICKSTART:
         from lit_dpo.quickstart import quickstart_directory
 
@@ -115,7 +115,7 @@ def _are_names(source: object) -> TypeGuard[Sequence[str]]:
     return isinstance(source, list | tuple) and all(isinstance(one, str) for one in source)
 
 
-def _held(source: Any, stage: str) -> PairSource:
+def _held(source: Any, stage: str) -> RowSource:
     """Take rows from an object that the user holds.
 
     Raises:
@@ -133,7 +133,7 @@ def _held(source: Any, stage: str) -> PairSource:
             )
         name, source = f"{name}, split {splits[0]}", source[splits[0]]
     if isinstance(source, Dataset):
-        return PairSource(name, source)
+        return RowSource(name, source)
     if isinstance(source, list | tuple):
         wrong = next((place for place, row in enumerate(source) if not isinstance(row, Mapping)), None)
         if wrong is not None:
@@ -141,11 +141,11 @@ def _held(source: Any, stage: str) -> PairSource:
             raise DataError(f"{name}, row {wrong} (from 0): Expected a dictionary but got {came}.")
         rows = list(source)
     elif isinstance(source, IterableDataset) or (isinstance(source, Iterable) and not isinstance(source, Mapping)):
-        return PairSource(name, _drained(name, source))
+        return RowSource(name, _drained(name, source))
     else:
         raise DataError(f"Expected a file, a list of files, a hub id or rows but got a {type(source).__name__}.")
     try:
-        return PairSource(name, Dataset.from_list([dict(row) for row in rows]))
+        return RowSource(name, Dataset.from_list([dict(row) for row in rows]))
     except Exception as error:  # pyarrow's, of many kinds
         raise DataError(f"{name}: the rows do not make one table: {first_line(error)}") from error
 
@@ -189,7 +189,7 @@ def _similar(path: Path) -> str:
     return f" Similar files there: {_quoted(close)}." if close else " That folder has no data files."
 
 
-def _load_file(path: Path) -> PairSource:
+def _load_file(path: Path) -> RowSource:
     from datasets import Dataset
 
     suffix = _suffix(path)
@@ -208,7 +208,7 @@ def _load_file(path: Path) -> PairSource:
         raise DataError(f"`{path}` cannot be read: {_diagnosis(path, suffix, error)}") from error
     if len(rows) == 0:
         raise DataError(f"`{path}` has no rows.")
-    return PairSource(str(path), rows, content)
+    return RowSource(str(path), rows, content)
 
 
 def _cache(content: str) -> Path:
@@ -303,7 +303,7 @@ def _parse(name: str) -> _Named:
     return _Named(path, revision, configuration, split or None)
 
 
-def _load_named(name: str) -> PairSource:
+def _load_named(name: str) -> RowSource:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
@@ -328,7 +328,7 @@ def _load_named(name: str) -> PairSource:
             if what
             else f"`{name}` cannot be loaded: no local file with a known suffix, and `datasets` says: {error}"
         ) from error
-    return PairSource(str(named), rows, content and f"{content} {named.configuration} {named.split}")
+    return RowSource(str(named), rows, content and f"{content} {named.configuration} {named.split}")
 
 
 def _completed(named: _Named) -> _Named:
@@ -375,7 +375,7 @@ def _refuse_paths(name: str, path: str) -> None:
 # --- columns ---------------------------------------------------------------------------------------------------------
 
 
-def _checked(source: PairSource, columns: Sequence[str]) -> PairSource:
+def _checked(source: RowSource, columns: Sequence[str]) -> RowSource:
     """Return the source with the needed columns alone."""
     there = getattr(source.rows, "column_names", None)
     if not isinstance(there, list):

@@ -1,7 +1,8 @@
-"""The pair attention: exact attention over one flat row of `prompt | chosen | rejected` per pair.
+"""The pair attention: exact attention over one flat row of `prompt | completion 1 | … | completion K`.
 
-Per pair it is two causal attentions, aligned bottom-right: `prompt + chosen` on itself, and `rejected` on
-`prompt + rejected`, whose prompt keys and values are gathered, not recomputed. It is registered with
+Per prompt it is `K` causal attentions, aligned bottom-right: the prompt with its first completion on itself, and each
+further completion on prompt and itself, whose prompt keys and values are gathered, not recomputed. It is registered
+with
 `transformers.AttentionInterface` under `PAIR_ATTENTION`, so every model that uses the interface has it. What it does
 not implement it refuses: an ignored `softcap` or attention sink is wrong numbers, and random tiny models hide it.
 """
@@ -51,14 +52,14 @@ class PairLayout:
     """The flat row as attention sees it; made once per forward and shared by all layers.
 
     Args:
-        pairs: the pairs' places in the row.
+        prompts: their places in the row.
         device: where the indices live.
         last_layer: index of the layer after which only what predicts a completion token is read. Its other queries, all
             of a prompt's but the last, are not asked on a CPU; their outputs are zeros.
     """
 
-    def __init__(self, pairs: list[Segment], device: torch.device, last_layer: int | None = None) -> None:
-        self.pairs = pairs
+    def __init__(self, prompts: list[Segment], device: torch.device, last_layer: int | None = None) -> None:
+        self.prompts = prompts
         self.device = device
         self.last_layer = last_layer
         self._masks: dict[tuple[int, int, int | None], Tensor | None] = {}
@@ -67,7 +68,7 @@ class PairLayout:
     @property
     def longest(self) -> int:
         """Tokens in the longest `prompt + completion`."""
-        return max(s.prompt + max(s.chosen, s.rejected) for s in self.pairs)
+        return max(s.longest for s in self.prompts)
 
     def mask(self, queries: int, keys: int, window: int | None) -> Tensor | None:
         """Make a `(queries, keys)` boolean mask, causal from the bottom right; None where plain causal is the same."""
@@ -89,13 +90,17 @@ class PairLayout:
         """Key gather index, cumulative query and key lengths, and the longest of each, for `varlen_attn`."""
         if self._varlen is None:
             gather, query_lengths, key_lengths = [], [], []
-            for s in self.pairs:
-                completion = s.start + s.prompt + s.chosen
-                # two sequences a pair; the rejected one asks less than it reads, and the kernel aligns both at the end
-                gather += [torch.arange(s.start, completion), torch.arange(s.start, s.start + s.prompt)]
-                gather += [torch.arange(completion, completion + s.rejected)]
-                query_lengths += [s.prompt + s.chosen, s.rejected]
-                key_lengths += [s.prompt + s.chosen, s.prompt + s.rejected]
+            for s in self.prompts:
+                prompt, (first, *further) = torch.arange(s.start, s.start + s.prompt), s.spans
+                # the first completion asks together with its prompt; a further one asks less than it reads, and the
+                # kernel aligns both at the end
+                gather.append(torch.arange(s.start, first[1]))
+                query_lengths.append(first[1] - s.start)
+                key_lengths.append(first[1] - s.start)
+                for begin, end in further:
+                    gather += [prompt, torch.arange(begin, end)]
+                    query_lengths.append(end - begin)
+                    key_lengths.append(s.prompt + end - begin)
             cumulative = [
                 # int32 is what flash attention reads
                 torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(self.device, non_blocking=True)
@@ -121,7 +126,7 @@ def pair_attention_forward(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within pairs.
+    """Attend within each prompt and completion.
 
     Args:
         module: the attention layer.
@@ -157,7 +162,7 @@ def pair_attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # ahead of the choice between the two ways, which goes by dtypes
     query, key, value = _autocast(query, key, value)
-    # a window that no pair reaches is none: so the kernel of torch 2.10, which has no windows, can take it
+    # a window that no completion reaches is none: so the kernel of torch 2.10, which has no windows, can take it
     if sliding_window is not None and sliding_window >= pair_layout.longest:
         sliding_window = None
     if softcap is None and _varlen_fits(query, key, value, sliding_window):
@@ -202,23 +207,29 @@ def _by_segment(
 ) -> Tensor:
     # key heads become the batch, so that a group of heads shares its keys without a copy
     query = query.reshape(key.shape[1], -1, *query.shape[2:])
-    key, value = (part.transpose(0, 1).expand(-1, query.shape[1], -1, -1) for part in (key, value))
-    # `split`, not slices: the backward of a slice fills a tensor as long as the row, for each pair
-    sides = [n for s in layout.pairs for n in (s.prompt + s.chosen, s.rejected)]
+    key, value = key.transpose(0, 1), value.transpose(0, 1)
+    # `split`, not slices: the backward of a slice fills a tensor as long as the row, for each prompt
+    sides = [n for s in layout.prompts for n in (s.prompt + s.completions[0], *s.completions[1:])]
     # the same row cut at other places, to have each prompt's keys; `[::2]` drops what follows them
-    prompts = [n for s in layout.pairs for n in (s.prompt, s.chosen + s.rejected)]
-    queries, keys, values = (part.split_with_sizes(sides, 2) for part in (query, key, value))
+    prompts = [n for s in layout.prompts for n in (s.prompt, sum(s.completions))]
+    queries, keys, values = (iter(part.split_with_sizes(sides, 2)) for part in (query, key, value))
     prompt_keys, prompt_values = (part.split_with_sizes(prompts, 2)[::2] for part in (key, value))
+
+    def attend(asked: Tensor, *read: Tensor) -> Tensor:
+        # groups of heads after the `cat`, which would copy their keys once for each head
+        read_keys, read_values = (part.expand(-1, asked.shape[1], -1, -1) for part in read)
+        return _attend(asked, read_keys, read_values, layout, scale, window, softcap)
+
     outputs = []
-    for number, (prompt_key, prompt_value) in enumerate(zip(prompt_keys, prompt_values, strict=True)):
-        one, two = 2 * number, 2 * number + 1
+    for s, prompt_key, prompt_value in zip(layout.prompts, prompt_keys, prompt_values, strict=True):
         # zeros stand for what is not asked, so that every token keeps its place in the row
-        unread = layout.pairs[number].prompt - 1 if is_last else 0
-        asked = queries[one][:, :, unread:]
-        outputs.append(asked.new_zeros(*asked.shape[:2], unread, values[one].shape[-1]))
-        outputs.append(_attend(asked, keys[one], values[one], layout, scale, window, softcap))
-        both = torch.cat([prompt_key, keys[two]], 2), torch.cat([prompt_value, values[two]], 2)
-        outputs.append(_attend(queries[two], *both, layout, scale, window, softcap))
+        unread = s.prompt - 1 if is_last else 0
+        asked = next(queries)[:, :, unread:]
+        outputs.append(asked.new_zeros(*asked.shape[:2], unread, value.shape[-1]))
+        outputs.append(attend(asked, next(keys), next(values)))
+        for _ in s.completions[1:]:
+            read = torch.cat([prompt_key, next(keys)], 2), torch.cat([prompt_value, next(values)], 2)
+            outputs.append(attend(next(queries), *read))
     return torch.cat(outputs, dim=2).flatten(0, 1).transpose(0, 1)
 
 
@@ -271,7 +282,7 @@ def _varlen_arguments() -> frozenset[str]:
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: PairLayout, scale: float, window: int | None) -> Tensor:
-    """One kernel per layer. The queries are already in order; only prompt keys and values are gathered twice."""
+    """One kernel per layer. The queries are already in order; prompt keys and values are gathered per completion."""
     from torch.nn.attention.varlen import varlen_attn
 
     index, cu_q, cu_k, max_q, max_k = layout.varlen()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lit_dpo.compat import has_gradient_hook
-from lit_dpo.data.batch import PairBatch
-from lit_dpo.logps.records import PairLogps, SequenceLogps
+from lit_dpo.data.batch import CompletionBatch
+from lit_dpo.logps.records import CompletionLogps, PairLogps, SequenceLogps
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -41,11 +41,11 @@ def join(records: Sequence[PairLogps]) -> PairLogps:
     if len(records) == 1:
         return records[0]
     # the state is the loss's, not the pairs': it is the same in all, and not put together
-    joined: PairLogps = _joined([record._replace(state=None) for record in records])
+    joined: PairLogps = concatenate([record._replace(state=None) for record in records])
     return joined._replace(state=records[0].state)
 
 
-def _joined(parts: Sequence[Any]) -> Any:
+def concatenate(parts: Sequence[Any]) -> Any:
     """Put tensors one after another, in records and dictionaries; a field that the first does not have is in none."""
     if parts[0] is None:
         return None
@@ -53,16 +53,33 @@ def _joined(parts: Sequence[Any]) -> Any:
         return torch.cat(list(parts))
     if isinstance(parts[0], dict):
         names = dict.fromkeys(name for part in parts for name in part)
-        return {name: _joined([part[name] for part in parts]) for name in names}
-    return type(parts[0])(*(_joined(fields) for fields in zip(*parts, strict=True)))
+        return {name: concatenate([part[name] for part in parts]) for name in names}
+    return type(parts[0])(*(concatenate(fields) for fields in zip(*parts, strict=True)))
+
+
+def microbatches(batch: CompletionBatch, tokens: float, of_one_prompt: float) -> list[CompletionBatch]:
+    """Cut a batch into micro-batches of whole prompts, and a prompt that is too long between its completions.
+
+    Args:
+        batch: to be cut.
+        tokens: most tokens of a micro-batch.
+        of_one_prompt: most tokens of one prompt with more than two completions; those of a longer one run in parts,
+            which compare nothing: log-probs of all its completions must be put together before they can be compared.
+    """
+    found: list[CompletionBatch] = []
+    for part in batch.cut(tokens):
+        too_long = part.input_ids.shape[1] > of_one_prompt and len(part.prompt_lengths) == 1
+        pieces = part.split(of_one_prompt) if too_long else [part]
+        found += pieces if len(pieces) > 1 else [part]  # a pair stays whole
+    return found
 
 
 class GradientSum:
     """Gradients of the losses of micro-batches, which add up in one copy of the parameters.
 
     Those of a micro-batch are taken as soon as its losses are known, and its graph is freed; the backward pass of
-    `total` hands the sum over. The same numbers as from the whole batch, as long as no pair's loss depends on another
-    pair.
+    `total` hands the sum over. The same numbers as from the whole batch, as long as no prompt's losses depend on
+    another prompt.
 
     Args:
         parameters: all that the losses have gradients for; they may leave some out.
@@ -85,7 +102,7 @@ class GradientSum:
         self.of_leaves: list[Tensor] = []
 
     def add(self, losses: Tensor, leaves: Sequence[Tensor] = ()) -> None:
-        """Take the gradients of losses `(B,)`, and free their graph.
+        """Take the gradients of losses, `(B,)` or `(P,)`, and free their graph.
 
         Args:
             losses: of a micro-batch, or of a batch whose log-probs are `leaves`.
@@ -120,7 +137,7 @@ class GradientSum:
 
     @property
     def losses(self) -> Tensor:
-        """`(B,)` of all micro-batches, without gradients."""
+        """Those of all micro-batches, without gradients."""
         return torch.cat(self._losses)
 
     def total(self) -> Tensor:
@@ -136,58 +153,47 @@ class Leaves(NamedTuple):
     """What of a batch's record has gradients, cut off from the models: a loss of it knows no model.
 
     Attributes:
-        record: of the batch, whose policy sides are leaves.
-        tensors: the leaves, those of the chosen side first.
+        record: of the batch, whose log-probs under the policy are leaves.
+        tensors: the leaves.
     """
 
-    record: PairLogps
+    record: CompletionLogps
     tensors: list[Tensor]
 
 
-def cut_off(record: PairLogps) -> Leaves:
+def cut_off(record: CompletionLogps) -> Leaves:
     """Cut a batch's record off from the graph it may have, and let it ask for gradients.
 
     `total` and `per_token` are leaves of their own, as a loss may read either; what both lead to adds up later.
     """
-    sides = [_asking(side) for side in record[:2]]
-    return Leaves(
-        record._replace(policy_chosen=sides[0], policy_rejected=sides[1]),
-        [values for side in sides for values in differentiable(side)],
-    )
-
-
-def differentiable(side: SequenceLogps) -> list[Tensor]:
-    """List what of a policy's side has gradients, in one order: `total`, `per_token`, `kl`, if they are there."""
-    return [values for values in (side.total, side.per_token, side.kl) if values is not None]
-
-
-def _asking(side: SequenceLogps) -> SequenceLogps:
-    leaves = {
+    asking = {
         name: values.detach().requires_grad_()
         for name in ("total", "per_token", "kl")
-        if (values := getattr(side, name)) is not None
+        if (values := getattr(record.policy, name)) is not None
     }
-    return side._replace(**leaves)
+    policy = record.policy._replace(**asking)
+    return Leaves(record._replace(policy=policy), differentiable(policy))
 
 
-def shares(gradients: Sequence[Tensor], parts: Sequence[PairBatch]) -> Iterator[list[Tensor]]:
+def differentiable(logps: SequenceLogps) -> list[Tensor]:
+    """List what of the policy's log-probs has gradients: `total`, `per_token`, `kl`, if they are there."""
+    return [values for values in (logps.total, logps.per_token, logps.kl) if values is not None]
+
+
+def shares(gradients: Sequence[Tensor], parts: Sequence[CompletionBatch]) -> Iterator[list[Tensor]]:
     """Hand each micro-batch its part of the gradients of a batch's leaves.
 
     Args:
-        gradients: of the leaves, `(B,)` or `(N,)`, those of the chosen side first.
+        gradients: of the leaves: `(C,)`, a number per completion, then `(N,)`, one per token.
         parts: the micro-batches.
     """
-    half = len(gradients) // 2
-    begun = [0] * len(gradients)
+    begun = [0, 0]
     for part in parts:
-        found = []
-        for place, gradient in enumerate(gradients):
-            lengths = part.chosen_lengths if place < half else part.rejected_lengths
-            # of the three of a side the first is a number per pair, the others one per token
-            count = part.size if place % half == 0 else int(lengths.sum())
-            found.append(gradient[begun[place] : begun[place] + count])
-            begun[place] += count
-        yield found
+        counts = [len(part.completion_lengths), int(part.completion_lengths.sum())]
+        ends = [start + count for start, count in zip(begun, counts, strict=True)]
+        total, *others = gradients
+        yield [total[begun[0] : ends[0]], *(one[begun[1] : ends[1]] for one in others)]
+        begun = ends
 
 
 class _Summed(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""What the start-up probe runs: pairs that reach beyond a model's windows, their truth, and the modes it runs in."""
+"""What the start-up probe runs: prompts that reach beyond a model's windows, their truth, and the modes it runs in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_dpo.compat import attention_of, can_switch_attention
-from lit_dpo.data.batch import EncodedPair, PairBatch, collate_pairs
+from lit_dpo.data.batch import CompletionBatch, EncodedPrompt, collate
 from lit_dpo.errors import first_line
 from lit_dpo.logps.layouts import segments
 from lit_dpo.policy.checks import int8_layers
@@ -25,19 +25,20 @@ if TYPE_CHECKING:
 _FURTHEST = 256
 """Windows and original lengths of up to so many tokens are crossed at start-up; longer ones would cost too much."""
 
-_SHORT, _CHOSEN, _REJECTED = 16, 7, 5
+_SHORT, _COMPLETIONS = 16, (7, 5, 6)
 # the first two are names of settings, the third one of parameters, which a model with sinks has for them
 _WINDOWS = re.compile(r"(^|_)window(_size)?$|^(local_attention|attention_chunk_size|original_max_position_embeddings)$")
 _SOFT_CAPS = re.compile(r"^attn\w*soft_?cap(ping)?$")
 _SINKS = re.compile(r"(^|[._])(sinks?|s_aux|sinks?_bias)$")
 
 
-def probe_batch(base: PreTrainedModel) -> PairBatch:
-    """Two pairs of random tokens: enough for a leak between parts or between pairs to show.
+def probe_batch(base: PreTrainedModel) -> CompletionBatch:
+    """Two prompts of random tokens, of three and of two completions.
 
-    The second is short. The first is longer than the model's sliding windows, attention chunks and original length, as
-    far as these are at most `_FURTHEST` tokens, so that a window that is lost, or a position that depends on a batch
-    mate's length, shows.
+    Enough for a leak between any two completions to show: one from the second to the third moves nothing else. The
+    second prompt is short. The first with its first completion is longer than the model's sliding windows, attention
+    chunks and original length, as far as these are at most `_FURTHEST` tokens, so that a window that is lost, or a
+    position that depends on a batch mate's length, shows.
     """
     config = base.config.get_text_config()
     vocabulary = config.vocab_size
@@ -46,35 +47,35 @@ def probe_batch(base: PreTrainedModel) -> PairBatch:
     def tokens(count: int) -> list[int]:
         return [int(token) for token in torch.randint(vocabulary, (count,), generator=random)]
 
-    # the prompt alone fills the longest window, so that all chosen tokens but the first look beyond it
-    first = EncodedPair(tokens(_reach(config) - _CHOSEN), tokens(_CHOSEN), tokens(_REJECTED))
-    batch = collate_pairs([first, EncodedPair(tokens(4), tokens(3), tokens(8))])
+    # the prompt alone fills the longest window, so that all tokens of a completion but the first look beyond it
+    longest = max(_COMPLETIONS)
+    first = EncodedPrompt(tokens(_reach(config) - longest), [tokens(length) for length in _COMPLETIONS])
+    batch = collate([first, EncodedPrompt(tokens(4), [tokens(3), tokens(8)])])
     return batch.to(base.get_input_embeddings().weight.device)
 
 
 def _reach(config: PreTrainedConfig) -> int:
     """Tokens of the longest probe: beyond what can be crossed, within what the model can read at all."""
     marks = [one.value for one in settings(config) if one.is_number and _WINDOWS.search(one.name)]
-    wanted = max((int(mark) for mark in marks if 0 < mark <= _FURTHEST), default=0) + _CHOSEN
+    wanted = max((int(mark) for mark in marks if 0 < mark <= _FURTHEST), default=0) + max(_COMPLETIONS)
     limit = rope_limit(config)
     # learned positions end there; beyond a RoPE's limit the longer pair moves the other, by design
     most: list[int | None] = [getattr(config, "max_position_embeddings", None), limit and limit.tokens]
     return max(_SHORT, min([wanted, *filter(None, most)]))
 
 
-def truth_of(base: PreTrainedModel, batch: PairBatch) -> Tensor:
+def truth_of(base: PreTrainedModel, batch: CompletionBatch) -> Tensor:
     """Log-probs by the definition: each sequence alone through the model's own forward."""
     return torch.cat([_one_at_a_time(base, row, start) for row, start in _sequences(batch)])
 
 
-def _sequences(batch: PairBatch) -> list[tuple[Tensor, int]]:
-    rows = []
-    for side in ("chosen", "rejected"):
-        for s in segments(batch):
-            start = s.start + s.prompt + (0 if side == "chosen" else s.chosen)
-            completion = batch.input_ids[0, start : start + getattr(s, side)]
-            rows.append((torch.cat([batch.input_ids[0, s.start : s.start + s.prompt], completion]), s.prompt))
-    return rows
+def _sequences(batch: CompletionBatch) -> list[tuple[Tensor, int]]:
+    ids = batch.input_ids[0]
+    return [
+        (torch.cat([ids[s.start : s.start + s.prompt], ids[begin:end]]), s.prompt)
+        for s in segments(batch)
+        for begin, end in s.spans
+    ]
 
 
 def _one_at_a_time(base: PreTrainedModel, row: Tensor, start: int) -> Tensor:

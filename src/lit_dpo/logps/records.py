@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_dpo.data.batch import KNOWN_COLUMNS
+from lit_dpo.data.batch import KNOWN_COLUMNS, CompletionBatch, places
 
 
 class SequenceLogps(NamedTuple):
-    """Log-probabilities of one side of `B` pairs under one model, in float32 whatever the model's dtype.
+    """Log-probabilities of `B` completions under one model, in float32 whatever the model's dtype.
 
     Attributes:
         total: `(B,)` sum over the completion's tokens, nats.
@@ -43,6 +44,91 @@ class SequenceLogps(NamedTuple):
         return SequenceLogps(*(None if field is None else field.detach() for field in self))  # type: ignore[arg-type]
 
 
+class CompletionLogps(NamedTuple):
+    """Log-probs of the `C` completions of `P` prompts, each once, and which of them are compared.
+
+    What places and counts say is on the CPU and within a prompt, so that the records of micro-batches concatenate.
+
+    Attributes:
+        policy: `(C,)` log-probs under the policy, prompt after prompt.
+        reference: `(C,)` under the reference; None under `NoReference`.
+        lengths: `(C,)` tokens, int64.
+        completions_per_prompt: `(P,)` how many completions each prompt has, int64.
+        comparisons: `(B, 2)` places of the chosen and the rejected one among their prompt's own completions.
+        comparisons_per_prompt: `(P,)` how many comparisons are of each prompt, int64.
+    """
+
+    policy: SequenceLogps
+    reference: SequenceLogps | None
+    lengths: Tensor
+    completions_per_prompt: Tensor
+    comparisons: Tensor
+    comparisons_per_prompt: Tensor
+
+    @classmethod
+    def of(cls, batch: CompletionBatch, policy: SequenceLogps, reference: SequenceLogps | None) -> CompletionLogps:
+        """Put log-probs of a batch's completions together with what the batch says of them."""
+        return cls(
+            policy,
+            reference,
+            batch.completion_lengths,
+            batch.completions_per_prompt,
+            batch.comparisons,
+            batch.comparisons_per_prompt,
+        )
+
+    def pairs(self, columns: dict[str, Tensor] | None = None, state: Tensor | None = None) -> PairLogps:
+        """Make the record of comparisons: the one place where completions become sides of pairs.
+
+        Args:
+            columns: `(B,)` each, of the data.
+            state: of the loss.
+        """
+        both = places(self).T.flatten()  # chosen, then rejected
+        chosen, rejected = _sides(self.policy, self.lengths, both)
+        reference_chosen, reference_rejected = (
+            (None, None) if self.reference is None else _sides(self.reference, self.lengths, both)
+        )
+        return PairLogps(chosen, rejected, reference_chosen, reference_rejected, columns or {}, state, self)
+
+    def per_prompt(self, values: Tensor) -> Tensor:
+        """`(P,)` means over each prompt's comparisons of `(B,)` values; a prompt without any is 0."""
+        counts = self.comparisons_per_prompt.to(values.device, non_blocking=True)
+        sums = torch.segment_reduce(values, "sum", lengths=counts, unsafe=True)
+        return sums / counts.clamp(min=1)
+
+    def per_comparison(self, values: Tensor) -> Tensor:
+        """`(B,)` values, for each comparison that of its prompt, of `(P,)`."""
+        of = torch.repeat_interleave(self.comparisons_per_prompt)
+        return values.index_select(0, of.to(values.device, non_blocking=True))
+
+    def detach(self) -> CompletionLogps:
+        """Return the same numbers without their graph."""
+        return self._replace(policy=self.policy.detach(), reference=self.reference and self.reference.detach())
+
+
+def _sides(logps: SequenceLogps, lengths: Tensor, both: Tensor) -> tuple[SequenceLogps, SequenceLogps]:
+    """Take two sides from completions: the first half of `both` are places of the one, the second half of the other."""
+    device, size = logps.total.device, len(both) // 2
+    taken = lengths[both]
+    # places of tokens, made on the CPU, where the lengths are: nothing waits for a device
+    begins = (lengths.cumsum(0) - lengths)[both] - (taken.cumsum(0) - taken)
+    tokens = begins.repeat_interleave(taken) + torch.arange(int(taken.sum()))
+    border = int(taken[:size].sum())
+    both, tokens = both.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
+
+    def halves(values: Tensor | None, index: Tensor, first: int) -> tuple[Tensor | None, Tensor | None]:
+        if values is None:
+            return None, None
+        found = values.index_select(0, index)  # its backward adds, without a sort
+        return found[:first], found[first:]
+
+    sums = [halves(values, both, size) for values in (logps.total, logps.length)]
+    summands = [halves(values, tokens, border) for values in (logps.per_token, logps.collision, logps.kl)]
+    chosen, rejected = (SequenceLogps(*side) for side in zip(*sums, *summands, strict=True))
+    return chosen, rejected
+
+
 class PairLogps(NamedTuple):
     """All that a preference loss may look at. A new loss reads this record; it never widens a signature.
 
@@ -58,6 +144,7 @@ class PairLogps(NamedTuple):
             `weight`, where there is one; losses do not read it. `score_margin` says how much better the chosen
             completion was scored than the rejected one, `probability` how likely it is the better one.
         state: `(S,)` what a loss remembers between steps, float64; see `PreferenceLoss.initial_state`.
+        completions: what the pairs were taken from: each completion once, for losses over lists; `lists` reads it.
     """
 
     policy_chosen: SequenceLogps
@@ -66,6 +153,27 @@ class PairLogps(NamedTuple):
     reference_rejected: SequenceLogps | None = None
     columns: dict[str, Tensor] = {}  # noqa: RUF012 - never changed in place
     state: Tensor | None = None
+    completions: CompletionLogps | None = None
+
+    @property
+    def lists(self) -> CompletionLogps:
+        """The completions, prompt by prompt; of a record that was made of sides alone, the two of each pair."""
+        return self.completions or _of_sides(self)
+
+    def map_models(self, change: Callable[[SequenceLogps, SequenceLogps | None], Any]) -> PairLogps:
+        """Return a record with other log-probs, for a loss that hands a changed view to another one.
+
+        Args:
+            change: given log-probs under the policy and under the reference (or None) of the same completions, returns
+                both as they shall be. It sees chosen sides, rejected sides, and the completions that they come from.
+        """
+        if self.completions is not None:
+            policy, reference = change(self.completions.policy, self.completions.reference)
+            changed = self.completions._replace(policy=policy, reference=reference)
+            return changed.pairs(self.columns, self.state)
+        policy_chosen, reference_chosen = change(self.policy_chosen, self.reference_chosen)
+        policy_rejected, reference_rejected = change(self.policy_rejected, self.reference_rejected)
+        return PairLogps(policy_chosen, policy_rejected, reference_chosen, reference_rejected, self.columns, self.state)
 
     @property
     def chosen_logratio(self) -> Tensor:
@@ -121,8 +229,31 @@ class PairLogps(NamedTuple):
         """Return the same numbers without their graph."""
         policy_chosen, policy_rejected = self.policy_chosen.detach(), self.policy_rejected.detach()
         chosen, rejected = (side and side.detach() for side in (self.reference_chosen, self.reference_rejected))
+        completions = self.completions and self.completions.detach()
         # columns come from the data, the state from sums of detached records: neither has a graph
-        return PairLogps(policy_chosen, policy_rejected, chosen, rejected, self.columns, self.state)
+        return PairLogps(policy_chosen, policy_rejected, chosen, rejected, self.columns, self.state, completions)
+
+
+def _of_sides(pairs: PairLogps) -> CompletionLogps:
+    """Each pair as a prompt of its own with two completions, for a record that was made by hand."""
+    size = pairs.policy_chosen.total.shape[0]
+    lengths = torch.stack([pairs.policy_chosen.length, pairs.policy_rejected.length], 1).flatten().long().cpu()
+
+    def woven(chosen: SequenceLogps, rejected: SequenceLogps) -> SequenceLogps:
+        sums = [torch.stack(both, 1).flatten() for both in zip(chosen[:2], rejected[:2], strict=True)]
+        summands: list[Tensor | None] = []
+        for one, other in zip(chosen[2:], rejected[2:], strict=True):
+            if one is None or other is None:
+                summands.append(None)
+                continue
+            sides = (torch.split(values, lengths[first::2].tolist()) for first, values in enumerate((one, other)))
+            summands.append(torch.cat([part for both in zip(*sides, strict=True) for part in both]))
+        return SequenceLogps(*sums, *summands)
+
+    reference = pairs.reference_chosen and woven(pairs.reference_chosen, pairs.require("reference_rejected"))
+    policy = woven(pairs.policy_chosen, pairs.policy_rejected)
+    one = torch.ones(size, dtype=torch.long)
+    return CompletionLogps(policy, reference, lengths, 2 * one, torch.tensor([[0, 1]]).expand(size, 2), one)
 
 
 def column_remedy(name: str) -> str:

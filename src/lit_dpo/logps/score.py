@@ -1,4 +1,4 @@
-"""Log-probs of a batch of pairs under a model, and the start-up probe that decides the layout."""
+"""Log-probs of a batch of completions under a model, and the start-up probe that decides the layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_dpo.compat import attention_of, can_switch_attention
-from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.batch import CompletionBatch
 from lit_dpo.errors import PolicyError, UnsupportedAttentionError, first_line
 from lit_dpo.logps.attention import (
     MissingLayoutError,
@@ -61,41 +61,47 @@ class FrozenStates(NamedTuple):
 
 
 def completion_logps(
-    model: PeftModel | PreTrainedModel, batch: PairBatch, *, collision: bool = False, frozen: FrozenStates | None = None
-) -> tuple[SequenceLogps, SequenceLogps]:
-    """Log-probs of the chosen and of the rejected completions under `model`, float32.
+    model: PeftModel | PreTrainedModel,
+    batch: CompletionBatch,
+    *,
+    collision: bool = False,
+    frozen: FrozenStates | None = None,
+) -> SequenceLogps:
+    """Log-probs of a batch's completions under `model`, float32.
 
     The layout follows the model's attention: the flat row under the pair attention, else padded rows. Both score the
     same positions. Gradients flow unless the caller turned them off; adapters are as the caller left them.
 
     Args:
         model: a transformers causal LM, or a PEFT model around one.
-        batch: `B` pairs on the model's device.
+        batch: `C` completions on the model's device.
         collision: fill `SequenceLogps.collision` too, at the cost of a second projection.
         frozen: by `frozen_logps` of the same batch: fill `SequenceLogps.kl` too, KL(π_ref ‖ π) over the vocabulary
             wherever a completion token is predicted, at the cost of two more projections.
 
     Returns:
-        Two records of `(B,)` totals and lengths and `(N,)` log-probs per token.
+        `(C,)` totals and lengths and `(N,)` log-probs per token, in the order of the batch.
     """
     scored = run(model, batch)
     kl = frozen and reference_kl(scored.head, scored.hidden, frozen.head, frozen.hidden, scored.vocabulary)
-    return _sides(scored, _collision(scored) if collision else None, kl)
+    return _logps(scored, _collision(scored) if collision else None, kl)
 
 
 def frozen_logps(
-    model: PeftModel | PreTrainedModel, batch: PairBatch, reference: Callable[[Any], AbstractContextManager[Any]]
-) -> tuple[FrozenStates, SequenceLogps, SequenceLogps]:
+    model: PeftModel | PreTrainedModel,
+    batch: CompletionBatch,
+    reference: Callable[[Any], AbstractContextManager[Any]],
+) -> tuple[FrozenStates, SequenceLogps]:
     """Log-probs under the reference, without gradients, and the hidden states that they were taken from.
 
     Args:
         model: the policy.
-        batch: `B` pairs on the model's device.
+        batch: on the model's device.
         reference: `Reference.activated`: given the policy, a context in which it yields the model to compare with.
     """
     with torch.no_grad(), reference(model) as other:
         scored = run(other, batch)
-        sides = _sides(scored)
+        logps = _logps(scored)
 
     def head(states: Tensor) -> Tensor:
         # run within the policy's pass, where the reference is not active any more
@@ -103,7 +109,7 @@ def frozen_logps(
             logits: Tensor = model_head(base_model(other))(states)
             return logits
 
-    return FrozenStates(scored.hidden, head), *sides
+    return FrozenStates(scored.hidden, head), logps
 
 
 class Scored(NamedTuple):
@@ -115,19 +121,19 @@ class Scored(NamedTuple):
     vocabulary: int
 
 
-def run(model: PeftModel | PreTrainedModel, batch: PairBatch) -> Scored:
+def run(model: PeftModel | PreTrainedModel, batch: CompletionBatch) -> Scored:
     """One pass of a model over a batch, in the layout that its attention reads."""
     base = base_model(model)
-    pairs = segments(batch)
+    prompts = segments(batch)
     config = base.config.get_text_config()
-    _check_rope(config, pairs)
+    _check_rope(config, prompts)
     if has_pair_attention(base):
-        rows = flat_rows(batch, pairs)
+        rows = flat_rows(batch, prompts)
         layers = getattr(config, "num_hidden_layers", None)
         # models hand keywords that they do not know down to their attention; the probe finds those that do not
-        rows.inputs["pair_layout"] = PairLayout(pairs, batch.input_ids.device, layers and layers - 1)
+        rows.inputs["pair_layout"] = PairLayout(prompts, batch.input_ids.device, layers and layers - 1)
     else:
-        rows = padded_rows(batch, pairs)
+        rows = padded_rows(batch, prompts)
     return Scored(_hidden_states(base, rows), model_head(base), rows, config.vocab_size)
 
 
@@ -135,26 +141,12 @@ def _collision(scored: Scored) -> Tensor:
     return collision_logps(scored.head, scored.hidden, scored.vocabulary)
 
 
-def _sides(
-    scored: Scored, collision: Tensor | None = None, kl: Tensor | None = None
-) -> tuple[SequenceLogps, SequenceLogps]:
-    """Chosen and rejected, from per-token values of both."""
+def _logps(scored: Scored, collision: Tensor | None = None, kl: Tensor | None = None) -> SequenceLogps:
     lengths = scored.rows.lengths
     tokens = selected_logps(scored.head, scored.hidden, scored.rows.targets, scored.vocabulary)
     totals = torch.stack([part.sum() for part in torch.split(tokens, lengths)])
     counts = torch.tensor(lengths, dtype=torch.float32).to(totals.device, non_blocking=True)
-    size = len(lengths) // 2
-    # values per token are in the order of `Rows.lengths`: all chosen ones, then all rejected ones
-    border = sum(lengths[:size])
-
-    def cut(values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        return (None, None) if values is None else (values[:border], values[border:])
-
-    chosen, rejected = zip(cut(tokens), cut(collision), cut(kl), strict=True)
-    return (
-        SequenceLogps(totals[:size], counts[:size], *chosen),
-        SequenceLogps(totals[size:], counts[size:], *rejected),
-    )
+    return SequenceLogps(totals, counts, tokens, collision, kl)
 
 
 def base_model(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
@@ -182,9 +174,9 @@ def _hidden_states(model: PeftModel | PreTrainedModel, rows: Rows) -> Tensor:
 def choose_layout(model: PeftModel | PreTrainedModel, attention: str = "auto") -> Layout:
     """Decide by measurement which layout this model can use, and switch its attention to it.
 
-    Two probe pairs, one of them longer than the model's windows where these are short, are scored one sequence at a
+    Two probe prompts, one of them longer than the model's windows where these are short, are scored one sequence at a
     time by the model's own forward under `eager`, then in the flat row. If both agree within the dtype's tolerance, and
-    no part of a pair feels a change in another, the flat row is used; else padded rows, in one log line that says why.
+    no completion feels a change in another, the flat row is used; else padded rows, in one log line that says why.
     An implementation that does not compute what `eager` does is replaced by it, in a line too. In training mode, but
     for the adapters' dropout, the numbers must be the same, twice.
 
@@ -229,7 +221,9 @@ def choose_layout(model: PeftModel | PreTrainedModel, attention: str = "auto") -
     return layout
 
 
-def _choose_layout(base: PreTrainedModel, attention: str, batch: PairBatch, truth: Tensor, tolerance: float) -> Layout:
+def _choose_layout(
+    base: PreTrainedModel, attention: str, batch: CompletionBatch, truth: Tensor, tolerance: float
+) -> Layout:
     name = type(base).__name__
     # by name, because what it leaves out may hide below the tolerance of 16 bits
     if lacking := blind_to(base):
@@ -266,7 +260,7 @@ def _use_eager(base: PreTrainedModel, attention: str, why: str) -> None:
         log.warning("%s: `eager` instead of `%s`, which %s.", name, plain, why)
 
 
-def _padded(base: PreTrainedModel, batch: PairBatch, truth: Tensor) -> float:
+def _padded(base: PreTrainedModel, batch: CompletionBatch, truth: Tensor) -> float:
     """How far padded rows are off, nats per token."""
     try:
         return float((_tokens(base, batch) - truth).abs().max())
@@ -277,7 +271,7 @@ def _padded(base: PreTrainedModel, batch: PairBatch, truth: Tensor) -> float:
         ) from error
 
 
-def _check_training(base: PreTrainedModel, batch: PairBatch, truth: Tensor, tolerance: float) -> None:
+def _check_training(base: PreTrainedModel, batch: CompletionBatch, truth: Tensor, tolerance: float) -> None:
     """See that training mode computes what evaluation mode does, and the same twice.
 
     Raises:
@@ -309,11 +303,11 @@ _DROPOUT = (
 )
 
 
-def _check_rope(config: PreTrainedConfig, pairs: list[Segment]) -> None:
+def _check_rope(config: PreTrainedConfig, prompts: list[Segment]) -> None:
     """Refuse a pair that is so long that it would move its batch mates."""
     if (limit := rope_limit(config)) is None:
         return
-    longest = max(s.prompt + max(s.chosen, s.rejected) for s in pairs)
+    longest = max(s.longest for s in prompts)
     if longest > limit.tokens:
         raise PolicyError(
             f"Expected pairs of up to {limit.tokens} tokens but one has {longest}: beyond that this model's positions "
@@ -321,7 +315,7 @@ def _check_rope(config: PreTrainedConfig, pairs: list[Segment]) -> None:
         )
 
 
-def _why_not_flat(base: PreTrainedModel, batch: PairBatch, truth: Tensor, tolerance: float) -> str | None:
+def _why_not_flat(base: PreTrainedModel, batch: CompletionBatch, truth: Tensor, tolerance: float) -> str | None:
     """None if the flat row is exact (and the pair attention stays on), else the reason (and it is off again)."""
     plain = attention_of(base)
     try:
@@ -343,22 +337,25 @@ def _why_not_flat(base: PreTrainedModel, batch: PairBatch, truth: Tensor, tolera
     return reason
 
 
-def _leak(base: PreTrainedModel, batch: PairBatch, before: Tensor) -> float:
-    """How far the other completions move when the first pair's chosen tokens change.
+def _leak(base: PreTrainedModel, batch: CompletionBatch, before: Tensor) -> float:
+    """How far other completions move when the tokens of one change, of the first prompt's each but the last.
 
     Shapes are the same, so that rounding is too: this sees a leak that hides below a 16-bit tolerance.
     """
-    first = segments(batch)[0]
-    changed = batch.input_ids.clone()
-    changed[0, first.start + first.prompt : first.start + first.prompt + first.chosen] += 1
-    changed %= base.config.get_text_config().vocab_size
-    after = _tokens(base, batch._replace(input_ids=changed))
-    # the tokens that were changed come first, and may move
-    return float((after - before)[first.chosen :].abs().max())
+    apart, start = 0.0, 0
+    for begin, end in segments(batch)[0].spans[:-1]:
+        changed = batch.input_ids.clone()
+        changed[0, begin:end] += 1
+        changed %= base.config.get_text_config().vocab_size
+        moved = (_tokens(base, batch._replace(input_ids=changed)) - before).abs()
+        own = slice(start, start + end - begin)  # these may
+        moved[own] = 0.0
+        apart = max(apart, float(moved.max()))
+        start = own.stop
+    return apart
 
 
-def _tokens(base: PreTrainedModel, batch: PairBatch) -> Tensor:
-    chosen, rejected = completion_logps(base, batch)
-    assert chosen.per_token is not None
-    assert rejected.per_token is not None
-    return torch.cat([chosen.per_token, rejected.per_token])
+def _tokens(base: PreTrainedModel, batch: CompletionBatch) -> Tensor:
+    found = completion_logps(base, batch).per_token
+    assert found is not None
+    return found

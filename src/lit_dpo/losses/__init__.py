@@ -23,11 +23,13 @@ from lit_dpo.losses.hinge import HingeLoss
 from lit_dpo.losses.humanline import HumanlineLoss
 from lit_dpo.losses.ipo import IPOLoss
 from lit_dpo.losses.lddpo import LDDPOLoss
+from lit_dpo.losses.lipo import LiPOLoss
 from lit_dpo.losses.mixture import MixtureLoss
 from lit_dpo.losses.nca import NCALoss
 from lit_dpo.losses.normalizeddpo import NormalizedDPOLoss
 from lit_dpo.losses.odpo import ODPOLoss
 from lit_dpo.losses.orpo import ORPOLoss
+from lit_dpo.losses.plackettluce import PlackettLuceLoss
 from lit_dpo.losses.rdpo import RDPOLoss
 from lit_dpo.losses.robustdpo import RobustDPOLoss
 from lit_dpo.losses.rpo import RPOLoss
@@ -63,11 +65,13 @@ __all__ = [
     "HumanlineLoss",
     "IPOLoss",
     "LDDPOLoss",
+    "LiPOLoss",
     "MixtureLoss",
     "NCALoss",
     "NormalizedDPOLoss",
     "ODPOLoss",
     "ORPOLoss",
+    "PlackettLuceLoss",
     "PreferenceLoss",
     "RDPOLoss",
     "RPOLoss",

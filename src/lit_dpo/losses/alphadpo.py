@@ -24,6 +24,7 @@ class AlphaDPOLoss(PreferenceLoss):
     Mean and deviation of M are part of the state, of one value on all ranks, and kept in checkpoints: running means of
     M and M² that take the batch up first, so that `z_momentum` 0 gives a z-score over the batch. Before there is any
     spread, as in the first batch of a policy that starts at its reference, z is 0. Evaluation uses what training left.
+    Of many completions of one prompt, they count every pair, which are then not independent samples of M.
 
     The references disagree on the scale of α: the paper adds α·z to γ, its authors' code β·α·z. It is the code's here,
     whose settings the arguments name. The code differs in the state: its mean and deviation start at 0 without

@@ -16,7 +16,7 @@ from lit_dpo.losses.checks import positive
 
 @dataclass(frozen=True)
 class PreferenceLoss(ABC):
-    """A preference loss: a frozen strategy from the log-probs of `B` pairs to `B` losses.
+    """A preference loss: a frozen strategy from the log-probs of `B` pairs to `B` losses, or one per prompt.
 
     Subclass it anywhere; nothing has to be registered. The arguments of a loss are its dataclass fields, so that an
     argument it does not have is an error where it is written, and the loss compares, prints and pickles by value.
@@ -46,8 +46,12 @@ class PreferenceLoss(ABC):
     """Names of the data's columns that the loss reads by `pairs.column`. Data without one of them are refused before
     weights load."""
 
+    per_prompt: ClassVar[bool] = False
+    """True for losses that return `(P,)`: one for each prompt, of the list of its completions, `PairLogps.lists`."""
+
     couples_pairs: ClassVar[bool] = False
-    """True for losses in which a pair's loss depends on the other pairs of its batch."""
+    """True for losses in which a pair's loss depends on pairs of other prompts, so on what else is in the batch. One
+    that depends on the completions of its own prompt does not couple: micro-batches are whole prompts."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """See that what a loss declares exists."""
@@ -70,7 +74,7 @@ class PreferenceLoss(ABC):
 
     @abstractmethod
     def __call__(self, pairs: PairLogps) -> Tensor:
-        """Losses `(B,)`, not reduced: the module takes the mean over pairs."""
+        """Losses `(B,)`, or `(P,)` if `per_prompt`, not reduced: the module takes their mean."""
 
     def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
         """Implicit rewards of both sides, `(B,)` each: β · log π/π_ref (arXiv 2305.18290, eq. 5).
@@ -89,7 +93,7 @@ class PreferenceLoss(ABC):
         return ()
 
     def parts(self, pairs: PairLogps) -> dict[str, Tensor]:
-        """Those parts, `(B,)` each, unweighted."""
+        """Those parts, of the shape of the losses each, unweighted."""
         return {}
 
     # ---- losses with a memory ----

@@ -22,8 +22,9 @@ class BCOLoss(PreferenceLoss):
 
     The references disagree on δ, so it is an argument. `"running"` is the mean of all rewards seen in training, both
     sides, this batch included, as in TRL 0.24 and LLaMA-Factory; here it weighs pairs, not batches, alike, is one
-    number for all ranks, and is kept in checkpoints. `"zero"` is TRL from 1.0 on, and Liger. With δ = 0 and log-ratios
-    0 the loss is 2·log 2 and its slope in log π(chosen) is −β/2.
+    number for all ranks, and is kept in checkpoints; of many completions of one prompt it counts each as often as it is
+    compared, so that they are not independent samples of the reward. `"zero"` is TRL from 1.0 on, and Liger. With δ = 0
+    and log-ratios 0 the loss is 2·log 2 and its slope in log π(chosen) is −β/2.
 
     Args:
         beta: inverse temperature; 0.01 in the paper's experiments on pairs, with a learning rate of 5e-7.

@@ -19,7 +19,8 @@ class BetaDPOLoss(PreferenceLoss):
     held closer to the reference, in batches of close ones it may move further. Both are part of the state, of one
     value on all ranks, and kept in checkpoints; M₀ starts at 0 and takes the batch up first, as in the authors' code.
     Evaluation uses the last training batch's β_b. Rewards are β times the log-ratio, with the β given. At margin 0 it
-    is log 2 and its slope in Δ is −β_b/2.
+    is log 2 and its slope in Δ is −β_b/2. Of many completions of one prompt, M counts every pair, K(K−1)/2 of a ranking
+    of K: they are not independent samples, and long rankings weigh most.
 
     The authors also leave out a part of each batch, drawn at random with a preference for margins near M₀. That is not
     done here: a loss is a function of its pairs.

@@ -40,6 +40,21 @@ def not_negative(name: str, value: object) -> None:
     number(name, value, ">= 0", lambda given: given >= 0)
 
 
+def whole(name: str, value: object, least: int) -> None:
+    """Check that an argument is a whole number, at least a given one.
+
+    Raises:
+        ValueError: if it is not.
+
+    Example:
+        >>> whole("top", 1.5, 1)
+        Traceback (most recent call last):
+        ValueError: Expected `top` to be a whole number >= 1 but got 1.5.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"Expected `{name}` to be a whole number >= {least} but got {value!r}.")
+
+
 def in_range(name: str, value: object, interval: str) -> None:
     """Check that an argument is a number of an interval; a square bracket takes its end in, a round one does not.
 

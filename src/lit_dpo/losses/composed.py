@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
+from lit_dpo.losses.dpo import DPOLoss
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class ComposedLoss(PreferenceLoss):
         """Take over β."""
         object.__setattr__(self, "beta", self._lead.beta)
         super().__post_init__()
+
+    @property
+    def per_prompt(self) -> bool:  # type: ignore[override]
+        """Whether all inner losses are; if only some are, each pair gets what they say of its prompt."""
+        return all(one.per_prompt for one in self.inner)
 
     @property
     def couples_pairs(self) -> bool:  # type: ignore[override]
@@ -79,3 +86,43 @@ class ComposedLoss(PreferenceLoss):
         """Each inner loss's next state."""
         parts = zip(self.inner, self._split(state), self._split(sums), strict=True)
         return torch.cat([one.next_state(own, new) for one, own, new in parts if own is not None and new is not None])
+
+
+@dataclass(frozen=True)
+class WrappedLoss(ComposedLoss):
+    """A loss around one other, which it shows another view of the pairs."""
+
+    loss: PreferenceLoss = DPOLoss()  # noqa: RUF009 - frozen
+
+    @abstractmethod
+    def view(self, pairs: PairLogps) -> PairLogps:
+        """Return what the inner loss sees of the pairs."""
+
+    def views(self, pairs: PairLogps) -> list[PairLogps]:
+        """Return that view, alone."""
+        return super().views(self.view(pairs))
+
+    @property
+    def inner(self) -> tuple[PreferenceLoss, ...]:
+        """The one loss."""
+        return (self.loss,)
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Losses of the inner loss, `(B,)`, or `(P,)` if it is `per_prompt`."""
+        return self.loss(self.view(pairs))
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The inner loss's."""
+        return self.loss.part_names
+
+    def parts(self, pairs: PairLogps) -> dict[str, Tensor]:
+        """Return the inner loss's."""
+        return self.loss.parts(self.view(pairs))
+
+
+def within(loss: PreferenceLoss) -> Iterator[PreferenceLoss]:
+    """Go through a loss and all that it is made of."""
+    yield loss
+    for one in getattr(loss, "inner", ()):
+        yield from within(one)

@@ -3,18 +3,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps, SequenceLogps
-from lit_dpo.losses.base import PreferenceLoss
 from lit_dpo.losses.checks import number, positive
-from lit_dpo.losses.composed import ComposedLoss
-from lit_dpo.losses.dpo import DPOLoss
+from lit_dpo.losses.composed import WrappedLoss
 
 
 @dataclass(frozen=True)
-class HumanlineLoss(ComposedLoss):
+class HumanlineLoss(WrappedLoss):
     """Humanline clipping (arXiv 2509.24207): any loss whose log-ratios are held in [log ε_P, log ε_R], token by token.
 
     The log-ratio log π/π_ref of each token, in nats, is clamped before a completion's are summed: a token that the
@@ -38,13 +34,13 @@ class HumanlineLoss(ComposedLoss):
     Example:
         >>> import torch
         >>> from lit_dpo.logps import PairLogps, SequenceLogps
+        >>> from lit_dpo.losses import DPOLoss
         >>> side = lambda *x: SequenceLogps(torch.tensor([sum(x)]), torch.tensor([1.0 * len(x)]), torch.tensor(x))
         >>> pairs = PairLogps(side(-1.0, -1.0), side(-9.0), side(-6.0, -1.0), side(-3.0))  # log-ratios 5, 0 and −6
         >>> HumanlineLoss(DPOLoss(beta=0.1))(pairs), DPOLoss(beta=0.1)(pairs)  # margins 1.5 + 1 and 5 + 6
         (tensor([0.5759]), tensor([0.2873]))
     """
 
-    loss: PreferenceLoss = DPOLoss()  # noqa: RUF009 - frozen
     lower: float = -1.0
     upper: float = 1.5
 
@@ -57,40 +53,18 @@ class HumanlineLoss(ComposedLoss):
             raise ValueError(f"Expected `loss` to read the reference, to have log-ratios, but got {self.loss}.")
 
     @property
-    def inner(self) -> tuple[PreferenceLoss, ...]:
-        """The one loss."""
-        return (self.loss,)
-
-    @property
     def requires(self) -> frozenset[Field]:  # type: ignore[override]
         """Log-probs per token of both models, and what the loss requires."""
         return super().requires | {Field.PER_TOKEN, Field.REFERENCE_PER_TOKEN}
 
-    def __call__(self, pairs: PairLogps) -> Tensor:
-        """Losses `(B,)`."""
-        (view,) = self.views(pairs)
-        return self.loss(view)
-
-    @property
-    def part_names(self) -> tuple[str, ...]:
-        """Return the inner loss's."""
-        return self.loss.part_names
-
-    def parts(self, pairs: PairLogps) -> dict[str, Tensor]:
-        """Return the inner loss's."""
-        (view,) = self.views(pairs)
-        return self.loss.parts(view)
-
-    def views(self, pairs: PairLogps) -> list[PairLogps]:
+    def view(self, pairs: PairLogps) -> PairLogps:
         """Hold the policy's tokens near the reference's."""
-        changed: dict[str, Any] = {f"policy_{name}": self._hold(pairs, name) for name in ("chosen", "rejected")}
-        return super().views(pairs._replace(**changed))
+        for name in ("policy_chosen.per_token", "reference_chosen.per_token"):
+            pairs.require(name)
+        return pairs.map_models(self._hold)
 
-    def _hold(self, pairs: PairLogps, name: str) -> SequenceLogps:
-        policy, reference = pairs.require(f"policy_{name}"), pairs.require(f"reference_{name}")
-        tokens = pairs.require(f"policy_{name}.per_token")
-        anchor = pairs.require(f"reference_{name}.per_token")
-        ratios = (tokens - anchor).clamp(self.lower, self.upper)
+    def _hold(self, policy: Any, reference: Any) -> tuple[SequenceLogps, SequenceLogps]:
+        ratios = (policy.per_token - reference.per_token).clamp(self.lower, self.upper)
         # from the reference's own total, so that log-ratios of 0 are a margin of exactly 0
         total = reference.total + policy.sums(ratios)
-        return policy._replace(total=total, per_token=anchor + ratios)  # type: ignore[no-any-return]
+        return policy._replace(total=total, per_token=reference.per_token + ratios), reference

@@ -8,15 +8,13 @@ from torch import Tensor
 
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps, SequenceLogps
-from lit_dpo.losses.base import PreferenceLoss
 from lit_dpo.losses.checks import in_range, one_of
-from lit_dpo.losses.composed import ComposedLoss
-from lit_dpo.losses.dpo import DPOLoss
+from lit_dpo.losses.composed import WrappedLoss, within
 from lit_dpo.losses.humanline import HumanlineLoss
 
 
 @dataclass(frozen=True)
-class LDDPOLoss(ComposedLoss):
+class LDDPOLoss(WrappedLoss):
     """Length-desensitised DPO (LD-DPO, arXiv 2409.06411): any loss on log-probs whose surplus tokens weigh α.
 
     With the shared length n = min(n_w, n_l), a completion's log-prob becomes Σ_{t ≤ n} log p_t + α·Σ_{t > n} log p_t:
@@ -33,18 +31,19 @@ class LDDPOLoss(ComposedLoss):
         reference: how the reference's log-probs are taken. Of effect only where the loss reads them.
 
     Raises:
-        ValueError: if `surplus_weight` is outside [0, 1), `reference` neither, or a `HumanlineLoss` within.
+        ValueError: if `surplus_weight` is outside [0, 1), `reference` neither, or within there is a
+            `HumanlineLoss` or a loss over lists.
 
     Example:
         >>> import torch
         >>> from lit_dpo.logps import PairLogps, SequenceLogps
+        >>> from lit_dpo.losses import DPOLoss
         >>> side = lambda *x: SequenceLogps(torch.tensor([sum(x)]), torch.tensor([1.0 * len(x)]), torch.tensor(x))
         >>> pairs = PairLogps(side(-1.0, -4.0), side(-3.0), side(-1.0, -2.0), side(-3.0))
         >>> LDDPOLoss(DPOLoss(beta=0.1), surplus_weight=0.5)(pairs), DPOLoss(beta=0.1)(pairs)
         (tensor([0.7444]), tensor([0.7981]))
     """
 
-    loss: PreferenceLoss = DPOLoss()  # noqa: RUF009 - frozen
     surplus_weight: float = 0.5
     reference: Literal["decoupled", "plain"] = "decoupled"
 
@@ -53,13 +52,11 @@ class LDDPOLoss(ComposedLoss):
         super().__post_init__()
         in_range("surplus_weight", self.surplus_weight, "[0, 1)")
         one_of("reference", self.reference, "decoupled", "plain")
-        if _sums_again(self.loss):  # from the tokens, so that the weights given here would be lost
+        parts = [*within(self.loss)]
+        if any(isinstance(one, HumanlineLoss) for one in parts):  # it sums tokens again: the weights would be lost
             raise ValueError(f"Expected `HumanlineLoss` around `LDDPOLoss`, not within, but got {self.loss}.")
-
-    @property
-    def inner(self) -> tuple[PreferenceLoss, ...]:
-        """The one loss."""
-        return (self.loss,)
+        if any(one.per_prompt for one in parts):
+            raise ValueError(f"Expected `loss` to score pairs, which share a length, not lists, but got {self.loss}.")
 
     @property
     def requires(self) -> frozenset[Field]:  # type: ignore[override]
@@ -68,26 +65,11 @@ class LDDPOLoss(ComposedLoss):
             super().requires | {Field.PER_TOKEN} | ({Field.REFERENCE_PER_TOKEN} if self._changes_reference else set())
         )
 
-    def __call__(self, pairs: PairLogps) -> Tensor:
-        """Losses `(B,)`."""
-        (view,) = self.views(pairs)
-        return self.loss(view)
-
-    @property
-    def part_names(self) -> tuple[str, ...]:
-        """Return the inner loss's."""
-        return self.loss.part_names
-
-    def parts(self, pairs: PairLogps) -> dict[str, Tensor]:
-        """Return the inner loss's."""
-        (view,) = self.views(pairs)
-        return self.loss.parts(view)
-
     @property
     def _changes_reference(self) -> bool:
         return self.reference == "decoupled" and Field.REFERENCE in self.loss.requires
 
-    def views(self, pairs: PairLogps) -> list[PairLogps]:
+    def view(self, pairs: PairLogps) -> PairLogps:
         """Weigh the pairs' surplus tokens down."""
         shared = torch.minimum(pairs.policy_chosen.length, pairs.policy_rejected.length).long()
         names = ["policy_chosen", "policy_rejected"]
@@ -96,7 +78,8 @@ class LDDPOLoss(ComposedLoss):
         changed: dict[str, Any] = {
             name: self._weigh(pairs.require(name), pairs.require(f"{name}.per_token"), shared) for name in names
         }
-        return super().views(pairs._replace(**changed))
+        # what a completion weighs depends on what it is compared with: none has one number in all its pairs
+        return pairs._replace(**changed, completions=None)
 
     def _weigh(self, side: SequenceLogps, tokens: Tensor, shared: Tensor) -> SequenceLogps:
         lengths, size = side.length.long(), tokens.numel()
@@ -105,7 +88,3 @@ class LDDPOLoss(ComposedLoss):
         border = (starts + shared).repeat_interleave(lengths, output_size=size)
         surplus = torch.arange(size, device=tokens.device) >= border
         return side._replace(total=side.sums(torch.where(surplus, self.surplus_weight * tokens, tokens)))
-
-
-def _sums_again(loss: PreferenceLoss) -> bool:
-    return isinstance(loss, HumanlineLoss) or any(map(_sums_again, getattr(loss, "inner", ())))

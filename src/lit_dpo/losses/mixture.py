@@ -26,6 +26,8 @@ class MixtureLoss(ComposedLoss):
     Rewards, and `beta`, are those of the first loss that reads the reference, or of the first one if none does. Value
     and slope are the weighted sums of the parts'.
 
+    Where only some parts score lists of completions, one number for each prompt, each pair gets its prompt's.
+
     Args:
         losses: the parts; at least one. None: `DPOLoss` and `SFTLoss`.
         weights: w_k, one for each part; None for 1 each. Expected > 0.
@@ -82,12 +84,15 @@ class MixtureLoss(ComposedLoss):
         return tuple(names)
 
     def parts(self, pairs: PairLogps) -> dict[str, Tensor]:
-        """Return the unweighted losses, `(B,)` each, by name."""
-        values = [one(view) for one, view in zip(self.inner, self.views(pairs), strict=True)]
+        """Return the unweighted losses by name, `(B,)` each, or `(P,)` if all parts are `per_prompt`."""
+        values = []
+        for one, view in zip(self.inner, self.views(pairs), strict=True):
+            shared = one.per_prompt and not self.per_prompt
+            values.append(view.lists.per_comparison(one(view)) if shared else one(view))
         return dict(zip(self.part_names, values, strict=True))
 
     def __call__(self, pairs: PairLogps) -> Tensor:
-        """Losses `(B,)`."""
+        """Losses `(B,)`, or `(P,)` if all parts are `per_prompt`."""
         first, *others = self.parts(pairs).values()
         weights = self.weights or (1.0,) * len(self.inner)
         total = weights[0] * first

@@ -9,6 +9,7 @@ from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
 from lit_dpo.losses.base import PreferenceLoss
 from lit_dpo.losses.checks import one_of
+from lit_dpo.losses.order import ranking, take
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,17 @@ class SFTLoss(PreferenceLoss):
     pair's loss depends on its batch mates' lengths. For one pair it is −ℓ_w/n_w either way and its slope in ℓ_w is
     −1/n_w.
 
+    Of many completions of one prompt, a good one is chosen in one pair and rejected in another: in a ranking of four
+    the first is chosen three times, the second twice, the third once. `of="best"` takes each prompt's best alone, once:
+    one loss per prompt, `(P,)`, and P for B above.
+
     Args:
         average_over: over each completion's tokens (`"sequence"`) or over the batch's (`"token"`).
+        of: every pair's chosen completion, or each prompt's best one.
 
     Raises:
-        ValueError: if `average_over` is neither.
+        ValueError: if `average_over` or `of` is neither; when called, if the comparisons of a prompt leave open which
+            of its completions is best.
 
     Example:
         >>> import torch
@@ -45,11 +52,18 @@ class SFTLoss(PreferenceLoss):
     # nothing here has a temperature, and an argument without effect would be a trap; rewards are plain log-probs
     beta: float = field(default=1.0, init=False, repr=False)
     average_over: Literal["sequence", "token"] = "sequence"
+    of: Literal["chosen", "best"] = "chosen"
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
         one_of("average_over", self.average_over, "sequence", "token")
+        one_of("of", self.of, "chosen", "best")
+
+    @property
+    def per_prompt(self) -> bool:  # type: ignore[override]
+        """Whether it is each prompt's best completion that counts."""
+        return self.of == "best"
 
     @property
     def couples_pairs(self) -> bool:  # type: ignore[override]
@@ -57,6 +71,10 @@ class SFTLoss(PreferenceLoss):
         return self.average_over == "token"
 
     def __call__(self, pairs: PairLogps) -> Tensor:
-        """Losses `(B,)`."""
-        chosen = pairs.policy_chosen
-        return -chosen.mean if self.average_over == "sequence" else -chosen.total / chosen.length.mean()
+        """Losses `(B,)`, or `(P,)` of each prompt's best completion."""
+        total, length = pairs.policy_chosen[:2]
+        if self.of == "best":
+            lists = pairs.lists
+            best = ranking(lists, top=1)[:, :1]
+            total, length = (take(values, lists, best)[:, 0] for values in lists.policy[:2])
+        return -total / (length if self.average_over == "sequence" else length.mean())

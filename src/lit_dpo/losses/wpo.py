@@ -7,14 +7,12 @@ from torch import Tensor
 
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import PairLogps
-from lit_dpo.losses.base import PreferenceLoss
 from lit_dpo.losses.checks import flag, one_of
-from lit_dpo.losses.composed import ComposedLoss
-from lit_dpo.losses.dpo import DPOLoss
+from lit_dpo.losses.composed import WrappedLoss, within
 
 
 @dataclass(frozen=True)
-class WPOLoss(ComposedLoss):
+class WPOLoss(WrappedLoss):
     """Weighted preference optimization (WPO, arXiv 2406.11827): any loss times w_w·w_l, without gradient.
 
     w = exp(mean_t[log p_t − log Σ_v π_t(v)²]) tells how likely the policy itself is to write a completion: p_t is the
@@ -31,18 +29,19 @@ class WPOLoss(ComposedLoss):
         clamp: hold w_w·w_l at 1. Expected to be true with `alignment="none"`, whose weights are below 1 anyway.
 
     Raises:
-        ValueError: if `alignment` is neither, `clamp` does not fit it, or `loss` couples the pairs of a batch.
+        ValueError: if `alignment` is neither, `clamp` does not fit it, or `loss` couples the pairs of a batch or
+            scores lists.
 
     Example:
         >>> import torch
         >>> from lit_dpo.logps import PairLogps, SequenceLogps
+        >>> from lit_dpo.losses import DPOLoss
         >>> side = lambda x: SequenceLogps(torch.tensor([x]), torch.ones(1), torch.tensor([x]), torch.tensor([-1.0]))
         >>> pairs = PairLogps(side(-2.0), side(-3.0), side(-1.0), side(-2.0))
         >>> WPOLoss(DPOLoss(beta=0.1))(pairs), DPOLoss(beta=0.1)(pairs)
         (tensor([0.0345]), tensor([0.6931]))
     """
 
-    loss: PreferenceLoss = DPOLoss()  # noqa: RUF009 - frozen
     alignment: Literal["sampled", "none"] = "sampled"
     clamp: bool = True
 
@@ -53,13 +52,8 @@ class WPOLoss(ComposedLoss):
         flag("clamp", self.clamp)
         if self.alignment == "none" and not self.clamp:
             raise ValueError('Expected `clamp` to be true with `alignment` "none", whose weights are at most 1 anyway.')
-        if self.loss.couples_pairs:
+        if self.loss.couples_pairs or any(one.per_prompt for one in within(self.loss)):
             raise ValueError(f"Expected `loss` to score each pair by itself, to have a weight, but got {self.loss}.")
-
-    @property
-    def inner(self) -> tuple[PreferenceLoss, ...]:
-        """The one loss."""
-        return (self.loss,)
 
     @property
     def requires(self) -> frozenset[Field]:  # type: ignore[override]
@@ -68,7 +62,7 @@ class WPOLoss(ComposedLoss):
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Losses `(B,)`."""
-        return self.weights(pairs) * self.loss(pairs)
+        return self.weights(pairs) * super().__call__(pairs)
 
     def weights(self, pairs: PairLogps) -> Tensor:
         """w_w·w_l, `(B,)`, without gradient."""
@@ -83,11 +77,6 @@ class WPOLoss(ComposedLoss):
         mean: Tensor = side.sums(values) / side.length
         return mean
 
-    @property
-    def part_names(self) -> tuple[str, ...]:
-        """The inner loss's."""
-        return self.loss.part_names
-
-    def parts(self, pairs: PairLogps) -> dict[str, Tensor]:
-        """Return the inner loss's, unweighted."""
-        return self.loss.parts(pairs)
+    def view(self, pairs: PairLogps) -> PairLogps:
+        """Return the pairs as they are: only their losses are weighed, and parts are not."""
+        return pairs

@@ -5,7 +5,8 @@
 - weights: all tensors of the policy and of a reference next to it, as they are stored (packed 4 bits and their scales);
 - adapters: parameters, gradients (twice where there are several micro-batches), and what the optimizer keeps of them;
 - activations: what is alive after the forward of the backbone. Measured on probes, as the sum of a constant, a term per
-  token of each part of a pair, and one per entry of an attention matrix: six probes decide it for any architecture;
+  token of each part of a prompt and its completions, one per entry of an attention matrix, and one per prompt token
+  whose keys a further completion reads: eight probes decide it for any architecture;
 - backward: what comes on top of it while it runs backward, from the same probes. With gradient checkpointing this is
   one layer; in 4 bits it has a dequantised weight;
 - head: `constant + a · rows of a chunk + b · scored tokens`, from probes of the head alone.
@@ -26,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lit_dpo.data.batch import EncodedPair, collate_pairs
+from lit_dpo.data.batch import CompletionBatch, EncodedPrompt, collate
 from lit_dpo.logps import score
 from lit_dpo.logps.attention import has_pair_attention
 from lit_dpo.logps.head import reference_kl, selected_logps
@@ -38,14 +39,61 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-Lengths = NDArray[np.int64]
-"""`(B, 3)` tokens of the prompt, the chosen and the rejected completion of each pair of a micro-batch."""
+class Lengths(NamedTuple):
+    """Tokens of some prompts and of their completions.
+
+    Attributes:
+        prompt: `(P,)` of each prompt.
+        completions_per_prompt: `(P,)` how many completions it has.
+        completion: `(C,)` of each completion, prompt after prompt.
+    """
+
+    prompt: NDArray[np.int64]
+    completions_per_prompt: NDArray[np.int64]
+    completion: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, prompts: Sequence[tuple[int, Sequence[int]]]) -> Lengths:
+        """Of prompts one by one.
+
+        Args:
+            prompts: tokens of each, and of each of its completions.
+
+        Example:
+            >>> Lengths.of([(7, (3, 4)), (5, (1, 1, 2))]).completion.tolist()
+            [3, 4, 1, 1, 2]
+        """
+        completions = [length for _, lengths in prompts for length in lengths]
+        counts = [len(lengths) for _, lengths in prompts]
+        return cls(np.array([prompt for prompt, _ in prompts]), np.array(counts), np.array(completions))
+
+    @property
+    def tokens(self) -> int:
+        """All of them, each prompt once."""
+        return int(self.prompt.sum() + self.completion.sum())
+
+    @property
+    def longest(self) -> NDArray[np.int64]:
+        """`(P,)` tokens of each prompt with its longest completion."""
+        starts = self.completions_per_prompt.cumsum() - self.completions_per_prompt
+        found: NDArray[np.int64] = self.prompt + np.maximum.reduceat(self.completion, starts)
+        return found
+
 
 Context = Callable[[], AbstractContextManager[Any]]
 """What a training step runs in, such as autocast, entered anew for each."""
 
-# (prompt, chosen, rejected) of probes, different enough to tell the parts' tokens and their products apart.
-PROBES = ((4, 4, 4), (16, 4, 4), (4, 16, 4), (4, 4, 16), (16, 16, 4), (16, 4, 16))
+# A prompt and its completions of each probe, different enough to tell the parts' tokens and their products apart.
+PROBES = (
+    (4, (4, 4)),
+    (16, (4, 4)),
+    (4, (16, 4)),
+    (4, (4, 16)),
+    (16, (16, 4)),
+    (16, (4, 16)),
+    (4, (4, 4, 4)),
+    (16, (4, 4, 4)),
+)
 _ROWS = (4, 12)  # scored tokens of the head's probes
 _TINY_CHUNKS = 2**40  # a vocabulary so large that a chunk has as few rows as there can be
 
@@ -59,7 +107,7 @@ class StepMemory(NamedTuple):
         activations: alive after the forward of the backbone.
         backward: at most alive on top of them while it runs backward.
         head: at most alive on top of them while logits are scored.
-        tokens: of the micro-batch, `prompt + chosen + rejected` summed over its pairs.
+        tokens: of the micro-batch, each prompt and each completion once.
     """
 
     weights: int
@@ -120,8 +168,9 @@ class StepEstimate:
         device = base.get_input_embeddings().weight.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             self.alive, self.backward = _backbone(base, device, context)
+            one = _batch(1, (1, 1), device)
             with context():
-                self._head = _head(base, device, with_kl)
+                self._head = _head(base, one, with_kl)
         self._flat = has_pair_attention(base)
         self.frozen, self.trained = stored_bytes(model)
         self._optimizer_bytes = optimizer_bytes
@@ -156,8 +205,8 @@ class StepEstimate:
                 activations=(activations := round(float(features @ self.alive))),
                 # its gradients are all there when its activations are gone, and not yet added to those of others
                 backward=max(round(float(features @ self.backward)), several * self.trained - activations),
-                head=self._head(int(lengths[:, 1:].sum())),
-                tokens=int(lengths.sum()),
+                head=self._head(int(lengths.completion.sum())),
+                tokens=lengths.tokens,
             )
             for lengths in microbatches
             for features in [step_features(lengths, self._flat)]
@@ -200,14 +249,17 @@ def optimizer_bytes(optimizer: Callable[..., Any], device: torch.device) -> floa
 
 
 def step_features(lengths: Lengths, flat: bool) -> NDArray[np.float64]:
-    """Count what bytes and arithmetic are sums of: a constant, tokens, entries of attention matrices."""
-    prompt, chosen, rejected = lengths.T
-    if flat:
-        entries = ((prompt + chosen) ** 2).sum(), (rejected * (prompt + rejected)).sum()
-        return np.array([1.0, *lengths.sum(0), *entries])
-    width = int((prompt + np.maximum(chosen, rejected)).max())
-    rows = 2 * len(lengths)
-    return np.array([1.0, rows * width, rows * width**2, (chosen + rejected).sum()])
+    """Count what bytes and arithmetic are sums of: a constant, tokens, entries of attention matrices, prompts read."""
+    prompt, counts, completion = lengths
+    if not flat:
+        rows, width = len(completion), int(lengths.longest.max())
+        return np.array([1.0, rows * width, rows * width**2, completion.sum()])
+    starts = counts.cumsum() - counts
+    first = completion[starts]
+    further = np.delete(completion, starts)
+    own = np.repeat(prompt, counts - 1)  # of each further completion
+    entries = ((prompt + first) ** 2).sum(), (further * (own + further)).sum()
+    return np.array([1.0, prompt.sum(), first.sum(), further.sum(), *entries, own.sum(), len(further)], dtype=float)
 
 
 def _backbone(
@@ -217,21 +269,25 @@ def _backbone(
     # Padded rows may hold attention matrices, which outgrow other tensors of the backward only at some length.
     room = getattr(base.config, "max_position_embeddings", 128) // 32
     longer = 1 if has_pair_attention(base) else max(1, min(4, room))
-    shapes = np.array(PROBES) * longer
-    features = [step_features(shape[None], has_pair_attention(base)) for shape in shapes]
+    shapes = [(longer * prompt, tuple(longer * length for length in lengths)) for prompt, lengths in PROBES]
+    features = [step_features(Lengths.of([shape]), has_pair_attention(base)) for shape in shapes]
     # each in a context of its own: autocast keeps the copies of weights that the first pass makes until its end
     probes = []
-    for shape in shapes.tolist():
+    for shape in shapes:
+        batch = _batch(*shape, device)
         with context():
-            probes.append(_probe(base, tuple(shape), device))
+            probes.append(_probe(base, batch))
     found = np.array(probes, dtype=float)
     coefficients = np.linalg.lstsq(np.array(features), found, rcond=None)[0]
     return coefficients[:, 0], coefficients[:, 1]
 
 
-def _probe(base: PreTrainedModel, lengths: tuple[int, int, int], device: torch.device) -> tuple[int, int]:
-    prompt, chosen, rejected = ([0] * length for length in lengths)
-    batch = collate_pairs([EncodedPair(prompt, chosen, rejected)]).to(device)
+def _batch(prompt: int, lengths: Sequence[int], device: torch.device) -> CompletionBatch:
+    # outside of the context of a step: where tensors are fake, lengths must still be numbers
+    return collate([EncodedPrompt([0] * prompt, [[0] * length for length in lengths])]).to(device)
+
+
+def _probe(base: PreTrainedModel, batch: CompletionBatch) -> tuple[int, int]:
     trained = [p for p in backbone(base).parameters() if p.requires_grad]
     with LiveBytes() as memory:
         hidden = score.run(base, batch).hidden
@@ -242,10 +298,10 @@ def _probe(base: PreTrainedModel, lengths: tuple[int, int, int], device: torch.d
     return int(alive), int(memory.peak - alive)
 
 
-def _head(base: PreTrainedModel, device: torch.device, with_kl: bool) -> Callable[[int], int]:
+def _head(base: PreTrainedModel, one: CompletionBatch, with_kl: bool) -> Callable[[int], int]:
     """Scored tokens to bytes: logits of one chunk at a time, and what every scored token leaves."""
     vocabulary = base.config.get_text_config().vocab_size
-    like = score.run(base, collate_pairs([EncodedPair([0], [0], [0])]).to(device)).hidden.detach()[:1]
+    like, device = score.run(base, one).hidden.detach()[:1], one.input_ids.device
     trains = any(p.requires_grad for p in base.get_output_embeddings().parameters())
     narrow = nn.Linear(like.shape[1], 2, device=device, dtype=like.dtype).requires_grad_(trains)
     few = _chunk_rows(_TINY_CHUNKS, device)

@@ -151,7 +151,7 @@ class RejectedLogps(Mean):
 
 
 class KLEstimate(Mean):
-    """How far the policy has moved from the reference, nats per token over both completions.
+    """How far the policy has moved from the reference, nats per token over all completions.
 
     The estimator ½·(log π − log π_ref)² per token, known as k2 (joschu.net/blog/kl-approx.html): never negative, 0 only
     where both agree on every token, and finite where π has given up a token that π_ref liked. The completions are the
@@ -161,11 +161,12 @@ class KLEstimate(Mean):
     higher_is_better = False
 
     def update(self, pairs: PairLogps) -> None:
-        """Add a batch; without a reference there is nothing to add."""
-        for policy, reference in (
+        """Add a batch, each completion once; without a reference there is nothing to add."""
+        chosen, rejected = (
             (pairs.policy_chosen, pairs.reference_chosen),
             (pairs.policy_rejected, pairs.reference_rejected),
-        ):
+        )
+        for policy, reference in [chosen, rejected] if pairs.completions is None else [pairs.completions[:2]]:
             if reference is not None and policy.per_token is not None and reference.per_token is not None:
                 self.add(0.5 * (policy.per_token.double() - reference.per_token.double()) ** 2)
 

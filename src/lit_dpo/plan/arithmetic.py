@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_dpo.data.batch import EncodedPair, collate_pairs
+from lit_dpo.data.batch import CompletionBatch, EncodedPrompt, collate
 from lit_dpo.logps import score
 from lit_dpo.logps.attention import has_pair_attention
 from lit_dpo.logps.model_head import backbone
@@ -56,33 +56,33 @@ def count(skeleton: Skeleton, context: Context, lengths: Lengths) -> Arithmetic:
     Args:
         skeleton: of the policy.
         context: what a training step runs in, such as autocast.
-        lengths: `(N, 3)` tokens of the prompt, the chosen and the rejected completion of each pair.
+        lengths: tokens of all prompts and completions.
     """
     base = score.base_model(skeleton.model)
     flat = has_pair_attention(base)
-    shapes = np.array(PROBES)
+    # outside of the context, where lengths are numbers
+    batches = [collate([EncodedPrompt([0] * prompt, [[0] * n for n in lengths])]) for prompt, lengths in PROBES]
     with skeleton.fake, context():
-        found = np.array([_probe(base, tuple(shape)) for shape in shapes.tolist()], dtype=float)
-    features = np.array([step_features(shape[None], flat) for shape in shapes])
+        found = np.array([_probe(base, batch) for batch in batches], dtype=float)
+    features = np.array([step_features(Lengths.of([shape]), flat) for shape in PROBES])
     coefficients = np.linalg.lstsq(features, found, rcond=None)[0]
     sums = _summed(lengths, flat)
     forward, backward = sums @ coefficients
     config = base.config.get_text_config()
-    scored = float(lengths[:, 1:].sum())
+    scored = float(lengths.completion.sum())
     return Arithmetic(float(forward), float(backward), 2.0 * config.hidden_size * config.vocab_size * scored)
 
 
 def _summed(lengths: Lengths, flat: bool) -> NDArray[np.float64]:
-    """Add up the features of all pairs: of flat rows pair by pair; of padded ones each pair by itself."""
+    """Add up the features of all prompts: of flat rows as they are; of padded ones each prompt by itself."""
     if flat:
         return step_features(lengths, True)
-    different, times = np.unique(lengths, axis=0, return_counts=True)
-    features = np.array([step_features(one[None], False) for one in different])
-    return np.asarray(times @ features, dtype=np.float64)
+    rows, width = lengths.completions_per_prompt, lengths.longest
+    sums = len(rows), (rows * width).sum(), (rows * width**2).sum(), lengths.completion.sum()
+    return np.array(sums, dtype=np.float64)
 
 
-def _probe(base: PreTrainedModel, lengths: tuple[int, int, int]) -> tuple[int, int]:
-    batch = collate_pairs([EncodedPair(*([0] * length for length in lengths))])
+def _probe(base: PreTrainedModel, batch: CompletionBatch) -> tuple[int, int]:
     trained = [p for p in backbone(base).parameters() if p.requires_grad]
     with FlopCounterMode(display=False) as forward:
         hidden = score.run(base, batch).hidden

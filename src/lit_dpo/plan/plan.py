@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,9 +55,12 @@ class Plan(NamedTuple):
     """What a run needs.
 
     Attributes:
-        pairs: of training.
-        tokens: means of the prompt, the chosen and the rejected completion.
-        longest: tokens of the longest pair.
+        pairs: comparisons of training.
+        prompts: examples of training: prompts with their completions. As many as pairs, where each has two.
+        completions: of these, all told.
+        tokens: means of the prompt, and of the first and the second completion, or, where there are more than two, of
+            all completions of a prompt together.
+        longest: tokens of the longest prompt with its completions.
         steps: optimizer steps of the whole run.
         epochs: passes over the data of the whole run; a part of one where it stops inside.
         parameters: numbers in the frozen weights.
@@ -71,7 +75,9 @@ class Plan(NamedTuple):
     """
 
     pairs: int
-    tokens: tuple[float, float, float]
+    prompts: int
+    completions: int
+    tokens: tuple[float, ...]
     longest: int
     steps: int
     epochs: float
@@ -111,19 +117,22 @@ def plan(module: DPOModule, data: pl.LightningDataModule, trainer: pl.Trainer, d
     data.setup("fit")
     check_run(module, trainer, weights=False)
     loader = data.train_dataloader()
-    lengths: Lengths = loader.dataset.table.part_lengths  # type: ignore[attr-defined]
+    table = loader.dataset.table  # type: ignore[attr-defined]
+    lengths = Lengths(table.prompt_lengths, table.completions_per_prompt, table.completion_lengths)
     steps, epochs = planned_steps(trainer, len(loader))
     found = _Search(module, loader, target)
     step, (fitting, checkpointing) = found.step(found.wanted), found.fitting()
     arithmetic = _arithmetic(module, found.arithmetic(lengths), epochs)
-    tokens = min(found.wanted, int(lengths.sum(1).mean() * (data.batch_size or math.inf)))
+    tokens = min(found.wanted, int(lengths.tokens / table.size * (data.batch_size or math.inf)))
     rates, said = _rates(target, module.policy.quantization, found.skeleton, tokens)
     ranks = trainer.world_size
     seconds = (arithmetic / rates[1] / ranks, arithmetic / rates[0] / ranks)
     made = Plan(
-        pairs=len(lengths),
-        tokens=tuple(float(mean) for mean in lengths.mean(0)),  # type: ignore[arg-type]
-        longest=int(lengths.sum(1).max()),
+        pairs=int(table.comparisons_per_prompt.sum()),
+        prompts=table.size,
+        completions=len(lengths.completion),
+        tokens=_means(lengths),
+        longest=int(table.lengths.max()),
         steps=steps,
         epochs=epochs,
         parameters=found.skeleton.parameters,
@@ -145,7 +154,7 @@ class _Search:
     def __init__(self, module: DPOModule, loader: Any, device: Device) -> None:
         self.module, self.loader, self.device = module, loader, device
         self.wanted = module.microbatch_tokens or MICROBATCH_TOKENS["cuda" if device.on_gpu else "cpu"]
-        self.whole = module.why_whole is not None
+        self.whole, self.of_one_prompt = module.why_whole is not None, module.prompt_limit
         self.skeleton, self.estimate = self._measure(module.policy)
 
     def context(self) -> AbstractContextManager[Any]:
@@ -153,8 +162,9 @@ class _Search:
         return torch.autocast("cpu", dtype=torch.bfloat16) if self.device.on_gpu else nullcontext()
 
     def step(self, microbatch_tokens: int, estimate: StepEstimate | None = None) -> StepMemory:
-        largest, several = self.loader.largest_microbatches(math.inf if self.whole else microbatch_tokens)
-        return (estimate or self.estimate).of(largest, several)
+        limits = (math.inf, math.inf) if self.whole else (microbatch_tokens, max(microbatch_tokens, self.of_one_prompt))
+        largest, several = self.loader.largest_microbatches(*limits)
+        return (estimate or self.estimate).of([Lengths.of(part) for part in largest], several)
 
     def fitting(self) -> tuple[int | None, bool]:
         """Find the most `microbatch_tokens` that fit, if need be with checkpoints; those of the run where they do."""
@@ -182,8 +192,13 @@ class _Search:
 
     def _estimate(self, made: Skeleton) -> StepEstimate:
         kept = optimizer_bytes(self.module.optimizer, torch.device("cpu"))
-        with made.fake:
-            return StepEstimate(made.model, kept, with_kl=Field.KL in self.module.loss.requires, context=self.context)
+
+        @contextmanager
+        def context() -> Iterator[None]:
+            with made.fake, self.context():
+                yield
+
+        return StepEstimate(made.model, kept, with_kl=Field.KL in self.module.loss.requires, context=context)
 
     def _skeleton(self, policy: BaseModel, layers: int | None = None) -> Skeleton:
         return skeleton(policy, self.device.dtype, on_gpu=self.device.on_gpu, layers=layers)
@@ -272,12 +287,12 @@ def _rates(device: Device, quantization: str, made: Skeleton, tokens: int) -> tu
 
 def _text(made: Plan, module: DPOModule, wanted: int, rate: str, ranks: int) -> str:
     policy, device = module.policy, made.device
-    prompt, chosen, rejected = made.tokens
+    prompt, *completions = made.tokens
     precision = str(device.dtype).removeprefix("torch.")
     cluster = f" on {ranks} devices" if ranks > 1 else ""
     lines = {
-        "data": f"{made.pairs:,} training pairs of {prompt + chosen + rejected:,.0f} tokens (prompt {prompt:,.0f}, "
-        f"chosen {chosen:,.0f}, rejected {rejected:,.0f}), the longest {made.longest:,}; {made.steps:,} steps, "
+        "data": f"{_counted(made)} of {sum(made.tokens):,.0f} tokens (prompt {prompt:,.0f}, completions "
+        f"{' and '.join(f'{mean:,.0f}' for mean in completions)}), the longest {made.longest:,}; {made.steps:,} steps, "
         f"{made.epochs:.3g} epoch{'' if made.epochs == 1 else 's'}",
         "model": f"{policy.model}: {made.parameters:,} parameters, {policy.quantization}, computing in {precision}; "
         f"{made.trained:,} train",
@@ -288,6 +303,20 @@ def _text(made: Plan, module: DPOModule, wanted: int, rate: str, ranks: int) -> 
     return "\n".join(
         ["An estimate; no weights were read or downloaded.", *(f"{name:7} {said}" for name, said in lines.items())]
     )
+
+
+def _means(lengths: Lengths) -> tuple[float, ...]:
+    if (lengths.completions_per_prompt == 2).all():
+        completions = [lengths.completion[place::2].mean() for place in (0, 1)]
+    else:
+        completions = [lengths.completion.sum() / len(lengths.prompt)]
+    return tuple(float(mean) for mean in (lengths.prompt.mean(), *completions))
+
+
+def _counted(made: Plan) -> str:
+    if len(made.tokens) == 3:
+        return f"{made.pairs:,} training pairs"
+    return f"{made.prompts:,} training prompts, with {made.completions:,} completions in {made.pairs:,} comparisons,"
 
 
 def _fits(made: Plan, wanted: int) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.batch import CompletionBatch
 from lit_dpo.errors import PolicyError
 from lit_dpo.hub import Place, locate_adapter
 from lit_dpo.logps.fields import Field
@@ -147,9 +147,8 @@ class NoReference(Reference):
         """There is no model."""
         raise PolicyError("NoReference has no model to run.")
 
-    def logps(self, model: PeftModel, batch: PairBatch) -> tuple[None, None]:
+    def logps(self, model: PeftModel, batch: CompletionBatch) -> None:
         """Nothing."""
-        return None, None
 
 
 def default_reference(policy: LoRAPolicy) -> Reference:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.batch import CompletionBatch
 from lit_dpo.errors import PolicyError
 from lit_dpo.logps.fields import OF_REFERENCE, Field, check_fields
 from lit_dpo.logps.records import SequenceLogps
@@ -76,8 +76,8 @@ class Reference(ABC):
             model: the policy.
         """
 
-    def logps(self, model: PeftModel, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps] | tuple[None, None]:
-        """Log-probs of the chosen and rejected completions under the reference; (None, None) if there is none."""
+    def logps(self, model: PeftModel, batch: CompletionBatch) -> SequenceLogps | None:
+        """`(C,)` log-probs of the batch's completions under the reference; None if there is none."""
         with torch.no_grad(), self.activated(model) as reference:
             return completion_logps(reference, batch)
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from lit_dpo.data.batch import PairBatch
+from lit_dpo.data.batch import CompletionBatch
 from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import SequenceLogps
@@ -22,7 +22,7 @@ from lit_dpo.logps.score import base_model
 from lit_dpo.policy.kernels import kernels_of
 from lit_dpo.references.adapter import NoReference, default_reference
 from lit_dpo.references.base import Reference, attached, keep_attached
-from lit_dpo.references.store import LogpStore, Stored
+from lit_dpo.references.store import LogpStore
 from lit_dpo.writing import written_whole
 
 if TYPE_CHECKING:
@@ -30,25 +30,26 @@ if TYPE_CHECKING:
 
     from lit_dpo.policy import LoRAPolicy
 
-_VERSION = 1  # of what is stored and of how log-probs are computed
+_VERSION = 2  # of what is stored and of how log-probs are computed
 
 
 @dataclass(frozen=True)
 class CachedReference(Reference):
-    """Another reference, whose log-probs are remembered on disk: one pass per pair, then none, in any later run.
+    """Another reference, whose log-probs are remembered on disk: one pass per completion, then none, in any later run.
 
-    Filled as pairs come by, so the first epoch costs nothing extra. What is stored depends on the reference alone (its
-    weights, quantisation, adapter and dtype) and on the pair's token ids, not on the loss, β, learning rate, data file,
-    batch or run: an ablation over losses runs the reference once. Whatever changes the numbers (another base,
-    tokenizer, template, truncation) finds nothing and computes. Several ranks and runs may share a directory. Damaged
-    files are noticed, and what they held is computed again. Weights in a directory are read once at the start, about a
-    second per gigabyte, to know them by their content; a hub id is known by its commit.
+    Filled as completions come by, so the first epoch costs nothing extra. What is stored depends on the reference alone
+    (its weights, quantisation, adapter and dtype) and on the token ids of prompt and completion, not on the loss, β,
+    learning rate, data file, batch, run, or on what a completion is compared with: an ablation over losses runs the
+    reference once. Whatever changes the numbers (another base, tokenizer, template, truncation) finds nothing and
+    computes. Several ranks and runs may share a directory. Damaged files are noticed, and what they held is computed
+    again. Weights in a directory are read once at the start, about a second per gigabyte, to know them by their
+    content; a hub id is known by its commit.
 
     Args:
         reference: what is remembered. None: the module's default, the base or the adapter that is continued.
         directory: where; a folder for each reference is made in it.
         per_token: store log-probs per token, 4 bytes each: the size of the encoded completions. False stores sums, 8
-            bytes per pair, and refuses losses that read tokens; `kl` is not measured then.
+            bytes per completion, and refuses losses that read tokens; `kl` is not measured then.
 
     Raises:
         PolicyError: for a reference that moves, or none. On attaching, for one that cannot say what it depends on.
@@ -103,7 +104,7 @@ class CachedReference(Reference):
         """Log-probs are all there is."""
         raise PolicyError(f"{self} has no model to run: use {self.reference or 'what it remembers'} itself.")
 
-    def logps(self, model: PeftModel, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
+    def logps(self, model: PeftModel, batch: CompletionBatch) -> SequenceLogps:
         """From disk; what is not there is computed and put there."""
         cache: _Cache = attached(model, "cache")
         return cache.logps(model, batch)
@@ -127,13 +128,13 @@ class _Cache:
         """Let copies and other processes open files of their own."""
         return _Cache, (self.reference, self.settings, self.identity)
 
-    def logps(self, model: PeftModel, batch: PairBatch) -> tuple[SequenceLogps, SequenceLogps]:
+    def logps(self, model: PeftModel, batch: CompletionBatch) -> SequenceLogps:
         store = self._store(model)
         keys = [key.tobytes() for key in batch.keys.numpy()]  # they stay on the CPU
         found = [store.get(key) for key in keys]
         missing = [place for place, one in enumerate(found) if one is None]
         if missing:
-            part = batch if len(missing) == batch.size else batch.select(missing)
+            part = batch if len(missing) == len(keys) else batch.of_completions(missing)
             computed = self._compute(model, part)
             try:
                 store.put({keys[place]: one for place, one in zip(missing, computed, strict=True)})
@@ -144,41 +145,28 @@ class _Cache:
                 ) from error
             for place, one in zip(missing, computed, strict=True):
                 found[place] = one
-        device = batch.input_ids.device
-        sides = zip(*(one for one in found if one is not None), strict=True)
-        lengths = (batch.chosen_lengths, batch.rejected_lengths)
-        chosen, rejected = (self._side(side, length, device) for side, length in zip(sides, lengths, strict=True))
-        return chosen, rejected
-
-    def _side(self, values: tuple[Any, ...], lengths: Tensor, device: torch.device) -> SequenceLogps:
-        """Build one side: the first value of a pair is its total; its tokens follow."""
+        # the first value of a completion is its total; its tokens follow
+        values = [one for one in found if one is not None]
         total = torch.from_numpy(np.array([one[0] for one in values], np.float32))
         tokens = torch.from_numpy(np.concatenate([one[1:] for one in values])) if self.settings.per_token else None
+        device = batch.input_ids.device
         return SequenceLogps(
             total.to(device, non_blocking=True),
-            lengths.float().to(device, non_blocking=True),
+            batch.completion_lengths.float().to(device, non_blocking=True),
             None if tokens is None else tokens.to(device, non_blocking=True),
         )
 
-    def _compute(self, model: PeftModel, batch: PairBatch) -> list[Stored]:
-        # chosen total, chosen tokens, rejected total, rejected tokens; they are taken off in this order below
-        parts: list[Tensor] = []
-        for side in self.reference.logps(model, batch):
-            assert side is not None
-            parts.append(side.total.float())
-            if self.settings.per_token:
-                assert side.per_token is not None
-                parts.append(side.per_token.float())
+    def _compute(self, model: PeftModel, batch: CompletionBatch) -> list[NDArray[np.float32]]:
+        computed = self.reference.logps(model, batch)
+        assert computed is not None
+        if not self.settings.per_token:
+            return list(computed.total.float().cpu().numpy()[:, None])
+        assert computed.per_token is not None
         # one copy: each waits for the device
-        values = np.split(torch.cat(parts).cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
-        sides = []
-        for lengths in (batch.chosen_lengths, batch.rejected_lengths):
-            totals = values.pop(0)[:, None]
-            tokens = [totals[:0, 0]] * batch.size  # empty, where sums are all that is stored
-            if self.settings.per_token:
-                tokens = np.split(values.pop(0), lengths.numpy().cumsum()[:-1])
-            sides.append([np.concatenate(one) for one in zip(totals, tokens, strict=True)])
-        return [Stored(*pair) for pair in zip(*sides, strict=True)]
+        values = torch.cat([computed.total.float(), computed.per_token.float()]).cpu().numpy()
+        totals, tokens = np.split(values, [len(batch.completion_lengths)])
+        each = np.split(tokens, batch.completion_lengths.numpy().cumsum()[:-1])
+        return [np.concatenate(one) for one in zip(totals[:, None], each, strict=True)]
 
     def _store(self, model: PeftModel) -> LogpStore:
         """Name the folder for this reference as it is computed now: dtypes, devices and versions round differently."""
@@ -207,7 +195,7 @@ class _Cache:
             _describe(folder, text)
             from lightning.pytorch.utilities import rank_zero_info
 
-            rank_zero_info(f"reference cache: {len(store)} pairs in {folder}")
+            rank_zero_info(f"reference cache: {len(store)} completions in {folder}")
         return store
 
 

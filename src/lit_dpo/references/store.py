@@ -1,7 +1,7 @@
-"""Log-probs of pairs on disk: what `CachedReference` remembers, and how it survives kills, ranks and bad disks.
+"""Log-probs of completions on disk: what `CachedReference` remembers, and how it survives kills, ranks and bad disks.
 
 A folder holds parts. Every process that has something to add writes a part of its own, two files that only grow:
-`*.logps`, float32 values, and `*.index`, one `_ENTRY` per pair, written after the pair's values. So processes never
+`*.logps`, float32 values, and `*.index`, one `_ENTRY` per completion, written after its values. So processes never
 write the same file, one that is killed leaves at worst values without an entry, and whatever is torn or has changed is
 found by the checksums of entry and values, counts as missing, and is computed again. Values are read, not mapped: a
 mapped file that is cut short ends the process that reads it.
@@ -14,7 +14,7 @@ import time
 import uuid
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +23,9 @@ log = logging.getLogger(__name__)
 
 _ENTRY = np.dtype(
     [
-        ("key", "V16"),  # `PairBatch.keys`: 128 bits of BLAKE2b over lengths and token ids
+        ("key", "V16"),  # `CompletionBatch.keys`: 128 bits of BLAKE2b over the prompt's length and token ids
         ("offset", "<u8"),  # of the first value, in bytes
-        ("chosen", "<u4"),  # values of the chosen side
-        ("rejected", "<u4"),
+        ("length", "<u4"),  # values
         ("checksum", "<u4"),  # CRC-32 of the values
         ("own_checksum", "<u4"),  # of this entry up to here
     ]
@@ -34,12 +33,7 @@ _ENTRY = np.dtype(
 _OWN = _ENTRY.itemsize - 4  # bytes that `own_checksum` is of
 _REREAD_SHARE = 0.05  # of the time at most goes into looking for what other processes have added
 
-
-class Stored(NamedTuple):
-    """Values of the two sides of a pair, float32."""
-
-    chosen: NDArray[np.float32]
-    rejected: NDArray[np.float32]
+Values: TypeAlias = NDArray[np.float32]
 
 
 class LogpStore:
@@ -58,7 +52,7 @@ class LogpStore:
         self._part_of = np.zeros(0, np.int32)
         self._order = np.zeros(0, np.int64)
         self._sorted = np.zeros(0, np.uint64)
-        self._fresh: dict[bytes, Stored] = {}  # of this process, since the folder was last read
+        self._fresh: dict[bytes, Values] = {}  # of this process, since the folder was last read
         self._readers: dict[Path, BinaryIO] = {}
         self._writers: tuple[BinaryIO, BinaryIO] | None = None
         self._cost, self._last = 0.0, 0.0
@@ -67,31 +61,31 @@ class LogpStore:
     def __len__(self) -> int:
         return len(self._entries) + len(self._fresh)
 
-    def get(self, key: bytes) -> Stored | None:
+    def get(self, key: bytes) -> Values | None:
         """Return the values, verified; None if there are none."""
         found = self._get(key)
         if found is None and time.perf_counter() - self._last > self._cost / _REREAD_SHARE and self.refresh():
             found = self._get(key)
         return found
 
-    def put(self, pairs: dict[bytes, Stored]) -> None:
+    def put(self, completions: dict[bytes, Values]) -> None:
         """Add values. What was there under the same keys is no longer found."""
-        if not pairs:
+        if not completions:
             return
         values, index = self._writers or self._open_part()
-        offset, entries = values.tell(), np.zeros(len(pairs), _ENTRY)
+        offset, entries = values.tell(), np.zeros(len(completions), _ENTRY)
         content = []
-        for entry, (key, pair) in zip(entries, pairs.items(), strict=True):
-            piece = np.concatenate(pair).astype("<f4").tobytes()
+        for entry, (key, one) in zip(entries, completions.items(), strict=True):
+            piece = one.astype("<f4").tobytes()
             entry["key"], entry["offset"], entry["checksum"] = np.void(key), offset, zlib.crc32(piece)
-            entry["chosen"], entry["rejected"] = map(len, pair)
+            entry["length"] = len(one)
             entry["own_checksum"] = zlib.crc32(entry.tobytes()[:_OWN])
             content.append(piece)
             offset += len(piece)
         # values first: a kill in between leaves no entry without its values
         _write(values, b"".join(content))
         _write(index, entries.tobytes())
-        self._fresh |= pairs
+        self._fresh |= completions
         # sorting costs the whole index: once per quarter of it, so that a run's cost stays in proportion
         if len(self._fresh) > max(4096, len(self._entries) // 4):
             self.refresh()
@@ -117,7 +111,7 @@ class LogpStore:
         self._cost = self._last - start
         return bool(new)
 
-    def _get(self, key: bytes) -> Stored | None:
+    def _get(self, key: bytes) -> Values | None:
         if (fresh := self._fresh.get(key)) is not None:
             return fresh
         head = np.frombuffer(key, np.uint64)[0]
@@ -129,8 +123,8 @@ class LogpStore:
                     return found
         return None
 
-    def _read(self, index: Path, entry: Any) -> Stored | None:
-        chosen, size = int(entry["chosen"]), 4 * (int(entry["chosen"]) + int(entry["rejected"]))
+    def _read(self, index: Path, entry: Any) -> Values | None:
+        size = 4 * int(entry["length"])
         try:
             if index not in self._readers:
                 self._readers[index] = index.with_suffix(".logps").open("rb", buffering=0)
@@ -141,8 +135,7 @@ class LogpStore:
         if len(content) != size or zlib.crc32(content) != entry["checksum"]:
             self._damage(1, index)
             return None
-        values = np.frombuffer(content, "<f4")
-        return Stored(values[:chosen], values[chosen:])
+        return np.frombuffer(content, "<f4")
 
     def _new_entries(self, path: Path) -> NDArray[Any]:
         seen = self._seen.get(path, 0)

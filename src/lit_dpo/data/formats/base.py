@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
@@ -36,9 +36,41 @@ class Preference(NamedTuple):
         return not isinstance(self.prompt, str)
 
 
+class Ranking(NamedTuple):
+    """Many completions of one prompt, and which of them are better; all plain text or all lists of messages.
+
+    Exactly one of `scores`, `ranks` and `comparisons` says what is better.
+
+    Attributes:
+        prompt: what was asked.
+        completions: two or more, without the prompt.
+        scores: a number for each completion; higher is better, equal ones are ties.
+        ranks: a number for each completion; 1 is the best, equal ones are ties.
+        comparisons: which completions are compared: places among them, from 0, the better one's first.
+        columns: numbers by name, as in `Preference`: one for the row, which each of its comparisons gets; or with
+            `comparisons` one for each of these. With `scores` their difference is the column `score_margin`.
+
+    Example:
+        >>> Ranking("2 + 2?", [" 4", " four, I think", " 5"], scores=[1.0, 0.5, 0.0]).is_conversation
+        False
+    """
+
+    prompt: str | list[Message]
+    completions: Sequence[str] | Sequence[list[Message]]
+    scores: Sequence[float] | None = None
+    ranks: Sequence[float] | None = None
+    comparisons: Sequence[tuple[int, int]] | None = None
+    columns: Mapping[str, float | Sequence[float]] = MappingProxyType({})
+
+    @property
+    def is_conversation(self) -> bool:
+        """Whether the parts are messages, which the tokenizer's chat template renders."""
+        return not isinstance(self.prompt, str)
+
+
 @dataclass(frozen=True)
 class PreferenceFormat(ABC):
-    """A reader of rows: which columns it needs, and how one row becomes a `Preference`.
+    """A reader of rows: which columns it needs, and how one row becomes a `Preference` or a `Ranking`.
 
     Subclass it anywhere; nothing has to be registered. Options are dataclass fields, so that they are command-line
     arguments too (`--data.format my_lab.formats.QuestionAnswers --data.format.separator ": "`), and a changed option
@@ -65,8 +97,8 @@ class PreferenceFormat(ABC):
         """The columns that `read` uses. A file without one of them is refused before any row is read."""
 
     @abstractmethod
-    def read(self, row: Mapping[str, Any]) -> Preference:
-        """One row as a preference.
+    def read(self, row: Mapping[str, Any]) -> Preference | Ranking:
+        """One row as a preference, or as a ranking of many completions.
 
         Raises:
             DataError: if a cell cannot be used, naming the column; the caller adds the file and the row number.
