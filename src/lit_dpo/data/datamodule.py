@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -16,12 +16,13 @@ from lit_dpo.data.budget import BudgetSampler
 from lit_dpo.data.comparisons import Choice, Comparing, Ties
 from lit_dpo.data.encode import PromptEncoder
 from lit_dpo.data.encoding import encode_table
-from lit_dpo.data.formats import Preference, PreferenceFormat, Ranking, Triples
+from lit_dpo.data.formats import Auto, Preference, PreferenceFormat, Ranking
+from lit_dpo.data.formats.recognition import HEAD, choice, option
 from lit_dpo.data.loader import PromptDataset, PromptLoader, loader_options
 from lit_dpo.data.position import first_position, position
 from lit_dpo.data.reports import Ask, check_budget, check_lists, check_tokens, report, warn
 from lit_dpo.data.sampler import PromptSampler
-from lit_dpo.data.sources import Source, load_rows
+from lit_dpo.data.sources import RowSource, Source, load_rows, with_columns
 from lit_dpo.data.table import PromptTable
 from lit_dpo.data.truncation import Truncation, check_limits
 from lit_dpo.errors import DataError, PolicyError
@@ -54,7 +55,8 @@ class PreferenceDataModule(LightningDataModule):
             `val/NAME/…` and together as `val/…`. None: see `val_split`.
         test: test pairs, likewise.
         predict: pairs for `predict`, likewise. None: those of `test`, or else of `val`.
-        format: how a row becomes a preference, or a ranking of many completions: which columns, for instance.
+        format: how a row becomes a preference, or a ranking of many completions: which columns, for instance. `Auto`:
+            the one of the known layouts that a file's columns and first rows have.
         tokenizer: a folder, or `organisation/name` or `organisation/name@revision` of the hub; or one of transformers'
             tokenizers. None: the tokenizer of the module's policy.
         max_length: most tokens of a prompt and one completion together. None: no limit.
@@ -93,7 +95,7 @@ class PreferenceDataModule(LightningDataModule):
         val: Source | dict[str, Source] | None = None,
         test: Source | dict[str, Source] | None = None,
         predict: Source | None = None,
-        format: PreferenceFormat = Triples(),  # noqa: B008 - frozen
+        format: PreferenceFormat = Auto(),  # noqa: B008 - frozen
         tokenizer: Tokenizer | None = None,
         max_length: int | None = 1024,
         max_prompt_length: int | None = None,
@@ -318,16 +320,29 @@ class PreferenceDataModule(LightningDataModule):
     def _encode(self, split: str) -> PromptTable:
         source = self.sources[split]
         assert source is not None
-        table = encode_table(
-            load_rows(source, self.format.columns, stage=split.partition("/")[0]),
-            self.format,
-            self._get_encoder(),
-            self.comparing,
-            self.group_by_prompt,
-        )
+        sources = load_rows(source, None, stage=split.partition("/")[0])
+        format = self._format_of(split, sources)
+        sources = [with_columns(one, format.columns, format.optional_columns) for one in sources]
+        table = encode_table(sources, format, self._get_encoder(), self.comparing, self.group_by_prompt)
         report(split, table, self.truncation, self.comparing, self.group_by_prompt)
         check_budget(split, table, self.max_tokens)
         return table
+
+    def _format_of(self, split: str, sources: Sequence[RowSource]) -> PreferenceFormat:
+        """Return the format that reads a split, and say which one was recognised."""
+        if not isinstance(self.format, Auto):
+            return self.format
+        heads = [one.head(HEAD) for one in sources]
+        formats = [self.format.of(one.name, head) for one, head in zip(sources, heads, strict=True)]
+        for one, format in zip(sources, formats, strict=True):
+            if format != formats[0]:
+                raise DataError(
+                    f"{split}: Expected files of one layout but {sources[0].name} is read by `{option(formats[0])}` "
+                    f"and {one.name} by `{option(format)}`."
+                )
+        if self.format == Auto():
+            rank_zero_info(f"{split}: {choice(formats[0], heads[0])}")
+        return formats[0]
 
     def _get_encoder(self) -> PromptEncoder:
         if self._encoder is None:

@@ -145,21 +145,29 @@ class PromptEncoder:
         else:
             completions = {f"completions[{place}]": row.completions[place] for place in used_places(comparisons)}
         if not row.is_conversation:
+            if row.template:
+                return Dropped(f"{', '.join(row.template)} given with text, which no chat template renders", fatal=True)
             return _Rendered(str(row.prompt), completions, is_conversation=False)
-        return self._render_conversation(row.prompt, completions)  # type: ignore[arg-type]
+        return self._render_conversation(row.prompt, completions, row.template)  # type: ignore[arg-type]
 
-    def _render_conversation(self, prompt: list[Message], completions: dict[str, list[Message]]) -> _Rendered | Dropped:
+    def _render_conversation(
+        self, prompt: list[Message], completions: dict[str, list[Message]], more: Mapping[str, Any]
+    ) -> _Rendered | Dropped:
         if self.tokenizer.chat_template is None:
             raise DataError(
                 "Expected a tokenizer with a chat template, because the data are conversations (lists of messages), "
                 f"but `{self.tokenizer.name_or_path}` has none. Use an instruction-tuned model's tokenizer, or text."
             )
         try:
-            wholes = [self._apply_template(prompt + completion) for completion in completions.values()]
+            for name in more:
+                without = {key: value for key, value in more.items() if key != name}
+                if self._apply_template(prompt, more) == self._apply_template(prompt, without):
+                    return Dropped(f"the chat template does not read the row's `{name}`", fatal=True)
+            wholes = [self._apply_template(prompt + completion, more) for completion in completions.values()]
             # With the header of the completion, as for generation. A template may put things there (an empty thought)
             # that it leaves out of a finished completion; the conversation without the header is then what all share.
             for header in (True, False):
-                start = self._apply_template(prompt, header=header)
+                start = self._apply_template(prompt, more, header=header)
                 if all(whole.startswith(start) and len(whole) > len(start) for whole in wholes):
                     texts = (whole[len(start) :] for whole in wholes)
                     return _Rendered(start, dict(zip(completions, texts, strict=True)), is_conversation=True)
@@ -171,10 +179,10 @@ class PromptEncoder:
             fatal=True,
         )
 
-    def _apply_template(self, messages: list[Message], header: bool = False) -> str:
+    def _apply_template(self, messages: list[Message], more: Mapping[str, Any], header: bool = False) -> str:
         return str(
             self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=header, **self.chat_template_kwargs
+                messages, tokenize=False, add_generation_prompt=header, **{**self.chat_template_kwargs, **more}
             )
         )
 

@@ -13,7 +13,7 @@ import numpy as np
 from lit_dpo.data.comparisons import Compared, Comparing, check_row
 from lit_dpo.data.digests import code_digest
 from lit_dpo.data.encode import PromptEncoder
-from lit_dpo.data.formats.base import Preference, PreferenceFormat, Ranking
+from lit_dpo.data.formats.base import Preference, PreferenceFormat, Ranking, Skipped
 from lit_dpo.data.grouping import merge_prompts
 from lit_dpo.data.sources import RowSource
 from lit_dpo.data.storage import features, laid_out, stored
@@ -73,9 +73,12 @@ def encode_table(
 
 
 def _column_names(source: RowSource, format: PreferenceFormat, comparing: Comparing) -> tuple[str, ...]:
-    """Name the numbers that a source's rows have, by its first one; encoding holds the others to it."""
-    cells = {name: [cell] for name, cell in source.rows[0].items()}
-    return tuple(comparing.of(_read(source.name, 0, format, comparing, cells, 0)).columns)
+    """Name the numbers that a source's rows have, by the first one; encoding holds the others to it."""
+    for number, row in enumerate(source.rows):
+        found = _read(source.name, number, format, comparing, {name: [cell] for name, cell in row.items()}, 0)
+        if not isinstance(found, Skipped):
+            return tuple(comparing.of(found).columns)
+    return ()
 
 
 def _list(names: Sequence[str]) -> str:
@@ -122,7 +125,8 @@ def _encode_rows(
     columns: tuple[str, ...],
 ) -> dict[str, list[Any]]:
     rows = [_read(name, number, format, comparing, cells, place) for place, number in enumerate(numbers)]
-    compared = [comparing.of(row) for row in rows]
+    nothing = Compared((), {column: [] for column in columns})
+    compared = [nothing if isinstance(row, Skipped) else comparing.of(row) for row in rows]
     for number, one in zip(numbers, compared, strict=True):
         if {*one.columns} != {*columns}:
             raise DataError(
@@ -130,16 +134,18 @@ def _encode_rows(
                 f"in every row but got {_list(tuple(one.columns))}."
             )
     try:
-        results = encoder.encode([_resolved(row, one) for row, one in zip(rows, compared, strict=True)])
+        used = [_resolved(row, one) for row, one in zip(rows, compared, strict=True) if not isinstance(row, Skipped)]
+        encoded = iter(encoder.encode(used))
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
+    results = [Dropped(row.reason) if isinstance(row, Skipped) else next(encoded) for row in rows]
     for number, result in zip(numbers, results, strict=True):
         if isinstance(result, Dropped) and result.fatal:
             raise DataError(f"{name}, row {number} (from 0): {result.reason}.")
     identical = [row.chosen == row.rejected if isinstance(row, Preference) else None for row in rows]
     return {
         **laid_out(results, identical),
-        "prompt_key": [_key(row.prompt) for row in rows],
+        "prompt_key": [_key(row) for row in rows],
         "ranked": [_ranked(row) for row in rows],
         **{
             stored(name): [
@@ -153,18 +159,19 @@ def _encode_rows(
 
 def _read(
     name: str, number: int, format: PreferenceFormat, comparing: Comparing, cells: dict[str, list[Any]], place: int
-) -> Preference | Ranking:
+) -> Preference | Ranking | Skipped:
     try:
         found = format.read({column: those[place] for column, those in cells.items()})
-        check_row(found, comparing)
+        if not isinstance(found, Skipped):
+            check_row(found, comparing)
     except DataError as error:
         raise DataError(f"{name}, row {number} (from 0): {error}") from None
     return found
 
 
-def _ranked(row: Preference | Ranking) -> int:
+def _ranked(row: Preference | Ranking | Skipped) -> int:
     """How many completions have scores or ranks; none where the row itself says what is compared."""
-    return 0 if isinstance(row, Preference) or row.comparisons is not None else len(row.completions)
+    return len(row.completions) if isinstance(row, Ranking) and row.comparisons is None else 0
 
 
 def _resolved(row: Preference | Ranking, compared: Compared) -> Preference | Ranking:
@@ -174,7 +181,10 @@ def _resolved(row: Preference | Ranking, compared: Compared) -> Preference | Ran
     return row._replace(scores=None, ranks=None, comparisons=compared.comparisons, columns={})
 
 
-def _key(prompt: object) -> int:
+def _key(row: Preference | Ranking | Skipped) -> int:
     """64 bits of a hash: among ten million prompts two different ones meet with a probability of 3e-6."""
-    digest = hashlib.blake2b(json.dumps(prompt, sort_keys=True, default=str).encode(), digest_size=8).digest()
+    said: Any = row.reason if isinstance(row, Skipped) else row.prompt
+    if not isinstance(row, Skipped) and row.template:
+        said = [said, dict(row.template)]
+    digest = hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

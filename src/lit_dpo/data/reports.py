@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lit_dpo.data.comparisons import Comparing
 from lit_dpo.data.table import PromptTable
-from lit_dpo.data.truncation import ALL_EQUAL, ALL_TIE
 from lit_dpo.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ def _report_dropped(split: str, table: PromptTable, truncation: str) -> None:
     reasons = "; ".join(
         f"{count} {reason}" if len(table.dropped) > 1 else reason for reason, count in table.dropped.most_common()
     )
-    too_long = table.dropped.keys() - {ALL_EQUAL, ALL_TIE}
+    too_long = any("longer than max_" in reason for reason in table.dropped)
     unit = table.unit
     line = f"{table.total - table.size} of {table.total} {unit} dropped: {reasons}"
     line += f" (truncation={truncation})" if too_long else ""

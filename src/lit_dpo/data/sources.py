@@ -58,8 +58,12 @@ class RowSource(NamedTuple):
         """The folder of all that is made of this content."""
         return _cache(self.content)
 
+    def head(self, count: int) -> list[dict[str, Any]]:
+        """Return up to `count` first rows."""
+        return self.rows.select(range(min(count, len(self.rows)))).to_list()
 
-def load_rows(source: Source, columns: Sequence[str], *, stage: str = "train") -> list[RowSource]:
+
+def load_rows(source: Source, columns: Sequence[str] | None, *, stage: str = "train") -> list[RowSource]:
     """Load preference rows, one `RowSource` per file, so that whatever is wrong can be named with file and row.
 
     Args:
@@ -70,7 +74,7 @@ def load_rows(source: Source, columns: Sequence[str], *, stage: str = "train") -
             `lit-dpo/quickstart`, the built-in data;
             a `datasets.Dataset` or `IterableDataset`; a `DatasetDict`, whose split of the stage's name is taken; rows,
             such as a list of dictionaries. What is iterated is read once, to its end, into a file of the cache.
-        columns: the columns that are needed; others are left out.
+        columns: the columns that are needed; others are left out. None: all that there are.
         stage: `train`, `val`, `test` or `predict`: which part of the built-in data.
 
     Raises:
@@ -79,12 +83,12 @@ def load_rows(source: Source, columns: Sequence[str], *, stage: str = "train") -
             there are), a data set that does not exist or may not be read (with what to do).
     """
     if not isinstance(source, str) and not _are_names(source):
-        return [_checked(_held(source, stage), columns)]
+        return [with_columns(_held(source, stage), columns)]
     names = [source] if isinstance(source, str) else source
     if not names or not all(names):
         raise DataError(f"Expected a file, a list of files, a hub id or rows but got {source!r}.")
     found = [item for name in names for item in _load(name, stage)]
-    return [_checked(item, columns) for item in found]
+    return [with_columns(item, columns) for item in found]
 
 
 def _load(name: str, stage: str) -> Iterator[RowSource]:
@@ -375,26 +379,33 @@ def _refuse_paths(name: str, path: str) -> None:
 # --- columns ---------------------------------------------------------------------------------------------------------
 
 
-def _checked(source: RowSource, columns: Sequence[str]) -> RowSource:
-    """Return the source with the needed columns alone."""
+def with_columns(source: RowSource, columns: Sequence[str] | None, optional: Sequence[str] = ()) -> RowSource:
+    """Return the source with the needed columns alone, and those of the optional ones that it has.
+
+    Raises:
+        DataError: if one is missing, with those there are, or if there is no row.
+    """
     there = getattr(source.rows, "column_names", None)
     if not isinstance(there, list):
         raise DataError(f"Expected rows but {source.name} is a {type(source.rows).__name__}; choose one of its splits.")
-    missing = [name for name in columns if name not in there]
+    missing = [name for name in columns or () if name not in there]
     if missing:
-        other = next((name for name in there if name not in columns), None)
+        other = next((name for name in there if name not in (columns or ())), None)
         advice = (
             f"Name the columns with the format's options, such as `--data.format.prompt {other}`."
             if other
             else "Rows of another layout need another `--data.format`."
         )
         raise DataError(
-            f"{source.name}: expected the columns {_quoted(columns)} but {_quoted(missing)} is missing; it has "
+            f"{source.name}: expected the columns {_quoted(columns or ())} but {_quoted(missing)} is missing; it has "
             f"{_quoted(there)}. {advice}"
         )
     if len(source.rows) == 0:
         raise DataError(f"{source.name} has no rows.")
-    return source._replace(rows=source.rows.select_columns(list(columns)))
+    if columns is None:
+        return source
+    kept = dict.fromkeys([*columns, *(name for name in optional if name in there)])
+    return source._replace(rows=source.rows.select_columns(list(kept)))
 
 
 def _quoted(names: Sequence[str]) -> str:

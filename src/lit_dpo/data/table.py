@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_dpo.data.batch import CompletionBatch, collate
-from lit_dpo.data.formats.base import Preference, PreferenceFormat, Ranking
+from lit_dpo.data.formats.base import Preference, PreferenceFormat, Ranking, Skipped
 from lit_dpo.data.sources import RowSource
 from lit_dpo.data.storage import EXAMPLE, ROW_NUMBERS, counts_of, examples_of, inner_of, ragged, stored, values_of
 from lit_dpo.errors import DataError
@@ -165,7 +165,10 @@ class PromptTable(NamedTuple):
     def preference(self, row: int) -> Preference | Ranking:
         """Read the raw preference or ranking of a row number."""
         number, inside = self._find(row)
-        return self.format.read(self.sources[number].rows[inside])
+        found = self.format.read(self.sources[number].rows[inside])
+        if isinstance(found, Skipped):
+            raise LookupError(f"Expected a row that is used but {self.place(row)} is not: {found.reason}.")
+        return found
 
     def prompts(self, limit: int) -> list[tuple[int, list[int], Preference | Ranking]]:
         """Return the first `limit` different prompts: row number, token ids as trained on, what the row says."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
+from lit_dpo.errors import DataError
+
 Message: TypeAlias = dict[str, Any]
 """One turn of a conversation: `{"role": "user", "content": "Hello"}`, and whatever else the chat template reads."""
 
@@ -23,12 +25,15 @@ class Preference(NamedTuple):
             pair's loss; `score_margin` is how much better the chosen completion was scored than the other;
             `probability` in [0, 1] that it is the better one: the share of annotators who said so. Any other name
             travels as it is, to losses, metrics and predictions.
+        template: of a conversation, arguments of the chat template for this row alone: `{"tools": […]}`. A row is
+            refused if they change nothing of the rendered prompt.
     """
 
     prompt: str | list[Message]
     chosen: str | list[Message]
     rejected: str | list[Message]
     columns: Mapping[str, float] = MappingProxyType({})
+    template: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def is_conversation(self) -> bool:
@@ -49,6 +54,7 @@ class Ranking(NamedTuple):
         comparisons: which completions are compared: places among them, from 0, the better one's first.
         columns: numbers by name, as in `Preference`: one for the row, which each of its comparisons gets; or with
             `comparisons` one for each of these. With `scores` their difference is the column `score_margin`.
+        template: as in `Preference`.
 
     Example:
         >>> Ranking("2 + 2?", [" 4", " four, I think", " 5"], scores=[1.0, 0.5, 0.0]).is_conversation
@@ -61,11 +67,24 @@ class Ranking(NamedTuple):
     ranks: Sequence[float] | None = None
     comparisons: Sequence[tuple[int, int]] | None = None
     columns: Mapping[str, float | Sequence[float]] = MappingProxyType({})
+    template: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def is_conversation(self) -> bool:
         """Whether the parts are messages, which the tokenizer's chat template renders."""
         return not isinstance(self.prompt, str)
+
+
+class Skipped(NamedTuple):
+    """A row that is right and yet prefers nothing: both completions are bad, or one is empty. Left out and counted.
+
+    A tie is none of these: it is a `Ranking` of equal ranks, of which `data.ties` decides.
+
+    Attributes:
+        reason: in words, without the row's own; rows are counted by it.
+    """
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -96,9 +115,24 @@ class PreferenceFormat(ABC):
     def columns(self) -> tuple[str, ...]:
         """The columns that `read` uses. A file without one of them is refused before any row is read."""
 
+    @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """Columns that `read` uses where a file has them."""
+        return ()
+
+    def fits(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether a file that begins with these rows is of this layout: more than half of them can be read."""
+        return sum(self._can_read(row) for row in rows) * 2 > len(rows)
+
+    def _can_read(self, row: Mapping[str, Any]) -> bool:
+        try:
+            return bool(self.read(row))
+        except DataError:
+            return False
+
     @abstractmethod
-    def read(self, row: Mapping[str, Any]) -> Preference | Ranking:
-        """One row as a preference, or as a ranking of many completions.
+    def read(self, row: Mapping[str, Any]) -> Preference | Ranking | Skipped:
+        """One row as a preference, as a ranking of many completions, or as one that prefers nothing.
 
         Raises:
             DataError: if a cell cannot be used, naming the column; the caller adds the file and the row number.
