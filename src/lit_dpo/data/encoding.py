@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ def encode_table(
     """
     from datasets import concatenate_datasets
 
+    sources = [_spread(source, format) for source in sources]
     names = [_column_names(source, format, comparing) for source in sources]
     for source, there in zip(sources, names, strict=True):
         if there != names[0]:
@@ -66,16 +67,34 @@ def encode_table(
         for source, key in zip(sources, keys, strict=True)
     ]
     encoded = concatenate_datasets(parts).with_format("arrow")
-    table = PromptTable(list(sources), format, encoded, np.arange(len(encoded)), columns)
+    table = PromptTable(sources, format, encoded, np.arange(len(encoded)), columns)
     if group_by_prompt is not None:
         table = merge_prompts(table, encoder, group_by_prompt, keys)
     return table._replace(rows=np.flatnonzero(table.facts("length")))
 
 
+def _spread(source: RowSource, format: PreferenceFormat) -> RowSource:
+    """Return the source with a row for each example, where a row of it may hold several."""
+    from datasets import Dataset
+
+    if type(format).examples is PreferenceFormat.examples:
+        return source
+    rows: list[Mapping[str, Any]] = []
+    numbers: list[int] = []
+    for number, row in enumerate(source.rows):
+        try:
+            found = format.examples(row)
+        except DataError as error:
+            raise DataError(f"{source.place(number)}: {error}") from None
+        rows += found
+        numbers += [number] * len(found)
+    return source._replace(rows=Dataset.from_list([dict(row) for row in rows]), numbers=numbers)
+
+
 def _column_names(source: RowSource, format: PreferenceFormat, comparing: Comparing) -> tuple[str, ...]:
     """Name the numbers that a source's rows have, by the first one; encoding holds the others to it."""
     for number, row in enumerate(source.rows):
-        found = _read(source.name, number, format, comparing, {name: [cell] for name, cell in row.items()}, 0)
+        found = _read(source, number, format, comparing, row)
         if not isinstance(found, Skipped):
             return tuple(comparing.of(found).columns)
     return ()
@@ -104,7 +123,7 @@ def _encode_source(
 ) -> Dataset:
     with refusals(source.cache):
         return source.rows.map(
-            lambda cells, numbers: _encode_rows(source.name, cells, numbers, format, encoder, comparing, names),
+            lambda cells, numbers: _encode_rows(source, cells, numbers, format, encoder, comparing, names),
             batched=True,
             with_indices=True,
             remove_columns=source.rows.column_names,
@@ -116,7 +135,7 @@ def _encode_source(
 
 
 def _encode_rows(
-    name: str,
+    source: RowSource,
     cells: dict[str, list[Any]],
     numbers: list[int],
     format: PreferenceFormat,
@@ -124,24 +143,25 @@ def _encode_rows(
     comparing: Comparing,
     columns: tuple[str, ...],
 ) -> dict[str, list[Any]]:
-    rows = [_read(name, number, format, comparing, cells, place) for place, number in enumerate(numbers)]
+    by_row = ({column: those[place] for column, those in cells.items()} for place in range(len(numbers)))
+    rows = [_read(source, number, format, comparing, row) for number, row in zip(numbers, by_row, strict=True)]
     nothing = Compared((), {column: [] for column in columns})
     compared = [nothing if isinstance(row, Skipped) else comparing.of(row) for row in rows]
     for number, one in zip(numbers, compared, strict=True):
         if {*one.columns} != {*columns}:
             raise DataError(
-                f"{name}, row {number} (from 0): Expected the columns of numbers of the first row, {_list(columns)}, "
+                f"{source.place(number)}: Expected the columns of numbers of the first row, {_list(columns)}, "
                 f"in every row but got {_list(tuple(one.columns))}."
             )
     try:
         used = [_resolved(row, one) for row, one in zip(rows, compared, strict=True) if not isinstance(row, Skipped)]
         encoded = iter(encoder.encode(used))
     except DataError as error:
-        raise DataError(f"{name}: {error}") from None
+        raise DataError(f"{source.name}: {error}") from None
     results = [Dropped(row.reason) if isinstance(row, Skipped) else next(encoded) for row in rows]
     for number, result in zip(numbers, results, strict=True):
         if isinstance(result, Dropped) and result.fatal:
-            raise DataError(f"{name}, row {number} (from 0): {result.reason}.")
+            raise DataError(f"{source.place(number)}: {result.reason}.")
     identical = [row.chosen == row.rejected if isinstance(row, Preference) else None for row in rows]
     return {
         **laid_out(results, identical),
@@ -158,14 +178,14 @@ def _encode_rows(
 
 
 def _read(
-    name: str, number: int, format: PreferenceFormat, comparing: Comparing, cells: dict[str, list[Any]], place: int
+    source: RowSource, number: int, format: PreferenceFormat, comparing: Comparing, row: Mapping[str, Any]
 ) -> Preference | Ranking | Skipped:
     try:
-        found = format.read({column: those[place] for column, those in cells.items()})
+        found = format.read(row)
         if not isinstance(found, Skipped):
             check_row(found, comparing)
     except DataError as error:
-        raise DataError(f"{name}, row {number} (from 0): {error}") from None
+        raise DataError(f"{source.place(number)}: {error}") from None
     return found
 
 

@@ -47,11 +47,17 @@ class RowSource(NamedTuple):
         rows: the rows, with the columns that were asked for.
         content: a digest of the bytes that they were read from, where these are on this machine. Else `""`: `rows`
             then knows the commit that it came from, or is in memory.
+        numbers: of each row the number of the one that it is from, where one gave several. None: its own.
     """
 
     name: str
     rows: Dataset
     content: str = ""
+    numbers: Sequence[int] | None = None
+
+    def place(self, row: int) -> str:
+        """Say in which file a row is, and its number there."""
+        return f"{self.name}, row {row if self.numbers is None else self.numbers[row]} (from 0)"
 
     @property
     def cache(self) -> Path:
@@ -60,7 +66,8 @@ class RowSource(NamedTuple):
 
     def head(self, count: int) -> list[dict[str, Any]]:
         """Return up to `count` first rows."""
-        return self.rows.select(range(min(count, len(self.rows)))).to_list()
+        rows: list[dict[str, Any]] = self.rows.select(range(min(count, len(self.rows)))).to_list()
+        return rows
 
 
 def load_rows(source: Source, columns: Sequence[str] | None, *, stage: str = "train") -> list[RowSource]:

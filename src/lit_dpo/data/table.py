@@ -185,7 +185,7 @@ class PromptTable(NamedTuple):
     def place(self, row: int) -> str:
         """Say in which file a row is, and its number there."""
         number, inside = self._find(row)
-        return f"{self.sources[number].name}, row {inside} (from 0)"
+        return self.sources[number].place(inside)
 
     @property
     def prompt_keys(self) -> NDArray[np.int64]:

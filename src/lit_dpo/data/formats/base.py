@@ -126,9 +126,13 @@ class PreferenceFormat(ABC):
 
     def _can_read(self, row: Mapping[str, Any]) -> bool:
         try:
-            return bool(self.read(row))
+            return all(map(self.read, self.examples(row)))
         except DataError:
             return False
+
+    def examples(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        """Return what `read` is given of a row of a file: itself, or the cells of each of the examples that it holds."""
+        return (row,)
 
     @abstractmethod
     def read(self, row: Mapping[str, Any]) -> Preference | Ranking | Skipped:

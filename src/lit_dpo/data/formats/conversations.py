@@ -58,7 +58,8 @@ class ShareGPT(PreferenceFormat):
         prompt = system_turn(self.system, row) + messages(self.conversations, row.get(self.conversations))
         sides = {name: self._side(name, row.get(name)) for name in (self.chosen, self.rejected)}
         check_sides(prompt, sides)
-        return Preference(prompt, *sides.values(), template=tools_in(self.tools, row))
+        chosen, rejected = sides.values()
+        return Preference(prompt, chosen, rejected, template=tools_in(self.tools, row))
 
     def _side(self, name: str, cell: Any) -> list[Message]:
         if isinstance(cell, dict | list) or is_turns(cell):

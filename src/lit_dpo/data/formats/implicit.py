@@ -96,7 +96,7 @@ HUMAN = re.compile(r"\n\n(Human|Assistant):")
 
 @dataclass(frozen=True)
 class Transcripts(PreferenceFormat):
-    """Rows with two whole transcripts, `\\n\\nHuman: …\\n\\nAssistant: …`, such as Anthropic's HH-RLHF.
+    r"""Rows with two whole transcripts, `\n\nHuman: …\n\nAssistant: …`, such as Anthropic's HH-RLHF.
 
     The prompt is the turns that they share; where they part before the last turn, each goes on by itself. A row in
     which the assistant ends with nothing is left out and counted.
@@ -107,7 +107,7 @@ class Transcripts(PreferenceFormat):
 
     Example:
         >>> from lit_dpo.data.formats import Transcripts
-        >>> start = "\\n\\nHuman: Hello\\n\\nAssistant: "
+        >>> start = "\n\nHuman: Hello\n\nAssistant: "
         >>> Transcripts().read({"chosen": start + "Hello!", "rejected": start + "What?"}).chosen
         [{'role': 'assistant', 'content': 'Hello!'}]
     """

@@ -1,4 +1,4 @@
-"""A prompt, two completions, and a cell that says which of them is better: by its name, number, or sign."""
+"""A prompt, two completions, and what one set of data has to say which of them is better: a place, a sign, scores."""
 
 from __future__ import annotations
 
@@ -7,115 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lit_dpo.data.formats.base import Message, Preference, PreferenceFormat, Ranking, Skipped
+from lit_dpo.data.formats.base import Message, PreferenceFormat, Ranking
 from lit_dpo.data.formats.cells import ANY, read_number, short
-from lit_dpo.data.formats.questions import instructed
 from lit_dpo.data.formats.turns import (
     answers,
-    apart,
-    check_sides,
     is_turns,
     judged,
     messages,
-    parsed,
     text_in,
     transcript,
     user,
 )
 from lit_dpo.errors import DataError
-
-_NAMED = {
-    **dict.fromkeys(("a", "model_a", "response_a", "output_1", "1", "first"), 1.0),
-    **dict.fromkeys(("b", "model_b", "response_b", "output_2", "2", "second"), 2.0),
-    **dict.fromkeys(("tie", "same", "equal", "0"), 1.5),
-}
-
-
-@dataclass(frozen=True)
-class LabelledPairs(PreferenceFormat):
-    """Rows with a prompt, two answers and a label, such as AlpacaFarm's and AlpacaEval's (`output_1`, `output_2`).
-
-    A label is a number, true or false, a name (`A`, `model_b`, `tie`), or a list of these by several annotators. Ties
-    are rankings of equal ranks: `data.ties` decides.
-
-    Args:
-        prompt: name of the column that holds what was asked. `input`, `history` and `system` beside it are read as in
-            `Alpaca`.
-        first: name of the column that holds an answer.
-        second: name of the column that holds the other one.
-        label: name of the column that says which is better.
-        coding: what a number means. `1_2`: 1 the first is better, 2 the second, between them the share of those who
-            say the second, 0 a tie; names need no other. `first`: 1 or true, the first is better; 0 or false, the
-            second; between them the share. `second`: 1 or true, the second is better.
-        probability: give the share of those who say so as the column `probability`, instead of the majority alone.
-
-    Example:
-        >>> from lit_dpo.data.formats import LabelledPairs
-        >>> row = {"instruction": "2 + 2?", "output_1": "5", "output_2": "4", "preference": [2, 2, 1, 2]}
-        >>> LabelledPairs().read(row).ranks
-        [2.0, 1.0]
-        >>> LabelledPairs(probability=True).read(row).columns
-        {'probability': 0.75}
-    """
-
-    prompt: str = "instruction"
-    first: str = "output_1"
-    second: str = "output_2"
-    label: str = "preference"
-    coding: Literal["1_2", "first", "second"] = "1_2"
-    probability: bool = False
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The four columns."""
-        return self.prompt, self.first, self.second, self.label
-
-    @property
-    def optional_columns(self) -> tuple[str, ...]:
-        """What else belongs to the prompt."""
-        return "input", "history", "system"
-
-    def fits(self, rows: Any) -> bool:
-        """Whether they can be read, and 2 is there as well as 1: of 0 and 1 nobody can tell what they mean."""
-        return super().fits(rows) and (
-            self.coding != "1_2" or any(self._can_read(row) and self._share(row) > 0.5 for row in rows)
-        )
-
-    def read(self, row: Mapping[str, Any]) -> Preference | Ranking:
-        """Read the row's cells.
-
-        Raises:
-            DataError: for a missing or empty prompt or answer, or a label that has no meaning by `coding`.
-        """
-        prompt = instructed(self.prompt, row)
-        completions = {name: row.get(name) for name in (self.first, self.second)}
-        share = self._share(row)
-        if not self.probability:
-            return judged(prompt, completions, None if share == 0.5 else int(share > 0.5))
-        prompt, sides = answers(prompt, completions)
-        chosen, rejected = sides if share <= 0.5 else sides[::-1]
-        return Preference(prompt, chosen, rejected, {"probability": max(share, 1 - share)})
-
-    def _share(self, row: Mapping[str, Any]) -> float:
-        """Return the share of those who say that the second is better."""
-        cell = parsed(row.get(self.label))
-        labels = cell if isinstance(cell, list) and cell else [cell]
-        return sum(map(self._share_of, labels)) / len(labels)
-
-    def _share_of(self, label: Any) -> float:
-        if isinstance(label, str) and self.coding == "1_2":
-            number = _NAMED.get(label.strip().lower())
-        else:
-            number = None
-        if number is None:
-            number = read_number(self.label, {self.label: int(label) if isinstance(label, bool) else label}, *ANY)
-        if self.coding == "1_2" and not isinstance(label, bool):
-            number = 0.5 if number == 0 else number - 1
-        elif self.coding == "first":
-            number = 1 - number
-        if isinstance(label, bool) and self.coding == "1_2" or not 0 <= number <= 1:
-            raise DataError(f"Expected a label by the coding `{self.coding}` in `{self.label}` but got {short(label)}.")
-        return number
 
 
 @dataclass(frozen=True)
@@ -213,7 +116,7 @@ class SignedPairs(PreferenceFormat):
             DataError: for a missing or empty prompt or response, or a preference that is no number.
         """
         preference = read_number(self.preference, row, *ANY)
-        scores = [max(-preference, 0.0), max(preference, 0.0)]
+        scores = [abs(preference) * (preference < 0), abs(preference) * (preference > 0)]
         completions = {name: row.get(name) for name in (self.first, self.second)}
         return Ranking(*answers(self._prompt(row), completions), scores=scores)
 
@@ -257,7 +160,7 @@ class WebGPT(PreferenceFormat):
 
 @dataclass(frozen=True)
 class SummaryComparisons(PreferenceFormat):
-    """Rows of summarize-from-feedback: `info` (a post or an article), two `summaries`, and the `choice`, 0 or 1.
+    r"""Rows of summarize-from-feedback: `info` (a post or an article), two `summaries`, and the `choice`, 0 or 1.
 
     Prompt and summaries are text: a post with its title and `TL;DR:` at the end, as in arXiv 2009.01325.
 
@@ -265,7 +168,7 @@ class SummaryComparisons(PreferenceFormat):
         >>> from lit_dpo.data.formats import SummaryComparisons
         >>> row = {"info": {"post": "I add."}, "summaries": [{"text": " Sums."}, {"text": " Fish."}], "choice": 0}
         >>> SummaryComparisons().read(row)[:2]
-        ('POST: I add.\\n\\nTL;DR:', [' Sums.', ' Fish.'])
+        ('POST: I add.\n\nTL;DR:', [' Sums.', ' Fish.'])
     """
 
     @property
@@ -290,57 +193,6 @@ class SummaryComparisons(PreferenceFormat):
         texts = [text_in("text", one if isinstance(one, dict) else {}) for one in summaries]
         better = place_in("choice", row)
         return Ranking("\n\n".join([*parts, "TL;DR:"]), texts, ranks=[1.0 + (better != place) for place in range(2)])
-
-
-@dataclass(frozen=True)
-class Arena(PreferenceFormat):
-    """Rows of a chatbot arena: the same questions to two models, and the `winner`.
-
-    The prompt is what both conversations share, the first question alone where the answers differ from the first one
-    on. A tie is a ranking of equal ranks (`data.ties`); where both were said to be bad, the row is left out and counted.
-
-    Args:
-        first: name of the column that holds the conversation of `model_a`.
-        second: name of the column that holds the conversation of `model_b`.
-        winner: name of the column that says `model_a`, `model_b`, `tie`, `tie (bothbad)` or `both_bad`.
-
-    Example:
-        >>> from lit_dpo.data.formats import Arena
-        >>> ask = {"role": "user", "content": "2 + 2?"}
-        >>> row = {f"conversation_{one}": [ask, {"role": "assistant", "content": one}] for one in "ab"}
-        >>> Arena().read(row | {"winner": "model_b"}).ranks
-        [2.0, 1.0]
-        >>> Arena().read(row | {"winner": "tie (bothbad)"})
-        Skipped(reason='both completions are said to be bad')
-    """
-
-    first: str = "conversation_a"
-    second: str = "conversation_b"
-    winner: str = "winner"
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The three columns."""
-        return self.first, self.second, self.winner
-
-    def read(self, row: Mapping[str, Any]) -> Ranking | Skipped:
-        """Read the row's cells.
-
-        Raises:
-            DataError: for what is no conversation, conversations that share nothing, or an unknown winner.
-        """
-        sides = {name: messages(name, row.get(name)) for name in (self.first, self.second)}
-        prompt, *completions = apart(*sides.values())
-        check_sides(prompt, dict(zip(sides, completions, strict=True)))
-        winner = str(row.get(self.winner)).strip().lower()
-        if "bad" in winner:
-            return Skipped("both completions are said to be bad")
-        if winner not in _NAMED:
-            raise DataError(
-                f"Expected model_a, model_b or tie in `{self.winner}` but got {short(row.get(self.winner))}."
-            )
-        share = _NAMED[winner] - 1
-        return Ranking(prompt, completions, ranks=[1.0 + (share > 0.5), 1.0 + (share < 0.5)])
 
 
 def place_in(name: str, row: Mapping[str, Any]) -> int:

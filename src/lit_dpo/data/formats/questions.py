@@ -14,7 +14,7 @@ from lit_dpo.errors import DataError
 
 @dataclass(frozen=True)
 class Alpaca(PreferenceFormat):
-    """Rows with an `instruction` and, where there is one, its `input`: LLaMA-Factory's Alpaca sets, rasbt's.
+    r"""Rows with an `instruction` and, where there is one, its `input`: LLaMA-Factory's Alpaca sets, rasbt's.
 
     Instruction and input are one message of the user's, with a newline between them; `system` and `history` (a list of
     questions with their answers) stand before it.
@@ -28,7 +28,7 @@ class Alpaca(PreferenceFormat):
         >>> from lit_dpo.data.formats import Alpaca
         >>> row = {"instruction": "Add.", "input": "2, 2", "chosen": "4", "rejected": "5"}
         >>> Alpaca().read(row).prompt
-        [{'role': 'user', 'content': 'Add.\\n2, 2'}]
+        [{'role': 'user', 'content': 'Add.\n2, 2'}]
     """
 
     instruction: str = "instruction"

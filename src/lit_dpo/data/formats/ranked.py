@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lit_dpo.data.formats.base import Message, PreferenceFormat, Ranking
+from lit_dpo.data.formats.base import Message, PreferenceFormat, Ranking, Skipped
 from lit_dpo.data.formats.cells import ANY, check_messages, read_number, short
 from lit_dpo.data.formats.implicit import HUMAN
 from lit_dpo.data.formats.turns import (
@@ -26,9 +26,9 @@ from lit_dpo.errors import DataError
 
 @dataclass(frozen=True)
 class RankedObjects(PreferenceFormat):
-    """Rows with a prompt and a list of completions as objects, such as NeMo's, Nectar's, UltraFeedback's.
+    r"""Rows with a prompt and a list of completions as objects, such as NeMo's, Nectar's, UltraFeedback's.
 
-    A completion is text or messages; a prompt is messages, text, or a transcript (`\\n\\nHuman: …`).
+    A completion is text or messages; a prompt is messages, text, or a transcript (`\n\nHuman: …`).
 
     Args:
         prompt: name of the column that holds the prompt.
@@ -70,16 +70,18 @@ class RankedObjects(PreferenceFormat):
         """Tools."""
         return ("tools",)
 
-    def read(self, row: Mapping[str, Any]) -> Ranking:
+    def read(self, row: Mapping[str, Any]) -> Ranking | Skipped:
         """Read the row's cells.
 
         Raises:
-            DataError: for a missing prompt, what is no list of two or more objects, an empty completion, or a number
+            DataError: for a missing prompt, what is no list of objects, an empty completion, or a number
                 that is none.
         """
         found = parsed(row.get(self.completions))
-        if not isinstance(found, list) or len(found) < 2 or not all(isinstance(one, dict) for one in found):
-            raise DataError(f"Expected a list of two or more objects in `{self.completions}` but got {short(found)}.")
+        if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+            raise DataError(f"Expected a list of objects in `{self.completions}` but got {short(found)}.")
+        if len(found) < 2:
+            return Skipped("fewer than two completions")
         prompt = self._prompt(row)
         sides = {f"{self.completions}[{n}].{self.text}": self._side(one, n) for n, one in enumerate(found)}
         check_sides(prompt, sides)

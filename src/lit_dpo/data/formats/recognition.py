@@ -10,10 +10,12 @@ from lit_dpo.data.formats.base import Message, Preference, PreferenceFormat, Ran
 from lit_dpo.data.formats.cells import short
 from lit_dpo.data.formats.conversations import OpenAIPreferences, ShareGPT
 from lit_dpo.data.formats.implicit import ImplicitPrompt, Transcripts
-from lit_dpo.data.formats.judged import Arena, LabelledPairs, SafeRLHF, SHP, SignedPairs, SummaryComparisons, WebGPT
+from lit_dpo.data.formats.judged import SHP, SafeRLHF, SignedPairs, SummaryComparisons, WebGPT
+from lit_dpo.data.formats.labelled import Arena, LabelledPairs
 from lit_dpo.data.formats.questions import Alpaca, AlpacaOutputs, Orca, StackExchange
 from lit_dpo.data.formats.ranked import OneRight, RankedObjects
 from lit_dpo.data.formats.rankings import Rankings
+from lit_dpo.data.formats.trees import Trees
 from lit_dpo.data.formats.triples import Triples
 from lit_dpo.data.formats.turns import is_turns
 from lit_dpo.errors import DataError
@@ -53,6 +55,7 @@ LAYOUTS: tuple[PreferenceFormat, ...] = (
     RankedObjects("instruction", "completions", "response", rank=None, score="overall_score"),
     RankedObjects("question", "answers", "text", rank=None, score="pm_score"),
     OneRight(),
+    Trees(),
 )
 """The layouts that are recognised, each a format with its options."""
 
@@ -79,8 +82,8 @@ class Auto(Triples):
         >>> from lit_dpo.data.formats import Auto
         >>> Auto().of("a.jsonl", [{"question": "2 + 2?", "response_j": "4", "response_k": "5"}])
         StackExchange(question='question', chosen='response_j', rejected='response_k')
-        >>> Auto(prompt="request").of("a.jsonl", [])
-        Triples(prompt='request', chosen='chosen', rejected='rejected', weight=None, ...)
+        >>> Auto(prompt="request").of("a.jsonl", []).columns
+        ('request', 'chosen', 'rejected')
     """
 
     def of(self, name: str, rows: Sequence[Mapping[str, Any]]) -> PreferenceFormat:
@@ -150,10 +153,10 @@ def choice(format: PreferenceFormat, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _shown(format: PreferenceFormat, row: Mapping[str, Any]) -> str:
     try:
-        found = format.read(row)
+        found = next((one for one in map(format.read, format.examples(row)) if not isinstance(one, Skipped)), None)
     except DataError:
         return ""
-    if isinstance(found, Skipped):
+    if found is None:
         return ""
     if isinstance(found, Preference):
         return f"Prompt {_said(found.prompt)}, chosen {_said(found.chosen)}, rejected {_said(found.rejected)}"
@@ -195,7 +198,7 @@ def _why_not(name: str, format: PreferenceFormat, rows: Sequence[Mapping[str, An
         return f"{title}: {_quoted(missing)} is missing."
     for number, row in enumerate(rows):
         try:
-            format.read(row)
+            list(map(format.read, format.examples(row)))
         except DataError as error:
             return f"{title}: row {number} (from 0): {error}"
     return f"{title}: nothing says which answer is better."

@@ -93,7 +93,7 @@ def _message(where: str, message: Mapping[str, Any]) -> Message:
     if role not in ROLES:
         raise DataError(f"Expected a role in {where}, one of {', '.join(ROLES)}, but got {short(role)}.")
     content = _content(where, message.get("content", message.get("value")))
-    found = {"role": ROLES[role], "content": content}
+    found: Message = {"role": ROLES[role], "content": content}
     found |= {key: message[key] for key in _KEPT if message.get(key) is not None}
     if role == "function_call" and (calls := _calls(content)):
         found |= {"content": "", "tool_calls": calls}
