@@ -383,6 +383,13 @@ def test_two_that_fit_are_both_named() -> None:
     )
 
 
+def test_conversations_written_as_strings_are_no_text() -> None:
+    rows = [{name: str([{"role": "user", "content": "q"}, {"role": "assistant", "content": name}]) for name in PAIR}]
+    assert recognise("f", rows) == ImplicitPrompt()
+    assert written(recognise("f", rows).read(rows[0]).chosen) == "chosen"
+    assert "fit 2 layouts" in stop([{"prompt": "q", **rows[0]}])  # three texts, for all that is known
+
+
 def test_none_that_fits_shows_what_was_seen_and_the_nearest() -> None:
     message = stop([{"ask": "p", "good": "a", "bad": ["b"], "turns": [{"role": "user", "content": "x"}], "n": 1}])
     for words in ("`ask` (text)", "`bad` (list)", "`turns` (messages)", "`n` (int)", "nearest", "is missing"):
@@ -509,6 +516,9 @@ def test_messages_are_read_however_they_are_written() -> None:
         messages("c", [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}])
     call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
     assert messages("c", [{"role": "assistant", "content": None, "tool_calls": [call]}])[0]["tool_calls"] == [call]
+    padded = {**call, "function": {"name": "f", "arguments": {"a": 1, "of_another_row": None}}, "id": None}
+    (found,) = messages("c", [{"role": "assistant", "content": None, "tool_calls": [padded]}])
+    assert found["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
     assert messages("c", [{"from": "function_call", "value": "Action: f"}])[0]["content"] == "Action: f"
 
 

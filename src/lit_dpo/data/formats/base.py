@@ -131,7 +131,7 @@ class PreferenceFormat(ABC):
             return False
 
     def examples(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        """Return what `read` is given of a row of a file: itself, or the cells of each of the examples that it holds."""
+        """Return what `read` is given of a row of a file: itself, or the cells of each example that it holds."""
         return (row,)
 
     @abstractmethod

@@ -46,7 +46,7 @@ class ShareGPT(PreferenceFormat):
 
     @property
     def optional_columns(self) -> tuple[str, ...]:
-        """What may stand beside them."""
+        """What a file may have too."""
         return self.system, self.tools
 
     def read(self, row: Mapping[str, Any]) -> Preference:

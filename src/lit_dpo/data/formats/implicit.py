@@ -27,7 +27,7 @@ class ImplicitPrompt(PreferenceFormat):
     """Rows with two whole conversations, such as UltraFeedback-binarized, Tülu 3, Skywork, Capybara, torchtune's.
 
     The prompt is their longest common beginning in messages; where they part before the last turn, each goes on by
-    itself. A prompt column beside them, text or messages, has to be part of it; if the sides are only the answers, it
+    itself. A prompt column too, text or messages, has to be part of it; if the sides are only the answers, it
     is the prompt.
 
     Args:
@@ -58,7 +58,7 @@ class ImplicitPrompt(PreferenceFormat):
 
     @property
     def optional_columns(self) -> tuple[str, ...]:
-        """What may stand beside them."""
+        """What a file may have too."""
         return self.prompt, self.system, self.tools
 
     def read(self, row: Mapping[str, Any]) -> Preference:

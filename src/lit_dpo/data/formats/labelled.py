@@ -27,7 +27,7 @@ class LabelledPairs(PreferenceFormat):
     are rankings of equal ranks: `data.ties` decides.
 
     Args:
-        prompt: name of the column that holds what was asked. `input`, `history` and `system` beside it are read as in
+        prompt: name of the column that holds what was asked. Columns `input`, `history` and `system` are read as in
             `Alpaca`.
         first: name of the column that holds an answer.
         second: name of the column that holds the other one.

@@ -94,7 +94,7 @@ def _message(where: str, message: Mapping[str, Any]) -> Message:
         raise DataError(f"Expected a role in {where}, one of {', '.join(ROLES)}, but got {short(role)}.")
     content = _content(where, message.get("content", message.get("value")))
     found: Message = {"role": ROLES[role], "content": content}
-    found |= {key: message[key] for key in _KEPT if message.get(key) is not None}
+    found |= {key: without_nulls(message[key]) for key in _KEPT if message.get(key) is not None}
     if role == "function_call" and (calls := _calls(content)):
         found |= {"content": "", "tool_calls": calls}
     if not (found["content"] or found.get("tool_calls") or role in ("system", "tool", "observation")):
