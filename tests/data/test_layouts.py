@@ -410,7 +410,7 @@ def test_one_that_reads_more_of_the_row_is_taken() -> None:
     assert recognise("f", [{"prompt": "q", "system": "s", **PAIR}]).read({"prompt": "q", "system": "s", **PAIR}).prompt
 
 
-@pytest.mark.parametrize("column", ["images", "tools", "history"])
+@pytest.mark.parametrize("column", ["images", "videos", "history"])
 def test_what_belongs_to_the_prompt_and_is_not_read_is_named(column: str) -> None:
     message = stop([{"prompt": "q", column: ["x"], **PAIR}])
     assert f"does not read `{column}`" in message
@@ -480,7 +480,7 @@ ASK = {"role": "user", "content": "q"}
             {"chosen": [ASK, ASK], "rejected": [ASK, ASK]},
             "assistant's message at the end of `chosen`",
         ),
-        (ImplicitPrompt(), {"prompt": "z", "chosen": [ASK, ASK], "rejected": [ASK, ASK]}, "`prompt` to be in what"),
+        (ImplicitPrompt(), {"prompt": "z?", "chosen": [ASK, ASK], "rejected": [ASK, ASK]}, "`prompt` to be in what"),
         (ImplicitPrompt(), {"prompt": [ASK], "chosen": [ASK, ASK], "rejected": [ASK]}, "begin with `prompt`"),
         (ImplicitPrompt(), {"chosen": "a", "rejected": "b"}, "a list of messages in `chosen`"),
         (Transcripts(), {"chosen": "a", "rejected": "b"}, "a transcript in `chosen`"),
@@ -530,6 +530,21 @@ def test_tools_are_read_however_they_are_written() -> None:
         assert tools_in("tools", {"tools": cell}) == {"tools": wrapped}
     for cell in (None, "", [], "[]"):
         assert tools_in("tools", {"tools": cell}) == {}
+
+
+def test_tools_of_explicit_conversations_are_trained_on(jsonl, tools_folder) -> None:
+    sides = {name: [{"role": "assistant", "content": name}] for name in PAIR}
+    rows = [{"prompt": [ASK], **sides, "tools": [{"name": name, "parameters": {}}]} for name in ("f", "g")]
+    module = PreferenceDataModule(train=jsonl("a.jsonl", rows), tokenizer=tools_folder, group_by_prompt=4)
+    module.setup("fit")
+    table = module._table("train")
+    decode = module.loaded_tokenizer.decode
+    assert [decode(ids) for _, ids, _ in table.prompts(9)] == [
+        rendered(f"T: {name} | U: q", start=True) for name in "fg"
+    ]
+    text = jsonl("b.jsonl", [{"prompt": "q", **PAIR, "tools": [{"name": "f"}]}])
+    with pytest.raises(DataError, match="tools given with text"):
+        PreferenceDataModule(train=text, tokenizer=tools_folder).setup("fit")
 
 
 def test_tools_that_the_template_does_not_read_are_refused(tokenizer_folder) -> None:

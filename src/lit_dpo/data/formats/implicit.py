@@ -86,7 +86,8 @@ class ImplicitPrompt(PreferenceFormat):
         text = said(self.prompt, row).strip()
         if not any(message["role"] == "user" for message in shared):
             return [*shared, user(text)] if text else shared
-        if text and not any(text in message["content"] for message in shared):
+        told = [message["content"].strip() for message in shared if message["role"] == "user"]
+        if text and not any(text in one or one in text for one in told):
             raise DataError(f"Expected `{self.prompt}` to be in what `{self.chosen}` and `{self.rejected}` share.")
         return shared
 

@@ -19,6 +19,7 @@ from lit_dpo.data.formats.cells import (
     read_messages,
     read_number,
 )
+from lit_dpo.data.formats.turns import tools_in
 from lit_dpo.errors import DataError
 
 
@@ -67,6 +68,11 @@ class Triples(PreferenceFormat):
         return self.prompt, self.chosen, self.rejected, *self._numbers.values()
 
     @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """The tools of a conversation, as a list or as JSON."""
+        return ("tools",)
+
+    @property
     def _numbers(self) -> dict[str, str]:
         known = {"weight": self.weight, "score_margin": self.score_margin, "probability": self.probability}
         return numeric(known, self.numeric_columns)
@@ -80,6 +86,7 @@ class Triples(PreferenceFormat):
                 number that is none or out of its range.
         """
         numbers = {name: read_number(column, row, *RANGES.get(name, ANY)) for name, column in self._numbers.items()}
+        template = tools_in("tools", row)
         columns = (self.prompt, self.chosen, self.rejected)
         kinds = {name: kind_of(name, row.get(name)) for name in columns}
         if len(set(kinds.values())) > 1:
@@ -87,11 +94,11 @@ class Triples(PreferenceFormat):
             raise DataError(f"Expected three texts or three lists of messages but {found}.{_hint(row, kinds)}")
         if "text" in kinds.values():
             _check_texts(row, columns)
-            return Preference(row[self.prompt], row[self.chosen], row[self.rejected], numbers)
+            return Preference(row[self.prompt], row[self.chosen], row[self.rejected], numbers, template)
         prompt, chosen, rejected = (read_messages(name, row[name]) for name in columns)
         check_messages(self.chosen, chosen)
         check_messages(self.rejected, rejected)
-        return Preference(prompt, chosen, rejected, numbers)
+        return Preference(prompt, chosen, rejected, numbers, template)
 
 
 def _check_texts(row: Mapping[str, Any], columns: tuple[str, str, str]) -> None:
