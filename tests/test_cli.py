@@ -272,7 +272,7 @@ GOOD = '{"prompt": "Q?", "chosen": " yes", "rejected": " no"}\n'
 
 BAD = {
     "a missing file": (["--data.train=nowhere.jsonl"], "nowhere.jsonl", ""),
-    "a missing column": (["--data.train=bad.jsonl"], "question", GOOD.replace("prompt", "question")),
+    "a missing column": (["--data.train=bad.jsonl"], "`ask`", GOOD.replace("prompt", "ask")),
     "an empty file": (["--data.train=bad.jsonl"], "bad.jsonl", ""),
     "a row without an answer": (
         ["--data.train=bad.jsonl"],

@@ -121,8 +121,8 @@ class PreferenceFormat(ABC):
         return ()
 
     def fits(self, rows: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether a file that begins with these rows is of this layout: more than half of them can be read."""
-        return sum(self._can_read(row) for row in rows) * 2 > len(rows)
+        """Whether a file that begins with these rows is of this layout: at least half of them can be read."""
+        return sum(self._can_read(row) for row in rows) * 2 >= max(len(rows), 1)
 
     def _can_read(self, row: Mapping[str, Any]) -> bool:
         try:
