@@ -182,14 +182,10 @@ def _none_fits(name: str, rows: Sequence[Mapping[str, Any]], layouts: Sequence[P
     nearest = sorted(layouts, key=lambda one: (len({*one.columns} - {*first}), -len(one.columns)))[:3]
     tries = " ".join(f"{_why_not(name, one, rows)}" for one in nearest)
     return (
-        f"{name}: no known layout fits. It has {seen}. The nearest ones: {tries} If it is `Triples` with other names, "
-        f"give them, such as `--data.format.prompt {_other(first)}`; for another layout write a format "
-        "(docs/extending.md)."
+        f"{name}: no known layout fits. It has {seen}. The nearest ones: {tries} Three columns of other names "
+        "are `--data.format.prompt NAME --data.format.chosen NAME --data.format.rejected NAME`; for another layout write "
+        "a format (docs/extending.md)."
     )
-
-
-def _other(first: Mapping[str, Any]) -> str:
-    return next((column for column in first if column not in Triples().columns), "NAME")
 
 
 def _why_not(name: str, format: PreferenceFormat, rows: Sequence[Mapping[str, Any]]) -> str:
