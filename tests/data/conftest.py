@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from toy_tokenizers import byte_level, sentencepiece_like
+from toy_tokenizers import CHAT, byte_level, sentencepiece_like
+
+TOOLS = "{% if tools %}{{ '<|system|>' + tools[0]['function']['name'] + '<|end|>\\n' }}{% endif %}"
 
 
 @pytest.fixture(scope="session", params=["byte_level", "sentencepiece_like", "adds_eos"])
@@ -27,6 +29,14 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer: PreTrainedTokenizerFast) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     chat_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tools_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tokenizer whose chat template says the name of the first tool."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    byte_level(chat_template=TOOLS + CHAT).save_pretrained(folder)
     return str(folder)
 
 

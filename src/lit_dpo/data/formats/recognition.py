@@ -182,9 +182,9 @@ def _none_fits(name: str, rows: Sequence[Mapping[str, Any]], layouts: Sequence[P
     nearest = sorted(layouts, key=lambda one: (len({*one.columns} - {*first}), -len(one.columns)))[:3]
     tries = " ".join(f"{_why_not(name, one, rows)}" for one in nearest)
     return (
-        f"{name}: no known layout fits. It has {seen}. The nearest ones: {tries} Three columns of other names "
-        "are `--data.format.prompt NAME --data.format.chosen NAME --data.format.rejected NAME`; for another layout write "
-        "a format (docs/extending.md)."
+        f"{name}: no known layout fits. It has {seen}. The nearest ones: {tries} Three columns of other names are "
+        "`--data.format.prompt NAME --data.format.chosen NAME --data.format.rejected NAME`; for another layout write a "
+        "format (docs/extending.md)."
     )
 
 
