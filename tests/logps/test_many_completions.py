@@ -276,6 +276,12 @@ def test_a_comparison_of_what_is_not_there_is_refused(comparisons):
         collate([EncodedPrompt([1], [[2], [3]], comparisons)])
 
 
+@pytest.mark.parametrize("given", [{"indices": [4]}, {"columns": {"weight": [1.0, 2.0]}}], ids=str)
+def test_numbers_that_are_not_one_for_each_comparison_are_refused(given):
+    with pytest.raises(ValueError, match=r"Expected 3 (indices|weight), one for each comparison, but got [12]"):
+        collate([PROMPTS[1]], **given)
+
+
 def test_a_forward_that_gives_something_else_is_refused(model, tmp_path):
     class Sides(DPOModule):
         def forward(self, batch):
