@@ -95,7 +95,7 @@ def _all_there(found: Any) -> None:
 
 def walks(fake: FakeCuda, folder: Path) -> dict[str, Callable[[], Any]]:
     """By name: every architecture, references, rows, divergences, losses and metrics."""
-    real = collate(tiny.pairs(*PAIRS), columns={"weight": [1.0, 2.0, 3.0]})
+    real = collate(tiny.pairs(*PAIRS), columns={"weight": [1.0, 2.0, 3.0, 0.5, 1.0]})
     batch = fake.batch(real)
     policy = LoRAPolicy(str(folder / "model"), quantization="none", r=2)
     found: dict[str, Callable[[], Any]] = {
@@ -149,7 +149,8 @@ def walks(fake: FakeCuda, folder: Path) -> dict[str, Callable[[], Any]]:
             dpo.train_metrics.update(
                 pairs=pairs, losses=losses, parts={}, chosen_rewards=chosen, rejected_rewards=rejected
             )
-            _all_there((pairs, losses, chosen, rejected, dpo.train_metrics.compute()))
+            of_models = (*pairs[:6], *pairs.completions[:2])  # counts and places stay on the CPU
+            _all_there((of_models, losses, chosen, rejected, dpo.train_metrics.compute()))
 
     return found | {
         "rows": lambda: [fake.scored(fake.model("llama"), fake.batch(row)) for row in real.cut(30)],

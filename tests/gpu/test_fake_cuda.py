@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 WALKS = (
     "rows",
-    "selected pairs",
+    "some completions",
     "base reference",
     "adapter reference",
     "moving reference",

@@ -79,7 +79,7 @@ def test_every_loss_is_that_of_the_pairs_to_the_precision_of_float64(kind, tmp_p
         listed, apart = (_step(_module(tmp_path, kind(**settings), model), given) for given in (batch, pairs))
         assert listed[0].dtype == torch.float64
         torch.testing.assert_close(listed[0], apart[0], rtol=1e-12, atol=1e-12)
-        tiny.assert_same_gradients(apart[1], listed[1], 1e-11)
+        tiny.assert_same_gradients(apart[1], listed[1], 1e-12)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
@@ -274,6 +274,12 @@ def test_some_completions_of_a_batch_are_those_of_a_batch_of_them():
 def test_a_comparison_of_what_is_not_there_is_refused(comparisons):
     with pytest.raises(ValueError, match="Expected comparisons of 2 completions"):
         collate([EncodedPrompt([1], [[2], [3]], comparisons)])
+
+
+@pytest.mark.parametrize("given", [{"indices": [4]}, {"columns": {"weight": [1.0, 2.0]}}], ids=str)
+def test_numbers_that_are_not_one_for_each_comparison_are_refused(given):
+    with pytest.raises(ValueError, match=r"Expected 3 (indices|weight), one for each comparison, but got [12]"):
+        collate([PROMPTS[1]], **given)
 
 
 def test_a_forward_that_gives_something_else_is_refused(model, tmp_path):

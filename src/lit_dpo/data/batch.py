@@ -81,12 +81,12 @@ class CompletionBatch(NamedTuple):
     @property
     def chosen_lengths(self) -> Tensor:
         """`(B,)` tokens of each comparison's chosen completion."""
-        return self.completion_lengths[places(self)[:, 0]]
+        return self.completion_lengths[torch.from_numpy(places(self)[:, 0])]
 
     @property
     def rejected_lengths(self) -> Tensor:
         """`(B,)` tokens of each comparison's rejected completion."""
-        return self.completion_lengths[places(self)[:, 1]]
+        return self.completion_lengths[torch.from_numpy(places(self)[:, 1])]
 
     @property
     def row_lengths(self) -> Tensor:
@@ -205,8 +205,8 @@ class CompletionBatch(NamedTuple):
         return [self.of_completions(range(first, last)) for first, last in pairwise(borders)]
 
 
-def places(record: Any) -> Tensor:
-    """`(B, 2)` places of the compared completions among all `C`, on the CPU.
+def places(record: Any) -> NDArray[np.int64]:
+    """`(B, 2)` places of the compared completions among all `C`.
 
     Args:
         record: with `comparisons`, `comparisons_per_prompt` and `completions_per_prompt`.
@@ -215,9 +215,10 @@ def places(record: Any) -> Tensor:
         >>> places(collate([EncodedPrompt([1], [[2], [3]]), EncodedPrompt([4], [[5], [6]], [(1, 0)])])).tolist()
         [[0, 1], [3, 2]]
     """
-    per_prompt: Tensor = record.completions_per_prompt
-    before = per_prompt.cumsum(0) - per_prompt
-    found: Tensor = record.comparisons + before.repeat_interleave(record.comparisons_per_prompt)[:, None]
+    # by way of lists, which are numbers even where tensors are fake
+    counts, compared = (record.completions_per_prompt.tolist(), record.comparisons_per_prompt.tolist())
+    before = np.repeat(_ends(np.array(counts, np.int64))[:-1], compared)
+    found: NDArray[np.int64] = np.array(record.comparisons.tolist(), np.int64).reshape(-1, 2) + before[:, None]
     return found
 
 
@@ -280,7 +281,8 @@ def collate(
         columns: what the data say besides: a number for each comparison, by name.
 
     Raises:
-        ValueError: if a prompt or a completion is empty, or a comparison is not between two of its prompt's.
+        ValueError: if a prompt or a completion is empty, a comparison is not between two of its prompt's, or there are
+            not as many row numbers or numbers of a column as comparisons.
 
     Example:
         >>> batch = collate([EncodedPrompt([1, 2, 3], [[4, 5], [6]]), EncodedPrompt([7, 8], [[9], [10, 11]])])
@@ -304,6 +306,10 @@ def collate(
             positions += range(start, start + len(completion))
     flat = np.array(ids, dtype=np.int64)
     rows = [number for number, one in enumerate(prompts) for _ in one.comparisons] if indices is None else list(indices)
+    count = sum(len(one.comparisons) for one in prompts)
+    for name, values in {"indices": rows, **(columns or {})}.items():
+        if len(values) != count:
+            raise ValueError(f"Expected {count} {name}, one for each comparison, but got {len(values)}.")
     return CompletionBatch(
         input_ids=torch.from_numpy(flat[None]),
         position_ids=_numbers([positions]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,11 +85,9 @@ class CompletionLogps(NamedTuple):
             columns: `(B,)` each, of the data.
             state: of the loss.
         """
-        both = places(self).T.flatten()  # chosen, then rejected
-        chosen, rejected = _sides(self.policy, self.lengths, both)
-        reference_chosen, reference_rejected = (
-            (None, None) if self.reference is None else _sides(self.reference, self.lengths, both)
-        )
+        taken = _Taken.of(self)
+        chosen, rejected = taken.sides(self.policy)
+        reference_chosen, reference_rejected = (None, None) if self.reference is None else taken.sides(self.reference)
         return PairLogps(chosen, rejected, reference_chosen, reference_rejected, columns or {}, state, self)
 
     def per_prompt(self, values: Tensor) -> Tensor:
@@ -99,7 +98,8 @@ class CompletionLogps(NamedTuple):
 
     def per_comparison(self, values: Tensor) -> Tensor:
         """`(B,)` values, for each comparison that of its prompt, of `(P,)`."""
-        of = torch.repeat_interleave(self.comparisons_per_prompt)
+        counts = self.comparisons_per_prompt.tolist()
+        of = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
         return values.index_select(0, of.to(values.device, non_blocking=True))
 
     def detach(self) -> CompletionLogps:
@@ -107,26 +107,40 @@ class CompletionLogps(NamedTuple):
         return self._replace(policy=self.policy.detach(), reference=self.reference and self.reference.detach())
 
 
-def _sides(logps: SequenceLogps, lengths: Tensor, both: Tensor) -> tuple[SequenceLogps, SequenceLogps]:
-    """Take two sides from completions: the first half of `both` are places of the one, the second half of the other."""
-    device, size = logps.total.device, len(both) // 2
-    taken = lengths[both]
-    # places of tokens, made on the CPU, where the lengths are: nothing waits for a device
-    begins = (lengths.cumsum(0) - lengths)[both] - (taken.cumsum(0) - taken)
-    tokens = begins.repeat_interleave(taken) + torch.arange(int(taken.sum()))
-    border = int(taken[:size].sum())
-    both, tokens = both.to(device, non_blocking=True), tokens.to(device, non_blocking=True)
+class _Taken(NamedTuple):
+    """Places of the sides of pairs among completions, and among their tokens: chosen ones, then rejected ones.
 
-    def halves(values: Tensor | None, index: Tensor, first: int) -> tuple[Tensor | None, Tensor | None]:
-        if values is None:
-            return None, None
-        found = values.index_select(0, index)  # its backward adds, without a sort
-        return found[:first], found[first:]
+    Made on the CPU, where the lengths are: nothing waits for a device here.
+    """
 
-    sums = [halves(values, both, size) for values in (logps.total, logps.length)]
-    summands = [halves(values, tokens, border) for values in (logps.per_token, logps.collision, logps.kl)]
-    chosen, rejected = (SequenceLogps(*side) for side in zip(*sums, *summands, strict=True))
-    return chosen, rejected
+    completions: Tensor
+    tokens: Tensor
+    border: int  # tokens of the chosen ones
+
+    @classmethod
+    def of(cls, lists: CompletionLogps) -> _Taken:
+        both, lengths = places(lists).T.flatten(), np.array(lists.lengths.tolist())
+        taken = lengths[both]
+        begins = (lengths.cumsum() - lengths)[both] - (taken.cumsum() - taken)
+        tokens = np.repeat(begins, taken) + np.arange(taken.sum())
+        device = lists.policy.total.device
+        completions, scored = (torch.from_numpy(one).to(device, non_blocking=True) for one in (both, tokens))
+        return cls(completions, scored, int(taken[: len(both) // 2].sum()))
+
+    def sides(self, logps: SequenceLogps) -> tuple[SequenceLogps, SequenceLogps]:
+        """Take chosen and rejected completions."""
+
+        def halves(values: Tensor | None, index: Tensor, first: int) -> tuple[Tensor | None, Tensor | None]:
+            if values is None:
+                return None, None
+            found = values.index_select(0, index)  # its backward adds, without a sort
+            return found[:first], found[first:]
+
+        size = len(self.completions) // 2
+        sums = [halves(values, self.completions, size) for values in (logps.total, logps.length)]
+        summands = [halves(values, self.tokens, self.border) for values in (logps.per_token, logps.collision, logps.kl)]
+        chosen, rejected = (SequenceLogps(*side) for side in zip(*sums, *summands, strict=True))
+        return chosen, rejected
 
 
 class PairLogps(NamedTuple):
