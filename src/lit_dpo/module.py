@@ -420,8 +420,10 @@ class DPOModule(pl.LightningModule):
 
     def _record(self, parts: Sequence[CompletionBatch], batch: CompletionBatch | None) -> PairLogps:
         """Score the parts of a batch, and put them together; parts of a prompt compare nothing, the batch does."""
-        if batch is None or all(part.size for part in parts):
+        if all(part.size for part in parts):
             return join([self.pair_logps(part) for part in parts])
+        if batch is None:
+            raise TrainingError("Expected the batch of these parts, since a prompt is in several, but got none.")
         scored = [self.completion_logps(part) for part in parts]
         policy, reference = (concatenate([one[side] for one in scored]) for side in (0, 1))
         return CompletionLogps.of(batch, policy, reference).pairs(batch.columns, self.loss_state)

@@ -21,6 +21,7 @@ from lit_dpo import (
     ModelReference,
 )
 from lit_dpo.data.batch import EncodedPrompt, collate, places
+from lit_dpo.errors import TrainingError
 from lit_dpo.logps import attention, score
 from lit_dpo.logps.microbatch import GradientSum, microbatches
 from lit_dpo.logps.probe import probe_batch
@@ -128,6 +129,8 @@ def test_a_prompt_in_parts_has_the_dropout_masks_of_its_first_pass(tmp_path):
     batch = collate([PROMPTS[2]])
     parts = microbatches(batch, 1, 1)
     assert [part.size for part in parts] == [0, 0]
+    with pytest.raises(TrainingError, match="Expected the batch of these parts"):
+        dpo.accumulate(parts)
     trained = [p for p in dpo.model.parameters() if p.requires_grad]
     torch.manual_seed(3)
     total, _, _ = dpo._in_two_passes(parts, batch, GradientSum(trained))
