@@ -11,7 +11,7 @@ from lit_dpo.data.formats.cells import short
 from lit_dpo.data.formats.conversations import OpenAIPreferences, ShareGPT
 from lit_dpo.data.formats.implicit import ImplicitPrompt, Transcripts
 from lit_dpo.data.formats.judged import SHP, SafeRLHF, SignedPairs, SummaryComparisons, WebGPT
-from lit_dpo.data.formats.labelled import Arena, LabelledPairs
+from lit_dpo.data.formats.labelled import Arena, ArenaColumns, LabelledPairs
 from lit_dpo.data.formats.questions import Alpaca, AlpacaOutputs, Orca, StackExchange
 from lit_dpo.data.formats.ranked import OneRight, RankedObjects
 from lit_dpo.data.formats.rankings import Rankings
@@ -45,6 +45,7 @@ LAYOUTS: tuple[PreferenceFormat, ...] = (
     WebGPT(),
     SummaryComparisons(),
     Arena(),
+    ArenaColumns(),
     LabelledPairs(),
     LabelledPairs("prompt"),
     LabelledPairs("prompt", "response_a", "response_b", "winner"),
