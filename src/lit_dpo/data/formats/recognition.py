@@ -180,16 +180,15 @@ def _said(part: str | Sequence[Message]) -> str:
 def _none_fits(name: str, rows: Sequence[Mapping[str, Any]], layouts: Sequence[PreferenceFormat]) -> str:
     first: Mapping[str, Any] = rows[0] if rows else {}
     seen = ", ".join(f"`{column}` ({_kind(cell)})" for column, cell in first.items())
-    nearest = sorted(layouts, key=lambda one: (len({*one.columns} - {*first}), -len(one.columns)))[:3]
-    tries = " ".join(f"{_why_not(name, one, rows)}" for one in nearest)
+    nearest = sorted(layouts, key=lambda one: (len({*one.columns} - {*first}), -len(one.columns)))[:2]
+    tries = " ".join(_why_not(one, rows) for one in nearest)
     return (
-        f"{name}: no known layout fits. It has {seen}. The nearest ones: {tries} Three columns of other names are "
-        "`--data.format.prompt NAME --data.format.chosen NAME --data.format.rejected NAME`; for another layout write a "
-        "format (docs/extending.md)."
+        f"{name}: no known layout fits. It has {seen}. The nearest ones: {tries} Name other columns with "
+        "`--data.format.prompt`, `.chosen` and `.rejected`, or write a format (docs/extending.md)."
     )
 
 
-def _why_not(name: str, format: PreferenceFormat, rows: Sequence[Mapping[str, Any]]) -> str:
+def _why_not(format: PreferenceFormat, rows: Sequence[Mapping[str, Any]]) -> str:
     title = f"`{option(format)}`"
     if missing := [column for column in format.columns if not any(column in row for row in rows)]:
         return f"{title}: {_quoted(missing)} is missing."
