@@ -15,9 +15,8 @@ from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MetricCollection
 
-from lit_dpo import metrics
 from lit_dpo.callbacks.export import AdapterExport, claim_versions, unnumbered
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
@@ -54,6 +53,7 @@ from lit_dpo.logps.microbatch import (
 from lit_dpo.logps.records import CompletionLogps, PairLogps, SequenceLogps
 from lit_dpo.logps.score import FrozenStates, choose_layout, completion_logps, frozen_logps
 from lit_dpo.losses import DPOLoss, PreferenceLoss
+from lit_dpo.metrics.collections import of_set, preference_metrics
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.devices import remark
 from lit_dpo.references import Reference
@@ -192,19 +192,7 @@ class DPOModule(pl.LightningModule):
 
     def configure_metrics(self) -> MetricCollection:
         """Name what is measured in training, validation and test; extend what `super()` returns."""
-        measured: dict[str, Metric] = {
-            "loss": metrics.PreferenceLossMean(),
-            "reward_accuracy": metrics.RewardAccuracy(),
-            "reward_margin": metrics.RewardMargin(),
-            "chosen_reward": metrics.ChosenReward(),
-            "rejected_reward": metrics.RejectedReward(),
-            "chosen_logps": metrics.ChosenLogps(),
-            "rejected_logps": metrics.RejectedLogps(),
-            **{f"loss_{name}": metrics.LossPart(name) for name in self.loss.part_names},
-        }
-        if Field.REFERENCE_PER_TOKEN in self.reference.provides:
-            measured["kl"] = metrics.KLEstimate()
-        return MetricCollection(measured, compute_groups=False)  # type: ignore[arg-type]
+        return preference_metrics(self.loss.part_names, kl=Field.REFERENCE_PER_TOKEN in self.reference.provides)
 
     def forward(self, batch: CompletionBatch) -> SequenceLogps:
         """`(C,)` log-probs of the batch's completions under the policy."""
@@ -555,8 +543,8 @@ class DPOModule(pl.LightningModule):
         measured, home, numbered = together, f"{stage}_metrics", False
         if isinstance(loaders, Mapping | Sequence) and len(loaders) > 1:
             name = list(loaders)[number] if isinstance(loaders, Mapping) else None
-            measured, home = self._set_metrics(together, stage, str(number) if name is None else f"{name}/")
-            numbered = name is None  # Lightning then adds the number
+            key, measured = of_set(self.eval_sets, together, stage, number if name is None else name)
+            home, numbered = f"eval_sets.{key}", name is None  # Lightning then adds the number
             self._step(batch, measured, together)
         else:
             self._step(batch, together)
@@ -571,17 +559,6 @@ class DPOModule(pl.LightningModule):
                 add_dataloader_idx=numbered,
                 metric_attribute=home,
             )
-
-    def _set_metrics(self, together: MetricCollection, stage: str, name: str) -> tuple[MetricCollection, str]:
-        """Metrics of one of several sets, and where they are; a name that ends in `/` is part of theirs."""
-        key = f"{stage}_{name}".replace(".", "_")
-        if key not in self.eval_sets:
-            made = together.clone(prefix=f"{stage}/{name}" if name.endswith("/") else f"{stage}/")
-            made.reset()
-            self.eval_sets[key] = made.to(self.device).train()  # it is copied in the middle of an evaluation
-        found = self.eval_sets[key]
-        assert isinstance(found, MetricCollection)
-        return found, f"eval_sets.{key}"
 
     def _policy_logps(self, batch: CompletionBatch, frozen: FrozenStates | None) -> SequenceLogps:
         """Log-probs by `forward`, which compares with the reference's states where the loss asks for it."""
