@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_dpo.data.cuts import is_plain, last_cut
 from lit_dpo.data.digests import code_digest, content_digest
 from lit_dpo.errors import DataError
 
@@ -23,19 +24,11 @@ class Tokens:
 
     Args:
         tokenizer: a transformers tokenizer.
+        with_cuts: False tokenizes every text as a whole, which gives the same ids and takes longer: the referee.
     """
 
     tokenizer: PreTrainedTokenizerBase
-
-    def ids(self, texts: list[str]) -> list[list[int]]:
-        """Ids without the special tokens that the tokenizer would put around a text."""
-        if not texts:
-            return []
-        encoded = self.tokenizer(
-            texts, add_special_tokens=False, verbose=False, return_attention_mask=False, return_token_type_ids=False
-        )
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
+    with_cuts: bool = True
 
     @cached_property
     def _prefix(self) -> list[int]:
@@ -53,25 +46,58 @@ class Tokens:
     def encode(self, texts: Sequence[tuple[str, Sequence[str]]]) -> list[tuple[list[int], list[list[int]]]]:
         """Return the ids of each prompt, and those of each of its completions after them.
 
+        What several texts begin with, or hold, is tokenised once: of a prompt, all before its last safe cut.
+
         Args:
             texts: each a prompt with its completions.
         """
-        prompts = self.ids([prompt for prompt, _ in texts])
-        wholes = iter(self.ids([prompt + one for prompt, completions in texts for one in completions]))
-        return [
-            (prompt, [self._completion(prompt, one, next(wholes)) for one in completions])
-            for prompt, (_, completions) in zip(prompts, texts, strict=True)
-        ]
+        cuts = [self._cut(prompt) if self.with_cuts else 0 for prompt, _ in texts]
+        parts = [(prompt[:cut], prompt[cut:], those) for cut, (prompt, those) in zip(cuts, texts, strict=True)]
+        pairs = [(tail, one) for _, tail, those in parts for one in those]
+        heads = [head for head, _, _ in parts if head]
+        ids = {"": [], **self._ids([*heads, *(tail for _, tail, _ in parts), *map("".join, pairs)])}
+        after = iter(self._after(pairs, ids))
+        return [(ids[head] + ids[tail], [next(after) for _ in those]) for head, tail, those in parts]
 
-    def _completion(self, prompt: list[int], completion: str, whole: list[int]) -> list[int]:
-        """Ids of the completion after the ids of the prompt, given those of both together."""
-        if whole[: len(prompt)] == prompt:
-            return whole[len(prompt) :]
-        anchor, anchored, apart = self.ids([_ANCHOR, _ANCHOR + completion, completion])
-        same_start = anchored[: len(anchor)] == anchor
-        if same_start and self._decode(anchored) == self._decode(anchor) + completion:
-            return anchored[len(anchor) :]
-        return apart
+    def _after(self, pairs: Sequence[tuple[str, str]], ids: Mapping[str, list[int]]) -> list[list[int]]:
+        """Return the ids of each pair's second text after those of the first, given those of both together."""
+        found = [_beyond(ids[start], ids[start + text]) for start, text in pairs]
+        merged = [text for one, (_, text) in zip(found, pairs, strict=True) if one is None]
+        apart = dict(zip(merged, self._apart(merged), strict=True))
+        return [apart[text] if one is None else one for one, (_, text) in zip(found, pairs, strict=True)]
+
+    def _apart(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Give the ids of texts on their own, without a space that the tokenizer would put before them."""
+        ids = self._ids([_ANCHOR, *texts, *(_ANCHOR + text for text in texts)]) if texts else {}
+        for text in texts:
+            anchored = ids[_ANCHOR + text]
+            beyond = _beyond(ids[_ANCHOR], anchored)
+            same = beyond is not None and self._decode(anchored) == self._decode(ids[_ANCHOR]) + text
+            yield beyond if beyond is not None and same else ids[text]
+
+    def _ids(self, texts: Iterable[str]) -> dict[str, list[int]]:
+        """Tokenize each text once, without the special tokens that the tokenizer would put around it."""
+        different = list(dict.fromkeys(texts))
+        if not different:
+            return {}
+        if self._is_plain:  # what transformers does too, but for offsets, which nobody reads
+            backend = self.tokenizer.backend_tokenizer
+            backend.no_padding()
+            backend.no_truncation()
+            backend.encode_special_tokens = False
+            found = [one.ids for one in backend.encode_batch_fast(different, add_special_tokens=False)]
+        else:
+            options = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
+            found = self.tokenizer(different, add_special_tokens=False, **options)["input_ids"]
+        return dict(zip(different, found, strict=True))
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        return self.with_cuts and is_plain(self.tokenizer)
+
+    @cached_property
+    def _cut(self) -> Callable[[str], int]:
+        return last_cut(self.tokenizer)
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
@@ -106,6 +132,11 @@ class Tokens:
     def _special_tokens(self) -> tuple[str, ...]:
         added = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
         return tuple({*added, *self.tokenizer.all_special_tokens})
+
+
+def _beyond(start: list[int], whole: list[int]) -> list[int] | None:
+    """Return what follows the start of a list, None for one that begins otherwise."""
+    return whole[len(start) :] if whole[: len(start)] == start else None
 
 
 def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> Any:
