@@ -55,9 +55,11 @@ class Tokens:
         parts = [(prompt[:cut], prompt[cut:], those) for cut, (prompt, those) in zip(cuts, texts, strict=True)]
         pairs = [(tail, one) for _, tail, those in parts for one in those]
         heads = [head for head, _, _ in parts if head]
-        ids = {"": [], **self._ids([*heads, *(tail for _, tail, _ in parts), *map("".join, pairs)])}
+        ids = self._ids([*heads, *(tail for _, tail, _ in parts), *map("".join, pairs)])
         after = iter(self._after(pairs, ids))
-        return [(ids[head] + ids[tail], [next(after) for _ in those]) for head, tail, those in parts]
+        return [
+            (ids[head] + ids[tail] if head else ids[tail], [next(after) for _ in those]) for head, tail, those in parts
+        ]
 
     def _after(self, pairs: Sequence[tuple[str, str]], ids: Mapping[str, list[int]]) -> list[list[int]]:
         """Return the ids of each pair's second text after those of the first, given those of both together."""
