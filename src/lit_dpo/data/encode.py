@@ -17,14 +17,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_dpo.data.batch import EncodedPrompt
 from lit_dpo.data.comparisons import Comparing
-from lit_dpo.data.digests import code_digest, content_digest
 from lit_dpo.data.formats.base import Message, Preference, Ranking
+from lit_dpo.data.tokens import Tokens, tokenizer_content
 from lit_dpo.data.truncation import (
     ALL_EQUAL,
     ALL_TIE,
@@ -41,8 +39,6 @@ from lit_dpo.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_ANCHOR = "\n"
 
 
 class _Rendered(NamedTuple):
@@ -106,12 +102,11 @@ class PromptEncoder:
         compared = [Comparing().of(row).comparisons for row in rows]
         rendered = [self._render(row, pairs) for row, pairs in zip(rows, compared, strict=True)]
         texts = [item for item in rendered if isinstance(item, _Rendered)]
-        prompts = iter(self._tokenize([text.prompt for text in texts]))
-        wholes = iter(self._tokenize([text.prompt + one for text in texts for one in text.completions.values()]))
+        encoded = iter(self._tokens.encode([(text.prompt, [*text.completions.values()]) for text in texts]))
         found: list[Fitted | Dropped] = []
         for row, pairs, item in zip(rows, compared, rendered, strict=True):
             if isinstance(item, _Rendered):
-                parts = self._encoded(item, next(prompts), list(islice(wholes, len(item.completions))))
+                parts = self._checked(item, *next(encoded))
                 found.append(parts if isinstance(parts, Dropped) else self._fitted(row, pairs, *parts))
             else:
                 found.append(item)
@@ -123,13 +118,17 @@ class PromptEncoder:
 
     @cached_property
     def _limits(self) -> Limits:
-        return Limits(self.max_length, self.max_prompt_length, self.truncation, self._bos)
+        return Limits(self.max_length, self.max_prompt_length, self.truncation, self._tokens.bos)
+
+    @cached_property
+    def _tokens(self) -> Tokens:
+        return Tokens(self.tokenizer)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of all that decides the ids, besides this code: equal ones encode a preference alike."""
         parts = [
-            _tokenizer_content(self.tokenizer),
+            tokenizer_content(self.tokenizer),
             [self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.chat_template],
             [self.max_length, self.max_prompt_length, self.truncation, dict(self.chat_template_kwargs)],
         ]
@@ -188,35 +187,16 @@ class PromptEncoder:
 
     # --- tokens ----------------------------------------------------------------------------------------------------
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Ids without the special tokens that the tokenizer would put around a text."""
-        if not texts:
-            return []
-        encoded = self.tokenizer(
-            texts, add_special_tokens=False, verbose=False, return_attention_mask=False, return_token_type_ids=False
-        )
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
-
-    @cached_property
-    def _prefix(self) -> list[int]:
-        """What the tokenizer puts before a text, usually BOS or nothing. What it puts after a text is never used."""
-        probe = self.tokenizer("a", return_special_tokens_mask=True)
-        ids, mask = probe["input_ids"], probe["special_tokens_mask"]
-        length = mask.index(0) if 0 in mask else 0
-        return list(ids[:length])
-
-    def _encoded(
-        self, text: _Rendered, prompt: list[int], wholes: list[list[int]]
+    def _checked(
+        self, text: _Rendered, prompt: list[int], after: list[list[int]]
     ) -> tuple[list[int], list[list[int]]] | Dropped:
-        """Return the ids of the prompt and of each completion."""
+        """Return the ids of the prompt and of each completion, with BOS and EOS."""
         completions = []
-        for (name, completion_text), whole in zip(text.completions.items(), wholes, strict=True):
-            completion = self._completion(prompt, completion_text, whole)
+        for (name, completion_text), completion in zip(text.completions.items(), after, strict=True):
             if not completion:
                 return Dropped(f"`{name}` encodes to no token: {completion_text[:60]!r}", fatal=True)
-            completions.append(self._terminated(completion, completion_text, text.is_conversation))
-        start = self._start(prompt, text.is_conversation)
+            completions.append(self._tokens.terminated(completion, completion_text, text.is_conversation))
+        start = self._tokens.start(prompt, text.is_conversation)
         if not start:
             return Dropped("the prompt encodes to no token, and the tokenizer has no BOS to stand for it", fatal=True)
         return start, completions
@@ -240,67 +220,3 @@ class PromptEncoder:
         if isinstance(fitted, Dropped):
             return fitted
         return fitted._replace(kept=[differ[number] for number in fitted.kept])
-
-    def _start(self, prompt: list[int], is_conversation: bool) -> list[int]:
-        """Return the prompt with the tokenizer's BOS, once; templates write theirs themselves."""
-        prefix = [] if is_conversation or prompt[: len(self._prefix)] == self._prefix else self._prefix
-        return [*prefix, *prompt] or ([] if self._bos is None else [self._bos])
-
-    def _completion(self, prompt: list[int], completion: str, whole: list[int]) -> list[int]:
-        """Ids of the completion after the ids of the prompt, given those of both together."""
-        if whole[: len(prompt)] == prompt:
-            return whole[len(prompt) :]
-        anchor, anchored, apart = self._tokenize([_ANCHOR, _ANCHOR + completion, completion])
-        same_start = anchored[: len(anchor)] == anchor
-        if same_start and self._decode(anchored) == self._decode(anchor) + completion:
-            return anchored[len(anchor) :]
-        return apart
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-    def _terminated(self, completion: list[int], text: str, is_conversation: bool) -> list[int]:
-        if is_conversation and text.rstrip().endswith(self._special_tokens):
-            return completion
-        if self._eos is None:
-            raise DataError(
-                f"Expected a tokenizer with an EOS token but `{self.tokenizer.name_or_path}` has none: the model would "
-                "never learn where a completion ends. Set `eos_token` in its `tokenizer_config.json`."
-            )
-        return completion if completion[-1] == self._eos else [*completion, self._eos]
-
-    @cached_property
-    def _bos(self) -> int | None:
-        """Kept, as the EOS is, because a tokenizer looks it up anew each time: a tenth of the time of encoding."""
-        found: int | None = self.tokenizer.bos_token_id
-        return found
-
-    @cached_property
-    def _eos(self) -> int | None:
-        found: int | None = self.tokenizer.eos_token_id
-        return found
-
-    @cached_property
-    def _special_tokens(self) -> tuple[str, ...]:
-        added = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
-        return tuple({*added, *self.tokenizer.all_special_tokens})
-
-
-def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """All of the tokenizer but its padding and truncation, which calls switch on and off."""
-    code = code_digest(type(tokenizer))
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # written in Python: merges and scores are in its files
-        named = (getattr(tokenizer, name, None) for name in tokenizer.vocab_files_names)
-        files = [Path(file) for file in named if isinstance(file, str) and Path(file).is_file()]
-        return [code, content_digest(files), sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs]
-    padding, truncation = backend.padding, backend.truncation
-    backend.no_padding()
-    backend.no_truncation()
-    try:
-        return [code, backend.to_str()]
-    finally:
-        if padding is not None:
-            backend.enable_padding(**padding)
-        if truncation is not None:
-            backend.enable_truncation(**truncation)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -107,6 +108,8 @@ def _list(names: Sequence[str]) -> str:
 def _fingerprint(source: RowSource, format: PreferenceFormat, encoder: PromptEncoder, comparing: Comparing) -> str:
     from datasets.fingerprint import generate_fingerprint
 
+    if not source.content and not source.rows.cache_files:
+        return uuid4().hex  # rows in memory, of which no file is kept that could be asked for
     code = code_digest(_encode_rows, type(encoder), own=[type(format)])
     content = source.content or generate_fingerprint(source.rows)
     key = [content, encoder.fingerprint, code, repr(format), *comparing]

@@ -53,10 +53,10 @@ def merge_prompts(table: PromptTable, encoder: PromptEncoder, most: int, keys: S
     from datasets import Dataset, Value
     from datasets import List as ListOf
 
-    key = [*keys, encoder.fingerprint, most, code_digest(_merge)]
-    fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     source = table.sources[0]
     on_disk = all(one.content or one.rows.cache_files for one in table.sources)
+    key = [*keys, encoder.fingerprint, most, code_digest(_merge)] if on_disk else keys
+    fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     groups = cache(lambda: _groups(table))  # not made if the result is in the cache
     # a row of this for every so many groups, of which there are fewer than rows
     parts = Dataset.from_dict({"part": range(-(-table.total // _AT_ONCE))})
