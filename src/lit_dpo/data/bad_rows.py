@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import count as count_from
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
 
 OnBadRow: TypeAlias = Literal["error", "drop"]
 
-_KINDS, _EXAMPLES, _WIDTH = 8, 3, 200
-_MANY = 4  # kinds, from which on each has one example: a report is 20 lines at most
+_LINES, _EXAMPLES, _WIDTH = 18, 3, 300
 # names in back-ticks stay; quoted values and numbers go
 _OWN = re.compile(r"(`[^`]*`)|'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\b\d[\d.,]*\b")
 
@@ -48,44 +48,52 @@ def check_bad_rows(split: str, table: PromptTable, on_bad_row: OnBadRow) -> str 
     bad = table.bad
     if not bad:
         return None
-    file = _written(table, bad)
-    lost = _all_bad(table, bad)
+    file, lost = _written(table, bad), _all_bad(table, bad)
     if len(bad) == 1 and not lost:
-        said = f"{_place(table, *bad[0])}"
+        said, what = _quoted(table, *bad[0]), "leaves it out. It is in"
     else:
         said = "\n".join([f"{split}: {len(bad)} of {_total(table)} rows cannot be used:", *_by_form(table, bad)])
+        what = "leaves them out. All are in"
     if lost:
-        raise DataError(f"{said}\nNo row of {lost} can be used. All of them: {file}")
+        raise DataError(f"{said}\nNo row of {lost} can be used. All are in {file}")
     if on_bad_row == "error":
-        raise DataError(f"{said}\n`--data.on_bad_row drop` leaves them out. All of them: {file}")
-    return f"{said}\nLeft out (on_bad_row=drop). All of them: {file}"
+        raise DataError(f"{said}\n`--data.on_bad_row drop` {what} {file}")
+    return f"{said}\n`on_bad_row=drop` {what} {file}"
 
 
 def _total(table: PromptTable) -> int:
     return sum(len(source.rows) for source in table.sources)
 
 
-def _place(table: PromptTable, row: int, reason: str) -> str:
-    return _cut(f"{table.place(row)}: {reason}") + ("" if reason.endswith((".", "!", "?", "…")) else ".")
+def _quoted(table: PromptTable, row: int, reason: str) -> str:
+    return _cut(f"{table.place(row)}: {reason}") + ("" if reason.endswith((".", "!", "?")) else ".")
 
 
 def _cut(text: str) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= 2 * _WIDTH else line[: 2 * _WIDTH - 1] + "…"
+    return line if len(line) <= _WIDTH else line[: _WIDTH - 1] + "…"
 
 
-def _by_form(table: PromptTable, bad: Sequence[tuple[int, str]]) -> Iterator[str]:
-    """Quote the first rows of each kind, the most frequent kind first."""
+def _by_form(table: PromptTable, bad: Sequence[tuple[int, str]]) -> list[str]:
+    """Quote the first rows of each kind, the most frequent kind first; fewer of them if there are many kinds."""
     found = defaultdict[str, list[tuple[int, str]]](list)
     for row, reason in bad:
         found[form(reason)].append((row, reason))
     ordered = sorted(found.items(), key=lambda one: -len(one[1]))
-    examples = _EXAMPLES if len(ordered) <= _MANY else 1
-    for kind, rows in ordered[:_KINDS]:
-        yield f"  {len(rows)}: {_cut(kind)}"
-        yield from (f"    {_place(table, *one)}" for one in rows[:examples])
-    if rest := ordered[_KINDS:]:
-        yield f"  {sum(len(rows) for _, rows in rest)}: {len(rest)} other reasons"
+    for most in (_EXAMPLES, 1):
+        parts = [_kind(table, kind, rows, most) for kind, rows in ordered]
+        if sum(map(len, parts)) <= _LINES:
+            return [line for part in parts for line in part]
+    shown = next(count for count in count_from(1) if sum(map(len, parts[: count + 1])) >= _LINES)
+    rest = ordered[shown:]
+    said = f"  {sum(len(rows) for _, rows in rest)}: {len(rest)} other reasons"
+    return [*(line for part in parts[:shown] for line in part), said]
+
+
+def _kind(table: PromptTable, kind: str, rows: Sequence[tuple[int, str]], most: int) -> list[str]:
+    if len(rows) == 1:
+        return [f"  1: {_quoted(table, *rows[0])}"]
+    return [f"  {len(rows)}: {_cut(kind)}", *(f"    {_quoted(table, *one)}" for one in rows[:most])]
 
 
 def _all_bad(table: PromptTable, bad: Sequence[tuple[int, str]]) -> str | None:

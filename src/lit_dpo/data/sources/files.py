@@ -100,7 +100,7 @@ def load_file(path: Path, encoding: str | None) -> RowSource:
 def _text(path: Path, suffix: str, content: str, encoding: str | None) -> RowSource:
     kind = _TEXT[suffix]
     code = code_digest(kind.read, lines_of, store)
-    content = hashlib.sha256(f"{content} {path.suffix.lower()} {encoding} {code}".encode()).hexdigest()
+    content = hashlib.sha256(f"{content} {suffix} {path.suffix.lower()} {encoding} {code}".encode()).hexdigest()
     folder = cache_of(content)
     if not is_stored(folder):
         notes: list[str] = []
@@ -109,7 +109,7 @@ def _text(path: Path, suffix: str, content: str, encoding: str | None) -> RowSou
         except DataError as error:
             if str(path) in str(error):
                 raise
-            raise DataError(f"`{path}` cannot be read: {error}.") from None
+            raise DataError(f"`{path}` cannot be read: {str(error).rstrip('.')}.") from None
     found: Stored = stored(folder)
     for note in found.notes:
         rank_zero_info(f"{path}: {note}")

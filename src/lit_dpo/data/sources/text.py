@@ -45,7 +45,7 @@ def lines_of(path: Path, encoding: str | None, newline: str) -> Iterator[str]:
     try:
         found = _encoding(path, encoding)
         with _bytes(path) as file, io.TextIOWrapper(file, found, errors="surrogateescape", newline=newline) as text:
-            yield from _watched(path, text, found.removesuffix("-sig"))
+            yield from _watched(path, text, found.removesuffix("-sig").upper())
     except LookupError:
         raise DataError(f"Expected an encoding that Python knows, such as `cp1252`, but got `{encoding}`.") from None
     except UnicodeError as error:
