@@ -16,7 +16,7 @@ from lit_dpo.data.encode import PromptEncoder
 from lit_dpo.data.formats.base import Preference, PreferenceFormat, Ranking, Skipped
 from lit_dpo.data.grouping import merge_prompts
 from lit_dpo.data.sources import Rows, RowSource, Unread
-from lit_dpo.data.sources.base import Parts
+from lit_dpo.data.sources.base import OF_A_ROW, Parts, reason_of
 from lit_dpo.data.storage import features, laid_out, stored
 from lit_dpo.data.table import PromptTable
 from lit_dpo.data.truncation import Dropped
@@ -90,7 +90,7 @@ def _spread(source: RowSource, format: PreferenceFormat) -> RowSource:
 def _count(format: PreferenceFormat, row: Mapping[str, Any] | Unread) -> int:
     try:
         return 1 if isinstance(row, Unread) else len(format.examples(row))
-    except DataError:
+    except OF_A_ROW:  # encoding says which
         return 1
 
 
@@ -185,10 +185,8 @@ def _read(
         if isinstance(found, Skipped):
             return Dropped(found.reason)
         check_row(found, comparing)
-    except DataError as error:
-        return Dropped(str(error), fatal=True)
-    except RecursionError:  # JSON in a text of the row, which nothing has looked at before
-        return Dropped("Expected lists and objects in a few levels but one of the row's is nested deeper", fatal=True)
+    except OF_A_ROW as error:
+        return Dropped(reason_of(error, format), fatal=True)
     return found
 
 

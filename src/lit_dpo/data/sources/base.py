@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from lit_dpo.data.formats.base import PreferenceFormat
-from lit_dpo.errors import DataError
+from lit_dpo.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Row: TypeAlias = dict[str, Any]
+
+# What code raises that meets a row of another shape; other errors (of a disk, of the network) are not the row's.
+OF_A_ROW = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 _AT_ONCE = 1000
 
@@ -29,6 +33,15 @@ class Unread(NamedTuple):
     """
 
     reason: str
+
+
+def reason_of(error: Exception, format: PreferenceFormat) -> str:
+    """Say why a format cannot read a row; an error that it did not expect with its place in the code."""
+    if isinstance(error, DataError):
+        return str(error)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    at = f"{Path(last.filename).name}, line {last.lineno}"
+    return f"`{type(format).__name__}` cannot read it: {type(error).__name__}: {first_line(error)} ({at})"
 
 
 class Reader(Protocol):
@@ -118,8 +131,8 @@ class Parts:
                     last, examples = -1, [dict(one) for one in self.format.examples(row)]
                     last = self.numbers[number]
                 found.append(examples[self.places[number]])
-            except DataError as error:
-                found.append(Unread(str(error)))
+            except OF_A_ROW as error:
+                found.append(Unread(reason_of(error, self.format)))
         return found
 
     def columns(self, table: Dataset) -> list[str]:
@@ -263,6 +276,13 @@ def cache_root() -> Path:
     from datasets import config
 
     return Path(config.HF_DATASETS_CACHE) / "lit_dpo"
+
+
+def say(line: str) -> None:
+    """Say something of the reading, on one process."""
+    from lightning.pytorch.utilities import rank_zero_info  # a second, which reading alone does not need
+
+    rank_zero_info(line)
 
 
 def typed(name: str, table: Any, content: str = "") -> RowSource:

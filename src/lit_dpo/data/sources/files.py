@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning.pytorch.utilities import rank_zero_info
-
 from lit_dpo.data.digests import code_digest, content_digest
-from lit_dpo.data.sources.base import Parsed, Rows, RowSource, cache_of, typed
+from lit_dpo.data.sources.base import Parsed, Rows, RowSource, cache_of, say, typed
 from lit_dpo.data.sources.columns import quoted
 from lit_dpo.data.sources.csv_rows import csv_rows, tsv_rows
 from lit_dpo.data.sources.json_rows import json_document, json_lines
@@ -112,7 +110,7 @@ def _text(path: Path, suffix: str, content: str, encoding: str | None) -> RowSou
             raise DataError(f"`{path}` cannot be read: {str(error).rstrip('.')}.") from None
     found: Stored = stored(folder)
     for note in found.notes:
-        rank_zero_info(f"{path}: {note}")
+        say(f"{path}: {note}")
     return RowSource(str(path), Rows(found.table, Parsed(found.names)), content)
 
 

@@ -6,9 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lightning.pytorch.utilities import rank_zero_info
-
-from lit_dpo.data.sources.base import RowSource
+from lit_dpo.data.sources.base import RowSource, say
 from lit_dpo.data.sources.columns import with_columns
 from lit_dpo.data.sources.files import files_of, load_file, suffix_of
 from lit_dpo.data.sources.held import are_names, held
@@ -69,7 +67,7 @@ def load_rows(
     for item in found:
         _check_readable(item, keep_bad)
     if encoding and not any(item.rows.reader.has_lines for item in found):
-        rank_zero_info(f"{stage}: `encoding={encoding}` changes nothing, for there are no text files")
+        say(f"{stage}: `encoding={encoding}` changes nothing, for there are no text files")
     return [with_columns(item, columns) for item in found]
 
 
