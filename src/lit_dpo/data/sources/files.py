@@ -31,7 +31,7 @@ class _Kind(NamedTuple):
     newline: str
 
 
-_TEXT = {
+TEXT = {
     ".jsonl": _Kind(json_lines, "\n"),
     ".ndjson": _Kind(json_lines, "\n"),
     ".json": _Kind(json_document, "\n"),
@@ -47,8 +47,8 @@ def suffix_of(path: Path) -> str | None:
     for compression in COMPRESSIONS:
         if name.endswith(compression):
             found = Path(name.removesuffix(compression)).suffix
-            return found if found in _TEXT else None
-    return next((suffix for suffix in (*_TEXT, *_TABLES) if name.endswith(suffix)), None)
+            return found if found in TEXT else None
+    return next((suffix for suffix in (*TEXT, *_TABLES) if name.endswith(suffix)), None)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -83,20 +83,20 @@ def load_file(path: Path, encoding: str | None) -> RowSource:
     suffix = suffix_of(path)
     if suffix is None:
         raise DataError(
-            f"Expected a file that ends in one of {quoted([*_TEXT, *_TABLES])}, or of the first {len(_TEXT)} with "
+            f"Expected a file that ends in one of {quoted([*TEXT, *_TABLES])}, or of the first {len(TEXT)} with "
             f"{quoted(COMPRESSIONS)} after it, but got `{path}`."
         )
     if path.stat().st_size == 0:
         raise DataError(f"`{path}` is empty.")
     content = content_digest([path])
-    source = _text(path, suffix, content, encoding) if suffix in _TEXT else _table(path, suffix, content)
+    source = _text(path, suffix, content, encoding) if suffix in TEXT else _table(path, suffix, content)
     if len(source.rows) == 0:
         raise DataError(f"`{path}` has no rows.")
     return source
 
 
 def _text(path: Path, suffix: str, content: str, encoding: str | None) -> RowSource:
-    kind = _TEXT[suffix]
+    kind = TEXT[suffix]
     code = code_digest(kind.read, lines_of, store)
     content = hashlib.sha256(f"{content} {suffix} {path.suffix.lower()} {encoding} {code}".encode()).hexdigest()
     folder = cache_of(content)

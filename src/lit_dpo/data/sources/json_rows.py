@@ -19,6 +19,7 @@ _SPACE = " \t\r\n"
 _LIST = re.compile(r"\[\s*(\{|$)")
 _BLANK = re.compile(r"[ \t\r\n]*")
 _MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _LOOKED_AT = 100
 _DECODER = json.JSONDecoder()
 
@@ -72,7 +73,7 @@ def checked(text: str, line: int) -> Line:
     if not text.isascii() and (place := flaw(text)) is not None:
         return _refused(text, line, f"line {line} holds a byte that is no text, {legible(text[place])}")
     try:
-        row = json.loads(text, object_pairs_hook=_object)
+        row = _ROWS.decode(text)
     except json.JSONDecodeError as error:
         at = f"line {line + error.lineno - 1}" if line else "it"
         return _refused(text, line, f"{at} is no JSON: {error.msg} (character {error.colno})")
@@ -84,7 +85,7 @@ def checked(text: str, line: int) -> Line:
         return _refused(text, line, f"line {line}: expected an object {{…}} but got {type(row).__name__}")
     if text.count("[") + text.count("{") > DEEPEST and _depth(row) > DEEPEST:
         return _refused(text, line, _TOO_DEEP)
-    if "\\u" in text and flaw(json.dumps(row, ensure_ascii=False)) is not None:
+    if _SURROGATE.search(text) and flaw(json.dumps(row, ensure_ascii=False)) is not None:
         return _refused(text, line, "it holds half of a character, a lone surrogate such as `\\ud83d`")
     return Line(text, line, row)
 
@@ -103,6 +104,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"Expected each key once in an object but `{twice}` is there twice")
     return found
+
+
+_ROWS = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _depth(value: Any) -> int:

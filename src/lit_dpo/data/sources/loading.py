@@ -78,7 +78,7 @@ def _load(name: str, stage: str, encoding: str | None) -> Iterator[RowSource]:
         name = str(quickstart_directory() / ("train.jsonl" if stage == "train" else "val.jsonl"))
     path = Path(name).expanduser()
     if suffix_of(path) is None and not path.is_file():
-        yield load_named(name)
+        yield from load_named(name, encoding)
         return
     for file in files_of(path):
         yield load_file(file, encoding)

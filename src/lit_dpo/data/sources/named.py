@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from lit_dpo.data.digests import content_digest
 from lit_dpo.data.sources.base import RowSource, cache_of, typed
+from lit_dpo.data.sources.files import TEXT, load_file, suffix_of
 from lit_dpo.errors import DataError, first_line
 from lit_dpo.hub import ABSENT, GATED, explain, split_revision
 
@@ -36,8 +37,8 @@ def _parse(name: str) -> _Named:
     return _Named(path, revision, configuration, split or None)
 
 
-def load_named(name: str) -> RowSource:
-    """Load a data set of the hub, or a folder.
+def load_named(name: str, encoding: str | None) -> list[RowSource]:
+    """Load a data set of the hub, or a folder; of a folder of text files a source per file.
 
     Raises:
         DataError: if it does not exist, may not be read, or a configuration or split has to be chosen.
@@ -52,10 +53,15 @@ def load_named(name: str) -> RowSource:
         files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
         content = content_digest(files)
         if any((folder / marker).is_file() for marker in _SAVED):
-            return _saved(named, folder, content)
+            return [_saved(named, folder, content)]
         options = {"cache_dir": str(cache_of(content))}
     try:
         named = _completed(named)
+        if folder.is_dir() and (found := _text_files(named)):
+            sources = [(file.name, load_file(file, encoding)) for file in found]
+            return [
+                source._replace(name=f"{named}, {file}" if len(found) > 1 else str(named)) for file, source in sources
+            ]
         rows = load_dataset(named.path, named.configuration, split=named.split, revision=named.revision, **options)
     except DataError:
         raise
@@ -68,7 +74,17 @@ def load_named(name: str) -> RowSource:
             if what
             else f"`{name}` cannot be loaded: no local file with a known suffix, and `datasets` says: {error}"
         ) from error
-    return typed(str(named), rows, content and f"{content} {named.configuration} {named.split}")
+    return [typed(str(named), rows, content and f"{content} {named.configuration} {named.split}")]
+
+
+def _text_files(named: _Named) -> list[Path]:
+    """List the files of a folder's split, if it has nothing but text files, and no options for reading them."""
+    from datasets import load_dataset_builder
+
+    config = load_dataset_builder(named.path, named.configuration).config
+    plain = type(config)(name=config.name, data_dir=config.data_dir, data_files=config.data_files)
+    files = [Path(file) for file in (config.data_files or {}).get(named.split, ())]
+    return files if config == plain and all(suffix_of(file) in TEXT for file in files) else []
 
 
 def _saved(named: _Named, folder: Path, content: str) -> RowSource:
