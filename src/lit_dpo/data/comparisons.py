@@ -143,4 +143,7 @@ def _each(row: Ranking, count: int) -> dict[str, list[float]]:
 def _is_number(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return math.isfinite(value) and low <= value <= high
+    try:
+        return math.isfinite(value) and low <= value <= high
+    except OverflowError:  # an integer of some hundred digits
+        return False

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
+from lit_dpo.data.bad_rows import OnBadRow, check_bad_rows
 from lit_dpo.data.batch import CompletionBatch
 from lit_dpo.data.budget import BudgetSampler
 from lit_dpo.data.comparisons import Choice, Comparing, Ties
@@ -48,8 +49,9 @@ class PreferenceDataModule(LightningDataModule):
     is made: every row is read, checked and encoded there, once; the result is cached by content.
 
     Args:
-        train: training pairs: a `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or `.parquet` file, a pattern, a list of them, a
-            hub data set as `organisation/name:split`, `lit-dpo/quickstart`; a `datasets.Dataset`, `DatasetDict` or
+        train: training pairs: a `.jsonl`, `.json`, `.csv`, `.tsv` (each also with `.gz`, `.zst`, `.bz2` or `.xz`),
+            `.parquet` or `.arrow` file, a pattern, a list of them, a folder that `datasets` has saved, a hub data set
+            as `organisation/name:split`, `lit-dpo/quickstart`; a `datasets.Dataset`, `DatasetDict` or
             `IterableDataset`, or rows, such as a list of dictionaries.
         val: validation pairs, likewise, or several sets of them by name, which are then measured one by one as
             `val/NAME/…` and together as `val/…`. None: see `val_split`.
@@ -82,6 +84,10 @@ class PreferenceDataModule(LightningDataModule):
             about what a process takes to hand a batch over: 0 is rarely slow.
         seed: of the order of training and of `val_split`.
         chat_template_kwargs: more arguments for the tokenizer's chat template.
+        on_bad_row: what happens to rows that cannot be used (broken JSON, a missing completion, with `truncation=error`
+            one that is too long): `error`, all of them are reported by what is wrong, and nothing is loaded; `drop`,
+            they are reported and left out. A file without any other row is an error.
+        encoding: of text files that are neither UTF-8, nor UTF-16 or UTF-32 whose first bytes say so: `cp1252`.
 
     Example:
         >>> from lit_dpo.data.datamodule import PreferenceDataModule
@@ -110,6 +116,8 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         chat_template_kwargs: dict[str, Any] | None = None,
+        on_bad_row: OnBadRow = "error",
+        encoding: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= val_split < 1:
@@ -123,6 +131,8 @@ class PreferenceDataModule(LightningDataModule):
         if group_by_prompt is not None and group_by_prompt < 2:
             raise ValueError(f"Expected `group_by_prompt` >= 2 (a pair has two completions) but got {group_by_prompt}.")
         check_limits(max_length, max_prompt_length, truncation)
+        if on_bad_row not in get_args(OnBadRow):
+            raise ValueError(f"Expected `on_bad_row` as `error` or `drop` but got {on_bad_row!r}.")
         self.sources = {"train": train, **_by_name("val", val), **_by_name("test", test), "predict": predict}
         self.format = format
         self.tokenizer = tokenizer
@@ -138,6 +148,8 @@ class PreferenceDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.chat_template_kwargs = chat_template_kwargs or {}
+        self.on_bad_row: OnBadRow = on_bad_row
+        self.encoding = encoding
         self._tables: dict[str, PromptTable | None] = {}
         self._encoder: PromptEncoder | None = None
         self._policy: Any = None  # that the encoder is of
@@ -320,10 +332,12 @@ class PreferenceDataModule(LightningDataModule):
     def _encode(self, split: str) -> PromptTable:
         source = self.sources[split]
         assert source is not None
-        sources = load_rows(source, None, stage=split.partition("/")[0])
+        sources = load_rows(source, None, stage=split.partition("/")[0], encoding=self.encoding, keep_bad=True)
         format = self._format_of(split, sources)
         sources = [with_columns(one, format.columns, format.optional_columns) for one in sources]
         table = encode_table(sources, format, self._get_encoder(), self.comparing, self.group_by_prompt)
+        if said := check_bad_rows(split, table, self.on_bad_row):
+            warn(said)
         report(split, table, self.truncation, self.comparing, self.group_by_prompt)
         check_budget(split, table, self.max_tokens)
         return table

@@ -16,7 +16,8 @@ from lit_dpo.data.digests import code_digest
 from lit_dpo.data.encode import PromptEncoder
 from lit_dpo.data.formats.base import Preference, PreferenceFormat, Ranking, Skipped
 from lit_dpo.data.grouping import merge_prompts
-from lit_dpo.data.sources import RowSource
+from lit_dpo.data.sources import Rows, RowSource, Unread
+from lit_dpo.data.sources.base import OF_A_ROW, Parts, reason_of
 from lit_dpo.data.storage import features, laid_out, stored
 from lit_dpo.data.table import PromptTable
 from lit_dpo.data.truncation import Dropped
@@ -45,8 +46,10 @@ def encode_table(
         comparing: which completions are compared.
         group_by_prompt: merge rows of the same prompt into examples of up to so many completions. None: a row is one.
 
+    A row that cannot be used is kept as a dropped one that is bad, see `PromptTable.bad`: `bad_rows.py` reports all.
+
     Raises:
-        DataError: for the first row that cannot be used, with its file and number (from 0).
+        DataError: for what is wrong with all rows: the files' columns of numbers differ, or there is no chat template.
     """
     from datasets import concatenate_datasets
 
@@ -75,28 +78,28 @@ def encode_table(
 
 
 def _spread(source: RowSource, format: PreferenceFormat) -> RowSource:
-    """Return the source with a row for each example, where a row of it may hold several."""
-    from datasets import Dataset
-
+    """Return the source with a row for each example, where a row of it may hold several; a bad one stays one."""
     if type(format).examples is PreferenceFormat.examples:
         return source
-    rows: list[Mapping[str, Any]] = []
-    numbers: list[int] = []
-    for number, row in enumerate(source.rows):
-        try:
-            found = format.examples(row)
-        except DataError as error:
-            raise DataError(f"{source.place(number)}: {error}") from None
-        rows += found
-        numbers += [number] * len(found)
-    return source._replace(rows=Dataset.from_list([dict(row) for row in rows]), numbers=numbers)
+    counts = [_count(format, row) for row in source.rows.each()]
+    numbers = [number for number, count in enumerate(counts) for _ in range(count)]
+    places = [place for count in counts for place in range(count)]
+    reader = Parts(source.rows.reader, format, numbers, places)
+    return source._replace(rows=Rows(source.rows.table.select(numbers), reader), numbers=numbers)
+
+
+def _count(format: PreferenceFormat, row: Mapping[str, Any] | Unread) -> int:
+    try:
+        return 1 if isinstance(row, Unread) else len(format.examples(row))
+    except OF_A_ROW:  # encoding says which
+        return 1
 
 
 def _column_names(source: RowSource, format: PreferenceFormat, comparing: Comparing) -> tuple[str, ...]:
-    """Name the numbers that a source's rows have, by the first one; encoding holds the others to it."""
-    for number, row in enumerate(source.rows):
-        found = _read(source, number, format, comparing, row)
-        if not isinstance(found, Skipped):
+    """Name the numbers that a source's rows have, by the first one that is used; encoding holds the others to it."""
+    for row in source.rows.each():
+        found = _read(row, format, comparing)
+        if not isinstance(found, Dropped):
             return tuple(comparing.of(found).columns)
     return ()
 
@@ -108,10 +111,10 @@ def _list(names: Sequence[str]) -> str:
 def _fingerprint(source: RowSource, format: PreferenceFormat, encoder: PromptEncoder, comparing: Comparing) -> str:
     from datasets.fingerprint import generate_fingerprint
 
-    if not source.content and not source.rows.cache_files:
+    if not source.content and not source.rows.table.cache_files:
         return uuid4().hex  # rows in memory, of which no file is kept that could be asked for
-    code = code_digest(_encode_rows, type(encoder), own=[type(format)])
-    content = source.content or generate_fingerprint(source.rows)
+    code = code_digest(_encode_rows, type(encoder), type(source.rows.reader), own=[type(format)])
+    content = source.content or generate_fingerprint(source.rows.table)
     key = [content, encoder.fingerprint, code, repr(format), *comparing]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
@@ -124,12 +127,13 @@ def _encode_source(
     names: tuple[str, ...],
     fingerprint: str,
 ) -> Dataset:
+    table, reader, name = source.rows.table, source.rows.reader, source.name
     with refusals(source.cache):
-        return source.rows.map(
-            lambda cells, numbers: _encode_rows(source, cells, numbers, format, encoder, comparing, names),
+        return table.map(
+            lambda cells, numbers: _encode_rows(reader(cells, numbers), name, format, encoder, comparing, names),
             batched=True,
             with_indices=True,
-            remove_columns=source.rows.column_names,
+            remove_columns=table.column_names,
             features=features(names),
             new_fingerprint=fingerprint,
             cache_file_name=str(source.cache / f"{fingerprint}.arrow") if source.content else None,
@@ -138,33 +142,26 @@ def _encode_source(
 
 
 def _encode_rows(
-    source: RowSource,
-    cells: dict[str, list[Any]],
-    numbers: list[int],
+    given: Sequence[Mapping[str, Any] | Unread],
+    name: str,
     format: PreferenceFormat,
     encoder: PromptEncoder,
     comparing: Comparing,
     columns: tuple[str, ...],
 ) -> dict[str, list[Any]]:
-    by_row = ({column: those[place] for column, those in cells.items()} for place in range(len(numbers)))
-    rows = [_read(source, number, format, comparing, row) for number, row in zip(numbers, by_row, strict=True)]
+    """Encode rows of a file, which is called `name`."""
+    rows = [_read(row, format, comparing) for row in given]
     nothing = Compared((), {column: [] for column in columns})
-    compared = [nothing if isinstance(row, Skipped) else comparing.of(row) for row in rows]
-    for number, one in zip(numbers, compared, strict=True):
-        if {*one.columns} != {*columns}:
-            raise DataError(
-                f"{source.place(number)}: Expected the columns of numbers of the first row, {_list(columns)}, "
-                f"in every row but got {_list(tuple(one.columns))}."
-            )
+    compared = [nothing if isinstance(row, Dropped) else comparing.of(row) for row in rows]
+    rows = [
+        row if {*one.columns} == {*columns} else _other(columns, one) for row, one in zip(rows, compared, strict=True)
+    ]
     try:
-        used = [_resolved(row, one) for row, one in zip(rows, compared, strict=True) if not isinstance(row, Skipped)]
+        used = [_resolved(row, one) for row, one in zip(rows, compared, strict=True) if not isinstance(row, Dropped)]
         encoded = iter(encoder.encode(used))
     except DataError as error:
-        raise DataError(f"{source.name}: {error}") from None
-    results = [Dropped(row.reason) if isinstance(row, Skipped) else next(encoded) for row in rows]
-    for number, result in zip(numbers, results, strict=True):
-        if isinstance(result, Dropped) and result.fatal:
-            raise DataError(f"{source.place(number)}: {result.reason}.")
+        raise DataError(f"{name}: {error}") from None
+    results = [row if isinstance(row, Dropped) else next(encoded) for row in rows]
     identical = [row.chosen == row.rejected if isinstance(row, Preference) else None for row in rows]
     return {
         **laid_out(results, identical),
@@ -181,18 +178,28 @@ def _encode_rows(
 
 
 def _read(
-    source: RowSource, number: int, format: PreferenceFormat, comparing: Comparing, row: Mapping[str, Any]
-) -> Preference | Ranking | Skipped:
+    row: Mapping[str, Any] | Unread, format: PreferenceFormat, comparing: Comparing
+) -> Preference | Ranking | Dropped:
+    """Read and check a row; one that cannot be used is dropped, and bad."""
+    if isinstance(row, Unread):
+        return Dropped(row.reason, fatal=True)
     try:
         found = format.read(row)
-        if not isinstance(found, Skipped):
-            check_row(found, comparing)
-    except DataError as error:
-        raise DataError(f"{source.place(number)}: {error}") from None
+        if isinstance(found, Skipped):
+            return Dropped(found.reason)
+        check_row(found, comparing)
+    except OF_A_ROW as error:
+        return Dropped(reason_of(error, format), fatal=True)
     return found
 
 
-def _ranked(row: Preference | Ranking | Skipped) -> int:
+def _other(columns: Sequence[str], one: Compared) -> Dropped:
+    wanted, came = _list(columns), _list(tuple(one.columns))
+    reason = f"Expected the columns of numbers of the first row, {wanted}, in every row but got {came}"
+    return Dropped(reason, fatal=True)
+
+
+def _ranked(row: Preference | Ranking | Dropped) -> int:
     """How many completions have scores or ranks; none where the row itself says what is compared."""
     return len(row.completions) if isinstance(row, Ranking) and row.comparisons is None else 0
 
@@ -204,10 +211,10 @@ def _resolved(row: Preference | Ranking, compared: Compared) -> Preference | Ran
     return row._replace(scores=None, ranks=None, comparisons=compared.comparisons, columns={})
 
 
-def _key(row: Preference | Ranking | Skipped) -> int:
+def _key(row: Preference | Ranking | Dropped) -> int:
     """64 bits of a hash: among ten million prompts two different ones meet with a probability of 3e-6."""
-    said: Any = row.reason if isinstance(row, Skipped) else row.prompt
-    if not isinstance(row, Skipped) and row.template:
+    said: Any = row.reason if isinstance(row, Dropped) else row.prompt
+    if not isinstance(row, Dropped) and row.template:
         said = [said, dict(row.template)]
     digest = hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

@@ -18,7 +18,6 @@ from lit_dpo.data.encode import PromptEncoder
 from lit_dpo.data.storage import ROW_NUMBERS, examples_of, features, laid_out, lists, stored
 from lit_dpo.data.table import PromptTable
 from lit_dpo.data.truncation import Dropped, Fitted, merged
-from lit_dpo.errors import DataError
 from lit_dpo.writing import refusals
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ class _Row(NamedTuple):
     prompt_key: int
     ranked: int
     dropped: str
+    bad: int
 
 
 def merge_prompts(table: PromptTable, encoder: PromptEncoder, most: int, keys: Sequence[str]) -> PromptTable:
@@ -54,7 +54,7 @@ def merge_prompts(table: PromptTable, encoder: PromptEncoder, most: int, keys: S
     from datasets import List as ListOf
 
     source = table.sources[0]
-    on_disk = all(one.content or one.rows.cache_files for one in table.sources)
+    on_disk = all(one.content or one.rows.table.cache_files for one in table.sources)
     key = [*keys, encoder.fingerprint, most, code_digest(_merge)] if on_disk else keys
     fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     groups = cache(lambda: _groups(table))  # not made if the result is in the cache
@@ -130,10 +130,10 @@ def _merge(table: PromptTable, groups: list[list[int]], encoder: PromptEncoder, 
     rows = _rows(table, [number for group in groups for number in group])
     examples, keys = [], []
     for group in groups:
-        parts = list(_parts(list(islice(rows, len(group))), most))
+        parts = list(_parts(list(islice(rows, len(group))), most, encoder))
         examples += parts
         keys += [parts[0][0].prompt_key] * len(parts)
-    results = [_fitted(table, example, encoder) for example in examples]
+    results = [_fitted(example, encoder) for example in examples]
     kept = [() if isinstance(result, Dropped) else result.kept for result in results]
     numbers: list[list[Any]] = [
         [row.number for row in example for _ in row.example.comparisons] for example in examples
@@ -142,11 +142,15 @@ def _merge(table: PromptTable, groups: list[list[int]], encoder: PromptEncoder, 
         stored(name): [[one for row in example for one in row.columns[place]] for example in examples]
         for place, name in enumerate(table.columns)
     }
+    by_name = {name: _picked(values, kept) for name, values in by_name.items()}
+    for place, result in enumerate(results):
+        if isinstance(result, Dropped) and result.fatal:  # one row, which is reported
+            by_name[ROW_NUMBERS][place] = [examples[place][0].number]
     return {
         **laid_out(results, [None] * len(examples)),
         "prompt_key": keys,
         "ranked": [max(row.ranked for row in example) for example in examples],
-        **{name: _picked(values, kept) for name, values in by_name.items()},
+        **by_name,
     }
 
 
@@ -155,36 +159,35 @@ def _rows(table: PromptTable, numbers: list[int]) -> Iterator[_Row]:
         return
     cells: Table = table.encoded[numbers].combine_chunks()
     columns = [lists(cells.column(stored(name))) for name in table.columns]
-    facts = [cells.column(name).to_pylist() for name in ("prompt_key", "ranked", "dropped")]
+    facts = [cells.column(name).to_pylist() for name in ("prompt_key", "ranked", "dropped", "bad")]
     examples = examples_of(cells)
     values = zip(*columns, strict=True) if columns else repeat([])
     for number, example, numbers_of, *rest in zip(numbers, examples, values, *facts, strict=False):
         yield _Row(number, example, list(numbers_of), *rest)
 
 
-def _parts(rows: list[_Row], most: int) -> Iterator[list[_Row]]:
-    """Cut the rows of a prompt where there would be more than `most` different completions."""
+def _parts(rows: list[_Row], most: int, encoder: PromptEncoder) -> Iterator[list[_Row]]:
+    """Cut the rows of a prompt where there would be more than `most` different completions; a bad one is alone."""
     part: list[_Row] = []
     seen: set[tuple[int, ...]] = set()
     for row in rows:
+        if encoder.truncation == "error" and not row.dropped and isinstance(encoder.fit(row.example), Dropped):
+            yield [row]
+            continue
         own = set(map(tuple, row.example.completions))
         if part and len(seen | own) > most:
             yield part
             part, seen = [], set()
         part.append(row)
         seen |= own
-    yield part
+    if part:
+        yield part
 
 
-def _fitted(table: PromptTable, rows: list[_Row], encoder: PromptEncoder) -> Fitted | Dropped:
+def _fitted(rows: list[_Row], encoder: PromptEncoder) -> Fitted | Dropped:
     if rows[0].dropped:
-        return Dropped(rows[0].dropped)
-    result = encoder.fit(_together([row.example for row in rows]))
-    if isinstance(result, Dropped) and result.fatal:
-        alone = ((row.number, encoder.fit(row.example)) for row in rows)
-        number, found = next((number, one) for number, one in alone if isinstance(one, Dropped))
-        raise DataError(f"{table.place(number)}: {found.reason}.")
-    return result
+        return Dropped(rows[0].dropped, fatal=bool(rows[0].bad))
+    return encoder.fit(_together([row.example for row in rows]))
 
 
 def _together(examples: list[EncodedPrompt]) -> EncodedPrompt:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_dpo.data.bad_rows import form
 from lit_dpo.data.batch import CompletionBatch, collate
 from lit_dpo.data.formats.base import Preference, PreferenceFormat, Ranking, Skipped
 from lit_dpo.data.sources import RowSource
@@ -103,9 +104,23 @@ class PromptTable(NamedTuple):
 
     @property
     def dropped(self) -> Counter[str]:
-        """How many examples were dropped, by reason."""
-        found = {one["values"]: one["counts"] for one in self._column("dropped").value_counts().to_pylist()}
-        return Counter({reason: count for reason, count in found.items() if reason})
+        """How many examples were dropped, by reason; of bad ones without what is the row's own."""
+        import pyarrow as pa
+
+        good = pa.array(self.facts("bad") == 0)
+        counts = self._column("dropped").filter(good).value_counts().to_pylist()
+        found = Counter({one["values"]: one["counts"] for one in counts if one["values"]})
+        return found + Counter(form(reason) for _, reason in self.bad)
+
+    @property
+    def bad(self) -> list[tuple[int, str]]:
+        """Row numbers of the rows that cannot be used, and why not, in order."""
+        places = np.flatnonzero(self.facts("bad"))
+        if not len(places):
+            return []
+        reasons = self._column("dropped").take(places).to_pylist()
+        rows = values_of(self._column(ROW_NUMBERS).take(places)) if self.is_merged else places
+        return sorted(zip(rows.tolist(), reasons, strict=True))
 
     # --- lengths ---------------------------------------------------------------------------------------------------
 
@@ -164,7 +179,7 @@ class PromptTable(NamedTuple):
 
     def preference(self, row: int) -> Preference | Ranking:
         """Read the raw preference or ranking of a row number."""
-        number, inside = self._find(row)
+        number, inside = self.find(row)
         found = self.format.read(self.sources[number].rows[inside])
         if isinstance(found, Skipped):
             raise LookupError(f"Expected a row that is used but {self.place(row)} is not: {found.reason}.")
@@ -184,7 +199,7 @@ class PromptTable(NamedTuple):
 
     def place(self, row: int) -> str:
         """Say in which file a row is, and its number there."""
-        number, inside = self._find(row)
+        number, inside = self.find(row)
         return self.sources[number].place(inside)
 
     @property
@@ -280,7 +295,7 @@ class PromptTable(NamedTuple):
             return values_of(cells.column(ROW_NUMBERS))
         return self.rows[list(indices)].repeat(counts_of(cells.column("comparisons")) // 2)
 
-    def _find(self, row: int) -> tuple[int, int]:
+    def find(self, row: int) -> tuple[int, int]:
         """Find the number of a row's source, and its own in there."""
         starts = np.cumsum([0, *(len(source.rows) for source in self.sources)]).tolist()
         if not 0 <= row < starts[-1]:

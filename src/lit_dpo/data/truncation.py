@@ -18,8 +18,8 @@ class Dropped(NamedTuple):
 
     Attributes:
         reason: why, in words.
-        fatal: whether it is an error (of the row, or by `truncation="error"`), which the caller raises with file and
-            row; otherwise the row is left out and counted.
+        fatal: whether the row is bad (by itself, or by `truncation="error"`): that is reported with file and row, and
+            is an error unless bad rows are dropped; otherwise the row is left out and counted.
     """
 
     reason: str

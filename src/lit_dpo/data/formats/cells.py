@@ -18,7 +18,7 @@ def read_number(name: str, row: Mapping[str, Any], low: float, high: float) -> f
     cell = row.get(name)
     try:
         number = math.nan if isinstance(cell, bool) or cell is None else float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last one for an integer of some hundred digits
         number = math.nan
     if not (math.isfinite(number) and low <= number <= high):
         wanted = "a number" + (f" >= {low:g}" if high == math.inf else f" in [{low:g}, {high:g}]") * (low > -math.inf)

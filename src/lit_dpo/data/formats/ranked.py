@@ -150,7 +150,7 @@ class OneRight(PreferenceFormat):
         found = parsed(row.get(self.answers))
         given = {name: text for name, text in found.items() if text} if isinstance(found, dict) else {}
         right = row.get(self.right)
-        if len(given) < 2 or right not in given:
+        if len(given) < 2 or not isinstance(right, str) or right not in given:
             raise DataError(
                 f"Expected an object of two or more answers in `{self.answers}`, one of them {short(right)} (by "
                 f"`{self.right}`), but got {short(found)}."

@@ -52,10 +52,13 @@ class Trees(PreferenceFormat):
 
 
 def _questions(before: list[Message], message: Any) -> Iterator[dict[str, Any]]:
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"Expected a message with a known `role` but got {short(message)}.")
-    path = [*before, {"role": ROLES[message["role"]], "content": text_in("text", message)}]
+    path = [*before, {"role": ROLES[role], "content": text_in("text", message)}]
     replies = message.get("replies") or []
+    if not isinstance(replies, list):
+        raise DataError(f"Expected a list of messages in `replies` but got {short(replies)}.")
     ranked = [one for one in replies if isinstance(one, dict) and isinstance(one.get("rank"), int | float)]
     if path[-1]["role"] == "user" and len(ranked) > 1:
         texts, ranks = [text_in("text", one) for one in ranked], [one["rank"] for one in ranked]

@@ -90,7 +90,7 @@ def messages(name: str, cell: Any) -> list[Message]:
 
 def _message(where: str, message: Mapping[str, Any]) -> Message:
     role = message.get("role", message.get("from"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"Expected a role in {where}, one of {', '.join(ROLES)}, but got {short(role)}.")
     content = _content(where, message.get("content", message.get("value")))
     found: Message = {"role": ROLES[role], "content": content}

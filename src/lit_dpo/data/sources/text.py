@@ -1,0 +1,116 @@
+"""Lines of text files: decompressed, and decoded as it is declared."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lit_dpo.errors import DataError
+
+# What is offered, and never guessed: a text can be decoded by several of these, and reads well in one.
+_ENCODINGS = ("cp1252", "cp1250", "cp1251", "gb18030", "cp932", "cp949", "big5")
+
+
+def _zstandard(path: Path) -> Any:
+    import pyarrow as pa  # Python has a reader of its own from 3.14 on
+
+    return pa.input_stream(str(path), compression="zstd")
+
+
+# Each says if the file ends too early.
+_OPENERS: dict[str, Any] = {".gz": gzip.open, ".zst": _zstandard, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSIONS = tuple(_OPENERS)
+
+
+def lines_of(path: Path, encoding: str | None, newline: str) -> Iterator[str]:
+    """Read a file line by line; bytes that are no text stay in it as lone surrogates, which `flaw` finds.
+
+    Args:
+        path: of the file, whose suffix says if it is compressed.
+        encoding: of a file that is not UTF-8, and whose first bytes do not say that it is UTF-16 or UTF-32.
+        newline: as of `open`.
+
+    Raises:
+        DataError: for an unknown encoding, a damaged file, and one whose text is mostly in another encoding.
+    """
+    found = encoding
+    try:
+        found = _encoding(path, encoding)
+        with _bytes(path) as file, io.TextIOWrapper(file, found, errors="surrogateescape", newline=newline) as text:
+            yield from _watched(path, text, found.removesuffix("-sig").upper())
+    except LookupError:
+        raise DataError(f"Expected an encoding that Python knows, such as `cp1252`, but got `{encoding}`.") from None
+    except UnicodeError as error:
+        raise DataError(f"`{path}` is no {found}: {error}.") from error
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        why = "is damaged, or not what its name says" if path.suffix.lower() in COMPRESSIONS else "cannot be read"
+        raise DataError(f"`{path}` {why}: {error}.") from error
+
+
+def _bytes(path: Path) -> io.BufferedReader:
+    opener = _OPENERS.get(path.suffix.lower(), lambda file: file.open("rb"))
+    return io.BufferedReader(opener(path))
+
+
+def _encoding(path: Path, given: str | None) -> str:
+    with _bytes(path) as file:
+        found = json.detect_encoding(file.peek(4)[:4])  # by a mark, or by the zeros of ASCII
+        if found != "utf-8" or given is None:
+            return found
+        codecs.lookup(given)
+        decoder = codecs.getincrementaldecoder(found)()
+        try:
+            while some := file.read(1 << 20):
+                decoder.decode(some)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return given
+    return found
+
+
+def _watched(path: Path, lines: Iterable[str], encoding: str) -> Iterator[str]:
+    right, wrong, first = 0, 0, (0, "")
+    for number, line in enumerate(lines, 1):
+        if not line.isascii():
+            if flaw(line) is None:
+                right += 1
+            else:
+                first = first if wrong else (number, line)
+                wrong += 1
+        yield line
+    if wrong > right:
+        raise DataError(f"`{path}` is no {encoding}. {_readings(*first)}")
+
+
+def flaw(text: str) -> int | None:
+    """Find the first character that is none: a byte that could not be decoded, or half of a pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def legible(text: str) -> str:
+    r"""Write bytes that could not be decoded as `\xe9`."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _readings(number: int, line: str) -> str:
+    start = flaw(line) or 0
+    some = line[max(0, start - 20) : start + 40].strip("\n\r").encode("utf-8", "surrogateescape")
+    found: dict[str, str] = {}
+    for encoding in _ENCODINGS:
+        text = some.decode(encoding, "replace")
+        if "\ufffd" not in text[:-1]:  # the last one may be cut
+            found.setdefault(text, encoding)
+    readings = "".join(f"\n  {encoding}: {text}" for text, encoding in found.items())
+    return f"Name its encoding with `--data.encoding`, the one in which line {number} reads well:{readings}"
