@@ -92,8 +92,13 @@ def print_speed(folder: str, pairs: list[dict[str, Any]], repeat: int) -> None:
         tokenizer.chat_template = TEMPLATE
     print("pairs per CPU second     tokens  lit_dpo    plain      TRL  of plain    of TRL")
     for kind in ("text", "conversations"):
-        rows = pairs if kind == "conversations" else [{key: row[key][0]["content"] for key in row} for row in pairs]
-        print_kind(kind, tokenizer, rows, repeat)
+        print_kind(kind, tokenizer, pairs if kind == "conversations" else [as_text(pair) for pair in pairs], repeat)
+
+
+def as_text(pair: dict[str, Any]) -> dict[str, str]:
+    """The pair with completions that begin with a space, as they have to where a tokenizer merges it with a word."""
+    texts = {key: pair[key][0]["content"] for key in pair}
+    return texts | {side: f" {texts[side].lstrip()}" for side in ("chosen", "rejected")}
 
 
 def print_kind(kind: str, tokenizer: Any, rows: list[dict[str, Any]], repeat: int) -> None:

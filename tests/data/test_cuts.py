@@ -32,7 +32,7 @@ DEEPSEEK = (
 )
 WORDS = (
     "the cat's don't WE'LL 12 3456 7 naïve e\u0301te\u0301 Σίσυφος привет _x_ <b> a/b\n/ #! […] ² ﬁ "
-    "世界 你好，世界。 はい、ガ 한국어 🦆 👩\u200d👩\u200d👧"
+    "世界 你好，世界。 はい、ガ、 한국어 🦆 👩\u200d👩\u200d👧"
 )
 GAPS = [*" " * 6, "", "  ", "   ", "\n", "\n\n", " \n", "\r\n", "\t", *"\u00a0\u3000\u200d\u0301\x1c'."]
 MARKS = ["<|user|>", "<|end|>", "<<", "<<<", "<|end", "<s>", "mask", "<mask>", "<a b>", "</s>"]
@@ -132,6 +132,12 @@ BEFORE_TOKENS: dict[str, Maker] = {
     ),
     "no pre-tokenizer": lambda: made(added=MARKED, alphabet=False),
     "normalized tokens too": lambda: made(level(), normalizers.Lowercase(), [token("<|A|>", normalized=True), *MARKED]),
+    "normalized, a blank before": lambda: made(
+        None,
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        [token("<|user|>", normalized=True), token("<|end|>")],
+        alphabet=False,
+    ),
     "rstrip": lambda: made(level(), added=[*MARKED, token("<mask>", rstrip=True), token("mask", rstrip=True)]),
     "rstrip of all": lambda: made(
         pre_tokenizers.Metaspace(), added=[token(one, rstrip=True) for one in ("<|user|>", "<|end|>")], alphabet=False
@@ -142,7 +148,7 @@ BEFORE_TOKENS: dict[str, Maker] = {
 }
 NOWHERE: dict[str, Maker] = {
     "signs to the left": lambda: made(stages(pre_tokenizers.Punctuation("merged_with_previous"), level())),
-    "single word": lambda: made(level(), added=[*MARKED, token("mask", single_word=True)]),
+    "single word": lambda: made(level(), added=[*MARKED, token(" 7", single_word=True)]),
     "tokens that overlap": lambda: made(
         stages(level(), pre_tokenizers.Metaspace("Ġ", "first")),
         added=[token(one) for one in ("<|end|>", "<|end", "<<", "><|end", "<|user|>", "|>\n", "<|user|> a")],
