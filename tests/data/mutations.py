@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from typing import Any
@@ -44,7 +45,7 @@ VALUES: list[Any] = [
 
 def mutated(rng: random.Random, row: dict[str, Any]) -> str:
     """Return the text of a row that is broken in one or two ways, on one line."""
-    row = json.loads(json.dumps(row))
+    row = copy.deepcopy(row)
     for _ in range(rng.randint(1, 2)):
         _change(rng, row)
     text = json.dumps(row)
@@ -74,9 +75,9 @@ def _change(rng: random.Random, row: dict[str, Any]) -> None:
         other = rng.choice(keys)
         holder[key], holder[other] = holder[other], holder[key]
     elif kind == 2 and isinstance(holder, dict):
-        holder[rng.choice(["system", "tools", "role", "weight", "", "a`b"])] = rng.choice(VALUES)
+        holder[rng.choice(["system", "tools", "role", "weight", "", "a`b"])] = copy.deepcopy(rng.choice(VALUES))
     else:
-        holder[key] = json.loads(json.dumps(rng.choice(VALUES)))
+        holder[key] = copy.deepcopy(rng.choice(VALUES))
 
 
 def _values(holder: Any) -> list[Any]:

@@ -139,3 +139,14 @@ def test_files_without_pairs_are_refused(shared: Path) -> None:
         (source,) = load_rows(str(shared / "data" / name), None)
         with pytest.raises(DataError, match="no known layout fits"):
             recognise(name, source.head(100))
+
+
+SMALL = {name: REAL[name] for name in REAL if not name.startswith(("hh-", "llamafactory-demo/dpo", "ps-llm"))}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_real_files_are_encoded_with_no_option(name: str, shared: Path, tools_folder: str) -> None:
+    module = PreferenceDataModule(train=str(shared / "data" / name), tokenizer=tools_folder, max_length=None)
+    module.setup("fit")
+    table = module._table("train")
+    assert (table.size, table.bad) == (SMALL[name][1], [])

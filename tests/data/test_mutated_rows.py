@@ -121,7 +121,7 @@ for path in sys.argv[3:]:
 def test_deep_rows_do_not_end_the_process(tmp_path: Path) -> None:
     good = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"})
     files = []
-    for levels in (150, 3000, 10_000):
+    for levels in (150, 10_000):
         for number, text in enumerate(("[" * levels + "]" * levels, '{"a":' * levels + "1" + "}" * levels)):
             deep = good[:-1] + ', "unused": ' + text + "}"
             for suffix, content in (

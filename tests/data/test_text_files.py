@@ -194,6 +194,7 @@ def test_lines_end_where_lines_end(tmp_path) -> None:
         ("[1]", "line 4: expected an object {…} but got list"),
         ('{"a": 1, "a": 2}', "Expected each key once in an object but `a` is there twice"),
         ('{"a": {"b": 1, "b": 1}}', "`b` is there twice"),
+        ('{"\\ud83d": 1, "\\ud83d": 1}', r"`\ud83d` is there twice"),
         ('{"a": "\\ud83d"}', "a lone surrogate"),
         ('{"a": ' + "9" * 5000 + "}", "Exceeds the limit"),
         ('{"a": ' + "[" * 10_000 + "]" * 10_000 + "}", f"at most {DEEPEST} levels"),

@@ -6,8 +6,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from itertools import count as count_from
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -16,6 +15,7 @@ from lit_dpo.errors import DataError
 from lit_dpo.writing import written_whole
 
 if TYPE_CHECKING:
+    from lit_dpo.data.sources import RowSource
     from lit_dpo.data.table import PromptTable
 
 OnBadRow: TypeAlias = Literal["error", "drop"]
@@ -66,7 +66,7 @@ def _total(table: PromptTable) -> int:
 
 
 def _quoted(table: PromptTable, row: int, reason: str) -> str:
-    return _cut(f"{table.place(row)}: {reason}") + ("" if reason.endswith((".", "!", "?")) else ".")
+    return f"{table.place(row)}: {_cut(reason)}" + ("" if reason.endswith((".", "!", "?")) else ".")
 
 
 def _cut(text: str) -> str:
@@ -80,14 +80,17 @@ def _by_form(table: PromptTable, bad: Sequence[tuple[int, str]]) -> list[str]:
     for row, reason in bad:
         found[form(reason)].append((row, reason))
     ordered = sorted(found.items(), key=lambda one: -len(one[1]))
+    lines = list[str]()
     for most in (_EXAMPLES, 1):
-        parts = [_kind(table, kind, rows, most) for kind, rows in ordered]
+        parts = [_kind(table, kind, rows, most) for kind, rows in ordered[: _LINES + 1]]
         if sum(map(len, parts)) <= _LINES:
             return [line for part in parts for line in part]
-    shown = next(count for count in count_from(1) if sum(map(len, parts[: count + 1])) >= _LINES)
+    shown = 0
+    while len(lines) + len(parts[shown]) < _LINES:
+        lines += parts[shown]
+        shown += 1
     rest = ordered[shown:]
-    said = f"  {sum(len(rows) for _, rows in rest)}: {len(rest)} other reasons"
-    return [*(line for part in parts[:shown] for line in part), said]
+    return [*lines, f"  {sum(len(rows) for _, rows in rest)}: {len(rest)} other reasons"]
 
 
 def _kind(table: PromptTable, kind: str, rows: Sequence[tuple[int, str]], most: int) -> list[str]:
@@ -96,26 +99,29 @@ def _kind(table: PromptTable, kind: str, rows: Sequence[tuple[int, str]], most: 
     return [f"  {len(rows)}: {_cut(kind)}", *(f"    {_quoted(table, *one)}" for one in rows[:most])]
 
 
+def _by_source(table: PromptTable, bad: Sequence[tuple[int, str]]) -> Iterator[tuple[RowSource, list[int], list[str]]]:
+    """Return the sources that have bad rows, the numbers of these in them, and what is wrong with each."""
+    found = defaultdict[int, list[tuple[int, str]]](list)
+    for row, reason in bad:
+        number, inside = table.find(row)
+        found[number].append((inside, reason))
+    for number, rows in found.items():
+        yield table.sources[number], [inside for inside, _ in rows], [reason for _, reason in rows]
+
+
 def _all_bad(table: PromptTable, bad: Sequence[tuple[int, str]]) -> str | None:
     """Name the first file that has bad rows only."""
-    counts = [0] * len(table.sources)
-    for row, _ in bad:
-        counts[table.find(row)[0]] += 1
-    found = zip(table.sources, counts, strict=True)
-    return next((source.name for source, count in found if count and count == len(source.rows)), None)
+    return next((source.name for source, rows, _ in _by_source(table, bad) if len(rows) == len(source.rows)), None)
 
 
 def _written(table: PromptTable, bad: Sequence[tuple[int, str]]) -> Path:
-    """Write all bad rows to a file, if it is not there, which is named by what it says."""
-    lines = [[table.place(row), reason] for row, reason in bad]
-    key = hashlib.blake2b(json.dumps(lines).encode(), digest_size=8).hexdigest()
-    path = cache_root() / "bad_rows" / f"{key}.jsonl"
-    if not path.is_file():
-        with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for row, reason in bad:
-                number, inside = table.find(row)
-                source = table.sources[number]
-                where = {"file": source.name, "row": source.number(inside), "line": source.rows.line(inside)}
-                said = {**where, "reason": reason, "raw": source.rows.raw(inside)}
+    """Write all bad rows to a file, which has the same name in every run."""
+    key = [[[source.name, source.content] for source in table.sources], bad]
+    digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()
+    path = cache_root() / "bad_rows" / f"{digest}.jsonl"
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for source, rows, reasons in _by_source(table, bad):
+            for row, reason, (line, raw) in zip(rows, reasons, source.rows.found(rows), strict=True):
+                said = {"file": source.name, "row": source.number(row), "line": line, "reason": reason, "raw": raw}
                 file.write(json.dumps(said, ensure_ascii=False, default=str) + "\n")
     return path

@@ -205,12 +205,15 @@ class Rows:
         numbers = indices_nonzero(not_equal(reasons, "")).to_pylist()
         return [(number, reasons[number].as_py()) for number in numbers]
 
-    def raw(self, number: int) -> Any:
-        """Return a row as it was found: its text if it cannot be read."""
-        cells = self.table[number]
-        if not self.reader.has_lines:
-            return cells
-        return cells["text"] if cells["reason"] else json.loads(cells["text"])
+    def found(self, numbers: Sequence[int]) -> Iterator[tuple[int | None, Any]]:
+        """Return of each row its line and what was found there: its text if it cannot be read."""
+        for start in range(0, len(numbers), _AT_ONCE):
+            cells = self.table[list(numbers[start : start + _AT_ONCE])]
+            if self.reader.has_lines:
+                parts = zip(cells["line"], cells["text"], cells["reason"], strict=True)
+                yield from ((line or None, text if reason else json.loads(text)) for line, text, reason in parts)
+            else:
+                yield from ((None, dict(zip(cells, row, strict=True))) for row in zip(*cells.values(), strict=True))
 
     def line(self, number: int) -> int | None:
         """Say on which line of the file a row begins, from 1; None where there are no lines."""

@@ -12,7 +12,7 @@ _INDEX = re.compile(r"\s*|Unnamed: \d+(\.\d+)?|__index_level_\d+__")
 
 
 def is_index(name: str) -> bool:
-    """Whether a column is a number of the row that pandas writes beside the data."""
+    """Whether a column is a number of the row that pandas writes next to the data."""
     return _INDEX.fullmatch(name) is not None
 
 

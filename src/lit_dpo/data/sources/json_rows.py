@@ -94,7 +94,7 @@ _TOO_DEEP = f"Expected lists and objects in at most {DEEPEST} levels but it is n
 
 
 def _refused(text: str, line: int, reason: str) -> Line:
-    return Line(legible(text), line, reason=reason)
+    return Line(legible(text), line, reason=legible(reason))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _members(text: str, start: int) -> dict[str, tuple[int, int]] | None:
             place = _blank(text, found[key][1])
             if text[place : place + 1] == ",":
                 place += 1
-    except ValueError:  # `DataError` is one
+    except (ValueError, RecursionError):  # `DataError` is one
         return None
     return found if _blank(text, place + 1) == len(text) else None
 

@@ -47,7 +47,7 @@ def load_rows(
             a `datasets.Dataset` or `IterableDataset`; a `DatasetDict`, whose split of the stage's name is taken; rows,
             such as a list of dictionaries. What is iterated is read once, to its end, into a file of the cache.
         columns: the columns that are needed; others are left out. None: all that there are, but the numbers of rows
-            that pandas writes beside them.
+            that pandas adds.
         stage: `train`, `val`, `test` or `predict`: which part of the built-in data.
         encoding: of text files that are neither UTF-8, nor UTF-16 or UTF-32 whose first bytes say so.
         keep_bad: leave rows that cannot be read at their places, for `encode_table`, which finds further ones.

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from lit_dpo.errors import DataError
 
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 # What is offered, and never guessed: a text can be decoded by several of these, and reads well in one.
 _ENCODINGS = ("cp1252", "cp1250", "cp1251", "gb18030", "cp932", "cp949", "big5")
 
@@ -100,8 +102,12 @@ def flaw(text: str) -> int | None:
 
 
 def legible(text: str) -> str:
-    r"""Write bytes that could not be decoded as `\xe9`."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    r"""Write bytes that could not be decoded as `\xe9`, halves of characters as `\ud83d`."""
+    return _SURROGATE.sub(lambda found: _escape(ord(found[0])), text)
+
+
+def _escape(code: int) -> str:
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code < 0xDD00 else f"\\u{code:04x}"
 
 
 def _readings(number: int, line: str) -> str:
