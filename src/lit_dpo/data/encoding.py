@@ -14,6 +14,7 @@ from lit_dpo.data.comparisons import Compared, Comparing, check_row
 from lit_dpo.data.digests import code_digest
 from lit_dpo.data.encode import PromptEncoder
 from lit_dpo.data.formats.base import Preference, PreferenceFormat, Ranking, Skipped
+from lit_dpo.data.formats.turns import TEMPLATE, read_row
 from lit_dpo.data.grouping import merge_prompts
 from lit_dpo.data.sources import RowSource
 from lit_dpo.data.storage import features, laid_out, stored
@@ -86,7 +87,8 @@ def _spread(source: RowSource, format: PreferenceFormat) -> RowSource:
             found = format.examples(row)
         except DataError as error:
             raise DataError(f"{source.place(number)}: {error}") from None
-        rows += found
+        own = {TEMPLATE: row[TEMPLATE]} if TEMPLATE in row else {}
+        rows += [{**own, **one} for one in found]
         numbers += [number] * len(found)
     return source._replace(rows=Dataset.from_list([dict(row) for row in rows]), numbers=numbers)
 
@@ -109,7 +111,7 @@ def _fingerprint(source: RowSource, format: PreferenceFormat, encoder: PromptEnc
 
     code = code_digest(_encode_rows, type(encoder), own=[type(format)])
     content = source.content or generate_fingerprint(source.rows)
-    key = [content, encoder.fingerprint, code, repr(format), *comparing]
+    key = [content, sorted(source.rows.column_names), encoder.fingerprint, code, repr(format), *comparing]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
@@ -181,7 +183,7 @@ def _read(
     source: RowSource, number: int, format: PreferenceFormat, comparing: Comparing, row: Mapping[str, Any]
 ) -> Preference | Ranking | Skipped:
     try:
-        found = format.read(row)
+        found = read_row(format, row)
         if not isinstance(found, Skipped):
             check_row(found, comparing)
     except DataError as error:

@@ -36,6 +36,7 @@ class _Row(NamedTuple):
     prompt_key: int
     ranked: int
     dropped: str
+    remarks: list[str]
 
 
 def merge_prompts(table: PromptTable, encoder: PromptEncoder, most: int, keys: Sequence[str]) -> PromptTable:
@@ -155,7 +156,7 @@ def _rows(table: PromptTable, numbers: list[int]) -> Iterator[_Row]:
         return
     cells: Table = table.encoded[numbers].combine_chunks()
     columns = [lists(cells.column(stored(name))) for name in table.columns]
-    facts = [cells.column(name).to_pylist() for name in ("prompt_key", "ranked", "dropped")]
+    facts = [cells.column(name).to_pylist() for name in ("prompt_key", "ranked", "dropped", "remarks")]
     examples = examples_of(cells)
     values = zip(*columns, strict=True) if columns else repeat([])
     for number, example, numbers_of, *rest in zip(numbers, examples, values, *facts, strict=False):
@@ -179,12 +180,14 @@ def _parts(rows: list[_Row], most: int) -> Iterator[list[_Row]]:
 def _fitted(table: PromptTable, rows: list[_Row], encoder: PromptEncoder) -> Fitted | Dropped:
     if rows[0].dropped:
         return Dropped(rows[0].dropped)
-    result = encoder.fit(_together([row.example for row in rows]))
+    result = encoder.fit_apart(_together([row.example for row in rows]))
     if isinstance(result, Dropped) and result.fatal:
         alone = ((row.number, encoder.fit(row.example)) for row in rows)
         number, found = next((number, one) for number, one in alone if isinstance(one, Dropped))
         raise DataError(f"{table.place(number)}: {found.reason}.")
-    return result
+    if isinstance(result, Dropped):
+        return result
+    return result.remarked(*(remark for row in rows for remark in row.remarks))
 
 
 def _together(examples: list[EncodedPrompt]) -> EncodedPrompt:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
 from lit_dpo.data.comparisons import Comparing
+from lit_dpo.data.rendering import REPEATS_PROMPT
 from lit_dpo.data.table import PromptTable
 from lit_dpo.errors import DataError
 
@@ -35,6 +36,7 @@ def report(
             f"{split}: {table.identical} of {table.comparisons_count} {_compared(table)} have two equal completions; "
             "kept, but they teach nothing"
         )
+    _report_remarks(split, table)
     for line in _without_effect(table, comparing, group_by_prompt):
         rank_zero_info(f"{split}: {line}")
     if not table.holds_pairs:
@@ -56,6 +58,18 @@ def _report_dropped(split: str, table: PromptTable, truncation: str) -> None:
         remedy = " Raise `max_length` or set another `truncation`." if too_long else ""
         raise DataError(f"{split}: no {unit} are left, {line}.{remedy}")
     rank_zero_info(f"{split}: {line}")
+
+
+def _report_remarks(split: str, table: PromptTable) -> None:
+    """One line for each remark; where most prompts are in their completions once more, the columns are read wrongly."""
+    for remark, count in table.remarks.most_common():
+        line = f"{count} of {table.size} {table.unit} {remark}"
+        if remark == REPEATS_PROMPT and 2 * count > table.size:
+            raise DataError(
+                f"{split}: {line}: it would be trained on twice, once as the prompt. Leave it out of the completions, "
+                "or read them with a format of your own (docs/extending.md)."
+            )
+        rank_zero_info(f"{split}: {line}")
 
 
 def _compared(table: PromptTable) -> str:

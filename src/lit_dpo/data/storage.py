@@ -37,6 +37,7 @@ def features(columns: Sequence[str], **more: Any) -> Features:
             "lost": number,
             "ranked": number,
             "dropped": Value("string"),
+            "remarks": List(Value("string")),
             **{stored(name): List(Value("float64")) for name in columns},
             **more,
         }
@@ -62,6 +63,7 @@ def laid_out(results: Sequence[Fitted | Dropped], identical: Sequence[bool | Non
         ],
         "lost": [one.lost for one in fitted],
         "dropped": [result.reason if isinstance(result, Dropped) else "" for result in results],
+        "remarks": [list(one.remarks) for one in fitted],
     }
 
 

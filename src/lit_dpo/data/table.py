@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lit_dpo.data.batch import CompletionBatch, collate
 from lit_dpo.data.formats.base import Preference, PreferenceFormat, Ranking, Skipped
+from lit_dpo.data.formats.turns import read_row
 from lit_dpo.data.sources import RowSource
 from lit_dpo.data.storage import EXAMPLE, ROW_NUMBERS, counts_of, examples_of, inner_of, ragged, stored, values_of
 from lit_dpo.errors import DataError
@@ -107,6 +108,14 @@ class PromptTable(NamedTuple):
         found = {one["values"]: one["counts"] for one in self._column("dropped").value_counts().to_pylist()}
         return Counter({reason: count for reason, count in found.items() if reason})
 
+    @property
+    def remarks(self) -> Counter[str]:
+        """How many of the examples that are used have each remark."""
+        from pyarrow.compute import list_flatten
+
+        flat = list_flatten(self._column("remarks").take(self.rows))
+        return Counter({one["values"]: one["counts"] for one in flat.value_counts().to_pylist()})
+
     # --- lengths ---------------------------------------------------------------------------------------------------
 
     @property
@@ -165,7 +174,7 @@ class PromptTable(NamedTuple):
     def preference(self, row: int) -> Preference | Ranking:
         """Read the raw preference or ranking of a row number."""
         number, inside = self._find(row)
-        found = self.format.read(self.sources[number].rows[inside])
+        found = read_row(self.format, self.sources[number].rows[inside])
         if isinstance(found, Skipped):
             raise LookupError(f"Expected a row that is used but {self.place(row)} is not: {found.reason}.")
         return found
