@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lit_dpo.data.formats.base import Message
@@ -25,6 +25,9 @@ class Surviving(NamedTuple):
     without_thoughts: bool = False
 
 
+_ALL = Surviving()
+
+
 def surviving(text: str, messages: Sequence[Message], *, earlier: bool = False) -> Surviving:
     r"""Look for all that some messages say, without the blanks around it, in a text that was rendered from them.
 
@@ -40,6 +43,8 @@ def surviving(text: str, messages: Sequence[Message], *, earlier: bool = False) 
         >>> surviving("A: Four.\n", said, earlier=True)
         Surviving(lost=None, without_thoughts=True)
     """
+    if _are_plain(messages) and _in_order(text, [message["content"].strip() for message in messages]):
+        return _ALL
     there: list[tuple[str, str]] = []
     without_thoughts = False
     for message in messages:
@@ -68,6 +73,11 @@ def lost_of_template(text: str, arguments: Mapping[str, Any]) -> str | None:
         if not _pieces(text, str(said).strip()):
             return "a document"
     return None
+
+
+def _are_plain(messages: Sequence[Message]) -> bool:
+    """Whether they have a role and a content alone, as nearly all; looking at these takes a third of the time."""
+    return all(len(message) == 2 for message in messages)
 
 
 def _parts(message: Message) -> Iterator[tuple[str, str]]:
@@ -101,18 +111,22 @@ def _after_thought(text: str, name: str, part: str) -> list[str] | None:
 
 def _lost_among(text: str, there: Sequence[tuple[str, str]]) -> str | None:
     """Name a part that is only there within another one: each has its own place in the order, or they are counted."""
-    place = 0
-    for _, part in there:
-        found = text.find(part, place)
-        if found < 0:
-            break
-        place = found + len(part)
-    else:
+    if _in_order(text, [part for _, part in there]):
         return None
     for name, part in there:
         if text.count(part) < sum(other.count(part) for _, other in there):
             return name
     return None
+
+
+def _in_order(text: str, parts: Iterable[str]) -> bool:
+    place = 0
+    for part in parts:
+        found = text.find(part, place)
+        if found < 0:
+            return False
+        place = found + len(part)
+    return True
 
 
 def _lost_call(text: str, message: Message) -> str | None:
