@@ -343,7 +343,9 @@ class PreferenceDataModule(LightningDataModule):
         format = self._format_of(split, sources)
         sources = [with_columns(one, format.columns, (*format.optional_columns, TEMPLATE)) for one in sources]
         table = encode_table(sources, format, encoder, self.comparing, self.group_by_prompt)
-        report(split, table, self.truncation, self.comparing, self.group_by_prompt)
+        options = {"chat_template": self.chat_template, "chat_template_kwargs": self.chat_template_kwargs}
+        set_ones = [name for name, value in options.items() if value]
+        report(split, table, self.truncation, self.comparing, self.group_by_prompt, set_ones)
         check_budget(split, table, self.max_tokens)
         return table
 

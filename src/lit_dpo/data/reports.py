@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -24,9 +24,23 @@ _AT_ONCE = 4096
 
 
 def report(
-    split: str, table: PromptTable, truncation: str, comparing: Comparing, group_by_prompt: int | None = None
+    split: str,
+    table: PromptTable,
+    truncation: str,
+    comparing: Comparing,
+    group_by_prompt: int | None = None,
+    of_templates: Sequence[str] = (),
 ) -> None:
-    """One line for dropped examples, one for what cannot teach anything, one for each option that changes nothing."""
+    """One line for dropped examples, one for what cannot teach anything, one for each option that changes nothing.
+
+    Args:
+        split: its name.
+        table: what was encoded.
+        truncation: as it was encoded.
+        comparing: as well.
+        group_by_prompt: as well.
+        of_templates: the options of chat templates that are set.
+    """
     _report_dropped(split, table, truncation)
     if lost := table.lost:
         line = f"{lost} of {lost + len(table.completion_lengths)} completions dropped with their comparisons: too long"
@@ -39,6 +53,9 @@ def report(
     _report_remarks(split, table)
     for line in _without_effect(table, comparing, group_by_prompt):
         rank_zero_info(f"{split}: {line}")
+    if of_templates and not table.holds_conversations:
+        named = " and ".join(f"`{name}`" for name in of_templates)
+        rank_zero_info(f"{split}: {named} changes nothing, for the rows are text, which no chat template renders")
     if not table.holds_pairs:
         share = table.lengths.sum() / _written_out(table)
         rank_zero_info(f"{split}: {table.summary}; {share:.2f} of the tokens of as many pairs")

@@ -75,6 +75,11 @@ class PromptTable(NamedTuple):
         return bool((self.completions_per_prompt == 2).all() and (self.comparisons_per_prompt == 1).all())
 
     @property
+    def holds_conversations(self) -> bool:
+        """Whether the first example is messages rather than text."""
+        return bool(self.size) and self.preference(self.first_row(0)).is_conversation
+
+    @property
     def unit(self) -> str:
         """What reports call the examples."""
         return "pairs" if self.holds_pairs else "prompts"

@@ -236,7 +236,7 @@ def _worth(found: Ranking) -> str:
 
 def _said(part: str | Sequence[Message]) -> str:
     """Quote the end of a prompt, or the beginning of a completion."""
-    return short(part if isinstance(part, str) else part[-1]["content"], 60)
+    return short(part if isinstance(part, str) else part[-1].get("content") or "", 60)
 
 
 def _none_fits(name: str, rows: Sequence[Mapping[str, Any]], layouts: Sequence[PreferenceFormat]) -> str:
