@@ -125,12 +125,21 @@ def _check_text(prompt: str, completions: Mapping[str, str]) -> None:
         raise DataError("Expected text in `prompt` but it is empty.")
     for name, text in completions.items():
         check_text(name, text)
+    _check_written(prompt, completions)
+
+
+def _check_written(prompt: str, completions: Mapping[str, str]) -> None:
+    """See that a text is no conversation that is written as a string: of completions all are, or it is what they say."""
     written = [name for name, text in completions.items() if is_written_conversation(text)]
-    if len(written) == len(completions):
-        raise DataError(
-            f"Expected text in `{written[0]}` but it is a conversation that is written as a string. Where all parts "
-            "are, `Triples` reads them; a text `prompt` beside two conversations `ImplicitPrompt` does."
-        )
+    if is_written_conversation(prompt):
+        written = ["prompt"]
+    elif len(written) < len(completions):
+        return
+    raise DataError(
+        f"Expected text in `{written[0]}` but it is a conversation that is written as a string. Where all parts are, "
+        "`--data.format Triples` reads them; a prompt beside whole conversations `ImplicitPrompt` does, and "
+        "conversations beside answers `ShareGPT`, with their column as `--data.format.conversations`."
+    )
 
 
 def _check_conversation(prompt: list[Any], completions: Mapping[str, list[Any]]) -> None:
@@ -153,6 +162,9 @@ def _check_conversation(prompt: list[Any], completions: Mapping[str, list[Any]])
             )
         if not any(says_something(one) for one in messages if one["role"] not in _OTHERS):
             raise DataError(f"Expected an assistant message with text in `{name}` but got {short(messages)}.")
+    _check_written(
+        prompt[-1].get("content") or "", {name: one[0].get("content") or "" for name, one in completions.items()}
+    )
 
 
 def _check_columns(columns: Mapping[str, Any]) -> None:
