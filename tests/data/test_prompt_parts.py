@@ -185,7 +185,7 @@ def test_text_that_begins_with_a_bracket_stays_text(data, jsonl) -> None:
     assert trained(data(path, format=ShareGPT("prompt"))) == "<|user|>q<|end|>\n<|assistant|>a<|end|>\nb<|end|>\n"
 
 
-# --- sides that repeat the prompt, or one another -----------------------------------------------------------------------
+# --- sides that repeat the prompt, or one another ---------------------------------------------------------------------
 
 LONG = "Question: what is the answer?\n\nAnswer:"
 
@@ -230,7 +230,7 @@ def test_pairs_that_become_equal_are_counted_by_reason(data, caplog) -> None:
     assert "of which comparisons between equal completions are left out" in grouped._table("train").remarks
 
 
-# --- whatever a format says ---------------------------------------------------------------------------------------------
+# --- whatever a format says -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

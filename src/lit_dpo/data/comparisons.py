@@ -129,7 +129,7 @@ def _check_text(prompt: str, completions: Mapping[str, str]) -> None:
 
 
 def _check_written(prompt: str, completions: Mapping[str, str]) -> None:
-    """See that a text is no conversation that is written as a string: of completions all are, or it is what they say."""
+    """See that a text is no conversation written as a string: of completions all are, or they say what they say."""
     written = [name for name, text in completions.items() if is_written_conversation(text)]
     if is_written_conversation(prompt):
         written = ["prompt"]
