@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from lit_dpo.data.encode import PromptEncoder
 from lit_dpo.data.formats import Preference, Ranking
-from lit_dpo.data.rendering import EQUAL_RENDERED, WITHOUT_HEADER, WITHOUT_THOUGHTS
+from lit_dpo.data.rendering import EQUAL_RENDERED, WITH_UNKNOWN, WITHOUT_HEADER, WITHOUT_THOUGHTS
 from lit_dpo.data.truncation import EQUAL_CUT, EQUAL_TOKENISED, SOME_EQUAL, Dropped, Fitted
 from lit_dpo.errors import DataError
 from toy_tokenizers import CHAT, byte_level
@@ -334,3 +334,14 @@ def test_comparisons_that_a_cut_makes_equal_are_left_out() -> None:
     found = encode(byte_level(), row, max_length=5, truncation="truncate_completion")
     assert isinstance(found, Fitted)
     assert (list(found.kept), found.prompt.comparisons, found.remarks) == ([1, 2], [(0, 1), (0, 1)], (SOME_EQUAL,))
+
+
+def test_characters_that_the_tokenizer_does_not_know_are_counted() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = Tokenizer(models.BPE({"?": 0, "#": 1, "a": 2, "b": 3}, [], unk_token="?"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?", eos_token="#")
+    assert encode(tokenizer, Preference("ab", "a", "ab")).remarks == ()
+    assert encode(tokenizer, Preference("ab", "a", "aé")).remarks == (WITH_UNKNOWN,)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from lit_dpo.data.batch import EncodedPrompt
 from lit_dpo.data.comparisons import Comparing
 from lit_dpo.data.formats.base import Preference, Ranking
-from lit_dpo.data.rendering import Rendered, Renderer
+from lit_dpo.data.rendering import WITH_UNKNOWN, Rendered, Renderer
 from lit_dpo.data.templates import check_arguments
 from lit_dpo.data.tokens import Tokens, tokenizer_content
 from lit_dpo.data.truncation import (
@@ -107,7 +107,7 @@ class PromptEncoder:
             if isinstance(item, Rendered):
                 parts = self._checked(item, *next(encoded))
                 one = parts if isinstance(parts, Dropped) else self._fitted(row, pairs, *parts)
-                found.append(one if isinstance(one, Dropped) else one.remarked(*item.remarks))
+                found.append(one if isinstance(one, Dropped) else one.remarked(*item.remarks, *self._unknown(one)))
             else:
                 found.append(item)
         return found
@@ -167,6 +167,18 @@ class PromptEncoder:
         if not start:
             return Dropped("the prompt encodes to no token, and the tokenizer has no BOS to stand for it", fatal=True)
         return start, completions
+
+    def _unknown(self, one: Fitted) -> list[str]:
+        """Say so if a part holds the token for what a tokenizer does not know."""
+        parts = () if self._unk is None else (one.prompt.prompt, *one.prompt.completions)
+        return [WITH_UNKNOWN] if any(self._unk in ids for ids in parts) else []
+
+    @cached_property
+    def _unk(self) -> int | None:
+        """None where that token has another meaning, as GPT-2's, or never comes, as in bytes."""
+        found: int | None = self.tokenizer.unk_token_id
+        others = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        return None if found in others else found
 
     def _fitted(
         self,

@@ -37,12 +37,17 @@ WITHOUT_HEADER = (
     "rendered without the header that generation adds, because the template does not begin their completions with it"
 )
 WITHOUT_THOUGHTS = "with thoughts in earlier turns, which the chat template leaves out, in generation too"
+WITH_UNKNOWN = "with characters that the tokenizer does not know, which are one and the same token"
 REPEATS_PROMPT = "in which every completion begins with the whole prompt"
 REPEATS_QUESTION = "in which every completion begins with the whole question"
 
 _REWRITES = (
     "the chat template rewrites history: the rendered conversation does not begin with the rendered prompt. "
     "Set `chat_template_kwargs`, or use a template that leaves earlier messages as they are"
+)
+_GOES_ON = (
+    "the chat template writes text after the EOS of a completion, which would be trained on; give one that ends there "
+    "with `--data.chat_template FILE`"
 )
 _KEEPING = "give one that keeps it with `--data.chat_template FILE`"
 _LEAST_REPEATED = 16  # characters: answers to "Hi" may well begin with it
@@ -143,6 +148,8 @@ class Renderer:
                 lost = surviving(whole[len(before) :], completion).lost  # it begins with what the header ends in
             if lost:
                 return Dropped(f"the chat template loses {lost} in `{name}`; {_KEEPING}", fatal=True)
+            if self._goes_on(texts[name], completion[-1]):
+                return Dropped(_GOES_ON, fatal=True)
         asked = surviving(start, prompt, earlier=True)
         if lost := asked.lost or lost_of_template(start, more):
             return Dropped(f"the chat template loses {lost} in the prompt; {_KEEPING}", fatal=True)
@@ -156,6 +163,16 @@ class Renderer:
             REPEATS_QUESTION: _repeats(prompt[-1]["content"], said),
         }
         return Rendered(start, texts, True, tuple(remark for remark, holds in remarks.items() if holds))
+
+    def _goes_on(self, text: str, last: Message) -> bool:
+        """Whether text follows the EOS of the last message, as after a literal newline in a template."""
+        end: str | None = self.tokenizer.eos_token
+        if not end or end not in text:
+            return False
+        after = text.rpartition(end)[2].strip()
+        return (
+            bool(after) and after not in self.tokenizer.get_added_vocab() and surviving(after, [last]).lost is not None
+        )
 
     def _is_heard(
         self, name: str, prompt: list[Message], completions: dict[str, list[Message]], more: Mapping[str, Any]
