@@ -264,6 +264,15 @@ def test_every_tool_has_to_be_in_the_prompt() -> None:
     assert refusal(template(), row) == "the chat template does not read the row's `tools`"
 
 
+def test_documents_have_to_be_in_the_prompt() -> None:
+    row = pair(template={"documents": [{"title": "t", "text": "It is 4."}]})
+    assert decoded(template(before="{{ documents[0]['text'] }}"), row)[0].startswith("It is 4.<|user|>")
+    assert "loses a document in the prompt" in refusal(template(before="{{ documents | length }}"), row)
+    everywhere = {"tools": [{"type": "function", "function": {"name": "add"}}]}
+    say = "{% if tools and false %}{% endif %}"
+    assert "loses a tool in the prompt" in encode(template(before=say), pair(), chat_template_kwargs=everywhere).reason
+
+
 # --- arguments of the template ----------------------------------------------------------------------------------------
 
 THINKS = "{% if add_generation_prompt %}{{ '<|assistant|>' + ('' if enable_thinking else '!') }}{% endif %}"
@@ -305,6 +314,15 @@ def test_a_named_template_is_asked_where_it_is_taken() -> None:
     PromptEncoder(tokenizer, chat_template_kwargs={"style": "loud"}).check_template()
     with pytest.raises(DataError, match="does not read `stile`, but `style`"):
         PromptEncoder(tokenizer, chat_template_kwargs={"stile": "loud"}).check_template()
+
+
+def test_a_template_of_typed_parts_alone_gets_them() -> None:
+    """As those of models that see: some show no text that is given as it is, some refuse it."""
+    for read in ("{{ part['text'] }}", "{{ part.text + '' }}"):
+        turn = "{{ '<|' + m['role'] + '|>' }}{% for part in m['content'] %}" + read + "{% endfor %}{{ '<|end|>\n' }}"
+        assert decoded(template(turn), pair()) == decoded(template(), pair())
+    printed = TURN.replace("m['content']", "(m['content'] if m['content'] is string else m['content'] | string)")
+    assert decoded(template(printed), pair()) == decoded(template(), pair())
 
 
 def test_every_tag_of_transformers_can_be_asked() -> None:

@@ -137,8 +137,8 @@ def _check_written(prompt: str, completions: Mapping[str, str]) -> None:
         return
     raise DataError(
         f"Expected text in `{written[0]}` but it is a conversation that is written as a string. Where all parts are, "
-        "`--data.format Triples` reads them; a prompt beside whole conversations `ImplicitPrompt` does, and "
-        "conversations beside answers `ShareGPT`, with their column as `--data.format.conversations`."
+        "`--data.format Triples` reads them; a prompt and whole conversations `ImplicitPrompt` does, and "
+        "conversations with text as answers `ShareGPT`, with their column as `--data.format.conversations`."
     )
 
 

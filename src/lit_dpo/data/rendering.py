@@ -8,6 +8,7 @@ This stands behind every format, a user's own too:
   Templates of reasoning models leave these out in generation too, so that leaving them out is what is trained for;
   such rows are counted.
 - Blanks around a text, and those between a thought and what follows it, are the template's.
+- A message is given as text, or as a typed part to a template that reads nothing else, as those of models that see.
 - Arguments of tool calls are given as objects, as templates expect them, and as JSON text to one that puts them into a
   text as they are. Nulls in tools and their calls, which Arrow adds because other rows have such keys, are left out.
 - An argument of the template that changes nothing is refused.
@@ -18,12 +19,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_dpo.data.formats.base import Message, Preference, Ranking
 from lit_dpo.data.formats.cells import without_nulls
-from lit_dpo.data.survival import lost_of_template, surviving
+from lit_dpo.data.survival import lost_of_template, surviving, text_of
 from lit_dpo.data.templates import unread
 from lit_dpo.data.truncation import ALL_TIE, Dropped, used_places
 from lit_dpo.errors import DataError, first_line
@@ -50,6 +51,7 @@ _GOES_ON = (
     "with `--data.chat_template FILE`"
 )
 _KEEPING = "give one that keeps it with `--data.chat_template FILE`"
+_PROBE = "What is the answer?"
 _LEAST_REPEATED = 16  # characters: answers to "Hi" may well begin with it
 
 
@@ -119,7 +121,8 @@ class Renderer:
             if said := unread(self.tokenizer, name, more):
                 return Dropped(said, fatal=True)
         failed: list[Dropped] = []
-        for form in _forms([*prompt, *(message for one in completions.values() for message in one)]):
+        all_messages = [*prompt, *(message for one in completions.values() for message in one)]
+        for form in _forms(all_messages, in_parts=self._reads_parts):
             try:
                 found = self._attempt(form(prompt), {name: form(one) for name, one in completions.items()}, more)
             except Exception as error:  # templates raise whatever they like: jinja2 errors, TypeError, KeyError
@@ -151,18 +154,29 @@ class Renderer:
             if self._goes_on(texts[name], completion[-1]):
                 return Dropped(_GOES_ON, fatal=True)
         asked = surviving(start, prompt, earlier=True)
-        if lost := asked.lost or lost_of_template(start, more):
+        if lost := asked.lost or lost_of_template(start, {**self.arguments, **more}):
             return Dropped(f"the chat template loses {lost} in the prompt; {_KEEPING}", fatal=True)
         for name in more:
             if name not in ("tools", "documents") and not self._is_heard(name, prompt, completions, more):
                 return Dropped(f"the row's `{name}` changes nothing of what the chat template renders", fatal=True)
-        said = (one[0].get("content") for one in completions.values())
         remarks = {
             WITHOUT_HEADER: not header,
             WITHOUT_THOUGHTS: asked.without_thoughts,
-            REPEATS_QUESTION: _repeats(prompt[-1]["content"], said),
+            REPEATS_QUESTION: _repeats(text_of(prompt[-1]), (text_of(one[0]) for one in completions.values())),
         }
         return Rendered(start, texts, True, tuple(remark for remark, holds in remarks.items() if holds))
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the template shows typed parts, and no text that is given as it is."""
+
+        def shows(content: Any) -> bool:
+            try:
+                return _PROBE in self._apply([{"role": "user", "content": content}], {})
+            except Exception:  # of whatever kind
+                return False
+
+        return not shows(_PROBE) and shows([_part(_PROBE)])
 
     def _goes_on(self, text: str, last: Message) -> bool:
         """Whether text follows the EOS of the last message, as after a literal newline in a template."""
@@ -201,22 +215,32 @@ class Renderer:
 # --- messages as templates expect them -------------------------------------------------------------------------------
 
 
-def _forms(messages: Sequence[Message]) -> list[Callable[[list[Message]], list[Message]]]:
+def _forms(messages: Sequence[Message], *, in_parts: bool) -> list[Callable[[list[Message]], list[Message]]]:
     """Return ways to write messages with tool calls, the best one first; one way for messages without."""
     if not any(message.get("tool_calls") or message.get("content") is None for message in messages):
-        return [list]
+        return [_in_parts if in_parts else list]
     pairs = [(arguments, nothing) for nothing in ("", None) for arguments in (_as_object, _as_text)]
-    return [partial(_written, arguments=arguments, nothing=nothing) for arguments, nothing in pairs]
+    return [partial(_written, arguments=arguments, nothing=nothing, in_parts=in_parts) for arguments, nothing in pairs]
 
 
-def _written(messages: Sequence[Message], *, arguments: Callable[[Any], Any], nothing: str | None) -> list[Message]:
+def _written(
+    messages: Sequence[Message], *, arguments: Callable[[Any], Any], nothing: str | None, in_parts: bool
+) -> list[Message]:
     """Write messages: the arguments of their calls in one form, and nothing as the content of calls alone."""
     found = []
     for message in messages:
         calls = [_call(one, arguments) for one in message.get("tool_calls") or ()]
         content = message.get("content") or (nothing if calls else "")
         found.append({**message, "content": content, **({"tool_calls": calls} if calls else {})})
-    return found
+    return _in_parts(found) if in_parts else found
+
+
+def _in_parts(messages: Sequence[Message]) -> list[Message]:
+    return [{**message, "content": [_part(text_of(message))]} for message in messages]
+
+
+def _part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
 
 
 def _call(call: Any, arguments: Callable[[Any], Any]) -> Any:

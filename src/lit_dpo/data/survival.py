@@ -33,7 +33,7 @@ def surviving(text: str, messages: Sequence[Message], *, earlier: bool = False) 
 
     Args:
         text: the rendered one.
-        messages: with text as their content.
+        messages: with text as their content, or typed parts of it.
         earlier: whether they are turns before the completion, of which a thought may be missing.
 
     Example:
@@ -75,16 +75,22 @@ def lost_of_template(text: str, arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
+def text_of(message: Message) -> str:
+    """Return what a message says, in one text or in typed parts."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
 def _are_plain(messages: Sequence[Message]) -> bool:
-    """Whether they have a role and a content alone, as nearly all; looking at these takes a third of the time."""
-    return all(len(message) == 2 for message in messages)
+    """Whether they have a role and a text alone, as nearly all; looking at these takes a third of the time."""
+    return all(len(message) == 2 and isinstance(message["content"], str) for message in messages)
 
 
 def _parts(message: Message) -> Iterator[tuple[str, str]]:
     thought = next((message[name] for name in _THOUGHTS if isinstance(message.get(name), str)), "").strip()
     if thought:
         yield "the thought", thought
-    if content := (message.get("content") or "").strip():
+    if content := text_of(message).strip():
         yield "the text", content
 
 

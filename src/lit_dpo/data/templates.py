@@ -74,8 +74,7 @@ def unread(
     known = _known(tokenizer, "tools" in arguments, every)
     if name in known:
         return None
-    own = sorted(known - _GIVEN - tokenizer.special_tokens_map.keys())
-    close = difflib.get_close_matches(name, own, n=2) or own
+    close = difflib.get_close_matches(name, sorted(known - _GIVEN - tokenizer.special_tokens_map.keys()), n=2)
     whose = "" if every else "the row's "
     return f"the chat template does not read {whose}`{name}`" + (f", but {_quoted(close)}" if close else "")
 
