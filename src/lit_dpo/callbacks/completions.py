@@ -134,7 +134,7 @@ def _question(prompt: str | list[Message]) -> str:
     if isinstance(prompt, str):
         return prompt
     said = [message["content"] for message in prompt if message["role"] == "user"]
-    return str(said[-1] if said else prompt[-1]["content"])
+    return str(said[-1] if said else prompt[-1].get("content") or "")
 
 
 def _until(ends: set[int], row: list[int]) -> list[int]:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from lit_dpo.data.formats.base import Preference, Ranking
-from lit_dpo.data.formats.cells import ANY, RANGES
+from lit_dpo.data.formats.cells import (
+    ANY,
+    RANGES,
+    check_text,
+    is_written_conversation,
+    says_something,
+    short,
+)
 from lit_dpo.errors import DataError
 
 Choice: TypeAlias = Literal["all", "best_worst", "best_rest", "adjacent"]
 Ties: TypeAlias = Literal["drop", "half"]
+
+_OTHERS = ("system", "developer", "user", "tool", "function")  # whoever else speaks answers, under any name
 
 
 class Compared(NamedTuple):
@@ -73,18 +82,93 @@ class Comparing(NamedTuple):
         return list(pairwise(order) if self.choice == "adjacent" else combinations(order, 2))
 
 
-def check_row(row: Preference | Ranking, comparing: Comparing) -> None:
-    """See that what a format says of a row holds together, and that its numbers are some that can be used.
+def check_row(row: object, comparing: Comparing) -> None:
+    """See that what a format says of a row holds together, and that its parts and numbers are some that can be used.
+
+    This stands behind every format, a user's own too: a prompt that asks something, completions that say something and
+    do not begin with the prompt's messages, text that is no conversation written as a string.
 
     Raises:
-        DataError: if not.
+        DataError: if not, naming the field of the `Preference` or `Ranking`.
     """
+    if not isinstance(row, Preference | Ranking):
+        raise DataError(
+            f"Expected the format's `read` to return a `Preference`, a `Ranking` or `Skipped` but got {short(row)}."
+        )
+    for name, given in (("columns", row.columns), ("template", row.template)):
+        if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+            raise DataError(f"Expected values by name in `{name}` but got {short(given)}.")
     if isinstance(row, Ranking):
         _check_ranking(row, comparing)
-    parts = (row.prompt, row.chosen, row.rejected) if isinstance(row, Preference) else (row.prompt, *row.completions)
-    if len({isinstance(part, str) for part in parts}) > 1:
-        raise DataError("Expected the prompt and its completions all as text, or all as lists of messages.")
-    for name, value in row.columns.items():
+        completions: dict[str, Any] = {f"completions[{place}]": one for place, one in enumerate(row.completions)}
+    else:
+        completions = {"chosen": row.chosen, "rejected": row.rejected}
+    kinds = {name: _kind(part) for name, part in (("prompt", row.prompt), *completions.items())}
+    if {*kinds.values()} not in ({"text"}, {"messages"}):
+        found = ", ".join(f"`{name}` is {kind}" for name, kind in kinds.items())
+        raise DataError(
+            f"Expected the prompt and its completions all as text, or all as lists of messages, but {found}."
+        )
+    if isinstance(row.prompt, str):
+        _check_text(row.prompt, completions)
+    else:
+        _check_conversation(row.prompt, completions)
+    _check_columns(row.columns)
+
+
+def _kind(part: object) -> str:
+    return "text" if isinstance(part, str) else "messages" if isinstance(part, list) else short(part)
+
+
+def _check_text(prompt: str, completions: Mapping[str, str]) -> None:
+    if not prompt:
+        raise DataError("Expected text in `prompt` but it is empty.")
+    for name, text in completions.items():
+        check_text(name, text)
+    _check_written(prompt, completions)
+
+
+def _check_written(prompt: str, completions: Mapping[str, str]) -> None:
+    """See that a text is no conversation written as a string: of completions all are, or they say what they say."""
+    written = [name for name, text in completions.items() if is_written_conversation(text)]
+    if is_written_conversation(prompt):
+        written = ["prompt"]
+    elif len(written) < len(completions):
+        return
+    raise DataError(
+        f"Expected text in `{written[0]}` but it is a conversation that is written as a string. Where all parts are, "
+        "`--data.format Triples` reads them; a prompt and whole conversations `ImplicitPrompt` does, and "
+        "conversations with text as answers `ShareGPT`, with their column as `--data.format.conversations`."
+    )
+
+
+def _check_conversation(prompt: list[Any], completions: Mapping[str, list[Any]]) -> None:
+    for name, messages in (("prompt", prompt), *completions.items()):
+        if not messages:
+            raise DataError(f"Expected at least one message in `{name}` but the list is empty.")
+        for number, message in enumerate(messages):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise DataError(f"Expected a `role` in message {number} of `{name}` but got {short(message)}.")
+            content = message.get("content")
+            if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+                raise DataError(
+                    f"Expected text as the `content` of message {number} of `{name}` but got {short(content)}."
+                )
+    for name, messages in completions.items():
+        if messages[: len(prompt)] == prompt:
+            raise DataError(
+                f"Expected only the completion in `{name}` but it begins with the messages of `prompt`. Leave them out "
+                "there, or read whole conversations with `ImplicitPrompt`."
+            )
+        if not any(says_something(one) for one in messages if one["role"] not in _OTHERS):
+            raise DataError(f"Expected an assistant message with text in `{name}` but got {short(messages)}.")
+    _check_written(
+        prompt[-1].get("content") or "", {name: one[0].get("content") or "" for name, one in completions.items()}
+    )
+
+
+def _check_columns(columns: Mapping[str, Any]) -> None:
+    for name, value in columns.items():
         for one in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:
             if not _is_number(one, *RANGES.get(name, ANY)):
                 low, high = RANGES.get(name, ANY)
@@ -94,6 +178,8 @@ def check_row(row: Preference | Ranking, comparing: Comparing) -> None:
 
 
 def _check_ranking(row: Ranking, comparing: Comparing) -> None:
+    if not isinstance(row.completions, list | tuple):
+        raise DataError(f"Expected a list of `completions` but got {short(row.completions)}.")
     count = len(row.completions)
     if count < 2:
         raise DataError(f"Expected at least two completions but got {count}.")

@@ -18,13 +18,22 @@ from lit_dpo.data.comparisons import Choice, Comparing, Ties
 from lit_dpo.data.encode import PromptEncoder
 from lit_dpo.data.encoding import encode_table
 from lit_dpo.data.formats import Auto, Preference, PreferenceFormat, Ranking
-from lit_dpo.data.formats.recognition import HEAD, choice, option
+from lit_dpo.data.formats.recognition import (
+    HEAD,
+    check_unread,
+    choice,
+    option,
+    without_columns,
+    written_conversations,
+)
+from lit_dpo.data.formats.turns import TEMPLATE
 from lit_dpo.data.loader import PromptDataset, PromptLoader, loader_options
 from lit_dpo.data.position import first_position, position
 from lit_dpo.data.reports import Ask, check_budget, check_lists, check_tokens, report, warn
 from lit_dpo.data.sampler import PromptSampler
 from lit_dpo.data.sources import RowSource, Source, load_rows, with_columns
 from lit_dpo.data.table import PromptTable
+from lit_dpo.data.templates import read_template, with_template
 from lit_dpo.data.truncation import Truncation, check_limits
 from lit_dpo.errors import DataError, PolicyError
 from lit_dpo.hub import locate, split_revision
@@ -83,7 +92,12 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: processes that collate batches. Encoding is done by then, and collating takes some milliseconds,
             about what a process takes to hand a batch over: 0 is rarely slow.
         seed: of the order of training and of `val_split`.
-        chat_template_kwargs: more arguments for the tokenizer's chat template.
+        chat_template_kwargs: more arguments for the chat template; those that it does not name are refused. A row has
+            its own in a column of this name.
+        chat_template: a file that holds the chat template, in Jinja, by which conversations are trained and which is
+            exported with the adapter. None: the tokenizer's own.
+        ignore_columns: columns that are left out, as if the files did not have them. What looks like a part of the
+            prompt or like a label is refused otherwise, if the format does not read it.
         on_bad_row: what happens to rows that cannot be used (broken JSON, a missing completion, with `truncation=error`
             one that is too long): `error`, all of them are reported by what is wrong, and nothing is loaded; `drop`,
             they are reported and left out. A file without any other row is an error.
@@ -116,6 +130,8 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         chat_template_kwargs: dict[str, Any] | None = None,
+        chat_template: str | None = None,
+        ignore_columns: list[str] | None = None,
         on_bad_row: OnBadRow = "error",
         encoding: str | None = None,
     ) -> None:
@@ -148,6 +164,8 @@ class PreferenceDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.chat_template_kwargs = chat_template_kwargs or {}
+        self.chat_template = chat_template
+        self.ignore_columns = ignore_columns or []
         self.on_bad_row: OnBadRow = on_bad_row
         self.encoding = encoding
         self._tables: dict[str, PromptTable | None] = {}
@@ -332,21 +350,37 @@ class PreferenceDataModule(LightningDataModule):
     def _encode(self, split: str) -> PromptTable:
         source = self.sources[split]
         assert source is not None
+        encoder = self._get_encoder()
         sources = load_rows(source, None, stage=split.partition("/")[0], encoding=self.encoding, keep_bad=True)
+        sources = without_columns(sources, self.ignore_columns)
         format = self._format_of(split, sources)
-        sources = [with_columns(one, format.columns, format.optional_columns) for one in sources]
-        table = encode_table(sources, format, self._get_encoder(), self.comparing, self.group_by_prompt)
+        sources = [with_columns(one, format.columns, (*format.optional_columns, TEMPLATE)) for one in sources]
+        table = encode_table(sources, format, encoder, self.comparing, self.group_by_prompt)
         if said := check_bad_rows(split, table, self.on_bad_row):
             warn(said)
-        report(split, table, self.truncation, self.comparing, self.group_by_prompt)
+        options = {"chat_template": self.chat_template, "chat_template_kwargs": self.chat_template_kwargs}
+        set_ones = [name for name, value in options.items() if value]
+        report(split, table, self.truncation, self.comparing, self.group_by_prompt, set_ones)
         check_budget(split, table, self.max_tokens)
         return table
 
     def _format_of(self, split: str, sources: Sequence[RowSource]) -> PreferenceFormat:
+        """Return the format that reads a split, after a look at what it does not read."""
+        heads = [one.head(HEAD) for one in sources]
+        format = self._named_or_recognised(split, sources, heads)
+        for one in sources:
+            check_unread(one.name, format, one.rows.column_names, one.rows.cells)
+        if written := sorted({column for head in heads for column in written_conversations(format, head)}):
+            columns = ", ".join(map("`{}`".format, written))
+            rank_zero_info(f"{split}: conversations are written as strings in {columns}, and read as messages")
+        return format
+
+    def _named_or_recognised(
+        self, split: str, sources: Sequence[RowSource], heads: Sequence[Sequence[Mapping[str, Any]]]
+    ) -> PreferenceFormat:
         """Return the format that reads a split, and say which one was recognised."""
         if not isinstance(self.format, Auto):
             return self.format
-        heads = [one.head(HEAD) for one in sources]
         formats = [self.format.of(one.name, head) for one, head in zip(sources, heads, strict=True)]
         for one, format in zip(sources, formats, strict=True):
             if format != formats[0]:
@@ -365,13 +399,17 @@ class PreferenceDataModule(LightningDataModule):
         return self._encoder
 
     def _make_encoder(self) -> PromptEncoder:
-        return PromptEncoder(
-            self._load_tokenizer(),
+        template = None if self.chat_template is None else read_template(self.chat_template)
+        tokenizer = self._load_tokenizer()
+        encoder = PromptEncoder(
+            tokenizer if template is None else with_template(tokenizer, template),
             max_length=self.max_length,
             max_prompt_length=self.max_prompt_length,
             truncation=self.truncation,
             chat_template_kwargs=self.chat_template_kwargs,
         )
+        encoder.check_template()
+        return encoder
 
     @property
     def _policy_now(self) -> LoRAPolicy | None:

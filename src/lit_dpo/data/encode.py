@@ -8,6 +8,10 @@ ends in one EOS.
 
 **Conversations.** The chat template renders the prompt (with the header of the completion, as for generation) and each
 whole conversation; no special token is added to what it renders, except an EOS after a completion that ends with none.
+What has to survive there, `rendering.py` says.
+
+Two completions that are equal as they are given are kept, and counted; those that rendering, tokenising or a cut makes
+equal are left out, by reason: they teach nothing, and an optimizer like Adam makes steps of their rounding noise.
 """
 
 from __future__ import annotations
@@ -17,15 +21,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lit_dpo.data.batch import EncodedPrompt
 from lit_dpo.data.comparisons import Comparing
-from lit_dpo.data.formats.base import Message, Preference, Ranking
+from lit_dpo.data.formats.base import Preference, Ranking
+from lit_dpo.data.rendering import WITH_UNKNOWN, Rendered, Renderer
+from lit_dpo.data.templates import check_arguments
 from lit_dpo.data.tokens import Tokens, tokenizer_content
 from lit_dpo.data.truncation import (
     ALL_EQUAL,
-    ALL_TIE,
+    EQUAL_TOKENISED,
+    SOME_EQUAL,
     Dropped,
     Fitted,
     Limits,
@@ -33,20 +40,12 @@ from lit_dpo.data.truncation import (
     check_limits,
     merged,
     restricted,
+    still_apart,
     used_places,
 )
-from lit_dpo.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class _Rendered(NamedTuple):
-    """A row as text: its completions, each of which follows the prompt, by what errors call them."""
-
-    prompt: str
-    completions: dict[str, str]
-    is_conversation: bool
 
 
 @dataclass(frozen=True)
@@ -100,14 +99,15 @@ class PromptEncoder:
     def encode(self, rows: Sequence[Preference | Ranking]) -> list[Fitted | Dropped]:
         """Encode as a call does, and say which of each row's comparisons are left."""
         compared = [Comparing().of(row).comparisons for row in rows]
-        rendered = [self._render(row, pairs) for row, pairs in zip(rows, compared, strict=True)]
-        texts = [item for item in rendered if isinstance(item, _Rendered)]
+        rendered = [self._renderer(row, pairs) for row, pairs in zip(rows, compared, strict=True)]
+        texts = [item for item in rendered if isinstance(item, Rendered)]
         encoded = iter(self._tokens.encode([(text.prompt, [*text.completions.values()]) for text in texts]))
         found: list[Fitted | Dropped] = []
         for row, pairs, item in zip(rows, compared, rendered, strict=True):
-            if isinstance(item, _Rendered):
+            if isinstance(item, Rendered):
                 parts = self._checked(item, *next(encoded))
-                found.append(parts if isinstance(parts, Dropped) else self._fitted(row, pairs, *parts))
+                one = parts if isinstance(parts, Dropped) else self._fitted(row, pairs, *parts)
+                found.append(one if isinstance(one, Dropped) else one.remarked(*item.remarks, *self._unknown(one)))
             else:
                 found.append(item)
         return found
@@ -116,9 +116,27 @@ class PromptEncoder:
         """Apply the policy for what is too long."""
         return self._limits.fit(one)
 
+    def fit_apart(self, one: EncodedPrompt) -> Fitted | Dropped:
+        """Apply it, and leave out comparisons of completions that differ only beyond the cut."""
+        fitted = self.fit(one)
+        return fitted if isinstance(fitted, Dropped) else still_apart(one, fitted)
+
     @cached_property
     def _limits(self) -> Limits:
         return Limits(self.max_length, self.max_prompt_length, self.truncation, self._tokens.bos)
+
+    def check_template(self) -> None:
+        """See that the chat template reads `chat_template_kwargs`, before there is a row.
+
+        Raises:
+            DataError: if it does not.
+        """
+        check_arguments(self.tokenizer, self.chat_template_kwargs)
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        self.check_template()
+        return Renderer(self.tokenizer, self.chat_template_kwargs)
 
     @cached_property
     def _tokens(self) -> Tokens:
@@ -134,72 +152,33 @@ class PromptEncoder:
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
-    # --- text ------------------------------------------------------------------------------------------------------
-
-    def _render(self, row: Preference | Ranking, comparisons: Sequence[tuple[int, int]]) -> _Rendered | Dropped:
-        if not comparisons:
-            return Dropped(ALL_TIE)
-        if isinstance(row, Preference):
-            completions: dict[str, Any] = {"chosen": row.chosen, "rejected": row.rejected}
-        else:
-            completions = {f"completions[{place}]": row.completions[place] for place in used_places(comparisons)}
-        if not row.is_conversation:
-            if row.template:
-                return Dropped(f"{', '.join(row.template)} given with text, which no chat template renders", fatal=True)
-            return _Rendered(str(row.prompt), completions, is_conversation=False)
-        return self._render_conversation(row.prompt, completions, row.template)  # type: ignore[arg-type]
-
-    def _render_conversation(
-        self, prompt: list[Message], completions: dict[str, list[Message]], more: Mapping[str, Any]
-    ) -> _Rendered | Dropped:
-        if self.tokenizer.chat_template is None:
-            raise DataError(
-                "Expected a tokenizer with a chat template, because the data are conversations (lists of messages), "
-                f"but `{self.tokenizer.name_or_path}` has none. Use an instruction-tuned model's tokenizer, or text."
-            )
-        try:
-            for name in more:
-                without = {key: value for key, value in more.items() if key != name}
-                if self._apply_template(prompt, more) == self._apply_template(prompt, without):
-                    return Dropped(f"the chat template does not read the row's `{name}`", fatal=True)
-            wholes = [self._apply_template(prompt + completion, more) for completion in completions.values()]
-            # With the header of the completion, as for generation. A template may put things there (an empty thought)
-            # that it leaves out of a finished completion; the conversation without the header is then what all share.
-            for header in (True, False):
-                start = self._apply_template(prompt, more, header=header)
-                if all(whole.startswith(start) and len(whole) > len(start) for whole in wholes):
-                    texts = (whole[len(start) :] for whole in wholes)
-                    return _Rendered(start, dict(zip(completions, texts, strict=True)), is_conversation=True)
-        except Exception as error:  # templates raise whatever they like: jinja2 errors, TypeError, KeyError
-            return Dropped(f"the chat template refuses the conversation: {error}", fatal=True)
-        return Dropped(
-            "the chat template rewrites history: the rendered conversation does not begin with the rendered prompt. "
-            "Set `chat_template_kwargs`, or use a template that leaves earlier messages as they are",
-            fatal=True,
-        )
-
-    def _apply_template(self, messages: list[Message], more: Mapping[str, Any], header: bool = False) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=header, **{**self.chat_template_kwargs, **more}
-            )
-        )
-
     # --- tokens ----------------------------------------------------------------------------------------------------
 
     def _checked(
-        self, text: _Rendered, prompt: list[int], after: list[list[int]]
+        self, text: Rendered, prompt: list[int], after: list[list[int]]
     ) -> tuple[list[int], list[list[int]]] | Dropped:
         """Return the ids of the prompt and of each completion, with BOS and EOS."""
         completions = []
         for (name, completion_text), completion in zip(text.completions.items(), after, strict=True):
             if not completion:
-                return Dropped(f"`{name}` encodes to no token: {completion_text[:60]!r}", fatal=True)
+                return Dropped(f"`{name}` encodes to no token", fatal=True)
             completions.append(self._tokens.terminated(completion, completion_text, text.is_conversation))
         start = self._tokens.start(prompt, text.is_conversation)
         if not start:
             return Dropped("the prompt encodes to no token, and the tokenizer has no BOS to stand for it", fatal=True)
         return start, completions
+
+    def _unknown(self, one: Fitted) -> list[str]:
+        """Say so if a part holds the token for what a tokenizer does not know."""
+        parts = () if self._unk is None else (one.prompt.prompt, *one.prompt.completions)
+        return [WITH_UNKNOWN] if any(self._unk in ids for ids in parts) else []
+
+    @cached_property
+    def _unk(self) -> int | None:
+        """None where that token has another meaning, as GPT-2's, or never comes, as in bytes."""
+        found: int | None = self.tokenizer.unk_token_id
+        others = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        return None if found in others else found
 
     def _fitted(
         self,
@@ -208,15 +187,18 @@ class PromptEncoder:
         prompt: list[int],
         completions: list[list[int]],
     ) -> Fitted | Dropped:
-        if isinstance(row, Preference):  # kept even if its completions are equal
-            return self.fit(EncodedPrompt(prompt, completions))
+        if isinstance(row, Preference):
+            if completions[0] == completions[1] and row.chosen != row.rejected:  # equal as given they are kept
+                return Dropped(EQUAL_TOKENISED)
+            return self.fit_apart(EncodedPrompt(prompt, completions))
         place = {used: number for number, used in enumerate(used_places(comparisons))}
         renumbered = [(place[chosen], place[rejected]) for chosen, rejected in comparisons]
         one = merged(EncodedPrompt(prompt, completions, renumbered))
         differ = [number for number, (chosen, rejected) in enumerate(one.comparisons) if chosen != rejected]
         if not differ:
             return Dropped(ALL_EQUAL)
-        fitted = self.fit(restricted(one, differ))
+        fitted = self.fit_apart(restricted(one, differ))
         if isinstance(fitted, Dropped):
             return fitted
-        return fitted._replace(kept=[differ[number] for number in fitted.kept])
+        fitted = fitted._replace(kept=[differ[number] for number in fitted.kept])
+        return fitted.remarked(SOME_EQUAL) if len(differ) < len(comparisons) else fitted

@@ -15,6 +15,7 @@ from lit_dpo.data.comparisons import Compared, Comparing, check_row
 from lit_dpo.data.digests import code_digest
 from lit_dpo.data.encode import PromptEncoder
 from lit_dpo.data.formats.base import Preference, PreferenceFormat, Ranking, Skipped
+from lit_dpo.data.formats.turns import read_row
 from lit_dpo.data.grouping import merge_prompts
 from lit_dpo.data.sources import Rows, RowSource, Unread
 from lit_dpo.data.sources.base import OF_A_ROW, Parts, reason_of
@@ -115,7 +116,7 @@ def _fingerprint(source: RowSource, format: PreferenceFormat, encoder: PromptEnc
         return uuid4().hex  # rows in memory, of which no file is kept that could be asked for
     code = code_digest(_encode_rows, type(encoder), type(source.rows.reader), own=[type(format)])
     content = source.content or generate_fingerprint(source.rows.table)
-    key = [content, encoder.fingerprint, code, repr(format), *comparing]
+    key = [content, sorted(source.rows.column_names), encoder.fingerprint, code, repr(format), *comparing]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
@@ -184,7 +185,7 @@ def _read(
     if isinstance(row, Unread):
         return Dropped(row.reason, fatal=True)
     try:
-        found = format.read(row)
+        found = read_row(format, row)
         if isinstance(found, Skipped):
             return Dropped(found.reason)
         check_row(found, comparing)

@@ -36,6 +36,7 @@ class _Row(NamedTuple):
     ranked: int
     dropped: str
     bad: int
+    remarks: list[str]
 
 
 def merge_prompts(table: PromptTable, encoder: PromptEncoder, most: int, keys: Sequence[str]) -> PromptTable:
@@ -159,7 +160,7 @@ def _rows(table: PromptTable, numbers: list[int]) -> Iterator[_Row]:
         return
     cells: Table = table.encoded[numbers].combine_chunks()
     columns = [lists(cells.column(stored(name))) for name in table.columns]
-    facts = [cells.column(name).to_pylist() for name in ("prompt_key", "ranked", "dropped", "bad")]
+    facts = [cells.column(name).to_pylist() for name in ("prompt_key", "ranked", "dropped", "bad", "remarks")]
     examples = examples_of(cells)
     values = zip(*columns, strict=True) if columns else repeat([])
     for number, example, numbers_of, *rest in zip(numbers, examples, values, *facts, strict=False):
@@ -187,7 +188,10 @@ def _parts(rows: list[_Row], most: int, encoder: PromptEncoder) -> Iterator[list
 def _fitted(rows: list[_Row], encoder: PromptEncoder) -> Fitted | Dropped:
     if rows[0].dropped:
         return Dropped(rows[0].dropped, fatal=bool(rows[0].bad))
-    return encoder.fit(_together([row.example for row in rows]))
+    result = encoder.fit_apart(_together([row.example for row in rows]))
+    if isinstance(result, Dropped):
+        return result
+    return result.remarked(*(remark for row in rows for remark in row.remarks))
 
 
 def _together(examples: list[EncodedPrompt]) -> EncodedPrompt:

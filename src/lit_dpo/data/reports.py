@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
 from lit_dpo.data.comparisons import Comparing
+from lit_dpo.data.rendering import REPEATS_PROMPT
 from lit_dpo.data.table import PromptTable
 from lit_dpo.errors import DataError
 
@@ -23,9 +24,23 @@ _AT_ONCE = 4096
 
 
 def report(
-    split: str, table: PromptTable, truncation: str, comparing: Comparing, group_by_prompt: int | None = None
+    split: str,
+    table: PromptTable,
+    truncation: str,
+    comparing: Comparing,
+    group_by_prompt: int | None = None,
+    of_templates: Sequence[str] = (),
 ) -> None:
-    """One line for dropped examples, one for what cannot teach anything, one for each option that changes nothing."""
+    """One line for dropped examples, one for what cannot teach anything, one for each option that changes nothing.
+
+    Args:
+        split: its name.
+        table: what was encoded.
+        truncation: as it was encoded.
+        comparing: as well.
+        group_by_prompt: as well.
+        of_templates: the options of chat templates that are set.
+    """
     _report_dropped(split, table, truncation)
     if lost := table.lost:
         line = f"{lost} of {lost + len(table.completion_lengths)} completions dropped with their comparisons: too long"
@@ -35,8 +50,12 @@ def report(
             f"{split}: {table.identical} of {table.comparisons_count} {_compared(table)} have two equal completions; "
             "kept, but they teach nothing"
         )
+    _report_remarks(split, table)
     for line in _without_effect(table, comparing, group_by_prompt):
         rank_zero_info(f"{split}: {line}")
+    if of_templates and not table.holds_conversations:
+        named = " and ".join(f"`{name}`" for name in of_templates)
+        rank_zero_info(f"{split}: {named} changes nothing, for the rows are text, which no chat template renders")
     if not table.holds_pairs:
         share = table.lengths.sum() / _written_out(table)
         rank_zero_info(f"{split}: {table.summary}; {share:.2f} of the tokens of as many pairs")
@@ -56,6 +75,18 @@ def _report_dropped(split: str, table: PromptTable, truncation: str) -> None:
         remedy = " Raise `max_length` or set another `truncation`." if too_long else ""
         raise DataError(f"{split}: no {unit} are left, {line}.{remedy}")
     rank_zero_info(f"{split}: {line}")
+
+
+def _report_remarks(split: str, table: PromptTable) -> None:
+    """One line for each remark; where most prompts are in their completions once more, the columns are read wrongly."""
+    for remark, count in table.remarks.most_common():
+        line = f"{count} of {table.size} {table.unit} {remark}"
+        if remark == REPEATS_PROMPT and 2 * count > table.size:
+            raise DataError(
+                f"{split}: {line}: it would be trained on twice, once as the prompt. Leave it out of the completions, "
+                "or read them with a format of your own (docs/extending.md)."
+            )
+        rank_zero_info(f"{split}: {line}")
 
 
 def _compared(table: PromptTable) -> str:

@@ -38,6 +38,7 @@ def features(columns: Sequence[str], **more: Any) -> Features:
             "ranked": number,
             "dropped": Value("string"),
             "bad": number,
+            "remarks": List(Value("string")),
             **{stored(name): List(Value("float64")) for name in columns},
             **more,
         }
@@ -64,6 +65,7 @@ def laid_out(results: Sequence[Fitted | Dropped], identical: Sequence[bool | Non
         "lost": [one.lost for one in fitted],
         "dropped": [result.reason if isinstance(result, Dropped) else "" for result in results],
         "bad": [int(isinstance(result, Dropped) and result.fatal) for result in results],
+        "remarks": [list(one.remarks) for one in fitted],
     }
 
 

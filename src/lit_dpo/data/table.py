@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lit_dpo.data.bad_rows import form
 from lit_dpo.data.batch import CompletionBatch, collate
 from lit_dpo.data.formats.base import Preference, PreferenceFormat, Ranking, Skipped
+from lit_dpo.data.formats.turns import read_row
 from lit_dpo.data.sources import RowSource
 from lit_dpo.data.storage import EXAMPLE, ROW_NUMBERS, counts_of, examples_of, inner_of, ragged, stored, values_of
 from lit_dpo.errors import DataError
@@ -75,6 +76,11 @@ class PromptTable(NamedTuple):
         return bool((self.completions_per_prompt == 2).all() and (self.comparisons_per_prompt == 1).all())
 
     @property
+    def holds_conversations(self) -> bool:
+        """Whether the first example is messages rather than text."""
+        return bool(self.size) and self.preference(self.first_row(0)).is_conversation
+
+    @property
     def unit(self) -> str:
         """What reports call the examples."""
         return "pairs" if self.holds_pairs else "prompts"
@@ -121,6 +127,14 @@ class PromptTable(NamedTuple):
         reasons = self._column("dropped").take(places).to_pylist()
         rows = values_of(self._column(ROW_NUMBERS).take(places)) if self.is_merged else places
         return sorted(zip(rows.tolist(), reasons, strict=True))
+
+    @property
+    def remarks(self) -> Counter[str]:
+        """How many of the examples that are used have each remark."""
+        from pyarrow.compute import list_flatten
+
+        flat = list_flatten(self._column("remarks").take(self.rows))
+        return Counter({one["values"]: one["counts"] for one in flat.value_counts().to_pylist()})
 
     # --- lengths ---------------------------------------------------------------------------------------------------
 
@@ -180,7 +194,7 @@ class PromptTable(NamedTuple):
     def preference(self, row: int) -> Preference | Ranking:
         """Read the raw preference or ranking of a row number."""
         number, inside = self.find(row)
-        found = self.format.read(self.sources[number].rows[inside])
+        found = read_row(self.format, self.sources[number].rows[inside])
         if isinstance(found, Skipped):
             raise LookupError(f"Expected a row that is used but {self.place(row)} is not: {found.reason}.")
         return found

@@ -11,6 +11,9 @@ Truncation: TypeAlias = Literal["drop", "truncate_prompt", "truncate_completion"
 
 ALL_TIE = "all completions tie"
 ALL_EQUAL = "all completions that are compared are equal"
+EQUAL_TOKENISED = "the completions are equal once tokenised"
+EQUAL_CUT = "the completions are equal once cut to the limits"
+SOME_EQUAL = "of which comparisons between equal completions are left out"
 
 
 class Dropped(NamedTuple):
@@ -33,11 +36,17 @@ class Fitted(NamedTuple):
         prompt: within the limits; each completion is compared with one.
         kept: which of the comparisons are left, by their places before, ascending.
         lost: completions that were left out because they are too long.
+        remarks: what else is said of it, in words without its own; examples are counted by them.
     """
 
     prompt: EncodedPrompt
     kept: Sequence[int]
     lost: int = 0
+    remarks: tuple[str, ...] = ()
+
+    def remarked(self, *remarks: str) -> Fitted:
+        """Return it with more remarks."""
+        return self._replace(remarks=tuple(dict.fromkeys((*self.remarks, *remarks)))) if remarks else self
 
 
 class Limits(NamedTuple):
@@ -145,6 +154,30 @@ def restricted(one: EncodedPrompt, kept: Collection[int]) -> EncodedPrompt:
     new = {place: number for number, place in enumerate(used)}
     renumbered = [(new[chosen], new[rejected]) for chosen, rejected in comparisons]
     return EncodedPrompt(one.prompt, [one.completions[place] for place in used], renumbered)
+
+
+def still_apart(before: EncodedPrompt, fitted: Fitted) -> Fitted | Dropped:
+    """Leave out comparisons of completions that were cut to the same.
+
+    Args:
+        before: the prompt.
+        fitted: what the limits left of it.
+    """
+
+    def differ(one: EncodedPrompt, number: int) -> bool:
+        chosen, rejected = one.comparisons[number]
+        return one.completions[chosen] != one.completions[rejected]
+
+    one = fitted.prompt
+    if one is before:
+        return fitted
+    apart = [place for place, number in enumerate(fitted.kept) if differ(one, place) or not differ(before, number)]
+    if len(apart) == len(fitted.kept):
+        return fitted
+    if not apart:
+        return Dropped(EQUAL_CUT)
+    kept = [fitted.kept[place] for place in apart]
+    return fitted._replace(prompt=restricted(one, apart), kept=kept).remarked(SOME_EQUAL)
 
 
 def used_places(comparisons: Sequence[tuple[int, int]]) -> list[int]:

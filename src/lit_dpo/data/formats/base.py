@@ -26,7 +26,7 @@ class Preference(NamedTuple):
             `probability` in [0, 1] that it is the better one: the share of annotators who said so. Any other name
             travels as it is, to losses, metrics and predictions.
         template: of a conversation, arguments of the chat template for this row alone: `{"tools": […]}`. A row is
-            refused if they change nothing of the rendered prompt.
+            refused if they change nothing of what is rendered. Those in the column `chat_template_kwargs` are added.
     """
 
     prompt: str | list[Message]
@@ -94,6 +94,10 @@ class PreferenceFormat(ABC):
     Subclass it anywhere; nothing has to be registered. Options are dataclass fields, so that they are command-line
     arguments too (`--data.format my_lab.formats.QuestionAnswers --data.format.separator ": "`), and a changed option
     encodes the data anew.
+
+    What `read` returns is looked at behind every format: parts and numbers that can be trained on, completions that do
+    not begin with the prompt, and that nothing is lost where the chat template renders it. A column that looks like a
+    part of the prompt or like a label and is among no `columns` is refused (`--data.ignore_columns`).
 
     Example:
         >>> from dataclasses import dataclass

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -10,6 +13,7 @@ from lit_dpo.data.formats.base import Message
 from lit_dpo.errors import DataError
 
 ANY = (-math.inf, math.inf)
+_A_MESSAGE = re.compile(r"^\s*\[\s*\{")
 RANGES = {"weight": (0, math.inf), "probability": (0, 1)}
 
 
@@ -37,17 +41,79 @@ def kind_of(name: str, cell: object) -> str:
 
 
 def read_messages(name: str, cell: list[Any]) -> list[Message]:
-    """Return the cell's messages, without the keys that Arrow fills with null because another row has them."""
+    """Return the cell's messages: typed parts as one text, without what Arrow fills with null for other rows' sake."""
     if not cell:
         raise DataError(f"Expected at least one message in `{name}` but the list is empty.")
-    for number, message in enumerate(cell):
-        where = f"message {number} of `{name}`"
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise DataError(f"Expected a `role` and a `content` in {where} but got {short(message)}.")
-        calls = message["content"] is None and message.get("tool_calls")
-        if not (isinstance(message["content"], str) or calls):
-            raise DataError(f"Expected text as the `content` of {where} but got {short(message['content'])}.")
-    return [{key: value for key, value in message.items() if value is not None} for message in cell]
+    return [_read_message(f"message {number} of `{name}`", message) for number, message in enumerate(cell)]
+
+
+def _read_message(where: str, message: Any) -> Message:
+    calls = isinstance(message, dict) and message.get("tool_calls")
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not ("content" in message or calls):
+        raise DataError(f"Expected a `role` and a `content` in {where} but got {short(message)}.")
+    content = message.get("content")
+    if content is None and not calls:
+        raise DataError(f"Expected text as the `content` of {where} but got None.")
+    rest = {key: without_nulls(value) for key, value in message.items() if value is not None and key != "content"}
+    return {"role": rest.pop("role"), "content": read_content(where, content), **rest}
+
+
+def read_content(where: str, content: Any) -> str:
+    """Return the text of a message, which may be in typed parts; none is none.
+
+    Raises:
+        DataError: for a part that is no text, such as an image.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise DataError(f"Expected text as the content of {where} but got {short(content)}.")
+    return "".join(_part(where, part) for part in content)
+
+
+def _part(where: str, part: Mapping[str, Any]) -> str:
+    if part.get("type") not in ("text", "input_text", "output_text"):
+        raise DataError(f"Expected text in {where} but it holds {part.get('type') or short(part)}: not supported.")
+    text = part.get("text", part.get("value"))
+    if not isinstance(text, str):
+        raise DataError(f"Expected `text` in a part of {where} but got {short(part)}.")
+    return text
+
+
+def parsed(cell: Any) -> Any:
+    """Return what a cell holds that is written as a string: JSON, or the Python that pandas writes to `.csv`."""
+    if not isinstance(cell, str) or cell.lstrip()[:1] not in ("[", "{"):
+        return cell
+    for read in (json.loads, ast.literal_eval, _literal_array):
+        try:
+            return read(cell)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return cell
+
+
+def is_written_conversation(cell: Any) -> bool:
+    """Whether a cell is a string that holds a list of messages, rather than text that begins with a bracket."""
+    if not isinstance(cell, str) or cell.lstrip()[:1] != "[" or not _A_MESSAGE.search(cell):
+        return False
+    found = parsed(cell)
+    return isinstance(found, list) and bool(found) and all(_is_message(one) for one in found)
+
+
+def _is_message(one: Any) -> bool:
+    return isinstance(one, dict) and bool({"role", "from"} & one.keys()) and bool({"content", "value"} & one.keys())
+
+
+def _literal_array(cell: str) -> Any:
+    """Read the array of objects that pandas writes, with no comma between them."""
+    return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", cell))
+
+
+def without_nulls(value: Any) -> Any:
+    """Leave out what Arrow adds to objects because those of other rows have it."""
+    if isinstance(value, dict):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def check_text(name: str, text: str) -> None:
@@ -64,12 +130,13 @@ def check_messages(name: str, messages: list[Message]) -> None:
             f"Expected only the completion in `{name}` but it holds a conversation with a {others[0]} message. "
             "Put the messages before the completion in the prompt column."
         )
-    if not any(_says_something(message) for message in messages if message["role"] == "assistant"):
+    if not any(says_something(message) for message in messages if message["role"] == "assistant"):
         raise DataError(f"Expected an assistant message with text in `{name}` but got {short(messages)}.")
 
 
-def _says_something(message: Message) -> bool:
-    return bool(message.get("content", "").strip() or message.get("tool_calls"))
+def says_something(message: Message) -> bool:
+    """Whether a message has text, or calls a tool."""
+    return bool((message.get("content") or "").strip() or message.get("tool_calls"))
 
 
 def short(value: object, limit: int = 80) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_dpo.data.formats.base import Message, Preference, PreferenceFormat, Skipped
+from lit_dpo.data.formats.cells import is_written_conversation
 from lit_dpo.data.formats.turns import (
     apart,
     check_sides,
@@ -78,7 +79,7 @@ class ImplicitPrompt(PreferenceFormat):
     def _checked(self, row: Mapping[str, Any], shared: list[Message]) -> list[Message]:
         """Return the prompt, after a look at its own column."""
         given = row.get(self.prompt)
-        if isinstance(given, list) and given:
+        if (isinstance(given, list) and given) or is_written_conversation(given):
             given = messages(self.prompt, given)
             if shared[: len(given)] != given:
                 raise DataError(f"Expected `{self.chosen}` and `{self.rejected}` to begin with `{self.prompt}`.")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lit_dpo.data.formats.base import Preference, PreferenceFormat, Ranking, Skipped
-from lit_dpo.data.formats.cells import ANY, read_number, short
+from lit_dpo.data.formats.cells import ANY, parsed, read_number, short
 from lit_dpo.data.formats.questions import instructed
-from lit_dpo.data.formats.turns import answers, apart, assistant, check_sides, judged, messages, parsed, user
+from lit_dpo.data.formats.turns import answers, apart, assistant, check_sides, judged, messages, user
 from lit_dpo.errors import DataError
 
 _NAMED = {

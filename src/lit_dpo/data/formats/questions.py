@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_dpo.data.formats.base import Message, Preference, PreferenceFormat, Ranking
-from lit_dpo.data.formats.cells import short
-from lit_dpo.data.formats.turns import answers, assistant, pair, parsed, said, system_turn, text_in, user
+from lit_dpo.data.formats.cells import parsed, short
+from lit_dpo.data.formats.turns import answers, assistant, pair, said, system_turn, text_in, user
 from lit_dpo.errors import DataError
 
 

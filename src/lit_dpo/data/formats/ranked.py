@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_dpo.data.formats.base import Message, PreferenceFormat, Ranking, Skipped
-from lit_dpo.data.formats.cells import ANY, check_messages, read_number, short
+from lit_dpo.data.formats.cells import ANY, check_messages, parsed, read_number, short
 from lit_dpo.data.formats.implicit import HUMAN
 from lit_dpo.data.formats.turns import (
     answers,
@@ -15,7 +15,6 @@ from lit_dpo.data.formats.turns import (
     check_sides,
     is_turns,
     messages,
-    parsed,
     text_in,
     tools_in,
     transcript,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_dpo.data.formats.base import Message, Preference, PreferenceFormat, Ranking, Skipped
-from lit_dpo.data.formats.cells import short
+from lit_dpo.data.formats.cells import is_written_conversation, short
 from lit_dpo.data.formats.conversations import OpenAIPreferences, ShareGPT
 from lit_dpo.data.formats.implicit import ImplicitPrompt, Transcripts
 from lit_dpo.data.formats.judged import SHP, SafeRLHF, SignedPairs, SummaryComparisons, WebGPT
@@ -17,8 +17,11 @@ from lit_dpo.data.formats.ranked import OneRight, RankedObjects
 from lit_dpo.data.formats.rankings import Rankings
 from lit_dpo.data.formats.trees import Trees
 from lit_dpo.data.formats.triples import Triples
-from lit_dpo.data.formats.turns import is_turns
+from lit_dpo.data.formats.turns import TEMPLATE, is_turns
 from lit_dpo.errors import DataError
+
+if TYPE_CHECKING:
+    from lit_dpo.data.sources import RowSource
 
 LAYOUTS: tuple[PreferenceFormat, ...] = (
     Triples(),
@@ -63,7 +66,15 @@ LAYOUTS: tuple[PreferenceFormat, ...] = (
 HEAD = 100
 """Rows of a file that are looked at."""
 
-_OF_THE_PROMPT = ("system", "tools", "history", "images", "image", "videos", "audios")
+# of which a file that is read without them may be another one than its owner thinks
+_OF_THE_PROMPT = {
+    *("system", "system_prompt", "tools", "functions", "history", "input", "instruction", "context", "documents"),
+    *("image", "images", "video", "videos", "audio", "audios"),
+}
+_LABELS = {
+    *("winner", "label", "labels", "preference", "preferred", "preferred_output", "better", "best", "choice"),
+    *("overall_preference", "better_response_id", "is_chosen_first", "swapped"),
+}
 
 
 @dataclass(frozen=True)
@@ -122,13 +133,54 @@ def recognise(
         named = " or ".join(f"`{option(one)}`" for one in found)
         raise DataError(f"{name}: the rows fit {len(found)} layouts: name the one that is meant with {named}.")
     (format,) = found
-    for column in sorted(there.difference(format.columns, format.optional_columns).intersection(_OF_THE_PROMPT)):
-        if any(row.get(column) for row in rows):
-            raise DataError(
-                f"{name}: the rows fit `{type(format).__name__}`, which does not read `{column}`, and this looks like "
-                f"a part of the prompt. Leave it out with `{option(format)}`, or read it with a format of your own."
-            )
+    check_unread(name, format, sorted(there), lambda column: (row.get(column) for row in rows))
     return format
+
+
+def check_unread(
+    name: str, format: PreferenceFormat, columns: Iterable[str], cells: Callable[[str], Iterable[Any]]
+) -> None:
+    """See that a format reads every column that looks like a part of the prompt or like a label, and is not empty.
+
+    Args:
+        name: of the file, for errors.
+        format: reads it.
+        columns: that it has.
+        cells: gives those of a column.
+
+    Raises:
+        DataError: for the first one that it does not read.
+    """
+    for column in unread(format, columns):
+        kind = "part of the prompt" if column in _OF_THE_PROMPT else "label" if column in _LABELS else ""
+        if kind and any(cell not in (None, "", [], {}) for cell in cells(column)):
+            raise DataError(
+                f"{name}: the rows are read by `{option(format)}`, which does not read `{column}`, and this looks like "
+                f"a {kind}. If it is none, leave it out with `--data.ignore_columns '[{column}]'`; else read it with "
+                "another `--data.format`, or one of your own (docs/extending.md)."
+            )
+
+
+def unread(format: PreferenceFormat, columns: Iterable[str]) -> list[str]:
+    """Name the columns of a file that are not read."""
+    read = {*format.columns, *format.optional_columns, TEMPLATE}
+    return [column for column in columns if column not in read]
+
+
+def without_columns(sources: Sequence[RowSource], columns: Sequence[str]) -> list[RowSource]:
+    """Return the sources without some columns, each of which one of them has at least.
+
+    Raises:
+        DataError: for a column that none of them has.
+    """
+    there = dict.fromkeys(column for one in sources for column in one.rows.column_names)
+    if missing := [column for column in columns if column not in there]:
+        raise DataError(
+            f"Expected columns of {sources[0].name} in `ignore_columns` but it has no {_quoted(missing)}: it has "
+            f"{_quoted(there)}."
+        )
+    kept = [[column for column in one.rows.column_names if column not in columns] for one in sources]
+    return [one._replace(rows=one.rows.select_columns(names)) for one, names in zip(sources, kept, strict=True)]
 
 
 def option(format: PreferenceFormat) -> str:
@@ -146,10 +198,18 @@ def option(format: PreferenceFormat) -> str:
 def choice(format: PreferenceFormat, rows: Sequence[Mapping[str, Any]]) -> str:
     """Say in a line which layout was recognised, with an example and the columns that it does not read."""
     there = list(dict.fromkeys(column for row in rows for column in row))
-    unread = [column for column in there if column not in (*format.columns, *format.optional_columns)]
-    left = f"; not read: {_quoted(unread)}" if unread else ""
+    left = f"; not read: {_quoted(rest)}" if (rest := unread(format, there)) else ""
     example = next((shown for row in rows if (shown := _shown(format, row))), "")
     return f"read by `{option(format)}`{left}. {example}"
+
+
+def written_conversations(format: PreferenceFormat, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name the columns in which conversations are written as strings, and read as what they say."""
+    return [
+        column
+        for column in (*format.columns, *format.optional_columns)
+        if any(is_written_conversation(row.get(column)) for row in rows)
+    ]
 
 
 def _shown(format: PreferenceFormat, row: Mapping[str, Any]) -> str:
@@ -174,7 +234,7 @@ def _worth(found: Ranking) -> str:
 
 def _said(part: str | Sequence[Message]) -> str:
     """Quote the end of a prompt, or the beginning of a completion."""
-    return short(part if isinstance(part, str) else part[-1]["content"], 60)
+    return short(part if isinstance(part, str) else part[-1].get("content") or "", 60)
 
 
 def _none_fits(name: str, rows: Sequence[Mapping[str, Any]], layouts: Sequence[PreferenceFormat]) -> str:
@@ -207,5 +267,5 @@ def _kind(cell: Any) -> str:
     return kinds.get(type(cell), type(cell).__name__)
 
 
-def _quoted(names: Sequence[str]) -> str:
+def _quoted(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)

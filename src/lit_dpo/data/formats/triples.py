@@ -14,8 +14,10 @@ from lit_dpo.data.formats.cells import (
     check_messages,
     check_names,
     check_text,
+    is_written_conversation,
     kind_of,
     numeric,
+    parsed,
     read_messages,
     read_number,
 )
@@ -26,6 +28,8 @@ from lit_dpo.errors import DataError
 @dataclass(frozen=True)
 class Triples(PreferenceFormat):
     """Rows with a prompt and two completions: three texts, or three lists of messages `{"role": …, "content": …}`.
+
+    Lists that are all written as strings, JSON or Python, as in `.csv`, are read as lists.
 
     Args:
         prompt: name of the column that holds the prompt.
@@ -88,6 +92,8 @@ class Triples(PreferenceFormat):
         numbers = {name: read_number(column, row, *RANGES.get(name, ANY)) for name, column in self._numbers.items()}
         template = tools_in("tools", row)
         columns = (self.prompt, self.chosen, self.rejected)
+        if all(is_written_conversation(row.get(name)) for name in columns):
+            row = {name: parsed(row[name]) for name in columns}
         kinds = {name: kind_of(name, row.get(name)) for name in columns}
         if len(set(kinds.values())) > 1:
             found = ", ".join(f"`{name}` is {kind}" for name, kind in kinds.items())

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lit_dpo.data.formats.base import Message, Preference, Ranking
-from lit_dpo.data.formats.cells import check_text, short
+from lit_dpo.data.formats.base import Message, Preference, PreferenceFormat, Ranking, Skipped
+from lit_dpo.data.formats.cells import check_text, parsed, read_content, short, without_nulls
 from lit_dpo.errors import DataError
 
 ROLES = {
@@ -18,8 +16,10 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "observation", "function", "ipython"), "tool"),
 }
+TEMPLATE = "chat_template_kwargs"
+"""The column that may hold arguments of the chat template for a row alone, whatever its layout."""
 # what a chat template may read of a message; the rest are identifiers, times and weights, in which equal turns differ
-_KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+_KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 
 
 def user(text: str) -> Message:
@@ -55,18 +55,6 @@ def system_turn(name: str, row: Mapping[str, Any]) -> list[Message]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def parsed(cell: Any) -> Any:
-    """Return what a cell holds that is written as a string: JSON, or the Python that pandas writes to `.csv`."""
-    if not isinstance(cell, str) or cell.lstrip()[:1] not in ("[", "{"):
-        return cell
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return read(cell)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return cell
-
-
 def is_turns(cell: Any) -> bool:
     """Whether a cell holds messages, as a list, as one object, or as a string of these."""
     found = parsed(cell)
@@ -92,7 +80,7 @@ def _message(where: str, message: Mapping[str, Any]) -> Message:
     role = message.get("role", message.get("from"))
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"Expected a role in {where}, one of {', '.join(ROLES)}, but got {short(role)}.")
-    content = _content(where, message.get("content", message.get("value")))
+    content = read_content(where, message.get("content", message.get("value")))
     found: Message = {"role": ROLES[role], "content": content}
     found |= {key: without_nulls(message[key]) for key in _KEPT if message.get(key) is not None}
     if role == "function_call" and (calls := _calls(content)):
@@ -100,17 +88,6 @@ def _message(where: str, message: Mapping[str, Any]) -> Message:
     if not (found["content"] or found.get("tool_calls") or role in ("system", "tool", "observation")):
         raise DataError(f"Expected text in {where} but it is empty.")
     return found
-
-
-def _content(where: str, content: Any) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise DataError(f"Expected text as the content of {where} but got {short(content)}.")
-    for part in content:
-        if part.get("type") not in ("text", "input_text", "output_text"):
-            raise DataError(f"Expected text in {where} but it holds {part.get('type') or short(part)}: not supported.")
-    return "".join(str(part.get("text", part.get("value")) or "") for part in content)
 
 
 def _calls(text: str) -> list[Any]:
@@ -138,11 +115,19 @@ def tools_in(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     return {"tools": [one if "function" in one else {"type": "function", "function": one} for one in tools]}
 
 
-def without_nulls(value: Any) -> Any:
-    """Leave out what Arrow adds to objects because those of other rows have it."""
-    if isinstance(value, dict):
-        return {key: without_nulls(one) for key, one in value.items() if one is not None}
-    return [without_nulls(one) for one in value] if isinstance(value, list) else value
+def read_row(format: PreferenceFormat, row: Mapping[str, Any]) -> Preference | Ranking | Skipped:
+    """Let a format read a row, and give it the arguments of the chat template that the row has in a column of its own.
+
+    Raises:
+        DataError: as the format does, or if they are no JSON object.
+    """
+    found = format.read(row)
+    given = parsed(row.get(TEMPLATE))
+    if given in (None, "") or not isinstance(found, Preference | Ranking):
+        return found
+    if not isinstance(given, dict):
+        raise DataError(f"Expected an object, or one as JSON, in `{TEMPLATE}` but got {short(row[TEMPLATE])}.")
+    return found._replace(template={**without_nulls(given), **found.template})
 
 
 def transcript(name: str, text: str, mark: re.Pattern[str]) -> list[Message]:

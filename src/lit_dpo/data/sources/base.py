@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from lit_dpo.data.formats.base import PreferenceFormat
+from lit_dpo.data.formats.turns import TEMPLATE
 from lit_dpo.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ class Parts:
                 continue
             try:
                 if self.numbers[number] != last:
-                    last, examples = -1, [dict(one) for one in self.format.examples(row)]
+                    own = {TEMPLATE: row[TEMPLATE]} if TEMPLATE in row else {}
+                    last, examples = -1, [{**own, **one} for one in self.format.examples(row)]
                     last = self.numbers[number]
                 found.append(examples[self.places[number]])
             except OF_A_ROW as error:
@@ -193,6 +195,10 @@ class Rows:
         if isinstance(self.reader, Parsed):
             return replace(self, reader=Parsed(tuple(names)))
         return replace(self, table=self.table.select_columns(list(names)))
+
+    def cells(self, name: str) -> Iterator[Any]:
+        """Read a column of the rows that can be read."""
+        return (row.get(name) for row in self.select_columns([name]).each() if not isinstance(row, Unread))
 
     @property
     def unread(self) -> list[tuple[int, str]]:
