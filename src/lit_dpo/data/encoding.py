@@ -15,6 +15,7 @@ from lit_dpo.data.digests import code_digest
 from lit_dpo.data.encode import PromptEncoder
 from lit_dpo.data.formats.base import Preference, PreferenceFormat, Ranking, Skipped
 from lit_dpo.data.grouping import merge_prompts
+from lit_dpo.data.sameness import repeated_rows
 from lit_dpo.data.sources import RowSource
 from lit_dpo.data.storage import features, laid_out, stored
 from lit_dpo.data.table import PromptTable
@@ -32,6 +33,7 @@ def encode_table(
     encoder: PromptEncoder,
     comparing: Comparing = Comparing(),  # noqa: B008 - a record
     group_by_prompt: int | None = None,
+    deduplicate: bool = False,
 ) -> PromptTable:
     """Read, check and encode every row; what is on disk is encoded once and then memory-mapped.
 
@@ -43,6 +45,7 @@ def encode_table(
         encoder: of prompts and completions.
         comparing: which completions are compared.
         group_by_prompt: merge rows of the same prompt into examples of up to so many completions. None: a row is one.
+        deduplicate: leave out rows that say what an earlier one says.
 
     Raises:
         DataError: for the first row that cannot be used, with its file and number (from 0).
@@ -68,9 +71,12 @@ def encode_table(
     ]
     encoded = concatenate_datasets(parts).with_format("arrow")
     table = PromptTable(sources, format, encoded, np.arange(len(encoded)), columns)
-    if group_by_prompt is not None:
-        table = merge_prompts(table, encoder, group_by_prompt, keys)
-    return table._replace(rows=np.flatnonzero(table.facts("length")))
+    table = table._replace(rows=np.flatnonzero(table.facts("length")))
+    repeated = repeated_rows(table) if deduplicate else table.rows[:0]
+    if group_by_prompt is None:
+        return table._replace(rows=np.setdiff1d(table.rows, repeated), repeated=len(repeated))
+    table = merge_prompts(table, encoder, group_by_prompt, keys, repeated)
+    return table._replace(rows=np.flatnonzero(table.facts("length")), repeated=len(repeated))
 
 
 def _spread(source: RowSource, format: PreferenceFormat) -> RowSource:
