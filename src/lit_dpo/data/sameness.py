@@ -13,9 +13,9 @@ from lit_dpo.data.table import PromptTable
 
 
 def same_examples(table: PromptTable) -> NDArray[np.int64]:
-    """`(N,)` for each used example the place of the first that says the same: prompt, completions, comparisons, numbers.
+    """`(N,)` for each used example the place of the first that says the same.
 
-    Numbers are the columns, such as `weight`.
+    That is: the same prompt, completions, comparisons, and numbers of these, such as `weight`.
     """
     first: dict[Any, int] = {}
     return np.fromiter((first.setdefault(one, place) for place, one in enumerate(_sayings(table))), np.int64)
@@ -33,7 +33,7 @@ def _sayings(table: PromptTable) -> Iterator[tuple[Any, ...]]:
     prompts, completions = prompt_ids(table).hashes(), completion_ids(table).hashes()
     columns = (table.encoded.data.column(stored(name)) for name in table.columns)
     numbers = [ragged(values_of(column), counts_of(column), table.rows) for column in columns]
-    compared = [table.comparisons, *numbers]
+    compared = numbers if table.holds_pairs else [table.comparisons, *numbers]
     last, end = 0, 0
     counts = zip(table.completions_per_prompt.tolist(), table.comparisons_per_prompt.tolist(), strict=True)
     for prompt, (count, comparisons) in zip(prompts, counts, strict=True):

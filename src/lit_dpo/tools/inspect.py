@@ -60,7 +60,7 @@ class InspectCLI(LitDPOCLI):
         parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The command's own; those of `fit` are accepted, too, so that its files are."""
+        """Add the command's own; those of `fit` are accepted, too, so that its files are."""
         assert isinstance(parser, Parser)
         parser.is_command = True
         parser.defaults_below = self._defaults
@@ -140,7 +140,9 @@ def files_first(args: Sequence[str]) -> list[str]:
         >>> files_first(["--data.train", "pairs.jsonl", "--config", "run.yaml", "--strict"])
         ['--config', 'run.yaml', '--data.train', 'pairs.jsonl', '--strict']
     """
-    files, others, rest = [], [], iter(args)
+    files: list[str] = []
+    others: list[str] = []
+    rest = iter(args)
     for one in rest:
         if one in ("-c", "--config"):
             files += [one, *islice(rest, 1)]
@@ -177,13 +179,13 @@ def _tokenizer(cli: InspectCLI, data: PreferenceDataModule) -> tuple[PreTrainedT
         return policy.load_tokenizer(), str(policy.model), []
     from lit_dpo.quickstart import quickstart_tokenizer
 
-    notes = ["no tokenizer is configured: give `--data.tokenizer` or `--model.policy.model` for lengths of your model"]
+    notes = ["no tokenizer is configured: `--data.tokenizer` or `--model.policy.model` counts as your model does"]
     if not cli.typed("max_length") and data.max_length is not None:
         data.max_length = None
         notes.append("no row is dropped for its length, until there is a tokenizer")
     tokenizer = quickstart_tokenizer()
     _add_template(tokenizer)
-    return tokenizer, "the built-in example, which are short", [*notes, "conversations are rendered as ChatML"]
+    return tokenizer, "`lit-dpo/quickstart`, the built-in example", [*notes, "conversations are rendered as ChatML"]
 
 
 def _add_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -201,7 +203,9 @@ def _read(data: PreferenceDataModule, tokenizer: PreTrainedTokenizerBase) -> lis
             raise
         _add_template(tokenizer)
         data.setup("fit")
-        notes = ["the tokenizer has no chat template: conversations are rendered as ChatML here, and `fit` refuses them"]
+        notes = [
+            "the tokenizer has no chat template: conversations are rendered as ChatML here, and `fit` refuses them"
+        ]
     if any(source is not None for name, source in data.sources.items() if name.partition("/")[0] == "test"):
         data.setup("test")
     return notes

@@ -48,11 +48,14 @@ def encoded_duplicates(table: PromptTable) -> Finding:
 
 
 def _contradictions(table: PromptTable) -> Finding:
-    hashes = np.array(completion_ids(table).hashes(), np.int64)
-    better, worse = (hashes[places] for places in sides(table))
     prompts = table.prompt_keys.repeat(table.comparisons_per_prompt)
+    _, codes, counts = np.unique(prompts, return_inverse=True, return_counts=True)
+    several = np.flatnonzero(counts[codes] > 1)
+    better, worse = sides(table)[:, several]
+    ids = completion_ids(table)
     turned, seen = 0, set()
-    for prompt, chosen, rejected in zip(prompts.tolist(), better.tolist(), worse.tolist(), strict=True):
+    for prompt, *places in zip(prompts[several].tolist(), better.tolist(), worse.tolist(), strict=True):
+        chosen, rejected = (ids.of(place).tobytes() for place in places)
         seen.add((prompt, chosen, rejected))
         turned += chosen != rejected and (prompt, rejected, chosen) in seen
     return found("contradictions", turned, len(prompts))

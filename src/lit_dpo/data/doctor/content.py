@@ -21,7 +21,7 @@ def content(facts: Facts) -> Iterator[Finding]:
     examples = (Example(facts.place(place), "an earlier turn differs") for place in early)
     yield found("early-parting", len(early), len(facts.rows), examples)
     yield _replaced(facts)
-    yield _of_completions(facts, "mixed-scripts", lambda one: one.mixed, lambda one: f"{one.script} and another")
+    yield _of_completions(facts, "mixed-scripts", lambda one: bool(one.foreign), lambda one: one.foreign)
 
 
 def _of_completions(
@@ -80,7 +80,7 @@ def _outer_blanks(facts: Facts) -> Finding:
     blanks = [one.blank for one in facts.completions]
     pairs = zip(facts.row_of_comparison.tolist(), facts.chosen.tolist(), facts.rejected.tolist(), strict=True)
     notes = [
-        (row, f"{blanks[chosen] or 'none'} at the chosen side, {blanks[rejected] or 'none'} at the other")
+        (row, f"blanks of the chosen side: {blanks[chosen] or 'none'}; of the other: {blanks[rejected] or 'none'}")
         for row, chosen, rejected in pairs
         if blanks[chosen] != blanks[rejected]
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,7 +101,7 @@ def _last_ids(table: PromptTable) -> NDArray[np.int64]:
     return found
 
 
-def _shown(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int64]) -> str:
+def _shown(tokenizer: PreTrainedTokenizerBase, ids: NDArray[Any]) -> str:
     return repr(str(tokenizer.decode([one for one in ids.tolist() if one >= 0])))
 
 

@@ -67,7 +67,7 @@ class Frequent(NamedTuple):
     """A completion that is there several times."""
 
     text: str
-    count: int
+    times: int
 
 
 class Examined(NamedTuple):
@@ -150,9 +150,7 @@ def _near() -> tuple[NearDuplicates | None, list[str]]:
         return None, [f"near duplicates were not looked for: {error}"]
 
 
-def _findings(
-    facts: Facts, tables: Mapping[str, PromptTable], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[Finding]:
+def _findings(facts: Facts, tables: Mapping[str, PromptTable], tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
     table = facts.table
     yield from repeats(facts)
     for split, other in tables.items():

@@ -44,7 +44,7 @@ class Finding(NamedTuple):
 
     Attributes:
         kind: with its threshold.
-        count: how many there are.
+        counted: how many there are.
         of: of how many that were looked at.
         share: of these; of a shortcut its accuracy, in [0, 1].
         low: what is compared with the threshold: the share, or of a shortcut the lower end of its interval.
@@ -53,7 +53,7 @@ class Finding(NamedTuple):
     """
 
     kind: Kind
-    count: int
+    counted: int
     of: int
     share: float
     low: float
@@ -68,8 +68,8 @@ class Finding(NamedTuple):
     @property
     def line(self) -> str:
         """All of it in a sentence."""
-        counted = f"{self.count:,} of {self.of:,} {self.kind.what}"
-        return f"{counted} ({percent(self.share)})" + (f"; {self.detail}" if self.detail else "")
+        said = f"{self.counted:,} of {self.of:,} {self.kind.what}"
+        return f"{said} ({percent(self.share)})" + (f"; {self.detail}" if self.detail else "")
 
 
 _SPLITS = "Hold out by prompt: `--data.val_split 0.1` never shares one"
@@ -170,9 +170,9 @@ KINDS: Mapping[str, Kind] = {
         ),
         Kind(
             "mixed-scripts",
-            "completions mix two scripts, a fifth of the letters each at least",
+            "completions have a fifth of their letters in a script that the prompt has none of",
             0.05,
-            "See whether the model shall do so.",
+            "See whether the model shall answer so.",
         ),
         Kind(
             "frequent-completions",

@@ -91,7 +91,7 @@ def _frequent(facts: Facts) -> Finding:
 def most_frequent(facts: Facts, most: int) -> list[tuple[int, int]]:
     """Return the hashes of the most frequent completions, and how often they are there."""
     counts = Counter(one.key for one in facts.completions)
-    return sorted(counts.items(), key=lambda one: -one[1])[:most]  # stable: of equal ones the first
+    return counts.most_common(most)  # of equal ones the first
 
 
 def shared_prompts(name: str, facts: Facts, split: str, table: PromptTable, others: Sequence[RowFacts]) -> Finding:

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 
 from lit_dpo.data.comparisons import Comparing
 from lit_dpo.data.doctor.near import NearDuplicates
-from lit_dpo.data.doctor.texts import Reader, TextFacts, key, normalized, words_of, written
+from lit_dpo.data.doctor.texts import Reader, TextFacts, key, normalized, scripts, words_of, written
 from lit_dpo.data.formats.base import Preference, Ranking, Skipped
 from lit_dpo.data.formats.implicit import HUMAN, ImplicitPrompt, Transcripts
 from lit_dpo.data.storage import ROW_NUMBERS, counts_of, ragged, values_of
 from lit_dpo.data.table import PromptTable
 from lit_dpo.errors import DataError
+
+_AT_ONCE = 1000
 
 
 class RowFacts(NamedTuple):
@@ -85,9 +87,10 @@ def raw_rows(table: PromptTable) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Go through the cells of all rows, with their numbers."""
     number = 0
     for source in table.sources:
-        for cells in source.rows:
-            yield number, cells
-            number += 1
+        for columns in source.rows.iter(_AT_ONCE):
+            for cells in zip(*columns.values(), strict=True):
+                yield number, dict(zip(columns, cells, strict=True))
+                number += 1
 
 
 def looked_at(table: PromptTable) -> NDArray[np.bool_]:
@@ -123,15 +126,16 @@ def read(table: PromptTable, comparing: Comparing, reader: Reader, near: NearDup
             continue
         start, place = len(found.completions), len(found.rows)
         pairs = comparing.of(row).comparisons
-        texts = [written(one) for one in _completions(row)]
+        prompt, texts = written(row.prompt), [written(one) for one in _completions(row)]
         words = [words_of(one) for one in texts]
-        found.completions += [reader.facts(one, those) for one, those in zip(texts, words, strict=True)]
+        asked = scripts(prompt).keys()
+        found.completions += [reader.facts(one, those, asked) for one, those in zip(texts, words, strict=True)]
         row_of += [place] * len(texts)
         compared += [(start + better, start + worse) for better, worse in pairs]
-        facts = _row_facts(number, row, pairs, reader)._replace(early=_parts_early(table.format, cells))
+        facts = _row_facts(number, row, pairs, reader, prompt)._replace(early=_parts_early(table.format, cells))
         found.rows.append(facts)
         if near is not None:
-            near.add(number, facts.says, words_of(written(row.prompt)), words)
+            near.add(number, facts.says, words_of(prompt), words)
     found.row_of = np.array(row_of, np.int64)
     found.chosen, found.rejected = np.array(compared, np.int64).reshape(-1, 2).T
     found.near = None if near is None else near.pairs
@@ -142,7 +146,7 @@ def read_prompts(table: PromptTable) -> list[RowFacts]:
     """Look at the prompts of a table only."""
     wanted, reader = looked_at(table), Reader()
     rows = ((number, _preference(table, cells)) for number, cells in raw_rows(table) if wanted[number])
-    return [_row_facts(number, row, (), reader) for number, row in rows if row is not None]
+    return [_row_facts(number, row, (), reader, written(row.prompt)) for number, row in rows if row is not None]
 
 
 def _preference(table: PromptTable, cells: Mapping[str, Any]) -> Preference | Ranking | None:
@@ -158,9 +162,8 @@ def _completions(row: Preference | Ranking) -> Sequence[Any]:
 
 
 def _row_facts(
-    number: int, row: Preference | Ranking, comparisons: Sequence[tuple[int, int]], reader: Reader
+    number: int, row: Preference | Ranking, comparisons: Sequence[tuple[int, int]], reader: Reader, prompt: str
 ) -> RowFacts:
-    prompt = written(row.prompt)
     asked = [row.prompt, dict(row.template)] if row.template else row.prompt
     given = key(asked)
     values = [] if isinstance(row, Preference) else [*(row.scores or row.ranks or ())]

@@ -7,7 +7,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,12 +17,38 @@ _HAN = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{_HAN}]|[^\W{_HAN}]+")
 """A word; of scripts without blanks, a character."""
 _NO_LETTERS = re.compile(r"[\W_]+")
-_MIXED = 0.2
-_REFUSAL = re.compile(
-    r"\b(?:i'?m sorry|i am sorry|sorry,|i apologi[sz]e|i can(?:no|')t\b|i(?:'m| am) (?:unable|not able|afraid)"
-    r"|i (?:will not|won't|do not want|would rather not)|as an ai\b|i don't feel comfortable)"
-    r"|抱歉|对不起|很遗憾|无法(?:回答|提供|完成|满足)|不能(?:回答|提供)|作为一[个名]",
-    re.IGNORECASE,
+_LETTERS = "".join(chr(n).lower() if chr(n).isalnum() or n == 95 else " " for n in range(128))
+_FIFTH = 0.2
+_REFUSAL = (
+    "i'm sorry",
+    "i am sorry",
+    "sorry,",
+    "i apologize",
+    "i apologise",
+    "i cannot",
+    "i can't",
+    "i can not",
+    "i am unable",
+    "i'm unable",
+    "i am not able",
+    "i'm not able",
+    "i'm afraid",
+    "i am afraid",
+    "i won't",
+    "i will not",
+    "i do not want",
+    "i would rather not",
+    "as an ai",
+    "i don't feel comfortable",
+    "抱歉",
+    "对不起",
+    "很遗憾",
+    "无法回答",
+    "无法提供",
+    "不能回答",
+    "不能提供",
+    "作为一个",
+    "作为一名",
 )
 _REFUSES_WITHIN = 120  # characters
 # of widely used chat templates; whatever the tokenizer has comes to them
@@ -61,7 +87,7 @@ class TextFacts(NamedTuple):
         last: the last character that is no blank.
         blank: where there are blanks around it: `before`, `after`, `both` or nothing.
         script: that most letters are of; empty without letters.
-        mixed: whether another script has a fifth of the letters.
+        foreign: a script with a fifth of the letters that the prompt has none of; empty if there is none.
         refuses: whether it begins with a phrase of refusal.
         replaced: whether it has U+FFFD.
         control: a control token that it has as text; empty if there is none.
@@ -74,7 +100,7 @@ class TextFacts(NamedTuple):
     last: str
     blank: str
     script: str
-    mixed: bool
+    foreign: str
     refuses: bool
     replaced: bool
     control: str
@@ -89,21 +115,26 @@ class Reader:
 
     def __init__(self, special_tokens: Iterable[str] = ()) -> None:
         names = {*_CONTROL, *(token for token in special_tokens if len(token.strip()) > 2)}
+        self._first = {name[0] for name in names}
         self._control = re.compile("|".join(map(re.escape, sorted(names, key=lambda one: (-len(one), one)))))
 
     def control(self, text: str) -> str:
         """Find a control token that stands in a text as text."""
+        if not any(letter in text for letter in self._first):  # as most texts
+            return ""
         match = self._control.search(text)
         return match[0] if match else ""
 
-    def facts(self, text: str, words: Sequence[str]) -> TextFacts:
+    def facts(self, text: str, words: Sequence[str], asked: Collection[str]) -> TextFacts:
         """Look at a completion.
 
         Args:
             text: of it.
             words: in it, in small letters.
+            asked: scripts of its prompt.
         """
-        script, mixed = scripts(text)
+        shares = scripts(text)
+        foreign = [name for name, share in shares.items() if share >= _FIFTH and asked and name not in asked]
         return TextFacts(
             key=key(text),
             letters=len(text),
@@ -111,9 +142,9 @@ class Reader:
             first=words[0] if words else "",
             last=text.rstrip()[-1:],
             blank=_blank(text),
-            script=script,
-            mixed=mixed,
-            refuses=_REFUSAL.search(text[:_REFUSES_WITHIN]) is not None,
+            script=next(iter(shares), ""),
+            foreign=foreign[0] if foreign else "",
+            refuses=_refuses(text),
             replaced="\ufffd" in text,
             control=self.control(text),
         )
@@ -145,6 +176,8 @@ def words_of(text: str) -> list[str]:
         >>> words_of("Hello, WORLD! 你好")
         ['hello', 'world', '你', '好']
     """
+    if text.isascii():  # three times as fast
+        return text.translate(_LETTERS).split()
     return WORD.findall(text.lower())
 
 
@@ -160,31 +193,34 @@ def normalized(text: str) -> str:
     return _NO_LETTERS.sub("", unicodedata.normalize("NFKC", text).casefold()) or text
 
 
-def scripts(text: str) -> tuple[str, bool]:
-    """Return the script of most letters, and whether a second one has a fifth of them.
+def scripts(text: str) -> dict[str, float]:
+    """Return the scripts of a text, each with its share of the letters, the largest first.
 
     Example:
         >>> scripts("Привет!"), scripts("ok 好的"), scripts("42")
-        (('cyrillic', False), ('han', True), ('', False))
+        ({'cyrillic': 1.0}, {'han': 0.5, 'latin': 0.5}, {})
     """
     if text.isascii():
-        return ("latin" if any(map(str.isalpha, text)) else ""), False
+        return {"latin": 1.0} if any(map(str.isalpha, text)) else {}
     counts: Counter[str] = Counter()
     for letter, count in Counter(text).items():
         counts[_script(letter)] += count
     counts.pop("", None)
-    if not counts:
-        return "", False
-    first, *others = sorted(counts.items(), key=lambda one: (-one[1], one[0]))
-    return first[0], bool(others) and others[0][1] >= _MIXED * counts.total()
+    total = counts.total()
+    return {name: count / total for name, count in sorted(counts.items(), key=lambda one: (-one[1], one[0]))}
 
 
 @cache
 def _script(letter: str) -> str:
     if not letter.isalpha():
         return ""
-    name = unicodedata.name(letter, "other").split()[0].lower()
+    name = re.split(r"[ -]", unicodedata.name(letter, "other"))[0].lower()
     return {"cjk": "han", "hiragana": "han", "katakana": "han", "fullwidth": "latin"}.get(name, name)
+
+
+def _refuses(text: str) -> bool:
+    beginning = text[:_REFUSES_WITHIN].lower().replace("’", "'")
+    return any(phrase in beginning for phrase in _REFUSAL)
 
 
 def _blank(text: str) -> str:

@@ -14,10 +14,10 @@ _HEIGHT = 100
 
 
 def histogram(series: Mapping[str, NDArray[np.int64]], label: str) -> tuple[Html, int]:
-    """Draw how often each length is there, one series over the other; what is longer than 99 % is in the last bin.
+    """Draw how often each length is there, a second series downwards; what is longer than 99 % is in the last bin.
 
     Args:
-        series: lengths, by the name of their colour.
+        series: one or two lengths, by the name of their colour.
         label: of the plot.
 
     Returns:
@@ -28,13 +28,18 @@ def histogram(series: Mapping[str, NDArray[np.int64]], label: str) -> tuple[Html
     edges = np.linspace(0, end, min(_BINS, end) + 1)
     counts = {name: np.histogram(np.minimum(those, end), edges)[0] for name, those in series.items()}
     most = max(1, *(int(one.max()) for one in counts.values()))
-    bars = [_bar(place, count / most, name) for name, those in counts.items() for place, count in enumerate(those)]
+    room = _HEIGHT / len(counts)
+    bars = [
+        _bar(place, room * count / most, room, name, down=number > 0)
+        for number, (name, those) in enumerate(counts.items())
+        for place, count in enumerate(those)
+    ]
     return _plot(len(edges) - 1, *bars, label=label, class_="plot tall"), end
 
 
-def _bar(place: int, share: float, name: str) -> Html:
-    height = round(_HEIGHT * share, 2)
-    return element("rect", x=place + 0.06, y=_HEIGHT - height, width=0.88, height=height, class_=name)
+def _bar(place: int, height: float, middle: float, name: str, down: bool) -> Html:
+    top = middle if down else middle - height
+    return element("rect", x=place + 0.06, y=round(top, 2), width=0.88, height=round(height, 2), class_=name)
 
 
 def interval(low: float, middle: float, high: float, threshold: float, label: str) -> Html:

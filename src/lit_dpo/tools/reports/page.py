@@ -100,7 +100,7 @@ def _finding(one: Finding) -> Html:
         element("li", told(file_name(example.place), "b"), " ", told(example.note), class_="small")
         for example in one.examples
     ]
-    said = f"{one.count:,} of {one.of:,} {one.kind.what}" + (f"; {one.detail}" if one.detail else "") + "."
+    said = f"{one.counted:,} of {one.of:,} {one.kind.what}" + (f"; {one.detail}" if one.detail else "") + "."
     parts: list[Child] = [
         element(
             "header",
@@ -123,7 +123,12 @@ def _lengths(examined: Examined) -> Iterator[Html]:
     prompts, prompt_end = histogram({"prompt": lengths.prompt}, "tokens of the prompts")
     completions, completion_end = histogram(sides, "tokens of the chosen and the rejected completions")
     legend = element(
-        "span", element("span", class_="key c"), "chosen", element("span", class_="key r"), "rejected", class_="small soft"
+        "span",
+        element("span", class_="key c"),
+        "chosen",
+        element("span", class_="key r"),
+        "rejected",
+        class_="small soft",
     )
     yield element("h2", "Lengths in tokens")
     yield element(
@@ -140,7 +145,11 @@ def _lengths(examined: Examined) -> Iterator[Html]:
 
 def _axis(end: int) -> Html:
     return element(
-        "div", element("span", "0"), element("span", f"{end // 2:,}"), element("span", f"{end:,} and more"), class_="axis"
+        "div",
+        element("span", "0"),
+        element("span", f"{end // 2:,}"),
+        element("span", f"{end:,} and more"),
+        class_="axis",
     )
 
 
@@ -166,7 +175,9 @@ def _shortcuts(measured: Iterable[Shortcut], findings: Iterable[Finding]) -> Ite
 
 
 def _feature(one: Shortcut, threshold: float) -> Html:
-    said = f"{percent(one.low)} to {percent(one.high)}, {one.comparisons:,} comparisons" + (f"; {one.sign}" if one.sign else "")
+    said = f"{percent(one.low)} to {percent(one.high)}, {one.comparisons:,} comparisons" + (
+        f"; {one.sign}" if one.sign else ""
+    )
     return element(
         "div",
         element("span", one.name.replace("-", " ")),
@@ -181,7 +192,7 @@ def _rows(given: Inspected) -> Iterator[Html]:
     examined = given.examined
     yield element("h2", "Rows and tokens")
     columns = ("split", "read", "kept", "prompts", "completions", "comparisons")
-    rows = [
+    rows: list[tuple[Child, ...]] = [
         (told(one.name), *(f"{n:,}" for n in (one.rows, one.kept, one.prompts, one.completions, one.comparisons)))
         for one in examined.splits
     ]
@@ -190,7 +201,8 @@ def _rows(given: Inspected) -> Iterator[Html]:
         for one in examined.splits
         for why, count in one.dropped.items()
     ]
-    yield element("section", _table(columns, rows, numbers=True), element("ul", *dropped), class_="card")
+    left_out = [element("ul", *dropped)] if dropped else []
+    yield element("section", _table(columns, rows, numbers=True), *left_out, class_="card")
     tokens = examined.tokens
     bars = [
         ("as pairs, the prompt in each", tokens.pairs),
@@ -198,7 +210,9 @@ def _rows(given: Inspected) -> Iterator[Html]:
         ("with --data.group_by_prompt", tokens.grouped),
     ]
     yield element("section", *(_bar(name, count, tokens.pairs) for name, count in bars), class_="card")
-    said = [(name, told(text, style="white-space:pre-wrap")) for name, text in facts(given)]
+    said: list[tuple[Child, ...]] = [
+        (name, told(text, style="white-space:pre-wrap")) for name, text in facts(given) if name != "a pass"
+    ]
     yield element("section", _table((), said), class_="card")
 
 
@@ -211,7 +225,9 @@ def _bar(name: str, count: int, most: int) -> Html:
 
 def _frequent(frequent: Iterable[Frequent]) -> Iterator[Html]:
     yield element("h2", "Most frequent completions")
-    rows = [(told(excerpt(one.text, 240), class_="wrap"), f"{one.count:,}") for one in frequent]
+    rows: list[tuple[Child, ...]] = [
+        (told(excerpt(one.text, 240), class_="wrap"), f"{one.times:,}") for one in frequent
+    ]
     yield element("section", _table(("completion", "times"), rows, numbers=True), class_="card")
 
 
@@ -233,4 +249,6 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[Child]], numbers: boo
 
     columns = [*columns]
     head = element("thead", cells("th", columns)) if columns else joined()
-    return element("div", element("table", head, element("tbody", *(cells("td", row) for row in rows))), class_="scroll")
+    return element(
+        "div", element("table", head, element("tbody", *(cells("td", row) for row in rows))), class_="scroll"
+    )

@@ -51,7 +51,9 @@ def as_json(given: Inspected) -> str:
         "findings": [_finding(one) for one in examined.findings],
         "shortcuts": [one._asdict() for one in examined.shortcuts],
         "frequent_completions": [one._asdict() for one in examined.frequent],
-        "examples": [{**one._asdict(), "completions": [list(part) for part in one.completions]} for one in examined.examples],
+        "examples": [
+            {**one._asdict(), "completions": [list(part) for part in one.completions]} for one in examined.examples
+        ],
     }
     return json.dumps(record, indent=2, ensure_ascii=True) + "\n"
 
@@ -61,7 +63,7 @@ def _finding(one: Finding) -> dict[str, Any]:
         "name": one.kind.name,
         "above": one.above,
         "what": one.kind.what,
-        "count": one.count,
+        "count": one.counted,
         "of": one.of,
         "share": one.share,
         "compared": one.low,

@@ -128,12 +128,12 @@ def _frequent(examined: Examined) -> Table:
     table = _table("Most frequent completions", "times")
     table.add_column()
     for one in examined.frequent:
-        table.add_row(f"{one.count:,}", Text(visible(shortened(one.text))))
+        table.add_row(f"{one.times:,}", Text(visible(shortened(one.text))))
     return table
 
 
 def _example(one: Decoded) -> Group:
-    """What is read only is dim, what is trained on is coloured."""
+    """Dim what is only read, colour what is trained on."""
     parts = [Text(visible(file_name(one.place)), style="bold"), Text(visible(excerpt(one.prompt)), style="dim")]
     for role, text in one.completions:
         colour = _COLOURS.get(role, "blue")
