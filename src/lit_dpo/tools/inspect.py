@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,7 +58,7 @@ class InspectCLI(LitDPOCLI):
         """As for `fit`, but that a model may be absent."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.add_lightning_class_args(self._model_class, "model", subclass_mode=True, required=False)
-        parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True)
+        parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True, required=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the command's own; those of `fit` are accepted, too, so that its files are."""
@@ -101,16 +102,22 @@ class InspectCLI(LitDPOCLI):
 
     def instantiate_classes(self) -> None:
         """Build the data module, and the module if there is one."""
+        self.datamodule, self.model = self._built("data"), self._built("model")
+
+    def new_data(self) -> Any:
+        """Build the data module again, without what it has read."""
+        return self._built("data")
+
+    def _built(self, wanted: str) -> Any:
         config = self.config.clone()
-        for name in [name for name in vars(config) if name not in ("data", "model")]:
+        for name in [name for name in vars(config) if name != wanted]:
             del config[name]
         try:
-            built = self.parser.instantiate_classes(config)
+            return self.parser.instantiate_classes(config).get(wanted)
         except LitDPOError:
             raise
         except (ValueError, MisconfigurationException, ModuleNotFoundError) as error:
             refuse(str(error))
-        self.datamodule, self.model = built.get("data"), built.get("model")
 
 
 def main(args: Sequence[str]) -> None:
@@ -123,7 +130,7 @@ def main(args: Sequence[str]) -> None:
         LitDPOError: for data or options that cannot be used.
         SystemExit: with 1 if `--strict` is given and a finding is above its threshold.
     """
-    sys.argv = sys.argv[:1]  # Lightning warns of arguments beside those that it is given
+    sys.argv = sys.argv[:1]  # Lightning warns of arguments other than those that it is given
     cli = InspectCLI(files_first(args))
     given = inspected(cli)
     show(given, Console())
@@ -160,14 +167,25 @@ def inspected(cli: InspectCLI) -> Inspected:
     data = cli.datamodule
     if not isinstance(data, PreferenceDataModule):
         raise DataError(f"Expected a PreferenceDataModule to inspect but got {type(data).__name__}.")
-    logging.getLogger("lit_dpo.data.reports").setLevel(logging.ERROR)  # the report says the same, and more
     tokenizer, name, notes = _tokenizer(cli, data)
     data.tokenizer = tokenizer
-    notes += _read(data, tokenizer)
+    with _unsaid("lit_dpo.data.reports"):  # the report says the same, and more
+        data, more = _read(cli, data, tokenizer)
     examined = examine(data.tables, tokenizer, data.comparing, cli.config.thresholds, cli.config.examples)
     sources = ", ".join(source.name for source in data.tables["train"].sources)
-    given = Inspected(sources, name, notes + examined.notes, examined, _steps(cli, data))
+    given = Inspected(sources, name, [*notes, *more, *examined.notes], examined, _steps(cli, data))
     return given._replace(plan=_plan(cli, data)) if "plan" in cli.config else given
+
+
+@contextmanager
+def _unsaid(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _tokenizer(cli: InspectCLI, data: PreferenceDataModule) -> tuple[PreTrainedTokenizerBase, str, list[str]]:
@@ -193,7 +211,9 @@ def _add_template(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": _CHATML}, replace_extra_special_tokens=False)
 
 
-def _read(data: PreferenceDataModule, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _read(
+    cli: InspectCLI, data: PreferenceDataModule, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreferenceDataModule, list[str]]:
     """Read and encode all splits; conversations with a template of ours if the tokenizer has none."""
     notes = []
     try:
@@ -202,13 +222,15 @@ def _read(data: PreferenceDataModule, tokenizer: PreTrainedTokenizerBase) -> lis
         if tokenizer.chat_template is not None:
             raise
         _add_template(tokenizer)
+        data = cli.new_data()  # the other one knows the tokenizer as it was, and its cache
+        data.tokenizer = tokenizer
         data.setup("fit")
         notes = [
             "the tokenizer has no chat template: conversations are rendered as ChatML here, and `fit` refuses them"
         ]
     if any(source is not None for name, source in data.sources.items() if name.partition("/")[0] == "test"):
         data.setup("test")
-    return notes
+    return data, notes
 
 
 def _steps(cli: InspectCLI, data: PreferenceDataModule) -> tuple[int, float] | None:
@@ -235,9 +257,9 @@ def _plan(cli: InspectCLI, data: PreferenceDataModule) -> str:
 
     if cli.model is None:
         return "needs a model: give `--model.policy.model`"
-    options = {name: value for name, value in vars(cli.config.trainer).items() if name not in ("logger", "callbacks")}
+    options = {**vars(cli.config.trainer), "logger": False, "callbacks": None, "enable_checkpointing": False}
     try:
-        trainer = pl.Trainer(**options, logger=False, enable_checkpointing=False)
+        trainer = pl.Trainer(**options)
         return str(plan(cli.model, data, trainer, cli.config.plan))
     except (LitDPOError, ValueError, MisconfigurationException) as error:
         return f"none: {error}"

@@ -19,6 +19,8 @@ _BANDS = (12, 8)
 """So that of rows that share four fifths nine in ten meet, and of those that share nine tenths all."""
 _CROWD = 50
 """Rows with like completions that are compared; where there are more, none comes to them."""
+_MOST = 200_000
+"""Rows that later ones are compared with: each takes some 5 KB of memory."""
 _PHRASE = 3  # words
 _FACTORS = np.array([0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D], np.uint64)
 
@@ -43,7 +45,7 @@ class NearDuplicates:
         """Numbers of a row and of the earlier one that it is like."""
         self._empty, self._no_prompt = (MinHash(num_perm=n, hashfunc=int) for n in (_PERMUTATIONS, _OF_PROMPT))
         self._index = MinHashLSH(params=_BANDS, num_perm=_PERMUTATIONS)
-        self._first: dict[int, tuple[Any, Any]] = {}
+        self._first: dict[int, tuple[Any, Any]] = {}  # the numbers of sketches, a third of their size
         self._exact: set[int] = set()
         self._words = _Words()
 
@@ -53,15 +55,20 @@ class NearDuplicates:
             return
         self._exact.add(says)
         sketch, asked = self._sketch(self._empty, completions), self._sketch(self._no_prompt, [prompt])
+        numbers = sketch.hashvalues, asked.hashvalues
         others = sorted(self._index.query(sketch))
         for other in others[:_CROWD]:
-            answered, question = self._first[other]
-            if sketch.jaccard(answered) >= SIMILAR and asked.jaccard(question) >= SIMILAR:
+            if all(_alike(*those) >= SIMILAR for those in zip(numbers, self._first[other], strict=True)):
                 self.pairs.append((number, other))
                 return
-        if len(others) < _CROWD:
-            self._first[number] = sketch, asked
+        if len(others) < _CROWD and not self.full:
+            self._first[number] = numbers
             self._index.insert(number, sketch)
+
+    @property
+    def full(self) -> bool:
+        """Whether there are so many rows that later ones are no more compared with each other."""
+        return len(self._first) >= _MOST
 
     def _sketch(self, empty: Any, texts: Sequence[Sequence[str]]) -> Any:
         found = empty.copy()
@@ -81,6 +88,11 @@ class NearDuplicates:
         mixed = words[:end] * _FACTORS[0] + words[1 : end + 1] * _FACTORS[1] + words[2 : end + 2] * _FACTORS[2]
         found: NDArray[np.uint64] = mixed >> np.uint64(32) ^ mixed & np.uint64(0xFFFFFFFF)
         return found
+
+
+def _alike(one: NDArray[np.uint32], other: NDArray[np.uint32]) -> float:
+    """Estimate the share of phrases that two texts have in common, as `MinHash.jaccard` does."""
+    return float((one == other).mean())
 
 
 class _Words(dict[str, int]):

@@ -1,4 +1,4 @@
-"""How the page looks: one column on a telephone, two beside each other on a screen, light and dark."""
+"""How the page looks: one column on a telephone, two on a screen, light and dark."""
 
 STYLE = """
 :root { color-scheme: light dark;
