@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-_HELP = """usage: lit-dpo {fit,validate,test,predict,configs} [--config FILE] [--key value ...]
+_HELP = """usage: lit-dpo {fit,validate,test,predict,inspect,configs} [--config FILE] [--key value ...]
 
 Direct Preference Optimization for PyTorch Lightning.
 
@@ -17,6 +17,7 @@ commands:
   validate    measure a policy on the validation pairs
   test        measure a policy on the test pairs
   predict     write the rewards and margins of each pair to a file
+  inspect     say what is wrong with preference data, and what to do about it; no weights are read
   configs     list the configuration files that come along; `lit-dpo configs copy` makes a folder of them
 
 options:
@@ -26,6 +27,7 @@ options:
 start here:
   lit-dpo fit --config configs/quickstart.yaml       no network, no GPU, a few minutes
   lit-dpo fit --config configs/quickstart.yaml --print_config
+  lit-dpo inspect --data.train pairs.jsonl --out report   your data, before anything else
   lit-dpo fit --config configs/quickstart.yaml --plan     will it fit, how long will it take
 """
 
@@ -56,6 +58,11 @@ def main(args: Sequence[str] | None = None) -> None:
             configs.main(given[1:])
             return
         _import_quickly()
+        if given[0] == "inspect":
+            from lit_dpo.tools import inspect
+
+            inspect.main(given[1:])
+            return
         from lit_dpo.lightning_cli import LitDPOCLI
 
         LitDPOCLI(args=None if args is None else given)

@@ -79,9 +79,10 @@ class LitDPOCLI(LightningCLI):
 
     Args:
         args: the command line, without the program's name.
+        run: whether it begins with one of the trainer's methods, which is then run.
     """
 
-    def __init__(self, args: list[str] | None = None) -> None:
+    def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         logging.getLogger("lit_dpo").setLevel(logging.INFO)
         _hush()
@@ -94,7 +95,8 @@ class LitDPOCLI(LightningCLI):
             seed_everything_default=42,
             auto_configure_optimizers=False,
             args=args,
-            parser_kwargs={"prog": "lit-dpo"},
+            run=run,
+            parser_kwargs={"prog": "lit-dpo" if run else "lit-dpo inspect"},
             parser_class=Parser,
         )
 

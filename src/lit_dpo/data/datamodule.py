@@ -15,6 +15,7 @@ from lit_dpo.data.bad_rows import OnBadRow, check_bad_rows
 from lit_dpo.data.batch import CompletionBatch
 from lit_dpo.data.budget import BudgetSampler
 from lit_dpo.data.comparisons import Choice, Comparing, Ties
+from lit_dpo.data.doctor import brief
 from lit_dpo.data.encode import PromptEncoder
 from lit_dpo.data.encoding import encode_table
 from lit_dpo.data.formats import Auto, Preference, PreferenceFormat, Ranking
@@ -81,6 +82,8 @@ class PreferenceDataModule(LightningDataModule):
         group_by_prompt: merge rows of the same prompt, so that its tokens are computed once, into examples of up to so
             many different completions; further ones go into a further example. Each comparison stays, with its columns.
             None: a row is an example.
+        deduplicate: leave out rows that say what an earlier row of the split says: the same prompt, completions,
+            comparisons and numbers, to the token.
         batch_size: prompts (with two completions each: pairs) per device and batch, or with `max_tokens` the most of
             them. None: 8, or with `max_tokens` as many as fit.
         eval_batch_size: the same outside of training. None: `batch_size`.
@@ -123,6 +126,7 @@ class PreferenceDataModule(LightningDataModule):
         comparisons: Choice = "all",
         ties: Ties = "drop",
         group_by_prompt: int | None = None,
+        deduplicate: bool = False,
         batch_size: int | None = None,
         eval_batch_size: int | None = None,
         max_tokens: int | None = None,
@@ -157,6 +161,7 @@ class PreferenceDataModule(LightningDataModule):
         self.truncation = truncation
         self.comparing = Comparing(comparisons, ties)
         self.group_by_prompt = group_by_prompt
+        self.deduplicate = deduplicate
         self.batch_size = _BATCH_SIZE if batch_size is None and max_tokens is None else batch_size
         self.eval_batch_size = eval_batch_size or self.batch_size
         self.max_tokens = max_tokens
@@ -182,7 +187,11 @@ class PreferenceDataModule(LightningDataModule):
         Raises:
             DataError: for whatever is wrong with the data, with file and row.
         """
-        self.setup(str(self.trainer.state.fn.value) if self.trainer and self.trainer.state.fn else "fit")
+        stage = str(self.trainer.state.fn.value) if self.trainer and self.trainer.state.fn else "fit"
+        self.setup(stage)
+        if stage == "fit":
+            for line in brief(self._table("train"), self.loaded_tokenizer):
+                warn(f"train: {line}")
 
     def setup(self, stage: str) -> None:
         """Have the tables of a stage (`fit`, `validate`, `test` or `predict`)."""
@@ -249,6 +258,11 @@ class PreferenceDataModule(LightningDataModule):
         """Of the training data as they are encoded, by which a run that goes on knows them; None before `setup`."""
         table = self._tables.get("train")
         return None if table is None else table.digest
+
+    @property
+    def tables(self) -> dict[str, PromptTable]:
+        """What is encoded by now, by split: `train`, `val` or `val/NAME`, and so on."""
+        return {split: table for split, table in self._tables.items() if table is not None}
 
     @property
     def columns(self) -> dict[str, frozenset[str]]:
@@ -355,12 +369,12 @@ class PreferenceDataModule(LightningDataModule):
         sources = without_columns(sources, self.ignore_columns)
         format = self._format_of(split, sources)
         sources = [with_columns(one, format.columns, (*format.optional_columns, TEMPLATE)) for one in sources]
-        table = encode_table(sources, format, encoder, self.comparing, self.group_by_prompt)
+        table = encode_table(sources, format, encoder, self.comparing, self.group_by_prompt, self.deduplicate)
         if said := check_bad_rows(split, table, self.on_bad_row):
             warn(said)
         options = {"chat_template": self.chat_template, "chat_template_kwargs": self.chat_template_kwargs}
         set_ones = [name for name, value in options.items() if value]
-        report(split, table, self.truncation, self.comparing, self.group_by_prompt, set_ones)
+        report(split, table, self.truncation, self.comparing, self.group_by_prompt, self.deduplicate, set_ones)
         check_budget(split, table, self.max_tokens)
         return table
 

@@ -17,6 +17,7 @@ from lit_dpo.data.encode import PromptEncoder
 from lit_dpo.data.formats.base import Preference, PreferenceFormat, Ranking, Skipped
 from lit_dpo.data.formats.turns import read_row
 from lit_dpo.data.grouping import merge_prompts
+from lit_dpo.data.sameness import repeated_rows
 from lit_dpo.data.sources import Rows, RowSource, Unread
 from lit_dpo.data.sources.base import OF_A_ROW, Parts, reason_of
 from lit_dpo.data.storage import features, laid_out, stored
@@ -35,6 +36,7 @@ def encode_table(
     encoder: PromptEncoder,
     comparing: Comparing = Comparing(),  # noqa: B008 - a record
     group_by_prompt: int | None = None,
+    deduplicate: bool = False,
 ) -> PromptTable:
     """Read, check and encode every row; what is on disk is encoded once and then memory-mapped.
 
@@ -46,6 +48,7 @@ def encode_table(
         encoder: of prompts and completions.
         comparing: which completions are compared.
         group_by_prompt: merge rows of the same prompt into examples of up to so many completions. None: a row is one.
+        deduplicate: leave out rows that say what an earlier one says.
 
     A row that cannot be used is kept as a dropped one that is bad, see `PromptTable.bad`: `bad_rows.py` reports all.
 
@@ -73,9 +76,12 @@ def encode_table(
     ]
     encoded = concatenate_datasets(parts).with_format("arrow")
     table = PromptTable(sources, format, encoded, np.arange(len(encoded)), columns)
-    if group_by_prompt is not None:
-        table = merge_prompts(table, encoder, group_by_prompt, keys)
-    return table._replace(rows=np.flatnonzero(table.facts("length")))
+    table = table._replace(rows=np.flatnonzero(table.facts("length")))
+    repeated = repeated_rows(table) if deduplicate else table.rows[:0]
+    if group_by_prompt is None:
+        return table._replace(rows=np.setdiff1d(table.rows, repeated), repeated=len(repeated))
+    table = merge_prompts(table, encoder, group_by_prompt, keys, repeated)
+    return table._replace(rows=np.flatnonzero(table.facts("length")), repeated=len(repeated))
 
 
 def _spread(source: RowSource, format: PreferenceFormat) -> RowSource:

@@ -39,7 +39,9 @@ class _Row(NamedTuple):
     remarks: list[str]
 
 
-def merge_prompts(table: PromptTable, encoder: PromptEncoder, most: int, keys: Sequence[str]) -> PromptTable:
+def merge_prompts(
+    table: PromptTable, encoder: PromptEncoder, most: int, keys: Sequence[str], without: NDArray[np.int64]
+) -> PromptTable:
     """Merge rows whose prompts have the same token ids; what comes from files is merged once.
 
     Equal completions become one; every comparison stays, with its row's number and its columns.
@@ -50,15 +52,16 @@ def merge_prompts(table: PromptTable, encoder: PromptEncoder, most: int, keys: S
         most: completions of an example. Where there are more, the rows go on in a further example with the same prompt;
             a row that has more by itself is an example of its own.
         keys: fingerprints of the table's parts.
+        without: rows that are left out, each for an earlier one.
     """
     from datasets import Dataset, Value
     from datasets import List as ListOf
 
     source = table.sources[0]
     on_disk = all(one.content or one.rows.table.cache_files for one in table.sources)
-    key = [*keys, encoder.fingerprint, most, code_digest(_merge)] if on_disk else keys
+    key = [*keys, encoder.fingerprint, most, code_digest(_merge), len(without)] if on_disk else keys
     fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    groups = cache(lambda: _groups(table))  # not made if the result is in the cache
+    groups = cache(lambda: _groups(table, without))  # not made if the result is in the cache
     # a row of this for every so many groups, of which there are fewer than rows
     parts = Dataset.from_dict({"part": range(-(-table.total // _AT_ONCE))})
     with refusals(source.cache):
@@ -87,7 +90,7 @@ class _Groups(NamedTuple):
         return [self.order[start:end].tolist() for start, end in pairwise(starts)]
 
 
-def _groups(table: PromptTable) -> _Groups:
+def _groups(table: PromptTable, without: NDArray[np.int64]) -> _Groups:
     """Find the rows whose prompts have equal ids; a dropped row, which has none, is a group of its own."""
     ids = _Ids(table.encoded.data.column("prompt_ids"))
     hashes = np.fromiter((hash(one) for one in ids), np.int64, table.total)
@@ -101,8 +104,9 @@ def _groups(table: PromptTable) -> _Groups:
             if content := ids[row]:
                 first[row] = found.setdefault(content, row)
     order = first.argsort(kind="stable")
+    order = order[~np.isin(order, without)]
     starts = np.flatnonzero(np.diff(first[order], prepend=-1))
-    return _Groups(order, [*starts.tolist(), table.total])
+    return _Groups(order, [*starts.tolist(), len(order)])
 
 
 class _Ids:

@@ -29,6 +29,7 @@ def report(
     truncation: str,
     comparing: Comparing,
     group_by_prompt: int | None = None,
+    deduplicate: bool = False,
     of_templates: Sequence[str] = (),
 ) -> None:
     """One line for dropped examples, one for what cannot teach anything, one for each option that changes nothing.
@@ -39,9 +40,12 @@ def report(
         truncation: as it was encoded.
         comparing: as well.
         group_by_prompt: as well.
+        deduplicate: as well.
         of_templates: the options of chat templates that are set.
     """
     _report_dropped(split, table, truncation)
+    if table.repeated:
+        rank_zero_info(f"{split}: {table.repeated} rows left out: an earlier one says the same (deduplicate)")
     if lost := table.lost:
         line = f"{lost} of {lost + len(table.completion_lengths)} completions dropped with their comparisons: too long"
         rank_zero_info(f"{split}: {line} (truncation={truncation})")
@@ -50,6 +54,8 @@ def report(
             f"{split}: {table.identical} of {table.comparisons_count} {_compared(table)} have two equal completions; "
             "kept, but they teach nothing"
         )
+    if deduplicate and not table.repeated:
+        rank_zero_info(f"{split}: `deduplicate` changes nothing, for no row says what an earlier one says")
     _report_remarks(split, table)
     for line in _without_effect(table, comparing, group_by_prompt):
         rank_zero_info(f"{split}: {line}")
@@ -69,7 +75,7 @@ def _report_dropped(split: str, table: PromptTable, truncation: str) -> None:
     )
     too_long = any("longer than max_" in reason for reason in table.dropped)
     unit = table.unit
-    line = f"{table.total - table.size} of {table.total} {unit} dropped: {reasons}"
+    line = f"{table.dropped.total()} of {table.total} {unit} dropped: {reasons}"
     line += f" (truncation={truncation})" if too_long else ""
     if table.size == 0:
         remedy = " Raise `max_length` or set another `truncation`." if too_long else ""

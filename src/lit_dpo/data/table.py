@@ -38,6 +38,7 @@ class PromptTable(NamedTuple):
             merged, the numbers of those that the comparisons are from.
         rows: `(N,)` rows of `encoded` that are used, ascending.
         columns: names of the numbers that the comparisons have.
+        repeated: rows that were left out because an earlier one says the same.
     """
 
     sources: list[RowSource]
@@ -45,6 +46,7 @@ class PromptTable(NamedTuple):
     encoded: Dataset
     rows: NDArray[np.int64]
     columns: tuple[str, ...] = ()
+    repeated: int = 0
 
     # --- counts ----------------------------------------------------------------------------------------------------
 
