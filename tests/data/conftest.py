@@ -10,7 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from toy_tokenizers import CHAT, byte_level, sentencepiece_like
 
-TOOLS = "{% if tools %}{{ '<|system|>' + tools[0]['function']['name'] + '<|end|>\\n' }}{% endif %}"
+TOOLS = (
+    "{% if tools %}{{ '<|system|>' + tools | map(attribute='function.name') | join(', ') + '<|end|>\\n' }}{% endif %}"
+)
+CALLS = CHAT.replace("m['content']", "m['content'] + (m['tool_calls'] | tojson if m['tool_calls'] else '')")
 
 
 @pytest.fixture(scope="session", params=["byte_level", "sentencepiece_like", "adds_eos"])
@@ -34,9 +37,9 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer: P
 
 @pytest.fixture(scope="session")
 def tools_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tokenizer whose chat template says the name of the first tool."""
+    """A tokenizer whose chat template says the names of the tools, and what is called."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    byte_level(chat_template=TOOLS + CHAT).save_pretrained(folder)
+    byte_level(chat_template=TOOLS + CALLS).save_pretrained(folder)
     return str(folder)
 
 
