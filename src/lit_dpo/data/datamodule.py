@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,11 +19,15 @@ from lit_dpo.data.encode import PromptEncoder
 from lit_dpo.data.encoding import encode_table
 from lit_dpo.data.formats import Auto, Preference, PreferenceFormat, Ranking
 from lit_dpo.data.formats.recognition import HEAD, choice, option
-from lit_dpo.data.loader import PromptDataset, PromptLoader, loader_options
+from lit_dpo.data.loader import PromptDataset, PromptLoader, TrainLoader, loader_options
+from lit_dpo.data.mixture import Mixture, weighted_sources
 from lit_dpo.data.position import first_position, position
 from lit_dpo.data.reports import Ask, check_budget, check_lists, check_tokens, report, warn
 from lit_dpo.data.sampler import PromptSampler
 from lit_dpo.data.sources import RowSource, Source, load_rows, with_columns
+from lit_dpo.data.stream import PromptStream
+from lit_dpo.data.stream_loader import StepLimits, StreamLoader
+from lit_dpo.data.streaming import SHUFFLE_BUFFER, StreamSource, check_streaming, open_stream
 from lit_dpo.data.table import PromptTable
 from lit_dpo.data.truncation import Truncation, check_limits
 from lit_dpo.errors import DataError, PolicyError
@@ -50,7 +55,11 @@ class PreferenceDataModule(LightningDataModule):
     Args:
         train: training pairs: a `.jsonl`, `.jsonl.gz`, `.json`, `.csv` or `.parquet` file, a pattern, a list of them, a
             hub data set as `organisation/name:split`, `lit-dpo/quickstart`; a `datasets.Dataset`, `DatasetDict` or
-            `IterableDataset`, or rows, such as a list of dictionaries.
+            `IterableDataset`, or rows, such as a list of dictionaries. Or a mixture: several of these with the share of
+            the prompts that each shall have, `{"a.jsonl": 0.7, "organisation/name:train": 0.3}`, or a list of pairs
+            `(source, share)`. Shares hold at every point of an epoch, to within one prompt of each source, whatever
+            the batches and ranks are. An epoch shows every row at least once, and those of smaller sources again, in
+            fresh permutations. Each source is recognised for itself.
         val: validation pairs, likewise, or several sets of them by name, which are then measured one by one as
             `val/NAME/…` and together as `val/…`. None: see `val_split`.
         test: test pairs, likewise.
@@ -80,6 +89,13 @@ class PreferenceDataModule(LightningDataModule):
             completions. 0: no validation.
         num_workers: processes that collate batches. Encoding is done by then, and collating takes some milliseconds,
             about what a process takes to hand a batch over: 0 is rarely slow.
+        streaming: read, check and encode the training rows as training goes, for data that are larger than the disk or
+            have no end: files with a row a line (`.jsonl`, `.csv`, also `.gz`) or `.parquet`, hub data sets,
+            `IterableDataset`, any iterable that can begin anew, or a function that makes an iterator. Every process
+            reads all rows, and parses and tokenises its own. What needs their number is refused or says so: give
+            `max_steps` for a learning rate that falls, and `val` for validation. False: rows are a table; an iterable
+            is read to its end first.
+        shuffle_buffer: of a stream, rows that are shuffled together: blocks of so many follow one another. None: 10000.
         seed: of the order of training and of `val_split`.
         chat_template_kwargs: more arguments for the tokenizer's chat template.
 
@@ -91,7 +107,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: Source | None = None,
+        train: Source | dict[str, float] | None = None,
         val: Source | dict[str, Source] | None = None,
         test: Source | dict[str, Source] | None = None,
         predict: Source | None = None,
@@ -108,6 +124,8 @@ class PreferenceDataModule(LightningDataModule):
         max_tokens: int | None = None,
         val_split: float = 0.0,
         num_workers: int = 0,
+        streaming: bool = False,
+        shuffle_buffer: int | None = None,
         seed: int = 0,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -123,6 +141,12 @@ class PreferenceDataModule(LightningDataModule):
         if group_by_prompt is not None and group_by_prompt < 2:
             raise ValueError(f"Expected `group_by_prompt` >= 2 (a pair has two completions) but got {group_by_prompt}.")
         check_limits(max_length, max_prompt_length, truncation)
+        mixed = weighted_sources(train)
+        if mixed and group_by_prompt is not None:
+            raise ValueError("Expected no `group_by_prompt` with a mixture: an example could be of several sources.")
+        check_streaming(streaming, shuffle_buffer, val_split=val_split, group_by_prompt=group_by_prompt)
+        if weighted_sources(predict) is not None:
+            raise DataError("Expected no weights for `predict`: a mixture is for `train` alone.")
         self.sources = {"train": train, **_by_name("val", val), **_by_name("test", test), "predict": predict}
         self.format = format
         self.tokenizer = tokenizer
@@ -136,13 +160,17 @@ class PreferenceDataModule(LightningDataModule):
         self.max_tokens = max_tokens
         self.val_split = val_split
         self.num_workers = num_workers
+        self.streaming = streaming
+        self.shuffle_buffer = shuffle_buffer or SHUFFLE_BUFFER
         self.seed = seed
         self.chat_template_kwargs = chat_template_kwargs or {}
         self._tables: dict[str, PromptTable | None] = {}
+        self._shares = [share for _, share in mixed or ()]
+        self._stream: PromptStream | None = None  # of the training data, instead of a table
         self._encoder: PromptEncoder | None = None
         self._policy: Any = None  # that the encoder is of
-        self._train_loader: PromptLoader | None = None
-        self._resume: Mapping[str, int] | None = None
+        self._train_loader: TrainLoader | None = None
+        self._resume: Mapping[str, Any] | None = None
 
     # --- Lightning's hooks -----------------------------------------------------------------------------------------
 
@@ -169,13 +197,22 @@ class PreferenceDataModule(LightningDataModule):
             for split in splits:
                 self._table(split)
 
-    def train_dataloader(self) -> PromptLoader:
+    def train_dataloader(self) -> TrainLoader:
         """Shuffled batches, from the position of the checkpoint if one is resumed."""
-        table = self._table("train")
-        sampler = self._sampler(table, self.batch_size, shuffle=not getattr(self.trainer, "overfit_batches", 0))
-        self._train_loader = PromptLoader(PromptDataset(table), sampler=sampler, **self._loader_options())
-        if self.trainer:
+        shuffle = not getattr(self.trainer, "overfit_batches", 0)
+        options = self._loader_options()
+        if self._stream is not None:
+            self._stream.shuffle = shuffle
+            rank, ranks = self._ranks
+            limits = StepLimits(ranks, self.batch_size, self.max_tokens)
+            self._train_loader = StreamLoader(self._stream, limits, rank, **options)
+        else:
+            table = self._table("train")
+            sampler = self._sampler(table, self.batch_size, shuffle=shuffle)
+            self._train_loader = PromptLoader(PromptDataset(table), sampler=sampler, **options)
+        if trainer := self.trainer:
             self._train_loader.start = self._first_position
+            self._train_loader.fetches_ahead = lambda: math.isinf(trainer.num_training_batches)
         return self._train_loader
 
     def val_dataloader(self) -> Any:
@@ -193,14 +230,14 @@ class PreferenceDataModule(LightningDataModule):
         """Batches in file order."""
         return self._eval_loader("predict")
 
-    def state_dict(self) -> dict[str, int | None]:
+    def state_dict(self) -> dict[str, Any]:
         """Where training stands: the epoch, its consumed batches, and what these counts depend on."""
-        table, loader = self._tables.get("train"), self._train_loader
-        if self.trainer is None or table is None or loader is None:
+        loader = self._train_loader
+        if self.trainer is None or loader is None:
             return {}
         return position(self.trainer, loader) | self._order_facts()
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue training there; evaluation does not care.
 
         `ExactResume` adds what Lightning's loops do not tell: that it stands `between` two epochs, or that one is
@@ -216,14 +253,18 @@ class PreferenceDataModule(LightningDataModule):
 
     @property
     def train_digest(self) -> str | None:
-        """Of the training data as they are encoded, by which a run that goes on knows them; None before `setup`."""
-        table = self._tables.get("train")
+        """Of the training data as they are encoded, by which a run that goes on knows them; None before `setup`.
+
+        Of a stream it is of the first rows.
+        """
+        table = self._stream or self._tables.get("train")
         return None if table is None else table.digest
 
     @property
     def columns(self) -> dict[str, frozenset[str]]:
         """By split of this run, the names of the numbers that its rows bring, which travel as `columns`."""
-        return {split: frozenset(table.columns) for split, table in self._tables.items() if table is not None}
+        tables = self._tables | {"train": self._stream or self._tables.get("train")}
+        return {split: frozenset(table.columns) for split, table in tables.items() if table is not None}
 
     def check_tokens(self, vocabulary: int, context: int | None, made_for: int | None, model: str) -> None:
         """See that a model can read all of this run; say once if some are longer than what it was made for.
@@ -231,6 +272,8 @@ class PreferenceDataModule(LightningDataModule):
         Raises:
             DataError: for the first comparison that it cannot, with file and row.
         """
+        if self._stream is not None:
+            self._stream.check_tokens(vocabulary, context, model)
         for split, table in self._tables.items():
             if table is not None:
                 check_tokens(split, table, vocabulary, context, made_for, model)
@@ -245,6 +288,8 @@ class PreferenceDataModule(LightningDataModule):
         Raises:
             DataError: for the first prompt that it refuses, with file and row.
         """
+        if self._stream is not None:
+            self._stream.check_lists(ask)
         for split, table in self._tables.items():
             if table is not None and not table.holds_pairs:
                 check_lists(split, table, ask)
@@ -256,11 +301,11 @@ class PreferenceDataModule(LightningDataModule):
 
         Splits are `train`, `val`, …, and `val/NAME` where there are several.
         """
-        return self._table(split).preference(row)
+        return self._rows(split).preference(row)
 
     def place(self, split: str, row: int) -> str:
         """Say in which file a row of a split is, and its number there."""
-        return self._table(split).place(row)
+        return self._rows(split).place(row)
 
     def prompts(self, split: str, limit: int) -> list[tuple[int, list[int], Preference | Ranking]]:
         """Return the first `limit` prompts of a split: row number, token ids as trained on, what the row says.
@@ -270,7 +315,7 @@ class PreferenceDataModule(LightningDataModule):
         sets = self._sets(split)
         if sets != [split]:
             return [one for name in sets for one in self.prompts(name, -(-limit // len(sets)))][:limit]
-        return self._table(split).prompts(limit)
+        return self._rows(split).prompts(limit)
 
     # --- tables ----------------------------------------------------------------------------------------------------
 
@@ -279,6 +324,9 @@ class PreferenceDataModule(LightningDataModule):
         if table is None:
             raise DataError(f"Expected `{split}` data but there are none: set `--data.{split}`.")
         return table
+
+    def _rows(self, split: str) -> PromptTable | PromptStream:
+        return self._stream if split == "train" and self._stream is not None else self._table(split)
 
     def _sets(self, split: str) -> list[str]:
         """Name a split's sets: itself, or `val/NAME` for each."""
@@ -295,6 +343,9 @@ class PreferenceDataModule(LightningDataModule):
     def _build_train(self) -> dict[str, PromptTable | None]:
         if self.sources["train"] is None:
             raise DataError("Expected training data but `train` is not set: name a file with `--data.train`.")
+        if self.streaming:
+            self._stream = self._open_stream()
+            return {"train": None}
         table = self._encode("train")
         if self.sources.get("val") is not None or self._sets("val") != ["val"] or not self.val_split:
             return {"train": table}
@@ -320,15 +371,42 @@ class PreferenceDataModule(LightningDataModule):
     def _encode(self, split: str) -> PromptTable:
         source = self.sources[split]
         assert source is not None
-        sources = load_rows(source, None, stage=split.partition("/")[0])
-        format = self._format_of(split, sources)
-        sources = [with_columns(one, format.columns, format.optional_columns) for one in sources]
-        table = encode_table(sources, format, self._get_encoder(), self.comparing, self.group_by_prompt)
+        stage = split.partition("/")[0]
+        sources: list[RowSource] = []
+        formats: list[PreferenceFormat] = []
+        parts: list[int] = []
+        for number, (part, _) in enumerate(weighted_sources(source) or [(source, 1.0)]):
+            found = load_rows(part, None, stage=stage)
+            format = self._format_of(split, found)
+            sources += [with_columns(one, format.columns, format.optional_columns) for one in found]
+            formats += [format] * len(found)
+            parts += [number] * len(found)
+        table = encode_table(sources, formats, self._get_encoder(), self.comparing, self.group_by_prompt)
+        if split == "train":
+            self._parts = np.repeat(parts, [len(one.rows) for one in table.sources])
         report(split, table, self.truncation, self.comparing, self.group_by_prompt)
         check_budget(split, table, self.max_tokens)
         return table
 
-    def _format_of(self, split: str, sources: Sequence[RowSource]) -> PreferenceFormat:
+    def _open_stream(self) -> PromptStream:
+        """Find the training data's sources and their formats, and look at the first rows."""
+        source = self.sources["train"]
+        sources: list[StreamSource] = []
+        formats: list[PreferenceFormat] = []
+        groups: list[list[int]] = []
+        for part, _ in weighted_sources(source) or [(source, 1.0)]:
+            found = open_stream(part)
+            format = self._format_of("train", found)
+            groups.append([*range(len(sources), len(sources) + len(found))])
+            sources += [one.with_columns(format.columns, format.optional_columns, one.head(HEAD)) for one in found]
+            formats += [format] * len(found)
+        shares = self._shares or [1.0]
+        encoder, buffer = self._get_encoder(), self.shuffle_buffer
+        stream = PromptStream(sources, formats, encoder, self.comparing, groups, shares, buffer, self.seed)
+        rank_zero_info(f"train: {stream}")
+        return stream
+
+    def _format_of(self, split: str, sources: Sequence[RowSource | StreamSource]) -> PreferenceFormat:
         """Return the format that reads a split, and say which one was recognised."""
         if not isinstance(self.format, Auto):
             return self.format
@@ -375,7 +453,7 @@ class PreferenceDataModule(LightningDataModule):
             return
         before, self._encoder, self._policy = self._encoder, self._make_encoder(), policy
         if self._encoder.fingerprint != before.fingerprint:
-            self._tables = {}
+            self._tables, self._stream = {}, None
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -394,6 +472,8 @@ class PreferenceDataModule(LightningDataModule):
             raise DataError(f"Expected a tokenizer at `{self.tokenizer}` but it cannot be loaded: {error}") from error
 
     def _warn_of_leaks(self) -> None:
+        if self._stream is not None:
+            return
         train = self._table("train")
         for split in self._sets("val"):
             val = self._tables.get(split)
@@ -404,9 +484,27 @@ class PreferenceDataModule(LightningDataModule):
 
     # --- loaders ---------------------------------------------------------------------------------------------------
 
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """The rank of this process, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _mixture(self, table: PromptTable, multiple: int) -> Mixture:
+        """Return the order of the training data's sources, and say what an epoch is."""
+        mixture = Mixture(self._parts[table.rows], self._shares, multiple)
+        times = ", ".join(
+            f"{share:.3g} {time:.3g} times" for share, time in zip(self._shares, mixture.times, strict=True)
+        )
+        rank_zero_info(
+            f"train: an epoch has {mixture.size} prompts, so that each of {table.size} comes; by share: {times}"
+        )
+        return mixture
+
     def _sampler(self, table: PromptTable, batch_size: int | None, *, shuffle: bool) -> PromptSampler:
-        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, ranks = self._ranks
         order: dict[str, Any] = {"seed": self.seed, "shuffle": shuffle, "rank": rank, "num_replicas": ranks}
+        if shuffle and self._shares:
+            order["mixture"] = self._mixture(table, 1 if self.max_tokens is not None else (batch_size or 1) * ranks)
         if self.max_tokens is not None:
             return BudgetSampler(table.lengths, self.max_tokens, batch_size, **order)
         assert batch_size is not None
@@ -421,22 +519,29 @@ class PreferenceDataModule(LightningDataModule):
         state, self._resume = self._resume, None
         assert self.trainer is not None
         assert self._train_loader is not None
+        if state is not None and isinstance(self._train_loader, StreamLoader):
+            self._train_loader.starts = {**state.get("starts", {})}
         return first_position(state, self.trainer, self._train_loader, self._order_facts())
 
-    def _order_facts(self) -> dict[str, int | None]:
+    def _order_facts(self) -> dict[str, Any]:
         """Say what decides which prompts the next batches hold."""
+        if self._stream is not None:
+            return self._stream.facts | self._batch_facts()
         table = self._table("train")
-        counts: dict[str, int | None] = {"pairs": table.size}
+        counts: dict[str, Any] = {"pairs": table.size}
         if not table.holds_pairs:
             counts = {
                 "prompts": table.size,
                 "completions": len(table.completion_lengths),
                 "comparisons": table.comparisons_count,
             }
-        return counts | {
+        return counts | ({"shares": self._shares} if self._shares else {}) | self._batch_facts()
+
+    def _batch_facts(self) -> dict[str, int | None]:
+        return {
             "batch_size": self.batch_size,
             "max_tokens": self.max_tokens,
-            "ranks": self.trainer.world_size if self.trainer else 1,
+            "ranks": self._ranks[1],
             "seed": self.seed,
         }
 
@@ -456,8 +561,10 @@ def _by_name(split: str, source: Source | Mapping[str, Source] | None) -> dict[s
     """Name a split's sources: by its own name, or several by `split/NAME`.
 
     Raises:
-        DataError: for names that cannot be part of a metric's name.
+        DataError: for names that cannot be part of a metric's name, or weights.
     """
+    if weighted_sources(source) is not None:
+        raise DataError(f"Expected sets by name for `{split}` but got weights: a mixture is for `train` alone.")
     if not isinstance(source, Mapping) or hasattr(source, "column_names"):  # a `DatasetDict` has splits, not sets
         return {split: source}
     if not source or not all(isinstance(name, str) and name and "/" not in name for name in source):

@@ -25,10 +25,12 @@ from lit_dpo.writing import refusals
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from lit_dpo.data.streaming import StreamSource
+
 
 def encode_table(
     sources: Sequence[RowSource],
-    format: PreferenceFormat,
+    format: PreferenceFormat | Sequence[PreferenceFormat],
     encoder: PromptEncoder,
     comparing: Comparing = Comparing(),  # noqa: B008 - a record
     group_by_prompt: int | None = None,
@@ -39,7 +41,7 @@ def encode_table(
 
     Args:
         sources: of the rows.
-        format: reads them.
+        format: reads them, or one for each source.
         encoder: of prompts and completions.
         comparing: which completions are compared.
         group_by_prompt: merge rows of the same prompt into examples of up to so many completions. None: a row is one.
@@ -49,8 +51,9 @@ def encode_table(
     """
     from datasets import concatenate_datasets
 
-    sources = [_spread(source, format) for source in sources]
-    names = [_column_names(source, format, comparing) for source in sources]
+    formats = [format] * len(sources) if isinstance(format, PreferenceFormat) else list(format)
+    sources = [_spread(source, own) for source, own in zip(sources, formats, strict=True)]
+    names = [_column_names(source, own, comparing) for source, own in zip(sources, formats, strict=True)]
     for source, there in zip(sources, names, strict=True):
         if there != names[0]:
             raise DataError(
@@ -61,13 +64,13 @@ def encode_table(
     whole = encoder
     if group_by_prompt is not None:  # a group is cut once, when it is together
         whole = replace(encoder, max_length=None, max_prompt_length=None, truncation="drop")
-    keys = [_fingerprint(source, format, whole, comparing) for source in sources]
+    keys = [_fingerprint(source, own, whole, comparing) for source, own in zip(sources, formats, strict=True)]
     parts = [
-        _encode_source(source, format, whole, comparing, columns, key)
-        for source, key in zip(sources, keys, strict=True)
+        _encode_source(source, own, whole, comparing, columns, key)
+        for source, own, key in zip(sources, formats, keys, strict=True)
     ]
     encoded = concatenate_datasets(parts).with_format("arrow")
-    table = PromptTable(sources, format, encoded, np.arange(len(encoded)), columns)
+    table = PromptTable(sources, formats[0], encoded, np.arange(len(encoded)), columns, formats)
     if group_by_prompt is not None:
         table = merge_prompts(table, encoder, group_by_prompt, keys)
     return table._replace(rows=np.flatnonzero(table.facts("length")))
@@ -135,7 +138,7 @@ def _encode_source(
 
 
 def _encode_rows(
-    source: RowSource,
+    source: RowSource | StreamSource,
     cells: dict[str, list[Any]],
     numbers: list[int],
     format: PreferenceFormat,
@@ -178,7 +181,11 @@ def _encode_rows(
 
 
 def _read(
-    source: RowSource, number: int, format: PreferenceFormat, comparing: Comparing, row: Mapping[str, Any]
+    source: RowSource | StreamSource,
+    number: int,
+    format: PreferenceFormat,
+    comparing: Comparing,
+    row: Mapping[str, Any],
 ) -> Preference | Ranking | Skipped:
     try:
         found = format.read(row)

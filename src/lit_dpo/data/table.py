@@ -31,11 +31,12 @@ class PromptTable(NamedTuple):
 
     Attributes:
         sources: the raw rows.
-        format: reads a raw row.
+        format: reads a raw row of the first source.
         encoded: token ids and facts, in Arrow's format, one row per example; a dropped one has no ids. Where rows were
             merged, the numbers of those that the comparisons are from.
         rows: `(N,)` rows of `encoded` that are used, ascending.
         columns: names of the numbers that the comparisons have.
+        formats: of each source.
     """
 
     sources: list[RowSource]
@@ -43,6 +44,7 @@ class PromptTable(NamedTuple):
     encoded: Dataset
     rows: NDArray[np.int64]
     columns: tuple[str, ...] = ()
+    formats: Sequence[PreferenceFormat] = ()
 
     # --- counts ----------------------------------------------------------------------------------------------------
 
@@ -165,7 +167,7 @@ class PromptTable(NamedTuple):
     def preference(self, row: int) -> Preference | Ranking:
         """Read the raw preference or ranking of a row number."""
         number, inside = self._find(row)
-        found = self.format.read(self.sources[number].rows[inside])
+        found = self.formats[number].read(self.sources[number].rows[inside])
         if isinstance(found, Skipped):
             raise LookupError(f"Expected a row that is used but {self.place(row)} is not: {found.reason}.")
         return found
