@@ -88,8 +88,8 @@ def make_schedule(
         return None
     if math.isinf(steps):
         raise TrainingError(
-            "Expected `max_epochs` (with data of a known length) or `max_steps`: a falling rate, or a warm-up, needs to "
-            "know the end. Or use `constant` without a warm-up."
+            "Expected `max_epochs` (with data of a known length) or `max_steps`: a falling rate, or a warm-up, needs "
+            "to know the end. Or use `constant` without a warm-up."
         )
     return _lightnings(
         _transformers(optimizer, lr_scheduler, int(steps), warmup_ratio, min_lr_ratio, decay_ratio or _DECAY_RATIO)

@@ -30,7 +30,7 @@ from lit_dpo.data.stream_loader import StepLimits, StreamLoader
 from lit_dpo.data.streaming import SHUFFLE_BUFFER, StreamSource, check_streaming, open_stream
 from lit_dpo.data.table import PromptTable
 from lit_dpo.data.truncation import Truncation, check_limits
-from lit_dpo.errors import DataError, PolicyError
+from lit_dpo.errors import DataError, PolicyError, ResumeError
 from lit_dpo.hub import locate, split_revision
 
 if TYPE_CHECKING:
@@ -520,6 +520,11 @@ class PreferenceDataModule(LightningDataModule):
         assert self.trainer is not None
         assert self._train_loader is not None
         if state is not None and isinstance(self._train_loader, StreamLoader):
+            if not self.trainer.optimizers:
+                raise ResumeError(
+                    "The stream was read while the optimizer was made, before it is known where the run goes on: use "
+                    "`trainer.max_steps` there instead of `trainer.estimated_stepping_batches`."
+                )
             self._train_loader.starts = {**state.get("starts", {})}
         return first_position(state, self.trainer, self._train_loader, self._order_facts())
 

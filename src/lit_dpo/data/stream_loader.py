@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -81,7 +81,9 @@ class StreamLoader(TrainLoader):
     dropped, every row is on one rank, and where a step begins is one number. What a rank gets of another's rows it
     encodes again: some percent, or, with `max_tokens`, more.
 
-    The last batches of an epoch are shared as evenly as they can be; if there are fewer rows than ranks, they sit out.
+    The last rows of an epoch are shared as evenly as they can be. If there are fewer than ranks, the step before gives
+    some of its own; or, if it has no more than one for each rank, it takes them, one more than there is room for on
+    some ranks. There, if `max_tokens` leaves no room, a row may sit out.
 
     Args:
         stream: of the rows.
@@ -127,17 +129,21 @@ class StreamLoader(TrainLoader):
         begun = self.batches
         self.starts = {begun: self.starts[begun] if begun else 0}
         self.sampler.position = (self.epoch, self.starts[begun])
-        seen, step = _Seen(self.starts[begun]), _Step(self.limits)
+        seen, before, step = _Seen(self.starts[begun]), None, _Step(self.limits)
         for rows in self._fetched():
             for place in self._places(*self.sampler.pending.popleft(), rows, seen):
                 if not step.take(place):
-                    yield self._batch(step, place.position)
-                    step = _Step(self.limits)
+                    if before:
+                        yield self._batch(before, step.start)
+                    before, step = step, _Step(self.limits)
                     step.take(place)
-        if not seen.kept and not begun:
-            raise DataError(f"train: no row of {seen.read} is left{seen.reasons}.")
-        if step.even_out():
-            yield self._batch(step, seen.position)
+        if not begun and seen.kept < self.limits.ranks:
+            count = f"{seen.kept or 'no'} row{'s' * (seen.kept > 1)} of {seen.read}"
+            raise DataError(f"train: {count} is left for {self.limits.ranks} ranks{seen.reasons}.")
+        whole = before.rows if before else []
+        last = _last(self.limits, whole, step.rows)
+        for one, following in zip_longest(last, last[1:]):
+            yield self._batch(one, following.start if following else seen.position)
         seen.report(self.epoch)
 
     def _places(self, first: int, items: Sequence[Item], rows: list[StreamedRow], seen: _Seen) -> Iterator[_Place]:
@@ -212,15 +218,23 @@ class _Step:
             self.parts[rank].append(place)
         return rank is not None
 
-    def even_out(self) -> bool:
-        """Share the rows that are left, so that every rank has some; False if there are too few."""
-        if sum(map(len, self.parts)) < self.limits.ranks:
-            return False
+    @property
+    def rows(self) -> list[_Place]:
+        """Its rows, in the order of the stream."""
+        return sorted(place for part in self.parts for place in part)
+
+    @property
+    def start(self) -> int:
+        """The position of its first row."""
+        return self.rows[0].position
+
+    def even_out(self) -> None:
+        """Share the rows as evenly as they fit, so that every rank has some."""
         while True:
             most, least = max(self.parts, key=len), min(self.parts, key=len)
             moved = next((one for one in reversed(most) if self._fits(self.parts.index(least), one)), None)
             if len(most) - len(least) < 2 or moved is None:
-                return True
+                return
             most.remove(moved)
             least.append(moved)
 
@@ -233,6 +247,31 @@ class _Step:
     def _load(self, rank: int) -> int:
         part = self.parts[rank]
         return len(part) if self.limits.max_tokens is None else sum(one.tokens for one in part)
+
+
+def _last(limits: StepLimits, whole: list[_Place], rest: list[_Place]) -> list[_Step]:
+    """Make the last steps of an epoch, in which each rank has a row.
+
+    Args:
+        limits: of a step.
+        whole: rows of a step.
+        rest: those that follow.
+    """
+    if rest and len(rest) < limits.ranks:  # the step before gives some, or takes them
+        rows = [*whole, *rest]
+        least = limits.ranks if len(rows) >= 2 * limits.ranks else 0
+        whole, rest = rows[: len(rows) - least], rows[len(rows) - least :]
+    steps = []
+    for part in (whole, rest):
+        room = limits
+        if limits.prompts is not None and len(part) > limits.prompts * limits.ranks:
+            room = limits._replace(prompts=limits.prompts + 1)
+        step = _Step(room)
+        for place in part:
+            step.take(place)
+        step.even_out()
+        steps += [step] if part else []
+    return steps
 
 
 class _Seen:
@@ -255,6 +294,8 @@ class _Seen:
         return f": {said}" if said else ""
 
     def report(self, epoch: int) -> None:
+        if not self.read:  # a run that had nothing left to do in this epoch
+            return
         line = f"train: epoch {epoch}: {self.read} rows read, {self.kept} kept"
         line += f", dropped{self.reasons}" if self.dropped else ""
         line += f"; {self.lost} completions dropped, too long" if self.lost else ""
