@@ -20,7 +20,7 @@ from lit_dpo.data.encoding import encode_table
 from lit_dpo.data.formats import Auto, Preference, PreferenceFormat, Ranking
 from lit_dpo.data.formats.recognition import HEAD, choice, option
 from lit_dpo.data.loader import PromptDataset, PromptLoader, TrainLoader, loader_options
-from lit_dpo.data.mixture import Mixture, weighted_sources
+from lit_dpo.data.mixture import Mixture, names, weighted_sources
 from lit_dpo.data.position import first_position, position
 from lit_dpo.data.reports import Ask, check_budget, check_lists, check_tokens, report, warn
 from lit_dpo.data.sampler import PromptSampler
@@ -491,13 +491,8 @@ class PreferenceDataModule(LightningDataModule):
 
     def _mixture(self, table: PromptTable, multiple: int) -> Mixture:
         """Return the order of the training data's sources, and say what an epoch is."""
-        mixture = Mixture(self._parts[table.rows], self._shares, multiple)
-        times = ", ".join(
-            f"{share:.3g} {time:.3g} times" for share, time in zip(self._shares, mixture.times, strict=True)
-        )
-        rank_zero_info(
-            f"train: an epoch has {mixture.size} prompts, so that each of {table.size} comes; by share: {times}"
-        )
+        mixture = Mixture(self._parts[table.rows], self._shares, multiple, names(self.sources["train"]))
+        rank_zero_info(f"train: {mixture}")
         return mixture
 
     def _sampler(self, table: PromptTable, batch_size: int | None, *, shuffle: bool) -> PromptSampler:

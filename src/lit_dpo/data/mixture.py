@@ -51,7 +51,12 @@ def _is_pair(one: object) -> bool:
 
 
 def _called(source: object) -> str:
-    return repr(source) if isinstance(source, str) else f"the {type(source).__name__}"
+    return source if isinstance(source, str) else f"the {type(source).__name__}"
+
+
+def names(source: Any) -> list[str]:
+    """Return what the sources of a mixture are called."""
+    return [_called(one) for one, _ in weighted_sources(source) or ()]
 
 
 def interleave(shares: Sequence[float]) -> Iterator[int]:
@@ -92,6 +97,10 @@ class Mixture:
         of: `(N,)` for each row the number of its source.
         shares: of the sources; they add up to 1.
         multiple: what the length of an epoch shall be a multiple of.
+        names: of the sources.
+
+    Raises:
+        DataError: for a source of which no row is left.
 
     Attributes:
         pattern: for each place of an epoch the number of its source, see `interleave`.
@@ -102,8 +111,14 @@ class Mixture:
         [0, 0, 1, 0]
     """
 
-    def __init__(self, of: NDArray[np.int64], shares: Sequence[float], multiple: int = 1) -> None:
+    def __init__(
+        self, of: NDArray[np.int64], shares: Sequence[float], multiple: int = 1, names: Sequence[str] = ()
+    ) -> None:
         self.members = [np.flatnonzero(of == number) for number in range(len(shares))]
+        self.names = names or [f"source {number}" for number in range(len(shares))]
+        for name, rows in zip(self.names, self.members, strict=True):
+            if not len(rows):
+                raise DataError(f"train: no rows are left of {name}, a source of the mixture.")
         least = max(math.ceil(len(rows) / share) for rows, share in zip(self.members, shares, strict=True))
         # by then each is through, or one place short of it
         found = np.fromiter(islice(interleave(shares), least + 2 * len(shares) + multiple), np.int16)
@@ -120,6 +135,12 @@ class Mixture:
     def times(self) -> list[float]:
         """How many times an epoch goes through each source."""
         return [len(places) / len(rows) for places, rows in zip(self._places, self.members, strict=True)]
+
+    def __str__(self) -> str:
+        """Say what an epoch is."""
+        rows = sum(map(len, self.members))
+        said = ", ".join(f"{name} {time:.3g} times" for name, time in zip(self.names, self.times, strict=True))
+        return f"an epoch of the mixture has {self.size} prompts, so that each of the {rows} comes once or more: {said}"
 
     def permutation(self, random: np.random.Generator) -> NDArray[np.int64]:
         """`(size,)` rows in the order of an epoch."""

@@ -110,9 +110,11 @@ class PromptSampler(DistributedSampler[Any], SequentialSampler):
         permutation = self._permutation(random)
         # The shorter last batch stays out of the sorting: it would always hold the longest prompts.
         full = rows // self.global_batch_size * self.global_batch_size
-        if self.mixture is not None and self.bucket:
-            whole = self.mixture.sorted(permutation[:full], self.lengths, self.global_batch_size, self.bucket, random)
-            return np.concatenate([whole, permutation[full:]])
+        if self.mixture is not None:  # batches stay where they are, because of which shares hold
+            if self.bucket:
+                sizes = (self.global_batch_size, self.bucket)
+                permutation[:full] = self.mixture.sorted(permutation[:full], self.lengths, *sizes, random)
+            return permutation
         batches = self._sort_runs(permutation[:full]).reshape(-1, self.global_batch_size)
         return np.concatenate([batches[random.permutation(len(batches))].ravel(), permutation[full:]])
 
