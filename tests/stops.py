@@ -80,9 +80,13 @@ def run(
     accumulate: int = 1,
     ckpt_path: Path | None = None,
     every: int = 4,
+    workers: int | None = None,
     **kwargs: Any,
 ) -> tuple[Any, Any, list[dict[str, str]]]:
-    """One run, stopped or not: its trainer, its module, and the rows that it logged."""
+    """One run, stopped or not: its trainer, its module, and the rows that it logged; a stream if `workers` says of how
+    many processes.
+    """
+    stream = {} if workers is None else {"streaming": True, "shuffle_buffer": 10, "num_workers": workers}
     stop, trace = Stop(way, batches, root), Trace()
     callbacks: list[Any] = [stop, trace]
     if way in ("sigterm", "sigint"):
@@ -110,7 +114,7 @@ def run(
     dpo = module(model, policy={"dropout": 0.1}, loss=BCOLoss(), reference=EMAReference(0.5, 1))
     made = trainer(root, **given)
     try:
-        made.fit(dpo, data(pairs, val=str(pairs)), ckpt_path=ckpt_path)
+        made.fit(dpo, data(pairs, val=str(pairs), **stream), ckpt_path=ckpt_path)
     except (SystemExit, Killed):
         assert way in ("sigterm", "sigint", "killed")
     file = Path(made.log_dir) / "metrics.csv"
@@ -142,31 +146,38 @@ def compare(whole: Any, resumed: Any, before: list[dict[str, str]] = ()) -> str:
 
 
 @functools.cache
-def straight(model: Path, pairs: Path, accumulate: int) -> Any:
+def straight(model: Path, pairs: Path, accumulate: int, workers: int | None = None) -> Any:
     """A run that is not stopped."""
     with tempfile.TemporaryDirectory() as folder:
-        return run(model, pairs, Path(folder), accumulate=accumulate)
+        return run(model, pairs, Path(folder), accumulate=accumulate, workers=workers)
 
 
 def table(
-    model: Path, pairs: Path, ways: Any = WAYS, batches: Any = range(1, 2 * BATCHES), accumulations: Any = (1, 4)
+    model: Path,
+    pairs: Path,
+    ways: Any = WAYS,
+    batches: Any = range(1, 2 * BATCHES),
+    accumulations: Any = (1, 4),
+    workers: int | None = None,
 ):
     """Outcomes by way, accumulation and batch."""
     for accumulate in accumulations:
         with tempfile.TemporaryDirectory() as folder:
             for way, at in itertools.product(ways, batches):
                 root = Path(folder) / f"{way}-{at}"
-                stopped = run(model, pairs, root, way=way, batches=at, accumulate=accumulate)
+                stopped = run(model, pairs, root, way=way, batches=at, accumulate=accumulate, workers=workers)
                 checkpoint = max(root.glob("*.ckpt"), key=lambda file: file.stat().st_mtime, default=None)
                 if checkpoint is None and stopped[0].global_step == 0:
                     yield way, accumulate, at, "equal: no step was made, and nothing was saved"
                     continue
-                resumed = run(model, pairs, root / "on", accumulate=accumulate, ckpt_path=checkpoint)
-                yield way, accumulate, at, compare(straight(model, pairs, accumulate), resumed, stopped[2])
+                resumed = run(model, pairs, root / "on", accumulate=accumulate, ckpt_path=checkpoint, workers=workers)
+                whole = straight(model, pairs, accumulate, workers)
+                yield way, accumulate, at, compare(whole, resumed, stopped[2])
 
 
 if __name__ == "__main__":
     model, pairs = map(Path, sys.argv[1:3])
     ways = sys.argv[3].split(",") if len(sys.argv) > 3 else WAYS
-    for way, accumulate, at, outcome in table(model, pairs, ways):
+    workers = int(sys.argv[4]) if len(sys.argv) > 4 else None
+    for way, accumulate, at, outcome in table(model, pairs, ways, workers=workers):
         print(f"{way:15} accumulate {accumulate} batch {at:2}: {outcome}", flush=True)

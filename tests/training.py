@@ -47,8 +47,8 @@ def module(
     return kind(LoRAPolicy(str(model), **given), **{"optimizer": optimizer, "lr_scheduler": "constant", **kwargs})
 
 
-def data(train: Path | str, **kwargs: Any) -> PreferenceDataModule:
-    return PreferenceDataModule(train=str(train), **{"batch_size": 4, **kwargs})
+def data(train: Path | str | dict[str, float], **kwargs: Any) -> PreferenceDataModule:
+    return PreferenceDataModule(train=train if isinstance(train, dict) else str(train), **{"batch_size": 4, **kwargs})
 
 
 def trainer(root: Path, *, estimate: bool = False, callbacks: Sequence[Any] = (), **kwargs: Any) -> pl.Trainer:

@@ -58,7 +58,7 @@ from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.devices import remark
 from lit_dpo.references import Reference
 from lit_dpo.requirements import check_run, resolve_reference
-from lit_dpo.schedules import check_schedule, make_schedule
+from lit_dpo.schedules import check_schedule, make_schedule, steps_of_run
 from lit_dpo.window import Window
 
 _BROUGHT = (ExactResume, TrainingHealth, MemoryEstimate, OptimizerSteps, AdapterExport, PredictionWriter)
@@ -234,7 +234,7 @@ class DPOModule(pl.LightningModule):
         if self.lr is not None:
             for group in optimizer.param_groups:  # groups of a class of one's own keep their proportions
                 group["lr"] *= self.lr / optimizer.defaults["lr"]
-        steps = self.trainer.estimated_stepping_batches
+        steps = steps_of_run(self.trainer)
         schedule = make_schedule(
             optimizer,
             self.lr_scheduler,

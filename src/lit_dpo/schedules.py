@@ -10,6 +10,7 @@ from lit_dpo.errors import PolicyError, TrainingError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import lightning.pytorch as pl
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
@@ -47,6 +48,18 @@ def check_schedule(
         )
 
 
+def steps_of_run(trainer: pl.Trainer) -> float:
+    """Optimizer steps of a whole run; infinite if nobody knows, as with streamed data and no `max_steps`."""
+    if getattr(getattr(trainer, "datamodule", None), "streaming", False) and not isinstance(
+        trainer.limit_train_batches, int
+    ):
+        # Lightning would begin to read, before it knows where a run that goes on stands in its data
+        steps: float = trainer.max_steps
+    else:
+        steps = trainer.estimated_stepping_batches
+    return steps if steps >= 0 else math.inf
+
+
 def make_schedule(
     optimizer: Optimizer,
     lr_scheduler: ScheduleName | Callable[[Optimizer], Any],
@@ -74,7 +87,10 @@ def make_schedule(
     if lr_scheduler == "constant" and not warmup_ratio:
         return None
     if math.isinf(steps):
-        raise TrainingError("Expected `max_epochs` or `max_steps`: a falling rate needs an end. Or use `constant`.")
+        raise TrainingError(
+            "Expected `max_epochs` (with data of a known length) or `max_steps`: a falling rate, or a warm-up, needs "
+            "to know the end. Or use `constant` without a warm-up."
+        )
     return _lightnings(
         _transformers(optimizer, lr_scheduler, int(steps), warmup_ratio, min_lr_ratio, decay_ratio or _DECAY_RATIO)
     )

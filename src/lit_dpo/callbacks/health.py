@@ -15,6 +15,7 @@ from lit_dpo.checkpoint import remeasure
 from lit_dpo.errors import TrainingError
 from lit_dpo.metrics.preference import on_host
 from lit_dpo.policy.adapters import is_adapters
+from lit_dpo.schedules import steps_of_run
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -72,7 +73,7 @@ class TrainingHealth(pl.Callback):
             )
         if all(optimizer.defaults.get("lr") == 0 for optimizer in trainer.optimizers):
             raise TrainingError("Expected a learning rate > 0 but got 0, with which nothing trains.")
-        every, steps = getattr(pl_module.reference, "every", 1), trainer.estimated_stepping_batches
+        every, steps = getattr(pl_module.reference, "every", 1), steps_of_run(trainer)
         if pl_module.reference.follows_policy and every > steps:
             raise TrainingError(
                 f"{pl_module.reference} moves every {every} steps but the run has {steps:.0f}: it would never move. "

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -191,7 +192,7 @@ class ExactResume(pl.Callback):
             # an optimizer step was made, and `OptimizerSteps` has not noted it
             "torn": trainer.global_step != there.step,
             "accumulate": trainer.accumulate_grad_batches,
-            "of": trainer.num_training_batches,
+            "of": _batches_of_epoch(trainer),
             "ended": not trainer.is_last_batch or self._ended,
         }
 
@@ -211,6 +212,13 @@ class ExactResume(pl.Callback):
                 logger.log_metrics(row, trainer.global_step - 1)
                 logger.save()
         self._resumed = None
+
+
+def _batches_of_epoch(trainer: pl.Trainer) -> int:
+    """Batches of the present epoch; 0 if nobody knows, before the last one of data without a length."""
+    if not math.isinf(batches := trainer.num_training_batches):
+        return int(batches)
+    return trainer.fit_loop.batch_idx + 1 if trainer.is_last_batch else 0
 
 
 def _link_folders(trainer: pl.Trainer) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,8 @@ class BudgetSampler(PromptSampler):
     the end of an accumulation window and the course of the learning rate. So every epoch has the number that the worst
     of the first 8 permutations needs, rounded up to a multiple of the ranks: where there are fewer, the batches with
     the most prompts are halved; a permutation that needs more is drawn again. If there are too few rows for that
-    multiple, fewer rows than ranks sit the epoch out.
+    multiple, fewer rows than ranks sit the epoch out. Of a mixture halves stay where they were, so that its proportions
+    hold.
 
     Evaluation: file order, every row exactly once over all ranks, none twice.
 
@@ -33,7 +36,7 @@ class BudgetSampler(PromptSampler):
         lengths: tokens per prompt with its completions.
         max_tokens: most tokens per rank and batch. Expected at least the longest of these.
         batch_size: most prompts per rank and batch. None: as many as fit.
-        options: `seed`, `shuffle`, `rank` and `num_replicas` as in `PromptSampler`.
+        options: `seed`, `shuffle`, `rank`, `num_replicas` and `mixture` as in `PromptSampler`.
 
     Raises:
         ValueError: for a prompt that does not fit, or as `PromptSampler`.
@@ -66,7 +69,7 @@ class BudgetSampler(PromptSampler):
     def _count_batches(self) -> int:
         most = max(len(self._cut(next(self._permutations(epoch)))) for epoch in range(_DRAWS))
         wanted = -(-most // self.num_replicas) * self.num_replicas
-        self._rows_sit_out = wanted > len(self.lengths)
+        self._rows_sit_out = wanted > self.epoch_rows
         return wanted - self.num_replicas * self._rows_sit_out
 
     def _batches(self) -> list[NDArray[np.int64]]:
@@ -76,7 +79,7 @@ class BudgetSampler(PromptSampler):
         for order in self._permutations(self.epoch):
             batches = self._cut(order)
             if len(batches) <= self._epoch_batches:
-                return _halve_largest(batches, self._epoch_batches - len(batches))
+                return _halve_largest(batches, self._epoch_batches - len(batches), in_place=self.mixture is not None)
             if self._rows_sit_out:
                 return sorted(batches, key=len, reverse=True)[: self._epoch_batches]
         raise AssertionError("permutations never end")
@@ -84,7 +87,7 @@ class BudgetSampler(PromptSampler):
     def _permutations(self, epoch: int) -> Iterator[NDArray[np.int64]]:
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         while True:
-            yield random.permutation(len(self.lengths))
+            yield self._permutation(random)
 
     def _cut(self, order: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         ends = self.lengths[order].cumsum().tolist()
@@ -96,15 +99,19 @@ class BudgetSampler(PromptSampler):
         return batches
 
 
-def _halve_largest(batches: list[NDArray[np.int64]], times: int) -> list[NDArray[np.int64]]:
-    """So many batches more: the second halves of those that had the most prompts, at the end."""
+def _halve_largest(batches: list[NDArray[np.int64]], times: int, *, in_place: bool = False) -> list[NDArray[np.int64]]:
+    """So many batches more: the second halves of those that had the most prompts, at the end or where they were."""
     heap = [(-len(rows), place) for place, rows in enumerate(batches)]
+    starts = [0, *accumulate(map(len, batches))][:-1]
     heapq.heapify(heap)
     for _ in range(times):
         _, place = heapq.heappop(heap)
         rows = batches[place]
         batches[place] = rows[: len(rows) // 2]
         batches.append(rows[len(rows) // 2 :])
+        starts.append(starts[place] + len(rows) // 2)
         for half in (place, len(batches) - 1):
             heapq.heappush(heap, (-len(batches[half]), half))
+    if in_place:
+        return [rows for _, rows in sorted(zip(starts, batches, strict=True), key=itemgetter(0))]
     return batches

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import numpy as np
@@ -11,33 +12,26 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from lit_dpo.data.bad_rows import OnBadRow, check_bad_rows
+from lit_dpo.data.bad_rows import OnBadRow
 from lit_dpo.data.batch import CompletionBatch
 from lit_dpo.data.budget import BudgetSampler
 from lit_dpo.data.comparisons import Choice, Comparing, Ties
 from lit_dpo.data.doctor import brief
 from lit_dpo.data.encode import PromptEncoder
-from lit_dpo.data.encoding import encode_table
 from lit_dpo.data.formats import Auto, Preference, PreferenceFormat, Ranking
-from lit_dpo.data.formats.recognition import (
-    HEAD,
-    check_unread,
-    choice,
-    option,
-    without_columns,
-    written_conversations,
-)
-from lit_dpo.data.formats.turns import TEMPLATE
-from lit_dpo.data.loader import PromptDataset, PromptLoader, loader_options
+from lit_dpo.data.loader import PromptDataset, PromptLoader, TrainLoader, loader_options
+from lit_dpo.data.mixture import Mixture, names, weighted_sources
 from lit_dpo.data.position import first_position, position
-from lit_dpo.data.reports import Ask, check_budget, check_lists, check_tokens, report, warn
+from lit_dpo.data.preparing import Preparation, load_tokenizer, make_encoder
+from lit_dpo.data.reports import Ask, check_lists, check_tokens, warn
 from lit_dpo.data.sampler import PromptSampler
-from lit_dpo.data.sources import RowSource, Source, load_rows, with_columns
+from lit_dpo.data.sources import Source
+from lit_dpo.data.stream import PromptStream
+from lit_dpo.data.stream_loader import StepLimits, StreamLoader
+from lit_dpo.data.streaming import SHUFFLE_BUFFER, check_streaming
 from lit_dpo.data.table import PromptTable
-from lit_dpo.data.templates import read_template, with_template
 from lit_dpo.data.truncation import Truncation, check_limits
-from lit_dpo.errors import DataError, PolicyError
-from lit_dpo.hub import locate, split_revision
+from lit_dpo.errors import DataError, ResumeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +56,11 @@ class PreferenceDataModule(LightningDataModule):
         train: training pairs: a `.jsonl`, `.json`, `.csv`, `.tsv` (each also with `.gz`, `.zst`, `.bz2` or `.xz`),
             `.parquet` or `.arrow` file, a pattern, a list of them, a folder that `datasets` has saved, a hub data set
             as `organisation/name:split`, `lit-dpo/quickstart`; a `datasets.Dataset`, `DatasetDict` or
-            `IterableDataset`, or rows, such as a list of dictionaries.
+            `IterableDataset`, or rows, such as a list of dictionaries. Or a mixture: several of these with the share of
+            the prompts that each shall have, `{"a.jsonl": 0.7, "organisation/name:train": 0.3}`, or a list of pairs
+            `(source, share)`. Shares hold at every point of an epoch, to within one prompt of each source, whatever
+            the batches and ranks are. An epoch shows every row at least once, and those of smaller sources again, in
+            fresh permutations. Each source is recognised for itself.
         val: validation pairs, likewise, or several sets of them by name, which are then measured one by one as
             `val/NAME/…` and together as `val/…`. None: see `val_split`.
         test: test pairs, likewise.
@@ -94,6 +92,13 @@ class PreferenceDataModule(LightningDataModule):
             completions. 0: no validation.
         num_workers: processes that collate batches. Encoding is done by then, and collating takes some milliseconds,
             about what a process takes to hand a batch over: 0 is rarely slow.
+        streaming: read, check and encode the training rows as training goes, for data that are larger than the disk or
+            have no end: files with a row a line (`.jsonl`, `.csv`, also `.gz`) or `.parquet`, hub data sets,
+            `IterableDataset`, any iterable that can begin anew, or a function that makes an iterator. Every process
+            reads all rows, and parses and tokenises its own. What needs their number is refused or says so: give
+            `max_steps` for a learning rate that falls, and `val` for validation. False: rows are a table; an iterable
+            is read to its end first.
+        shuffle_buffer: of a stream, rows that are shuffled together: blocks of so many follow one another. None: 10000.
         seed: of the order of training and of `val_split`.
         chat_template_kwargs: more arguments for the chat template; those that it does not name are refused. A row has
             its own in a column of this name.
@@ -114,7 +119,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: Source | None = None,
+        train: Source | dict[str, float] | None = None,
         val: Source | dict[str, Source] | None = None,
         test: Source | dict[str, Source] | None = None,
         predict: Source | None = None,
@@ -132,6 +137,8 @@ class PreferenceDataModule(LightningDataModule):
         max_tokens: int | None = None,
         val_split: float = 0.0,
         num_workers: int = 0,
+        streaming: bool = False,
+        shuffle_buffer: int | None = None,
         seed: int = 0,
         chat_template_kwargs: dict[str, Any] | None = None,
         chat_template: str | None = None,
@@ -153,6 +160,14 @@ class PreferenceDataModule(LightningDataModule):
         check_limits(max_length, max_prompt_length, truncation)
         if on_bad_row not in get_args(OnBadRow):
             raise ValueError(f"Expected `on_bad_row` as `error` or `drop` but got {on_bad_row!r}.")
+        mixed = weighted_sources(train)
+        if mixed and group_by_prompt is not None:
+            raise ValueError("Expected no `group_by_prompt` with a mixture: an example could be of several sources.")
+        check_streaming(
+            streaming, shuffle_buffer, val_split=val_split, group_by_prompt=group_by_prompt, deduplicate=deduplicate
+        )
+        if weighted_sources(predict) is not None:
+            raise DataError("Expected no weights for `predict`: a mixture is for `train` alone.")
         self.sources = {"train": train, **_by_name("val", val), **_by_name("test", test), "predict": predict}
         self.format = format
         self.tokenizer = tokenizer
@@ -167,6 +182,8 @@ class PreferenceDataModule(LightningDataModule):
         self.max_tokens = max_tokens
         self.val_split = val_split
         self.num_workers = num_workers
+        self.streaming = streaming
+        self.shuffle_buffer = shuffle_buffer or SHUFFLE_BUFFER
         self.seed = seed
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.chat_template = chat_template
@@ -174,10 +191,12 @@ class PreferenceDataModule(LightningDataModule):
         self.on_bad_row: OnBadRow = on_bad_row
         self.encoding = encoding
         self._tables: dict[str, PromptTable | None] = {}
+        self._shares = [share for _, share in mixed or ()]
+        self._stream: PromptStream | None = None  # of the training data, instead of a table
         self._encoder: PromptEncoder | None = None
         self._policy: Any = None  # that the encoder is of
-        self._train_loader: PromptLoader | None = None
-        self._resume: Mapping[str, int] | None = None
+        self._train_loader: TrainLoader | None = None
+        self._resume: Mapping[str, Any] | None = None
 
     # --- Lightning's hooks -----------------------------------------------------------------------------------------
 
@@ -189,7 +208,7 @@ class PreferenceDataModule(LightningDataModule):
         """
         stage = str(self.trainer.state.fn.value) if self.trainer and self.trainer.state.fn else "fit"
         self.setup(stage)
-        if stage == "fit":
+        if stage == "fit" and self._stream is None:
             for line in brief(self._table("train"), self.loaded_tokenizer):
                 warn(f"train: {line}")
 
@@ -208,13 +227,22 @@ class PreferenceDataModule(LightningDataModule):
             for split in splits:
                 self._table(split)
 
-    def train_dataloader(self) -> PromptLoader:
+    def train_dataloader(self) -> TrainLoader:
         """Shuffled batches, from the position of the checkpoint if one is resumed."""
-        table = self._table("train")
-        sampler = self._sampler(table, self.batch_size, shuffle=not getattr(self.trainer, "overfit_batches", 0))
-        self._train_loader = PromptLoader(PromptDataset(table), sampler=sampler, **self._loader_options())
-        if self.trainer:
+        shuffle = not getattr(self.trainer, "overfit_batches", 0)
+        options = self._loader_options()
+        if self._stream is not None:
+            self._stream.shuffle = shuffle
+            rank, ranks = self._ranks
+            limits = StepLimits(ranks, self.batch_size, self.max_tokens)
+            self._train_loader = StreamLoader(self._stream, limits, rank, **options)
+        else:
+            table = self._table("train")
+            sampler = self._sampler(table, self.batch_size, shuffle=shuffle)
+            self._train_loader = PromptLoader(PromptDataset(table), sampler=sampler, **options)
+        if trainer := self.trainer:
             self._train_loader.start = self._first_position
+            self._train_loader.fetches_ahead = lambda: math.isinf(trainer.num_training_batches)
         return self._train_loader
 
     def val_dataloader(self) -> Any:
@@ -232,14 +260,14 @@ class PreferenceDataModule(LightningDataModule):
         """Batches in file order."""
         return self._eval_loader("predict")
 
-    def state_dict(self) -> dict[str, int | None]:
+    def state_dict(self) -> dict[str, Any]:
         """Where training stands: the epoch, its consumed batches, and what these counts depend on."""
-        table, loader = self._tables.get("train"), self._train_loader
-        if self.trainer is None or table is None or loader is None:
+        loader = self._train_loader
+        if self.trainer is None or loader is None:
             return {}
         return position(self.trainer, loader) | self._order_facts()
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue training there; evaluation does not care.
 
         `ExactResume` adds what Lightning's loops do not tell: that it stands `between` two epochs, or that one is
@@ -255,8 +283,11 @@ class PreferenceDataModule(LightningDataModule):
 
     @property
     def train_digest(self) -> str | None:
-        """Of the training data as they are encoded, by which a run that goes on knows them; None before `setup`."""
-        table = self._tables.get("train")
+        """Of the training data as they are encoded, by which a run that goes on knows them; None before `setup`.
+
+        Of a stream it is of the first rows.
+        """
+        table = self._stream or self._tables.get("train")
         return None if table is None else table.digest
 
     @property
@@ -267,7 +298,8 @@ class PreferenceDataModule(LightningDataModule):
     @property
     def columns(self) -> dict[str, frozenset[str]]:
         """By split of this run, the names of the numbers that its rows bring, which travel as `columns`."""
-        return {split: frozenset(table.columns) for split, table in self._tables.items() if table is not None}
+        tables = self._tables | {"train": self._stream or self._tables.get("train")}
+        return {split: frozenset(table.columns) for split, table in tables.items() if table is not None}
 
     def check_tokens(self, vocabulary: int, context: int | None, made_for: int | None, model: str) -> None:
         """See that a model can read all of this run; say once if some are longer than what it was made for.
@@ -275,6 +307,8 @@ class PreferenceDataModule(LightningDataModule):
         Raises:
             DataError: for the first comparison that it cannot, with file and row.
         """
+        if self._stream is not None:
+            self._stream.check_tokens(vocabulary, context, model)
         for split, table in self._tables.items():
             if table is not None:
                 check_tokens(split, table, vocabulary, context, made_for, model)
@@ -289,6 +323,8 @@ class PreferenceDataModule(LightningDataModule):
         Raises:
             DataError: for the first prompt that it refuses, with file and row.
         """
+        if self._stream is not None:
+            self._stream.check_lists(ask)
         for split, table in self._tables.items():
             if table is not None and not table.holds_pairs:
                 check_lists(split, table, ask)
@@ -300,11 +336,11 @@ class PreferenceDataModule(LightningDataModule):
 
         Splits are `train`, `val`, …, and `val/NAME` where there are several.
         """
-        return self._table(split).preference(row)
+        return self._rows(split).preference(row)
 
     def place(self, split: str, row: int) -> str:
         """Say in which file a row of a split is, and its number there."""
-        return self._table(split).place(row)
+        return self._rows(split).place(row)
 
     def prompts(self, split: str, limit: int) -> list[tuple[int, list[int], Preference | Ranking]]:
         """Return the first `limit` prompts of a split: row number, token ids as trained on, what the row says.
@@ -314,7 +350,7 @@ class PreferenceDataModule(LightningDataModule):
         sets = self._sets(split)
         if sets != [split]:
             return [one for name in sets for one in self.prompts(name, -(-limit // len(sets)))][:limit]
-        return self._table(split).prompts(limit)
+        return self._rows(split).prompts(limit)
 
     # --- tables ----------------------------------------------------------------------------------------------------
 
@@ -323,6 +359,9 @@ class PreferenceDataModule(LightningDataModule):
         if table is None:
             raise DataError(f"Expected `{split}` data but there are none: set `--data.{split}`.")
         return table
+
+    def _rows(self, split: str) -> PromptTable | PromptStream:
+        return self._stream if split == "train" and self._stream is not None else self._table(split)
 
     def _sets(self, split: str) -> list[str]:
         """Name a split's sets: itself, or `val/NAME` for each."""
@@ -339,6 +378,10 @@ class PreferenceDataModule(LightningDataModule):
     def _build_train(self) -> dict[str, PromptTable | None]:
         if self.sources["train"] is None:
             raise DataError("Expected training data but `train` is not set: name a file with `--data.train`.")
+        if self.streaming:
+            encoder = self._get_encoder()
+            self._stream = self._preparation.stream(self.sources["train"], encoder, self.shuffle_buffer, self.seed)
+            return {"train": None}
         table = self._encode("train")
         if self.sources.get("val") is not None or self._sets("val") != ["val"] or not self.val_split:
             return {"train": table}
@@ -364,47 +407,25 @@ class PreferenceDataModule(LightningDataModule):
     def _encode(self, split: str) -> PromptTable:
         source = self.sources[split]
         assert source is not None
-        encoder = self._get_encoder()
-        sources = load_rows(source, None, stage=split.partition("/")[0], encoding=self.encoding, keep_bad=True)
-        sources = without_columns(sources, self.ignore_columns)
-        format = self._format_of(split, sources)
-        sources = [with_columns(one, format.columns, (*format.optional_columns, TEMPLATE)) for one in sources]
-        table = encode_table(sources, format, encoder, self.comparing, self.group_by_prompt, self.deduplicate)
-        if said := check_bad_rows(split, table, self.on_bad_row):
-            warn(said)
-        options = {"chat_template": self.chat_template, "chat_template_kwargs": self.chat_template_kwargs}
-        set_ones = [name for name, value in options.items() if value]
-        report(split, table, self.truncation, self.comparing, self.group_by_prompt, self.deduplicate, set_ones)
-        check_budget(split, table, self.max_tokens)
+        table, parts = self._preparation.table(split, source, self._get_encoder())
+        if split == "train":
+            self._parts = parts
         return table
 
-    def _format_of(self, split: str, sources: Sequence[RowSource]) -> PreferenceFormat:
-        """Return the format that reads a split, after a look at what it does not read."""
-        heads = [one.head(HEAD) for one in sources]
-        format = self._named_or_recognised(split, sources, heads)
-        for one in sources:
-            check_unread(one.name, format, one.rows.column_names, one.rows.cells)
-        if written := sorted({column for head in heads for column in written_conversations(format, head)}):
-            columns = ", ".join(map("`{}`".format, written))
-            rank_zero_info(f"{split}: conversations are written as strings in {columns}, and read as messages")
-        return format
-
-    def _named_or_recognised(
-        self, split: str, sources: Sequence[RowSource], heads: Sequence[Sequence[Mapping[str, Any]]]
-    ) -> PreferenceFormat:
-        """Return the format that reads a split, and say which one was recognised."""
-        if not isinstance(self.format, Auto):
-            return self.format
-        formats = [self.format.of(one.name, head) for one, head in zip(sources, heads, strict=True)]
-        for one, format in zip(sources, formats, strict=True):
-            if format != formats[0]:
-                raise DataError(
-                    f"{split}: Expected files of one layout but {sources[0].name} is read by `{option(formats[0])}` "
-                    f"and {one.name} by `{option(format)}`."
-                )
-        if self.format == Auto():
-            rank_zero_info(f"{split}: {choice(formats[0], heads[0])}")
-        return formats[0]
+    @property
+    def _preparation(self) -> Preparation:
+        templates = {"chat_template": self.chat_template, "chat_template_kwargs": self.chat_template_kwargs}
+        return Preparation(
+            self.format,
+            self.comparing,
+            self.encoding,
+            self.ignore_columns,
+            self.on_bad_row,
+            self.group_by_prompt,
+            self.deduplicate,
+            self.max_tokens,
+            [name for name, value in templates.items() if value],
+        )
 
     def _get_encoder(self) -> PromptEncoder:
         if self._encoder is None:
@@ -413,17 +434,8 @@ class PreferenceDataModule(LightningDataModule):
         return self._encoder
 
     def _make_encoder(self) -> PromptEncoder:
-        template = None if self.chat_template is None else read_template(self.chat_template)
-        tokenizer = self._load_tokenizer()
-        encoder = PromptEncoder(
-            tokenizer if template is None else with_template(tokenizer, template),
-            max_length=self.max_length,
-            max_prompt_length=self.max_prompt_length,
-            truncation=self.truncation,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
-        encoder.check_template()
-        return encoder
+        limits = {name: getattr(self, name) for name in ("max_length", "max_prompt_length", "truncation")}
+        return make_encoder(self._load_tokenizer(), self.chat_template, self.chat_template_kwargs, **limits)
 
     @property
     def _policy_now(self) -> LoRAPolicy | None:
@@ -441,7 +453,7 @@ class PreferenceDataModule(LightningDataModule):
             return
         before, self._encoder, self._policy = self._encoder, self._make_encoder(), policy
         if self._encoder.fingerprint != before.fingerprint:
-            self._tables = {}
+            self._tables, self._stream = {}, None
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -449,17 +461,11 @@ class PreferenceDataModule(LightningDataModule):
             if policy is None:
                 raise DataError("Expected `tokenizer` to be set, because there is no module whose policy has one.")
             return policy.load_tokenizer()
-        if not isinstance(self.tokenizer, str):
-            return self.tokenizer
-        from transformers import AutoTokenizer
-
-        try:
-            folder = locate(*split_revision(self.tokenizer), "data.tokenizer").folder
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (PolicyError, OSError, ValueError) as error:
-            raise DataError(f"Expected a tokenizer at `{self.tokenizer}` but it cannot be loaded: {error}") from error
+        return load_tokenizer(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer
 
     def _warn_of_leaks(self) -> None:
+        if self._stream is not None:
+            return
         train = self._table("train")
         for split in self._sets("val"):
             val = self._tables.get(split)
@@ -470,9 +476,22 @@ class PreferenceDataModule(LightningDataModule):
 
     # --- loaders ---------------------------------------------------------------------------------------------------
 
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """The rank of this process, and how many there are."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _mixture(self, table: PromptTable, multiple: int) -> Mixture:
+        """Return the order of the training data's sources, and say what an epoch is."""
+        mixture = Mixture(self._parts[table.rows], self._shares, multiple, names(self.sources["train"]))
+        rank_zero_info(f"train: {mixture}")
+        return mixture
+
     def _sampler(self, table: PromptTable, batch_size: int | None, *, shuffle: bool) -> PromptSampler:
-        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, ranks = self._ranks
         order: dict[str, Any] = {"seed": self.seed, "shuffle": shuffle, "rank": rank, "num_replicas": ranks}
+        if shuffle and self._shares:
+            order["mixture"] = self._mixture(table, 1 if self.max_tokens is not None else (batch_size or 1) * ranks)
         if self.max_tokens is not None:
             return BudgetSampler(table.lengths, self.max_tokens, batch_size, **order)
         assert batch_size is not None
@@ -487,22 +506,34 @@ class PreferenceDataModule(LightningDataModule):
         state, self._resume = self._resume, None
         assert self.trainer is not None
         assert self._train_loader is not None
+        if state is not None and isinstance(self._train_loader, StreamLoader):
+            if not self.trainer.optimizers:
+                raise ResumeError(
+                    "The stream was read while the optimizer was made, before it is known where the run goes on: use "
+                    "`trainer.max_steps` there instead of `trainer.estimated_stepping_batches`."
+                )
+            self._train_loader.starts = {**state.get("starts", {})}
         return first_position(state, self.trainer, self._train_loader, self._order_facts())
 
-    def _order_facts(self) -> dict[str, int | None]:
+    def _order_facts(self) -> dict[str, Any]:
         """Say what decides which prompts the next batches hold."""
+        if self._stream is not None:
+            return self._stream.facts | self._batch_facts()
         table = self._table("train")
-        counts: dict[str, int | None] = {"pairs": table.size}
+        counts: dict[str, Any] = {"pairs": table.size}
         if not table.holds_pairs:
             counts = {
                 "prompts": table.size,
                 "completions": len(table.completion_lengths),
                 "comparisons": table.comparisons_count,
             }
-        return counts | {
+        return counts | ({"shares": self._shares} if self._shares else {}) | self._batch_facts()
+
+    def _batch_facts(self) -> dict[str, int | None]:
+        return {
             "batch_size": self.batch_size,
             "max_tokens": self.max_tokens,
-            "ranks": self.trainer.world_size if self.trainer else 1,
+            "ranks": self._ranks[1],
             "seed": self.seed,
         }
 
@@ -522,8 +553,10 @@ def _by_name(split: str, source: Source | Mapping[str, Source] | None) -> dict[s
     """Name a split's sources: by its own name, or several by `split/NAME`.
 
     Raises:
-        DataError: for names that cannot be part of a metric's name.
+        DataError: for names that cannot be part of a metric's name, or weights.
     """
+    if weighted_sources(source) is not None:
+        raise DataError(f"Expected sets by name for `{split}` but got weights: a mixture is for `train` alone.")
     if not isinstance(source, Mapping) or hasattr(source, "column_names"):  # a `DatasetDict` has splits, not sets
         return {split: source}
     if not source or not all(isinstance(name, str) and name and "/" not in name for name in source):

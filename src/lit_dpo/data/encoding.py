@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def encode_table(
     sources: Sequence[RowSource],
-    format: PreferenceFormat,
+    format: PreferenceFormat | Sequence[PreferenceFormat],
     encoder: PromptEncoder,
     comparing: Comparing = Comparing(),  # noqa: B008 - a record
     group_by_prompt: int | None = None,
@@ -44,7 +44,7 @@ def encode_table(
 
     Args:
         sources: of the rows.
-        format: reads them.
+        format: reads them, or one for each source.
         encoder: of prompts and completions.
         comparing: which completions are compared.
         group_by_prompt: merge rows of the same prompt into examples of up to so many completions. None: a row is one.
@@ -57,8 +57,9 @@ def encode_table(
     """
     from datasets import concatenate_datasets
 
-    sources = [_spread(source, format) for source in sources]
-    names = [_column_names(source, format, comparing) for source in sources]
+    formats = [format] * len(sources) if isinstance(format, PreferenceFormat) else list(format)
+    sources = [_spread(source, own) for source, own in zip(sources, formats, strict=True)]
+    names = [_column_names(source, own, comparing) for source, own in zip(sources, formats, strict=True)]
     for source, there in zip(sources, names, strict=True):
         if there != names[0]:
             raise DataError(
@@ -69,13 +70,13 @@ def encode_table(
     whole = encoder
     if group_by_prompt is not None:  # a group is cut once, when it is together
         whole = replace(encoder, max_length=None, max_prompt_length=None, truncation="drop")
-    keys = [_fingerprint(source, format, whole, comparing) for source in sources]
+    keys = [_fingerprint(source, own, whole, comparing) for source, own in zip(sources, formats, strict=True)]
     parts = [
-        _encode_source(source, format, whole, comparing, columns, key)
-        for source, key in zip(sources, keys, strict=True)
+        _encode_source(source, own, whole, comparing, columns, key)
+        for source, own, key in zip(sources, formats, keys, strict=True)
     ]
     encoded = concatenate_datasets(parts).with_format("arrow")
-    table = PromptTable(sources, format, encoded, np.arange(len(encoded)), columns)
+    table = PromptTable(sources, formats, encoded, np.arange(len(encoded)), columns)
     table = table._replace(rows=np.flatnonzero(table.facts("length")))
     repeated = repeated_rows(table) if deduplicate else table.rows[:0]
     if group_by_prompt is None:
@@ -105,7 +106,7 @@ def _count(format: PreferenceFormat, row: Mapping[str, Any] | Unread) -> int:
 def _column_names(source: RowSource, format: PreferenceFormat, comparing: Comparing) -> tuple[str, ...]:
     """Name the numbers that a source's rows have, by the first one that is used; encoding holds the others to it."""
     for row in source.rows.each():
-        found = _read(row, format, comparing)
+        found = read_checked(row, format, comparing)
         if not isinstance(found, Dropped):
             return tuple(comparing.of(found).columns)
     return ()
@@ -120,7 +121,7 @@ def _fingerprint(source: RowSource, format: PreferenceFormat, encoder: PromptEnc
 
     if not source.content and not source.rows.table.cache_files:
         return uuid4().hex  # rows in memory, of which no file is kept that could be asked for
-    code = code_digest(_encode_rows, type(encoder), type(source.rows.reader), own=[type(format)])
+    code = code_digest(encode_rows, type(encoder), type(source.rows.reader), own=[type(format)])
     content = source.content or generate_fingerprint(source.rows.table)
     key = [content, sorted(source.rows.column_names), encoder.fingerprint, code, repr(format), *comparing]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -137,7 +138,7 @@ def _encode_source(
     table, reader, name = source.rows.table, source.rows.reader, source.name
     with refusals(source.cache):
         return table.map(
-            lambda cells, numbers: _encode_rows(reader(cells, numbers), name, format, encoder, comparing, names),
+            lambda cells, numbers: encode_rows(reader(cells, numbers), name, format, encoder, comparing, names),
             batched=True,
             with_indices=True,
             remove_columns=table.column_names,
@@ -148,7 +149,7 @@ def _encode_source(
         )
 
 
-def _encode_rows(
+def encode_rows(
     given: Sequence[Mapping[str, Any] | Unread],
     name: str,
     format: PreferenceFormat,
@@ -156,8 +157,20 @@ def _encode_rows(
     comparing: Comparing,
     columns: tuple[str, ...],
 ) -> dict[str, list[Any]]:
-    """Encode rows of a file, which is called `name`."""
-    rows = [_read(row, format, comparing) for row in given]
+    """Return the columns of `storage.features` for some rows.
+
+    Args:
+        given: the rows.
+        name: of the file that they are from.
+        format: reads them.
+        encoder: of prompts and completions.
+        comparing: which completions are compared.
+        columns: names of the numbers that comparisons have.
+
+    Raises:
+        DataError: for what is wrong with all rows; a bad one is dropped.
+    """
+    rows = [read_checked(row, format, comparing) for row in given]
     nothing = Compared((), {column: [] for column in columns})
     compared = [nothing if isinstance(row, Dropped) else comparing.of(row) for row in rows]
     rows = [
@@ -184,7 +197,7 @@ def _encode_rows(
     }
 
 
-def _read(
+def read_checked(
     row: Mapping[str, Any] | Unread, format: PreferenceFormat, comparing: Comparing
 ) -> Preference | Ranking | Dropped:
     """Read and check a row; one that cannot be used is dropped, and bad."""

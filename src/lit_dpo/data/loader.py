@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -29,7 +30,7 @@ class PromptDataset(Dataset[CompletionBatch]):
         return self.table.batch(indices)
 
 
-class PromptLoader(DataLoader[CompletionBatch]):
+class TrainLoader(DataLoader[Any], ABC):
     """Training batches, pass after pass, counted as they are handed over.
 
     A pass that follows one that has begun is the next epoch. The counts are the loader's own, because the trainer's are
@@ -38,31 +39,79 @@ class PromptLoader(DataLoader[CompletionBatch]):
     Attributes:
         epoch: the data's epoch, which decides the order.
         batches: batches of it that were handed over.
+        begun: whether the epoch has begun.
+        ended: whether these batches were all.
     """
 
     epoch: int = 0
     batches: int = 0
+    begun: bool = False
+    ended: bool = False
     start: Callable[[], tuple[int, int]] | None = None
     """Where the first pass begins; asked when it does, for Lightning makes loaders before it restores its loops."""
-    _begun: bool = False
+    fetches_ahead: Callable[[], bool] = staticmethod(lambda: False)
+    """Whether a batch is asked for before the one before it is used: Lightning does, where no length tells the last."""
+    _first: int = 0  # batch of the pass
 
     def load_position(self, epoch: int, batches: int) -> None:
         """Let the first pass be `epoch` without its first `batches` batches."""
-        self.epoch, self.batches, self._begun = epoch, batches, False
+        self.epoch, self.batches, self._first = epoch, batches, batches
+        self.begun = self.ended = False
+
+    @property
+    def used(self) -> int:
+        """Batches of the epoch that were handed over, without one that was only fetched ahead."""
+        return self.batches - (self.begun and not self.ended and self.fetches_ahead())
 
     def __iter__(self) -> Iterator[CompletionBatch]:  # type: ignore[override]
         """Yield the batches of the next pass; nothing happens before the first is asked for."""
         if self.start is not None:
             self.load_position(*self.start())
             self.start = None
-        if self._begun:
-            self.load_position(self.epoch + 1, 0)
-        self._begun = True
-        assert isinstance(self.sampler, PromptSampler)
-        self.sampler.load_position(self.epoch, self.batches)
-        for batch in super().__iter__():
+        if self.begun:
+            # nothing was used of a pass that Lightning began while it still had an epoch to end
+            following = self.ended or self.used > self._first
+            self.load_position(*((self.epoch + 1, 0) if following else (self.epoch, self._first)))
+        self.begun = True
+        for batch in self._pass():
             self.batches += 1
             yield batch
+        self.ended = True
+
+    @abstractmethod
+    def _pass(self) -> Iterator[CompletionBatch]:
+        """Yield what is left of the epoch after its first `batches` batches."""
+
+    def notes(self, accumulate: int) -> dict[str, Any]:
+        """Return what a checkpoint has to say besides; a run may go on up to so many batches before it."""
+        return {}
+
+    def batches_of(self, state: Mapping[str, Any]) -> int:
+        """Return the batches of the epoch in which a checkpoint stands."""
+        return len(self)
+
+    def _fetched(self) -> Iterator[Any]:
+        """Yield what the dataset gives for what the sampler says."""
+        return super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: that it is there tells Lightning that the loader resumes.
+
+        The position is in the data module's state, because Lightning gives a loader its own back only within an epoch.
+        """
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: see `state_dict`."""
+
+
+class PromptLoader(TrainLoader):
+    """Training batches of a table, in the order of a `PromptSampler`."""
+
+    def _pass(self) -> Iterator[CompletionBatch]:
+        assert isinstance(self.sampler, PromptSampler)
+        self.sampler.load_position(self.epoch, self.batches)
+        return self._fetched()
 
     def largest_microbatches(
         self, microbatch_tokens: float = math.inf, of_one_prompt: float = math.inf
@@ -100,16 +149,6 @@ class PromptLoader(DataLoader[CompletionBatch]):
         flat = max(found, key=lambda part: sum(prompt + sum(lengths) for prompt, lengths in part))
         padded = max(found, key=_padded_tokens)
         return [flat, padded], several
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: that it is there tells Lightning that the loader resumes.
-
-        The position is in the data module's state, because Lightning gives a loader its own back only within an epoch.
-        """
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: see `state_dict`."""
 
 
 def _padded_tokens(part: list[tuple[int, tuple[int, ...]]]) -> int:

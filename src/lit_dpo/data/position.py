@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lit_dpo.errors import ResumeError
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from lit_dpo.data.loader import PromptLoader
+    from lit_dpo.data.loader import TrainLoader
 
 
-def position(trainer: pl.Trainer, loader: PromptLoader) -> dict[str, int | None]:
+def position(trainer: pl.Trainer, loader: TrainLoader) -> dict[str, Any]:
     """Say where a run stands, for its checkpoint.
 
     Args:
@@ -22,14 +22,14 @@ def position(trainer: pl.Trainer, loader: PromptLoader) -> dict[str, int | None]
     """
     in_hand = trainer.fit_loop.epoch_loop.batch_progress.current
     # An exception saves in the middle of a step: the batch in hand is not consumed.
-    batches = loader.batches - (in_hand.ready - in_hand.processed)  # type: ignore[attr-defined]
-    finished = batches >= trainer.num_training_batches
+    batches = loader.used - (in_hand.ready - in_hand.processed)  # type: ignore[attr-defined]
+    finished = batches >= (loader.batches if loader.ended else trainer.num_training_batches)
     epoch, batches = (loader.epoch + 1, 0) if finished else (loader.epoch, batches)
-    return {"epoch": epoch, "batches": batches}
+    return {"epoch": epoch, "batches": batches, **loader.notes(trainer.accumulate_grad_batches)}
 
 
 def first_position(
-    state: Mapping[str, int] | None, trainer: pl.Trainer, loader: PromptLoader, facts: Mapping[str, int | None]
+    state: Mapping[str, Any] | None, trainer: pl.Trainer, loader: TrainLoader, facts: Mapping[str, Any]
 ) -> tuple[int, int]:
     """Say at which epoch, and after how many of its batches, a run begins.
 
@@ -47,13 +47,13 @@ def first_position(
     if not trainer.fit_loop.restarting:  # Lightning starts an epoch, even if the last one was cut short
         return state["epoch"] + (state["batches"] > 0), 0
     if state.get("finished"):  # what is left of its epoch is validation, whatever its batches were
-        return state["epoch"], len(loader)
+        return state["epoch"], loader.batches_of(state)
     if not state.get("between"):
         _check_same_batches(state, facts)
     return state["epoch"], state["batches"]
 
 
-def _check_same_batches(state: Mapping[str, int], facts: Mapping[str, int | None]) -> None:
+def _check_same_batches(state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """In the middle of an epoch "the remaining batches" means something only for the same batches."""
     changed = [f"{name} {state.get(name)} -> {value}" for name, value in facts.items() if state.get(name) != value]
     if changed:

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler, SequentialSampler
 
+from lit_dpo.data.mixture import Mixture
+
 
 class PromptSampler(DistributedSampler[Any], SequentialSampler):
     """Yields the indices of one batch of this rank at a time: use it as `sampler` with `batch_size=None`.
@@ -19,6 +21,7 @@ class PromptSampler(DistributedSampler[Any], SequentialSampler):
     sorted by length, so that batches, and the ranks' shares of one batch, hold prompts of similar length; then the
     batches are shuffled. A shorter last batch is shared as evenly as possible. If it has fewer rows than there are
     ranks, those rows (others in each epoch) sit the epoch out, because every rank must make the same number of steps.
+    Of a mixture each source is sorted for itself, and each batch has its part of each source.
 
     Evaluation (`shuffle=False`): file order, every row exactly once over all ranks, none twice.
 
@@ -33,6 +36,7 @@ class PromptSampler(DistributedSampler[Any], SequentialSampler):
         rank: which share to yield.
         num_replicas: number of ranks.
         bucket: global batches per sorted run; 0 does not sort.
+        mixture: the rows' sources and their proportions, for training. None: each row comes once in an epoch.
 
     Raises:
         ValueError: for a batch size below 1, or for training with fewer rows than ranks.
@@ -53,6 +57,7 @@ class PromptSampler(DistributedSampler[Any], SequentialSampler):
         rank: int = 0,
         num_replicas: int = 1,
         bucket: int = 50,
+        mixture: Mixture | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"Expected `batch_size` >= 1 but got {batch_size}.")
@@ -62,7 +67,13 @@ class PromptSampler(DistributedSampler[Any], SequentialSampler):
         super().__init__(self.lengths, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
         self.batch_size = batch_size
         self.bucket = bucket
+        self.mixture = mixture
         self.start_batch = 0
+
+    @property
+    def epoch_rows(self) -> int:
+        """Prompts of an epoch, repeated ones too."""
+        return len(self.lengths) if self.mixture is None else self.mixture.size
 
     @property
     def global_batch_size(self) -> int:
@@ -71,7 +82,7 @@ class PromptSampler(DistributedSampler[Any], SequentialSampler):
 
     def __len__(self) -> int:
         """Batches of this rank in a whole epoch, wherever the next pass starts."""
-        full, tail = divmod(len(self.lengths), self.global_batch_size)
+        full, tail = divmod(self.epoch_rows, self.global_batch_size)
         return full + (tail >= self.num_replicas if self.shuffle else tail > self.rank)
 
     def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
@@ -92,15 +103,23 @@ class PromptSampler(DistributedSampler[Any], SequentialSampler):
 
     def _order(self) -> NDArray[np.int64]:
         """All rows in the order of the present epoch, the same on every rank."""
-        rows = len(self.lengths)
+        rows = self.epoch_rows
         if not self.shuffle:
             return np.arange(rows)
         random = np.random.Generator(np.random.PCG64([self.seed, self.epoch]))
-        permutation = random.permutation(rows)
+        permutation = self._permutation(random)
         # The shorter last batch stays out of the sorting: it would always hold the longest prompts.
         full = rows // self.global_batch_size * self.global_batch_size
+        if self.mixture is not None:  # batches stay where they are, because of which shares hold
+            if self.bucket:
+                sizes = (self.global_batch_size, self.bucket)
+                permutation[:full] = self.mixture.sorted(permutation[:full], self.lengths, *sizes, random)
+            return permutation
         batches = self._sort_runs(permutation[:full]).reshape(-1, self.global_batch_size)
         return np.concatenate([batches[random.permutation(len(batches))].ravel(), permutation[full:]])
+
+    def _permutation(self, random: np.random.Generator) -> NDArray[np.int64]:
+        return random.permutation(len(self.lengths)) if self.mixture is None else self.mixture.permutation(random)
 
     def _sort_runs(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         if not self.bucket:

@@ -33,7 +33,7 @@ class PromptTable(NamedTuple):
 
     Attributes:
         sources: the raw rows.
-        format: reads a raw row.
+        format: reads a raw row of the first source.
         encoded: token ids and facts, in Arrow's format, one row per example; a dropped one has no ids. Where rows were
             merged, the numbers of those that the comparisons are from.
         rows: `(N,)` rows of `encoded` that are used, ascending.
@@ -42,7 +42,7 @@ class PromptTable(NamedTuple):
     """
 
     sources: list[RowSource]
-    format: PreferenceFormat
+    formats: Sequence[PreferenceFormat]
     encoded: Dataset
     rows: NDArray[np.int64]
     columns: tuple[str, ...] = ()
@@ -196,7 +196,7 @@ class PromptTable(NamedTuple):
     def preference(self, row: int) -> Preference | Ranking:
         """Read the raw preference or ranking of a row number."""
         number, inside = self.find(row)
-        found = read_row(self.format, self.sources[number].rows[inside])
+        found = read_row(self.formats[number], self.sources[number].rows[inside])
         if isinstance(found, Skipped):
             raise LookupError(f"Expected a row that is used but {self.place(row)} is not: {found.reason}.")
         return found

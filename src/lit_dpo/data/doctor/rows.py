@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lit_dpo.data.comparisons import Comparing
 from lit_dpo.data.doctor.near import NearDuplicates
 from lit_dpo.data.doctor.texts import Reader, TextFacts, key, normalized, scripts, words_of, written
-from lit_dpo.data.formats.base import Preference, Ranking, Skipped
+from lit_dpo.data.formats.base import Preference, PreferenceFormat, Ranking, Skipped
 from lit_dpo.data.formats.implicit import HUMAN, ImplicitPrompt, Transcripts
 from lit_dpo.data.formats.turns import read_row
 from lit_dpo.data.sources import Unread
@@ -83,10 +83,12 @@ class Facts:
         return self.table.place(self.rows[row].number)
 
 
-def raw_rows(table: PromptTable) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Go through the cells of all rows that can be read, with their numbers."""
-    rows = (row for source in table.sources for row in source.rows.each())
-    return ((number, row) for number, row in enumerate(rows) if not isinstance(row, Unread))
+def raw_rows(table: PromptTable) -> Iterator[tuple[int, PreferenceFormat, Mapping[str, Any]]]:
+    """Go through all rows that can be read: their numbers, what reads them, their cells."""
+    rows = (
+        (format, row) for source, format in zip(table.sources, table.formats, strict=True) for row in source.rows.each()
+    )
+    return ((number, format, row) for number, (format, row) in enumerate(rows) if not isinstance(row, Unread))
 
 
 def looked_at(table: PromptTable) -> NDArray[np.bool_]:
@@ -113,11 +115,11 @@ def read(table: PromptTable, comparing: Comparing, reader: Reader, near: NearDup
     found, wanted = Facts(table), looked_at(table)
     row_of: list[int] = []
     compared: list[tuple[int, int]] = []
-    for number, cells in raw_rows(table):
+    for number, format, cells in raw_rows(table):
         if not wanted[number]:
             continue
         found.filled.update(name for name, cell in cells.items() if cell not in (None, "", []))
-        row = _preference(table, cells)
+        row = _preference(format, cells)
         if row is None:
             continue
         start, place = len(found.completions), len(found.rows)
@@ -128,7 +130,7 @@ def read(table: PromptTable, comparing: Comparing, reader: Reader, near: NearDup
         found.completions += [reader.facts(one, those, asked) for one, those in zip(texts, words, strict=True)]
         row_of += [place] * len(texts)
         compared += [(start + better, start + worse) for better, worse in pairs]
-        facts = _row_facts(number, row, pairs, reader, prompt)._replace(early=_parts_early(table.format, cells))
+        facts = _row_facts(number, row, pairs, reader, prompt)._replace(early=_parts_early(format, cells))
         found.rows.append(facts)
         if near is not None:
             near.add(number, facts.says, words_of(prompt), words)
@@ -141,13 +143,13 @@ def read(table: PromptTable, comparing: Comparing, reader: Reader, near: NearDup
 def read_prompts(table: PromptTable) -> list[RowFacts]:
     """Look at the prompts of a table only."""
     wanted, reader = looked_at(table), Reader()
-    rows = ((number, _preference(table, cells)) for number, cells in raw_rows(table) if wanted[number])
+    rows = ((number, _preference(format, cells)) for number, format, cells in raw_rows(table) if wanted[number])
     return [_row_facts(number, row, (), reader, written(row.prompt)) for number, row in rows if row is not None]
 
 
-def _preference(table: PromptTable, cells: Mapping[str, Any]) -> Preference | Ranking | None:
+def _preference(format: PreferenceFormat, cells: Mapping[str, Any]) -> Preference | Ranking | None:
     try:
-        row = read_row(table.format, cells)
+        row = read_row(format, cells)
     except OF_A_ROW:  # a bad row that is left out, and counted elsewhere
         return None
     return None if isinstance(row, Skipped) else row

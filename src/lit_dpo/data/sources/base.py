@@ -129,8 +129,7 @@ class Parts:
                 continue
             try:
                 if self.numbers[number] != last:
-                    own = {TEMPLATE: row[TEMPLATE]} if TEMPLATE in row else {}
-                    last, examples = -1, [{**own, **one} for one in self.format.examples(row)]
+                    last, examples = -1, _examples(row, self.format)
                     last = self.numbers[number]
                 found.append(examples[self.places[number]])
             except OF_A_ROW as error:
@@ -140,6 +139,19 @@ class Parts:
     def columns(self, table: Dataset) -> list[str]:
         """Name those of the rows that they are from."""
         return self.rows.columns(table)
+
+
+def _examples(row: Row, format: PreferenceFormat) -> list[Row]:
+    own = {TEMPLATE: row[TEMPLATE]} if TEMPLATE in row else {}
+    return [{**own, **one} for one in format.examples(row)]
+
+
+def examples_in(row: Row | Unread, format: PreferenceFormat) -> list[Row | Unread]:
+    """Return the examples of a row that may hold several; of a bad one, why it is."""
+    try:
+        return [row] if isinstance(row, Unread) else [*_examples(row, format)]
+    except OF_A_ROW as error:
+        return [Unread(reason_of(error, format))]
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lit_dpo.data.digests import content_digest
 from lit_dpo.data.sources.base import RowSource, cache_of, typed
@@ -75,6 +77,29 @@ def load_named(name: str, encoding: str | None) -> list[RowSource]:
             else f"`{name}` cannot be loaded: no local file with a known suffix, and `datasets` says: {error}"
         ) from error
     return [typed(str(named), rows, content and f"{content} {named.configuration} {named.split}")]
+
+
+def stream_named(name: str) -> tuple[str, Callable[[], Iterable[Any]]]:
+    """Return the full name of a data set of the hub, or of a folder, and what begins to read it, row by row.
+
+    Raises:
+        DataError: as `load_named`.
+    """
+    from datasets import load_dataset
+
+    named = _parse(name)
+    _refuse_paths(name, named.path)
+    try:
+        named = _completed(named)
+        found = load_dataset(
+            named.path, named.configuration, split=named.split, revision=named.revision, streaming=True
+        )
+    except DataError:
+        raise
+    except Exception as error:  # hub, network and builder errors have no common base
+        what = explain(error, named.path, named.revision, "dataset") or f"cannot be streamed: {first_line(error)}"
+        raise DataError(f"`{name}`: {named.path} {what}") from error
+    return str(named), partial(iter, found)
 
 
 def _text_files(named: _Named) -> list[Path]:
