@@ -32,7 +32,7 @@ def test_a_layout_is_recognised_and_read(name: str, tools_folder: str, caplog) -
     (line,) = (one.getMessage() for one in caplog.records if "read by" in one.getMessage())
     assert line.startswith(f"train: read by `--data.format {typed}`")
     table = module._table("train")
-    assert [said(table.format.read(row)) for row in table.sources[0].rows] == rows
+    assert [said(table.formats[0].read(row)) for row in table.sources[0].rows] == rows
 
     prompt, *completions = rows[0]  # as it is trained on
     if isinstance(completions[0], list):
