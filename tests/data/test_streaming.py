@@ -237,9 +237,9 @@ def stop(data: PreferenceDataModule) -> str:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_row_is_named_when_it_is_met(data, tmp_path: Path, workers: int) -> None:
     bad = {
-        "line": ("{oops", "row 100 (from 0) is no object"),
-        "list": ("[1]", "row 100 (from 0) is no object"),
-        "deep": ("[" * 100_000, "row 100 (from 0) is no object"),
+        "line": ("{oops", "row 100 (from 0): line 101 is no JSON"),
+        "list": ("[1]", "row 100 (from 0): line 101: expected an object"),
+        "deep": ("[" * 100_000, "row 100 (from 0): "),
         "cell": (json.dumps({"prompt": "q", "chosen": "", "rejected": "b"}), "row 100 (from 0): "),
         "missing": (json.dumps({"prompt": "q", "rejected": "b"}), "row 100 (from 0): "),
     }
@@ -249,6 +249,20 @@ def test_a_bad_row_is_named_when_it_is_met(data, tmp_path: Path, workers: int) -
         message = stop(data(train=str(path), num_workers=workers))
         assert message.startswith(f"{path}, {said}"), message
         assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_rows_may_be_left_out(data, tmp_path: Path, workers: int, caplog) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps(row) for row in rows(100)]
+    lines[7], lines[70] = "{oops", json.dumps({"prompt": "q", "chosen": "", "rejected": "b"})
+    path.write_text("\n".join(lines) + "\n")
+    module = Recorder()
+    with caplog.at_level("INFO"):
+        trainer().fit(module, data(train=str(path), num_workers=workers, on_bad_row="drop"))
+    (line,) = (one.getMessage() for one in caplog.records if "epoch 0" in one.getMessage())
+    assert "100 rows read, 98 kept, dropped: " in line
+    assert "1 line … is no JSON" in line
 
 
 def test_a_file_that_breaks_off_is_named(data, tmp_path: Path) -> None:

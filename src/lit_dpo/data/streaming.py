@@ -80,8 +80,8 @@ class StreamSource(NamedTuple):
             for one in self.raw():
                 yield one
                 number += 1
-        except DataError:
-            raise
+        except DataError as error:
+            raise DataError(f"{self.place(number)} cannot be read: {error}") from error
         except Exception as error:  # of files, decompressors, the network and iterables of users
             raise DataError(f"{self.place(number)} cannot be read: {first_line(error)}") from error
 
