@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import logging
+import random
 import warnings
 from itertools import chain
 from pathlib import Path
@@ -19,6 +20,8 @@ from recorder import Recorder, trainer
 
 from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.data.formats import Preference, Ranking, Triples
+from lit_dpo.data.stream import Item
+from lit_dpo.data.stream_loader import StepLimits, _last, _Place, _Step
 from lit_dpo.errors import DataError, ResumeError
 
 
@@ -98,6 +101,39 @@ def test_a_budget_of_tokens_holds(data) -> None:
     assert len({len(batch) for batch in found}) > 1
     module.setup("fit")
     assert all(batch.input_ids.shape[1] <= 90 for batch in module.train_dataloader())
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------
+
+
+def packed(places: list[_Place], limits: StepLimits) -> list[_Step]:
+    steps, step = [], _Step(limits)
+    for place in places:
+        if not step.take(place):
+            steps.append(step)
+            step = _Step(limits)
+            assert step.take(place)
+    return steps[:-1] + _last(limits, steps[-1].rows if steps else [], step.rows)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_any_rows_make_steps_of_all_ranks_that_can_be_taken_up_at_each(ranks: int) -> None:
+    draw = random.Random(ranks)
+    for _ in range(500):
+        tokens = draw.choice([None, 50])
+        limits = StepLimits(ranks, draw.choice([1, 2, 4, 8] if tokens is None else [None, 1, 3]), tokens)
+        positions = sorted(draw.sample(range(200), draw.randint(ranks, 60)))
+        places = [_Place(position, Item(0, 0, None, ""), draw.randint(5, 40), None) for position in positions]
+        steps = packed(places, limits)
+        seen = [place.position for step in steps for place in step.rows]
+        assert len({*seen}) == len(seen)
+        assert seen == positions or (tokens and len(seen) > len(positions) - ranks)
+        for number, step in enumerate(steps):
+            last = number == len(steps) - 1
+            assert all(0 < len(part) <= (limits.prompts or 99) + last for part in step.parts)
+            assert all(sum(place.tokens for place in part) <= (tokens or 9999) for part in step.parts)
+            again = packed([place for place in places if place.position >= step.start], limits)
+            assert [one.parts for one in again] == [one.parts for one in steps[number:]]
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------
@@ -292,10 +328,18 @@ def test_what_cannot_be_streamed_is_refused(data, tmp_path: Path, jsonl) -> None
     assert "no row of 23 is left for 1 ranks: 23 longer than" in stop(data(max_length=2))
 
 
-def test_a_table_is_made_of_a_stream_unless_it_shall_be_streamed(data) -> None:
+def test_a_table_is_made_of_a_stream_unless_it_shall_be_streamed(data, caplog) -> None:
     module = data(train=IterableDataset.from_generator(lambda: iter(rows(9))), streaming=False, shuffle_buffer=None)
-    module.setup("fit")
+    with caplog.at_level(logging.INFO):
+        module.setup("fit")
     assert module._tables["train"].size == 9
+    assert "was read to its end, into a table; see `streaming`" in caplog.text
+
+
+def test_leaks_are_not_looked_for_in_a_stream(data, jsonl, caplog) -> None:
+    with caplog.at_level(logging.INFO):
+        seen(data(val=jsonl("val.jsonl", rows(3))))
+    assert caplog.text.count("val: whether prompts are in train too is not known") == 1
 
 
 class Counts(Recorder):

@@ -91,7 +91,7 @@ class PreferenceDataModule(LightningDataModule):
         val_split: without `val`, this fraction of the training prompts is held out for validation, with all their
             completions. 0: no validation.
         num_workers: processes that collate batches. Encoding is done by then, and collating takes some milliseconds,
-            about what a process takes to hand a batch over: 0 is rarely slow.
+            about what a process takes to hand a batch over: 0 is rarely slow. With `streaming` they encode, too.
         streaming: read, check and encode the training rows as training goes, for data that are larger than the disk or
             have no end: files with a row a line (`.jsonl`, `.csv`, also `.gz`) or `.parquet`, hub data sets,
             `IterableDataset`, any iterable that can begin anew, or a function that makes an iterator. Every process
@@ -288,7 +288,9 @@ class PreferenceDataModule(LightningDataModule):
         Of a stream it is of the first rows.
         """
         table = self._stream or self._tables.get("train")
-        return None if table is None else table.digest
+        if table is None or not self._shares:
+            return None if table is None else table.digest
+        return f"{table.digest} {self._shares}"
 
     @property
     def tables(self) -> dict[str, PromptTable]:
@@ -465,6 +467,8 @@ class PreferenceDataModule(LightningDataModule):
 
     def _warn_of_leaks(self) -> None:
         if self._stream is not None:
+            if any(self._tables.get(split) for split in self._sets("val")):
+                rank_zero_info("val: whether prompts are in train too is not known, for train is streamed")
             return
         train = self._table("train")
         for split in self._sets("val"):

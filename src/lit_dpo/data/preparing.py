@@ -77,6 +77,8 @@ class Preparation(NamedTuple):
         stage = split.partition("/")[0]
         for number, (part, _) in enumerate(weighted_sources(source) or [(source, 1.0)]):
             loaded = load_rows(part, None, stage=stage, encoding=self.encoding, keep_bad=True)
+            if not isinstance(part, str | Sequence | Mapping) and not hasattr(part, "num_rows"):
+                rank_zero_info(f"{split}: {loaded[0].name} was read to its end, into a table; see `streaming`")
             found = without_columns(loaded, self.ignore_columns)
             format = self._format_of(split, found)
             sources += [with_columns(one, format.columns, (*format.optional_columns, TEMPLATE)) for one in found]

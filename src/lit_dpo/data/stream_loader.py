@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, zip_longest
@@ -105,6 +106,9 @@ class StreamLoader(TrainLoader):
         pin_memory: bool = False,
         **options: Any,
     ) -> None:
+        if options.get("num_workers"):
+            # it has run in this process by now, and would warn of every fork
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         sampler = ChunkSampler(stream, rank, limits.ranks)
         super().__init__(StreamDataset(stream), sampler=sampler, collate_fn=_as_it_is, **options)
         self.stream, self.limits, self.rank, self.pins = stream, limits, rank, pin_memory

@@ -106,11 +106,15 @@ def plan(module: DPOModule, data: pl.LightningDataModule, trainer: pl.Trainer, d
         device: `here`, or a GPU by name, see `lit_dpo.plan.cards.CARDS`.
 
     Raises:
-        TrainingError: for another data module, whose lengths are not known, or an unknown name.
+        TrainingError: for another data module or a stream, whose lengths are not known, or an unknown name.
         LitDPOError: for whatever the run itself would refuse before it loads weights.
     """
     if not isinstance(data, PreferenceDataModule):
         raise TrainingError(f"Expected a PreferenceDataModule to plan with but got {type(data).__name__}.")
+    if data.streaming:
+        raise TrainingError(
+            "Expected data of a known length to plan with: `--data.streaming false`, or a file of some."
+        )
     target = _device(device, trainer)
     trainer.strategy.connect(module)
     module.trainer = data.trainer = trainer
@@ -122,7 +126,8 @@ def plan(module: DPOModule, data: pl.LightningDataModule, trainer: pl.Trainer, d
     steps, epochs = planned_steps(trainer, len(loader))
     found = _Search(module, loader, target)
     step, (fitting, checkpointing) = found.step(found.wanted), found.fitting()
-    arithmetic = _arithmetic(module, found.arithmetic(lengths), epochs)
+    passes = epochs * loader.sampler.epoch_rows / table.size  # type: ignore[attr-defined] # a mixture repeats rows
+    arithmetic = _arithmetic(module, found.arithmetic(lengths), passes)
     tokens = min(found.wanted, int(lengths.tokens / table.size * (data.batch_size or math.inf)))
     rates, said = _rates(target, module.policy.quantization, found.skeleton, tokens)
     ranks = trainer.world_size
