@@ -127,6 +127,11 @@ def test_a_thought_of_an_earlier_turn_goes_as_in_generation_and_is_counted(turn:
     assert encode(tokenizer, pair(user("2 + 2?"), said("4"), user())).remarks == ()
 
 
+def test_what_others_say_is_no_thought() -> None:
+    row = pair(user("What does <think>four</think> mean?"))
+    assert "the text (with its thought) of a message of `user` in the prompt" in refusal(template(STRIPS), row)
+
+
 def test_what_an_earlier_turn_says_after_its_thought_has_to_stay() -> None:
     drops = "{% if m['role'] == 'assistant' and not loop.last %}{{ '<|assistant|>' }}{% else %}" + TURN + "{% endif %}"
     row = pair(user(), said("<think>2, 3</think> 4"), user("Sure?"))
@@ -262,6 +267,14 @@ def test_every_tool_has_to_be_in_the_prompt() -> None:
         template(before="{% if tools and false %}{{ tools }}{% endif %}"), row
     )
     assert refusal(template(), row) == "the chat template does not read the row's `tools`"
+
+
+def test_tools_have_no_nulls_of_other_rows() -> None:
+    function = {"name": "add", "parameters": {"properties": {"a": {"type": "number"}, "of_another_row": None}}}
+    say = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    prompt = decoded(template(before=say), pair(template={"tools": [{"type": "function", "function": function}]}))[0]
+    assert "number" in prompt
+    assert "null" not in prompt
 
 
 def test_documents_have_to_be_in_the_prompt() -> None:
