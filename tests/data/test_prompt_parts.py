@@ -13,7 +13,16 @@ import pytest
 
 from lit_dpo.data.comparisons import Comparing, check_row
 from lit_dpo.data.datamodule import PreferenceDataModule
-from lit_dpo.data.formats import Auto, ImplicitPrompt, Preference, PreferenceFormat, Ranking, ShareGPT, Triples
+from lit_dpo.data.formats import (
+    Auto,
+    ImplicitPrompt,
+    Preference,
+    PreferenceFormat,
+    Ranking,
+    SafeRLHF,
+    ShareGPT,
+    Triples,
+)
 from lit_dpo.data.formats.recognition import LAYOUTS
 from lit_dpo.data.truncation import EQUAL_CUT
 from lit_dpo.errors import DataError
@@ -81,6 +90,13 @@ def test_a_label_beside_two_outputs_is_not_left_over(data, jsonl) -> None:
     assert data(jsonl("a.jsonl", rows))._table("train").comparisons.tolist() == [[0, 1], [1, 0]]
 
 
+def test_a_second_label_is_not_needed(data, jsonl) -> None:
+    row = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 0, "safer_response_id": 1}
+    for by, better in (("better", 0), ("safer", 1)):
+        table = data(jsonl("a.jsonl", [row]), format=SafeRLHF(by=by))._table("train")
+        assert table.comparisons.tolist() == [[better, 1 - better]]
+
+
 def test_what_is_ignored_is_not_there(data, jsonl) -> None:
     """For a format that would read it as well, and for the choice of the format; and other columns encode anew."""
     path = jsonl("a.jsonl", [{"question": "q", "system": "Be brief.", **PAIR}])
@@ -110,6 +126,22 @@ def test_typed_parts_are_text_and_images_are_none(data, jsonl) -> None:
     for part, words in (({"type": "image_url", "image_url": "x"}, "image_url"), ({"type": "image"}, "image")):
         with pytest.raises(DataError, match=f"message 0 of `prompt` but it holds {words}: not supported"):
             Triples().read(MESSAGES | {"prompt": [ASK | {"content": [part]}]})
+
+
+@pytest.mark.parametrize("format", [Triples(), ImplicitPrompt()])
+def test_what_a_message_holds_besides_its_text_is_not_lost(format) -> None:
+    """One call, as OpenAI wrote it once, becomes one of `tool_calls`; images are refused by name."""
+    call = {"name": "add", "arguments": "{}"}
+    whole = MESSAGES if format == Triples() else {side: [ASK, *MESSAGES[side]] for side in PAIR}
+    read = format.read
+    old = {"role": "assistant", "content": None, "function_call": call}
+    found = read(whole | {"chosen": [*whole["chosen"][:-1], old]}).chosen
+    assert found[0]["tool_calls"] == [{"type": "function", "function": call}]
+    assert "function_call" not in found[0]
+    for cell in (["x.png"], "x.png"):
+        with pytest.raises(DataError, match=r"message . of `rejected` but it holds `images`: not supported"):
+            read(whole | {"rejected": [*whole["rejected"][:-1], FIVE | {"images": cell}]})
+    assert read(whole | {"rejected": [*whole["rejected"][:-1], FIVE | {"images": []}]}).rejected[0]["content"] == "5"
 
 
 @pytest.mark.parametrize("arguments", [{"a": 2}, '{"a": 2}'])
@@ -261,6 +293,11 @@ BAD = [
     (Preference(["q"], [FOUR], [FIVE]), "a `role` in message 0 of `prompt`"),
     (Preference([ASK], [{"role": "assistant"}], [FIVE]), "text as the `content` of message 0 of `chosen` but got None"),
     (Preference([ASK], [FOUR | {"content": PARTS}], [FIVE]), "text as the `content` of message 0 of `chosen`"),
+    (
+        Preference([ASK], [FOUR | {"images": ["x"]}], [FIVE]),
+        "`tool_calls` in message 0 of `chosen` but it holds `images`",
+    ),
+    (Preference([ASK], [FOUR], [FIVE | {"function_call": {"name": "f"}}]), "but it holds `function_call`"),
     (Preference([ASK], [FOUR | {"content": " "}], [FIVE]), "an assistant message with text in `chosen`"),
     (Preference([ASK], [FOUR], [ASK | {"content": "r"}]), "an assistant message with text in `rejected`"),
     (

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pytest
+from chats import TURN, decoded, encode, pair, refusal, said, template, user
 from transformers import AutoTokenizer
 
 from lit_dpo.data.encode import PromptEncoder
@@ -14,46 +12,6 @@ from lit_dpo.data.rendering import EQUAL_RENDERED, WITH_UNKNOWN, WITHOUT_HEADER,
 from lit_dpo.data.truncation import EQUAL_CUT, EQUAL_TOKENISED, SOME_EQUAL, Dropped, Fitted
 from lit_dpo.errors import DataError
 from toy_tokenizers import CHAT, byte_level
-
-TURN = "{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>\n' }}"
-HEADER = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-
-
-def template(turn: str = TURN, header: str = HEADER, before: str = "") -> Any:
-    return byte_level(chat_template=before + "{% for m in messages %}" + turn + "{% endfor %}" + header)
-
-
-def user(text: str = "What is the answer?") -> dict:
-    return {"role": "user", "content": text}
-
-
-def said(text: str, **more: Any) -> dict:
-    return {"role": "assistant", "content": text, **more}
-
-
-def pair(*prompt: dict, chosen: dict | list | None = None, **more: Any) -> Preference:
-    chosen = chosen or said("four")
-    chosen = chosen if isinstance(chosen, list) else [chosen]
-    return Preference(list(prompt) or [user()], chosen, [said("five")], **more)
-
-
-def encode(tokenizer: Any, row: Preference | Ranking, **options: Any) -> Fitted | Dropped:
-    (found,) = PromptEncoder(tokenizer, **options).encode([row])
-    return found
-
-
-def decoded(tokenizer: Any, row: Preference | Ranking) -> list[str]:
-    found = encode(tokenizer, row)
-    assert isinstance(found, Fitted), found
-    return [tokenizer.decode(ids) for ids in (found.prompt.prompt, *found.prompt.completions)]
-
-
-def refusal(tokenizer: Any, row: Preference | Ranking) -> str:
-    found = encode(tokenizer, row)
-    assert isinstance(found, Dropped), decoded(tokenizer, row)
-    assert found.fatal
-    return found.reason
-
 
 # --- text and roles ---------------------------------------------------------------------------------------------------
 
@@ -127,6 +85,11 @@ def test_a_thought_of_an_earlier_turn_goes_as_in_generation_and_is_counted(turn:
     assert encode(tokenizer, pair(user("2 + 2?"), said("4"), user())).remarks == ()
 
 
+def test_what_others_say_is_no_thought() -> None:
+    row = pair(user("What does <think>four</think> mean?"))
+    assert "the text (with its thought) of a message of `user` in the prompt" in refusal(template(STRIPS), row)
+
+
 def test_what_an_earlier_turn_says_after_its_thought_has_to_stay() -> None:
     drops = "{% if m['role'] == 'assistant' and not loop.last %}{{ '<|assistant|>' }}{% else %}" + TURN + "{% endif %}"
     row = pair(user(), said("<think>2, 3</think> 4"), user("Sure?"))
@@ -158,119 +121,6 @@ def test_rows_without_the_header_are_counted() -> None:
     assert encode(tokenizer, pair()).remarks == (WITHOUT_HEADER,)
     both = Preference([user()], [said("<think></think>four")], [said("<think></think>five")])
     assert encode(tokenizer, both).remarks == ()
-
-
-# --- tools ------------------------------------------------------------------------------------------------------------
-
-CALL = {"name": "add", "arguments": {"a": 2, "why": 'the "sum"', "deep": [{"b": "zwölf"}], "flag": True}}
-WITH_CALLS = (
-    "{{ '<|' + m['role'] + '|>' }}{{ m['content'] or '' }}"
-    "{% for call in m['tool_calls'] %}{{ '[' + call['function']['name'] }} ARGUMENTS {{ ']' }}{% endfor %}"
-    "{{ '<|end|>\n' }}"
-)
-
-
-def calls(arguments: Any, **more: Any) -> dict:
-    call = {"id": None, "type": "function", "function": {"name": "add", "arguments": arguments, "strict": None}}
-    return {"role": "assistant", "tool_calls": [call], **more}
-
-
-def with_calls(arguments: str) -> Any:
-    return template(WITH_CALLS.replace("ARGUMENTS", arguments))
-
-
-OBJECT = "{{ call['function']['arguments'] | tojson }}"
-JOINED = "{{ 'args: ' + call['function']['arguments'] }}"
-PRINTED = "{{ call['function']['arguments'] }}"
-PARAMETERS = "{% for key, value in call['function']['arguments'].items() %}{{ key }}={{ value }};{% endfor %}"
-
-
-@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}, {"content": "Wait."}])
-@pytest.mark.parametrize("given", ["object", "text"])
-@pytest.mark.parametrize("wanted", [OBJECT, JOINED, PRINTED])
-def test_arguments_are_json_for_every_template(content: dict, given: str, wanted: str) -> None:
-    """Objects to one that writes JSON itself, JSON to one that joins texts, whatever the row holds."""
-    arguments = CALL["arguments"] if given == "object" else json.dumps(CALL["arguments"], ensure_ascii=False)
-    chosen = decoded(with_calls(wanted), pair(chosen=calls(arguments, **content)))[1]
-    start, _, rest = chosen.partition("[add ")
-    assert start == (content.get("content") or "")
-    written = rest.removeprefix("args: ").partition(" ]<|end|>")[0]
-    assert json.loads(written) == CALL["arguments"]
-
-
-def test_a_template_that_wants_no_content_with_calls_gets_none() -> None:
-    """As DeepSeek-V3's, which writes calls only where there is no content; transformers leaves out what is none."""
-    start, loop, rest = WITH_CALLS.partition("{% for")
-    turn = (
-        start
-        + "{% if not m['content'] is defined or m['content'] is none %}"
-        + loop
-        + rest.replace("{% endfor %}", "{% endfor %}{% endif %}")
-    )
-    row = pair(chosen=calls({"a": 2}))
-    assert decoded(template(turn.replace("ARGUMENTS", OBJECT)), row)[1] == '[add {"a": 2} ]<|end|>\n'
-
-
-def test_other_ways_to_write_arguments() -> None:
-    row = pair(chosen=calls(CALL["arguments"]))
-    assert 'why=the "sum";' in decoded(with_calls(PARAMETERS), row)[1]
-    twice = "{{ (call['function']['arguments'] | tojson) | tojson }}"
-    assert (
-        json.loads(json.loads(decoded(with_calls(twice), row)[1].partition("add ")[2].partition(" ]<")[0]))
-        == CALL["arguments"]
-    )
-    padded = decoded(
-        with_calls(OBJECT), pair(chosen=calls({"a": 2, "of_another_row": None, "deep": {"x": None, "y": 1}}))
-    )
-    assert padded[1] == '[add {"a": 2, "deep": {"y": 1}} ]<|end|>\n'
-
-
-def test_lost_calls_and_arguments_are_refused() -> None:
-    row = pair(chosen=calls({"a": 17}))
-    assert "loses a tool call of a message of `assistant` in `chosen`" in refusal(
-        template(TURN.replace("m['content']", "(m['content'] or 'x')")), row
-    )
-    assert "arguments of a tool call" in refusal(with_calls("{{ call['function']['arguments'] | length }}"), row)
-
-
-def test_a_result_of_a_tool_may_be_written_as_json() -> None:
-    calls_too = "+ (m['tool_calls'] | tojson if m['tool_calls'] else '') + '<|end|>"
-    turn = TURN.replace("m['content']", "(m['content'] | tojson if m['role'] == 'tool' else m['content'])")
-    row = pair(user(), calls({"a": 2}), {"role": "tool", "content": '{"sum":\n4}'}, user("So?"))
-    assert '"{\\"sum\\":\\n4}"' in decoded(template(turn.replace("+ '<|end|>", calls_too)), row)[0]
-
-
-def add(a: int, b: int) -> int:
-    """Add two numbers.
-
-    Args:
-        a: one.
-        b: the other.
-    """
-    return a + b
-
-
-def test_every_tool_has_to_be_in_the_prompt() -> None:
-    tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("add", "subtract")]
-    row = pair(template={"tools": tools})
-    say = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
-    for given in (tools, [one["function"] for one in tools], [add, tools[1]]):
-        prompt = decoded(template(before=say), pair(template={"tools": given}))[0]
-        assert all(name in prompt for name in ("add", "subtract"))
-    assert "loses a tool in the prompt" in refusal(template(before="{{ tools[0]['function']['name'] }}"), row)
-    assert "loses a tool in the prompt" in refusal(
-        template(before="{% if tools and false %}{{ tools }}{% endif %}"), row
-    )
-    assert refusal(template(), row) == "the chat template does not read the row's `tools`"
-
-
-def test_documents_have_to_be_in_the_prompt() -> None:
-    row = pair(template={"documents": [{"title": "t", "text": "It is 4."}]})
-    assert decoded(template(before="{{ documents[0]['text'] }}"), row)[0].startswith("It is 4.<|user|>")
-    assert "loses a document in the prompt" in refusal(template(before="{{ documents | length }}"), row)
-    everywhere = {"tools": [{"type": "function", "function": {"name": "add"}}]}
-    say = "{% if tools and false %}{% endif %}"
-    assert "loses a tool in the prompt" in encode(template(before=say), pair(), chat_template_kwargs=everywhere).reason
 
 
 # --- arguments of the template ----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from lit_dpo.data.formats.base import Preference, Ranking
 from lit_dpo.data.formats.cells import (
     ANY,
+    MEDIA,
     RANGES,
     check_text,
     is_written_conversation,
@@ -21,6 +22,7 @@ from lit_dpo.errors import DataError
 Choice: TypeAlias = Literal["all", "best_worst", "best_rest", "adjacent"]
 Ties: TypeAlias = Literal["drop", "half"]
 
+_NEVER_RENDERED = ("function_call", *MEDIA)
 _OTHERS = ("system", "developer", "user", "tool", "function")  # whoever else speaks answers, under any name
 
 
@@ -149,6 +151,10 @@ def _check_conversation(prompt: list[Any], completions: Mapping[str, list[Any]])
         for number, message in enumerate(messages):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise DataError(f"Expected a `role` in message {number} of `{name}` but got {short(message)}.")
+            if unread := [key for key in _NEVER_RENDERED if message.get(key)]:
+                raise DataError(
+                    f"Expected text and `tool_calls` in message {number} of `{name}` but it holds `{unread[0]}`."
+                )
             content = message.get("content")
             if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
                 raise DataError(

@@ -30,7 +30,8 @@ def read_template(path: str) -> str:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Expected a file with a chat template in `chat_template` but {path!r}: {error}") from None
+        why = getattr(error, "strerror", None) or "it is no UTF-8"
+        raise DataError(f"Expected a file in `chat_template` but {path!r} cannot be read: {why}.") from None
     try:
         known = _variables(text)
     except TemplateSyntaxError as error:

@@ -14,6 +14,7 @@ from lit_dpo.errors import DataError
 
 ANY = (-math.inf, math.inf)
 _A_MESSAGE = re.compile(r"^\s*\[\s*\{")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 RANGES = {"weight": (0, math.inf), "probability": (0, 1)}
 
 
@@ -48,14 +49,29 @@ def read_messages(name: str, cell: list[Any]) -> list[Message]:
 
 
 def _read_message(where: str, message: Any) -> Message:
-    calls = isinstance(message, dict) and message.get("tool_calls")
+    calls = isinstance(message, dict) and (message.get("tool_calls") or message.get("function_call"))
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not ("content" in message or calls):
         raise DataError(f"Expected a `role` and a `content` in {where} but got {short(message)}.")
     content = message.get("content")
     if content is None and not calls:
         raise DataError(f"Expected text as the `content` of {where} but got None.")
+    message = with_calls(where, message)
     rest = {key: without_nulls(value) for key, value in message.items() if value is not None and key != "content"}
     return {"role": rest.pop("role"), "content": read_content(where, content), **rest}
+
+
+def with_calls(where: str, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a message with its one call, as OpenAI wrote it once, among its `tool_calls`.
+
+    Raises:
+        DataError: for a message with something that is no text, such as images.
+    """
+    if media := [name for name in MEDIA if message.get(name)]:
+        raise DataError(f"Expected text alone in {where} but it holds `{media[0]}`: not supported.")
+    if not message.get("function_call"):
+        return message
+    calls = [*(message.get("tool_calls") or ()), {"type": "function", "function": message["function_call"]}]
+    return {key: value for key, value in message.items() if key != "function_call"} | {"tool_calls": calls}
 
 
 def read_content(where: str, content: Any) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from lit_dpo.data.formats.base import Message, Preference, PreferenceFormat, Ranking, Skipped
-from lit_dpo.data.formats.cells import is_written_conversation, short
+from lit_dpo.data.formats.cells import MEDIA, is_written_conversation, short
 from lit_dpo.data.formats.conversations import OpenAIPreferences, ShareGPT
 from lit_dpo.data.formats.implicit import ImplicitPrompt, Transcripts
 from lit_dpo.data.formats.judged import SHP, SafeRLHF, SignedPairs, SummaryComparisons, WebGPT
@@ -67,13 +67,14 @@ HEAD = 100
 """Rows of a file that are looked at."""
 
 # of which a file that is read without them may be another one than its owner thinks
+# of which a file that is read without them may say something else than it is taken for
 _OF_THE_PROMPT = {
     *("system", "system_prompt", "tools", "functions", "history", "input", "instruction", "context", "documents"),
-    *("image", "images", "video", "videos", "audio", "audios"),
+    *MEDIA,
 }
 _LABELS = {
     *("winner", "label", "labels", "preference", "preferred", "preferred_output", "better", "best", "choice"),
-    *("overall_preference", "better_response_id", "is_chosen_first", "swapped"),
+    *("overall_preference", "preference_strength", "better_response_id", "safer_response_id"),
 }
 
 
@@ -140,7 +141,9 @@ def recognise(
 def check_unread(
     name: str, format: PreferenceFormat, columns: Iterable[str], cells: Callable[[str], Iterable[Any]]
 ) -> None:
-    """See that a format reads every column that looks like a part of the prompt or like a label, and is not empty.
+    """See that a format reads every column that looks like a part of the prompt or, if it has none, like a label.
+
+    An empty column is none.
 
     Args:
         name: of the file, for errors.
@@ -151,8 +154,10 @@ def check_unread(
     Raises:
         DataError: for the first one that it does not read.
     """
+    labels = set() if _LABELS & {*map(str.lower, format.columns)} else _LABELS  # a second one says the same, or less
     for column in unread(format, columns):
-        kind = "part of the prompt" if column in _OF_THE_PROMPT else "label" if column in _LABELS else ""
+        name_of = column.lower()
+        kind = "part of the prompt" if name_of in _OF_THE_PROMPT else "label" if name_of in labels else ""
         if kind and any(cell not in (None, "", [], {}) for cell in cells(column)):
             raise DataError(
                 f"{name}: the rows are read by `{option(format)}`, which does not read `{column}`, and this looks like "

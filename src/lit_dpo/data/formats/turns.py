@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_dpo.data.formats.base import Message, Preference, PreferenceFormat, Ranking, Skipped
-from lit_dpo.data.formats.cells import check_text, parsed, read_content, short, without_nulls
+from lit_dpo.data.formats.cells import check_text, parsed, read_content, short, with_calls, without_nulls
 from lit_dpo.errors import DataError
 
 ROLES = {
@@ -80,6 +80,7 @@ def _message(where: str, message: Mapping[str, Any]) -> Message:
     role = message.get("role", message.get("from"))
     if not isinstance(role, str) or role not in ROLES:
         raise DataError(f"Expected a role in {where}, one of {', '.join(ROLES)}, but got {short(role)}.")
+    message = with_calls(where, message)
     content = read_content(where, message.get("content", message.get("value")))
     found: Message = {"role": ROLES[role], "content": content}
     found |= {key: without_nulls(message[key]) for key in _KEPT if message.get(key) is not None}
