@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -257,6 +258,16 @@ def test_a_prompt_is_tokenized_once_for_all_its_completions_and_rows() -> None:
     found = Reading(byte_level()).encode([(prompt, completions), (prompt, completions[:2])])
     assert found == Tokens(byte_level(), with_cuts=False).encode([(prompt, completions), (prompt, completions[:2])])
     assert sum(map(len, read)) == len(prompt) + len(" was") * 3 + sum(map(len, completions))
+
+
+def test_thousands_of_added_tokens_cost_nothing_where_a_text_has_none() -> None:
+    """Gemma has six thousand of them."""
+    many = [token(f"<unused{number}>") for number in range(6000)] + [token("[multimodal]"), *MARKED]
+    cut = last_cut(made(pre_tokenizers.Metaspace(), added=many, alphabet=False))
+    assert cut("once upon <unused17> a time") == len("once upon ")
+    start = time.process_time()
+    assert not any(cut("once upon a time, a < b " * 100) for _ in range(20))
+    assert time.process_time() - start < 0.2
 
 
 # --- what a tokenizer does besides ----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -89,9 +89,14 @@ def _places(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     except Exception:  # of a part written in Python, which cannot be looked into
         return []
     tokens = _findable(added)
-    before = "|".join(map(re.escape, tokens))
     words = [_BETWEEN_WORDS] if _is_split_into_words(added, normalizer, splitter) else []
-    return words + ([f"(?={before})"] if tokens else [])
+    return words + ([_before(tokens)] if tokens else [])
+
+
+def _before(tokens: Sequence[str]) -> str:
+    """Return a pattern for where a token begins; few characters do, and there may be thousands of tokens."""
+    first = "".join(map(re.escape, sorted({token[0] for token in tokens})))
+    return f"(?=[{first}])(?={'|'.join(map(re.escape, tokens))})"
 
 
 def _stages(backend: Backend) -> tuple[Any, Any]:
