@@ -200,7 +200,7 @@ def _tokenizer(cli: InspectCLI, data: PreferenceDataModule) -> tuple[PreTrainedT
     notes = ["no tokenizer is configured: `--data.tokenizer` or `--model.policy.model` counts as your model does"]
     if not cli.typed("max_length") and data.max_length is not None:
         data.max_length = None
-        notes.append("no row is dropped for its length, until there is a tokenizer")
+        notes.append("without it, no row is dropped for its length")
     tokenizer = quickstart_tokenizer()
     _add_template(tokenizer)
     return tokenizer, "`lit-dpo/quickstart`, the built-in example", [*notes, "conversations are rendered as ChatML"]
