@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import pytest
+from datasets import concatenate_datasets
 
 from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.data.formats import Rankings, Triples
-from lit_dpo.data.sameness import same_examples
+from lit_dpo.data.sameness import completion_ids, prompt_ids, same_examples
 from lit_dpo.data.table import PromptTable
 from toy_tokenizers import byte_level
 
@@ -94,3 +96,22 @@ def test_files_are_merged_anew_when_it_is_switched(jsonl):
     file = jsonl("rows.jsonl", ROWS)
     counts = [table(file, group_by_prompt=8, deduplicate=flag).comparisons_count for flag in (False, True, False)]
     assert counts == [20, 12, 20]
+
+
+def test_ids_are_found_in_chunks_however_they_are_cut():
+    """Tables of many rows are mapped in chunks, of which one may begin in the middle of an array."""
+    whole = table(ROWS)
+    parts = whole.encoded.select(range(3, 17)).with_format("arrow")
+    cut = whole._replace(encoded=concatenate_datasets([parts, whole.encoded]), rows=np.array([1, 2, 13, 15, 30]))
+    expected = [[*range(3, 17), *range(20)][row] for row in cut.rows]
+    texts = [whole.batch([row]).input_ids[0].tolist()[whole.prompt_lengths[row] :] for row in expected]
+    for found, lengths in ((prompt_ids(cut), "prompt_lengths"), (completion_ids(cut), "completion_lengths")):
+        assert len(found.ends) == len(getattr(cut, lengths))
+        assert (found.ends - found.starts).tolist() == getattr(cut, lengths).tolist()
+        last = found.last(3)
+        for n in range(len(found.ends)):
+            ids = found.of(n).tolist()
+            assert [one for one in last[n].tolist() if one >= 0] == ids[-3:]
+    completions = completion_ids(cut)
+    assert [completions.of(n).tolist() + completions.of(n + 1).tolist() for n in range(0, 10, 2)] == texts
+    assert same_examples(cut).tolist() == [0, 1, 0, 3, 0]  # of rows 4, 5, 16, 1, 16, and 16 says what 4 says

@@ -108,7 +108,7 @@ def test_each_kind_is_found_where_it_is(name):
     examined = looked(pairs() + added)
     one = found(examined, name)
     assert (one.counted, one.above) == (count if name != "duplicates" else 3, True)
-    assert any(note in example.note for example in one.examples), one.examples
+    assert any(note in f"{example.note} {example.other}" for example in one.examples), one.examples
     assert all(example.place.startswith("the `list` given, row ") for example in one.examples)
     without = found(well(), name)
     assert (without.counted, without.above) == (0, False)
@@ -164,6 +164,24 @@ def test_what_is_too_long_and_what_has_no_end():
     assert (dropped.counted, dropped.of, dropped.above) == (3, 13, True)
     cut = found(looked(rows, max_length=100, truncation="truncate_completion"), "missing-ends")
     assert (cut.counted, cut.of, cut.above) == (3, 26, True)
+
+
+def test_rows_that_are_merged_are_looked_at_one_by_one():
+    rows = pairs() + [row for name in ("duplicates", "contradictions", "control-tokens") for row in ROWS[name][0]]
+    apart, merged = looked(rows), looked(rows, group_by_prompt=8)
+    assert merged.splits[0].kept < apart.splits[0].kept
+    numbers = [
+        [(one.kind.name, one.counted, one.of, [*one.examples]) for one in examined.findings if one.kind.name in ROWS]
+        for examined in (apart, merged)
+    ]
+    of_tokens = ("doubled-ends", "boundary-merges")
+    apart_numbers, merged_numbers = ([one for one in those if one[0] not in of_tokens] for those in numbers)
+    assert apart_numbers == merged_numbers
+
+
+def test_what_is_left_out_is_looked_at_no_more():
+    examined = looked(pairs() + ROWS["duplicates"][0], deduplicate=True)
+    assert (found(examined, "duplicates").counted, examined.splits[0].kept) == (0, 40)
 
 
 def test_shortcuts_are_measured_on_prompts_that_were_not_seen():

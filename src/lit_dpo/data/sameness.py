@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +16,13 @@ from lit_dpo.data.table import PromptTable
 def same_examples(table: PromptTable) -> NDArray[np.int64]:
     """`(N,)` for each used example the place of the first that says the same.
 
-    That is: the same prompt, completions, comparisons, and numbers of these, such as `weight`.
+    That is: the same prompt, completions, comparisons, and numbers of these, such as `weight`. By a hash of 64 bits:
+    among a million examples two different ones meet with a probability of 3e-8.
     """
-    first: dict[Any, int] = {}
-    return np.fromiter((first.setdefault(one, place) for place, one in enumerate(_sayings(table))), np.int64)
+    said = np.fromiter(map(hash, _sayings(table)), np.int64, table.size)
+    _, first, codes = np.unique(said, return_index=True, return_inverse=True)
+    found: NDArray[np.int64] = first[codes]
+    return found
 
 
 def repeated_rows(table: PromptTable) -> NDArray[np.int64]:
@@ -29,34 +33,59 @@ def repeated_rows(table: PromptTable) -> NDArray[np.int64]:
 
 
 def _sayings(table: PromptTable) -> Iterator[tuple[Any, ...]]:
-    """Return something that is equal for examples that say the same; hashes of 64 bits, three or more."""
+    """Return something that is equal for examples that say the same."""
     prompts, completions = prompt_ids(table).hashes(), completion_ids(table).hashes()
     columns = (table.encoded.data.column(stored(name)) for name in table.columns)
     numbers = [ragged(values_of(column), counts_of(column), table.rows) for column in columns]
     compared = numbers if table.holds_pairs else [table.comparisons, *numbers]
-    last, end = 0, 0
+    end = 0
     counts = zip(table.completions_per_prompt.tolist(), table.comparisons_per_prompt.tolist(), strict=True)
     for prompt, (count, comparisons) in zip(prompts, counts, strict=True):
         said = (values[end : end + comparisons].tobytes() for values in compared)
-        yield prompt, *completions[last : last + count], *said
-        last, end = last + count, end + comparisons
+        yield prompt, *islice(completions, count), *said
+        end += comparisons
 
 
 class Ids(NamedTuple):
-    """Token ids of many texts: those of text `n` are `values[starts[n] : ends[n]]`."""
+    """Token ids of `T` texts, which stay where they are mapped.
 
-    values: NDArray[np.int32]
+    Attributes:
+        chunks: ids of many texts each, one after another.
+        chunk_of: `(T,)` the chunk of each text, ascending.
+        starts: `(T,)` where a text begins in its chunk.
+        ends: `(T,)` where it ends.
+    """
+
+    chunks: Sequence[NDArray[np.int32]]
+    chunk_of: NDArray[np.int64]
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
 
     def of(self, n: int) -> NDArray[np.int32]:
         """Return those of one text."""
-        return self.values[self.starts[n] : self.ends[n]]
+        found: NDArray[np.int32] = self.chunks[self.chunk_of[n]][self.starts[n] : self.ends[n]]
+        return found
 
-    def hashes(self) -> list[int]:
-        """Return a hash of each text, equal for equal ones within this process."""
-        ends = zip(self.starts.tolist(), self.ends.tolist(), strict=True)
-        return [hash(self.values[start:end].tobytes()) for start, end in ends]
+    def hashes(self) -> Iterator[int]:
+        """Give a hash of each text, equal for equal ones within this process."""
+        for values, part in self._parts():
+            for start, end in zip(self.starts[part].tolist(), self.ends[part].tolist(), strict=True):
+                yield hash(values[start:end].tobytes())
+
+    def last(self, count: int) -> NDArray[np.int64]:
+        """`(T, count)` the last ids of each text; -1 before its first one."""
+        found = np.full((len(self.ends), count), -1, np.int64)
+        for values, part in self._parts():
+            for place in range(count):
+                at = self.ends[part] - count + place
+                inside = at >= self.starts[part]
+                found[part, place][inside] = values[at[inside]]
+        return found
+
+    def _parts(self) -> Iterator[tuple[NDArray[np.int32], slice]]:
+        """Go through the chunks, each with the texts that are in it."""
+        bounds = np.searchsorted(self.chunk_of, np.arange(len(self.chunks) + 1)).tolist()
+        yield from zip(self.chunks, map(slice, bounds[:-1], bounds[1:]), strict=True)
 
 
 def prompt_ids(table: PromptTable) -> Ids:
@@ -66,20 +95,18 @@ def prompt_ids(table: PromptTable) -> Ids:
 
 def completion_ids(table: PromptTable) -> Ids:
     """Return the token ids of the completions that are used, prompt after prompt."""
-    chunks = [chunk for chunk in table.encoded.data.column("completion_ids").chunks if len(chunk)]
-    counts = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in chunks])
-    used = np.zeros(len(counts), np.bool_)
+    column = table.encoded.data.column("completion_ids")
+    used = np.zeros(table.total, np.bool_)
     used[table.rows] = True
-    return _ids([inner_of(chunk) for chunk in chunks], np.flatnonzero(np.repeat(used, counts)))
+    texts = np.flatnonzero(np.repeat(used, counts_of(column)))
+    return _ids([inner_of(chunk) for chunk in column.chunks if len(chunk)], texts)
 
 
-def _ids(chunks: Sequence[Any], rows: NDArray[np.int64]) -> Ids:
-    values = [inner_of(chunk).to_numpy() for chunk in chunks]
-    counts = [np.diff(chunk.offsets.to_numpy()) for chunk in chunks]
-    lengths = np.concatenate([np.zeros(0, np.int64), *counts]).astype(np.int64)
-    stops = lengths.cumsum()
-    joined = values[0] if len(values) == 1 else np.concatenate([np.zeros(0, np.int32), *values])
-    return Ids(joined, (stops - lengths)[rows], stops[rows])
+def _ids(chunks: Sequence[Any], texts: NDArray[np.int64]) -> Ids:
+    offsets = [chunk.offsets.to_numpy().astype(np.int64) - chunk.offsets[0].as_py() for chunk in chunks]
+    chunk_of = np.repeat(np.arange(len(chunks)), [len(one) - 1 for one in offsets])
+    starts, ends = (np.concatenate([one[which] for one in offsets]) for which in (slice(-1), slice(1, None)))
+    return Ids([inner_of(chunk).to_numpy() for chunk in chunks], chunk_of[texts], starts[texts], ends[texts])
 
 
 def sides(table: PromptTable) -> NDArray[np.int64]:

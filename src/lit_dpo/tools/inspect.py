@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -94,6 +93,10 @@ class InspectCLI(LitDPOCLI):
         data = self._typed.get("data") or {}
         return name in (data.get("init_args") or {})
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse them, without a warning that there are others in `sys.argv`: they are the same, in another order."""
+        self.config = parser.parse_args(args)
+
     def _parse_ckpt_path(self) -> None:
         """Nothing is resumed."""
 
@@ -130,7 +133,6 @@ def main(args: Sequence[str]) -> None:
         LitDPOError: for data or options that cannot be used.
         SystemExit: with 1 if `--strict` is given and a finding is above its threshold.
     """
-    sys.argv = sys.argv[:1]  # Lightning warns of arguments other than those that it is given
     cli = InspectCLI(files_first(args))
     given = inspected(cli)
     show(given, Console())
@@ -200,7 +202,7 @@ def _tokenizer(cli: InspectCLI, data: PreferenceDataModule) -> tuple[PreTrainedT
     notes = ["no tokenizer is configured: `--data.tokenizer` or `--model.policy.model` counts as your model does"]
     if not cli.typed("max_length") and data.max_length is not None:
         data.max_length = None
-        notes.append("no row is dropped for its length, until there is a tokenizer")
+        notes.append("without it, no row is dropped for its length")
     tokenizer = quickstart_tokenizer()
     _add_template(tokenizer)
     return tokenizer, "`lit-dpo/quickstart`, the built-in example", [*notes, "conversations are rendered as ChatML"]

@@ -43,7 +43,7 @@ def encoded_duplicates(table: PromptTable) -> Finding:
     """Find examples that say what an earlier one says, to the token."""
     same = same_examples(table)
     again = np.flatnonzero(same != np.arange(table.size)).tolist()
-    examples = (Example(_place(table, one), f"as {_place(table, int(same[one]))}") for one in again)
+    examples = (Example(_place(table, one), "as", _place(table, int(same[one]))) for one in again)
     return found("duplicates", len(again), table.size, examples)
 
 

@@ -73,7 +73,7 @@ def tokens(table: PromptTable) -> Tokens:
 def ends(table: PromptTable, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
     """Find completions without an end, and with two."""
     special = _special_ids(tokenizer)
-    last = _last_ids(table)
+    last = completion_ids(table).last(_END)
     is_special = np.isin(last, special) & (last >= 0)
     missing = np.flatnonzero(~is_special.any(axis=1)) if len(last) else np.zeros(0, np.int64)
     ordered = np.sort(np.where(is_special, last, -1 - np.arange(_END)), axis=1)
@@ -88,17 +88,6 @@ def ends(table: PromptTable, tokenizer: PreTrainedTokenizerBase) -> Iterator[Fin
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     added = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
     return sorted({*added, *tokenizer.all_special_ids})
-
-
-def _last_ids(table: PromptTable) -> NDArray[np.int64]:
-    """`(C, 4)` last token ids of each completion that is used; -1 where it has fewer."""
-    ids = completion_ids(table)
-    found = np.full((len(ids.ends), _END), -1, np.int64)
-    for place in range(_END):
-        at = ids.ends - _END + place
-        inside = at >= ids.starts
-        found[inside, place] = ids.values[at[inside]]
-    return found
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, ids: NDArray[Any]) -> str:

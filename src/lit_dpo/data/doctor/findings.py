@@ -33,10 +33,12 @@ class Example(NamedTuple):
     Attributes:
         place: its file, and its number there.
         note: what is to be seen in it.
+        other: the place of another row that the note ends with; empty if there is none.
     """
 
     place: str
     note: str
+    other: str = ""
 
 
 class Finding(NamedTuple):

@@ -20,7 +20,7 @@ def repeats(facts: Facts) -> Iterator[Finding]:
     yield _duplicates(facts)
     if facts.near is not None:
         pairs = facts.near
-        examples = (Example(facts.table.place(one), f"like {facts.table.place(other)}") for one, other in pairs)
+        examples = (Example(facts.table.place(one), "like", facts.table.place(other)) for one, other in pairs)
         yield found("near-duplicates", len(pairs), len(facts.rows), examples)
     yield _repeated_prompts(facts)
     yield _contradictions(facts)
@@ -30,13 +30,13 @@ def repeats(facts: Facts) -> Iterator[Finding]:
 
 def _duplicates(facts: Facts) -> Finding:
     again = _repeated([row.says for row in facts.rows])
-    examples = (Example(facts.place(row), f"as {facts.place(first)}") for row, first in again)
+    examples = (Example(facts.place(row), "as", facts.place(first)) for row, first in again)
     return found("duplicates", len(again), len(facts.rows), examples)
 
 
 def _repeated_prompts(facts: Facts) -> Finding:
     again = _repeated([row.prompt for row in facts.rows])
-    examples = (Example(facts.place(row), f"as {facts.place(first)}") for row, first in again)
+    examples = (Example(facts.place(row), "as", facts.place(first)) for row, first in again)
     distinct = len(facts.rows) - len(again)
     return found("repeated-prompts", len(again), len(facts.rows), examples, detail=f"{distinct:,} different prompts")
 
@@ -60,7 +60,7 @@ def _contradictions(facts: Facts) -> Finding:
         seen.setdefault((prompt, better, worse), row)
         if (other := seen.get((prompt, worse, better))) is not None:
             turned.append((row, other))
-    examples = (Example(facts.place(row), f"turned around in {facts.place(other)}") for row, other in turned)
+    examples = (Example(facts.place(row), "turned around in", facts.place(other)) for row, other in turned)
     return found("contradictions", len(turned), len(facts.chosen), examples)
 
 
@@ -109,7 +109,7 @@ def shared_prompts(name: str, facts: Facts, split: str, table: PromptTable, othe
     different = {row.normal: row for row in reversed(others)}
     shared = [row for normal, row in reversed([*different.items()]) if normal in here]
     alike = sum(row.prompt not in exact for row in shared)
-    examples = (Example(table.place(row.number), f"as {facts.place(here[row.normal])}") for row in shared)
+    examples = (Example(table.place(row.number), "as", facts.place(here[row.normal])) for row in shared)
     detail = f"{alike:,} of them but for case, blanks or punctuation" if alike else ""
     finding = found(name, len(shared), len(different), examples, detail=detail)
     kind = finding.kind._replace(what=f"prompts of {split} are in train too")

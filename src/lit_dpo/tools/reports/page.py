@@ -11,7 +11,7 @@ from lit_dpo.data.doctor.findings import percent
 from lit_dpo.data.doctor.shortcuts import Shortcut
 from lit_dpo.tools.reports.charts import bar, histogram, interval
 from lit_dpo.tools.reports.html import Child, Html, element, joined, marked, told
-from lit_dpo.tools.reports.record import Inspected, excerpt, file_name, saved
+from lit_dpo.tools.reports.record import Inspected, excerpt, file_name, noted, saved
 from lit_dpo.tools.reports.style import STYLE
 from lit_dpo.tools.reports.terminal import facts
 
@@ -47,7 +47,11 @@ def _sections(given: Inspected) -> Iterator[Html]:
         yield from _frequent(examined.frequent)
     if examined.examples:
         yield element("h2", "Examples, as they are trained on")
-        yield element("p", "From the token ids. Grey is read; what is coloured is trained on.", class_="soft small")
+        yield element(
+            "p",
+            "From the token ids. The prompt is read only; chosen and rejected, to their end tokens, are trained on.",
+            class_="soft small",
+        )
         yield from map(_example, examined.examples)
     yield element("footer", f"lit_dpo {__version__}. The page is one file; it loads nothing and runs nothing.")
 
@@ -58,7 +62,13 @@ def _head(given: Inspected) -> Html:
         element("p", "lit-dpo inspect", class_="eyebrow"),
         told(file_name(given.data), "h1"),
         element("p", told(given.data), class_="soft small wrap"),
-        element("p", "Lengths are in tokens of ", told(given.tokenizer), ".", class_="soft small"),
+        element(
+            "p",
+            "Lengths are in tokens of ",
+            element("span", marked(given.tokenizer), dir="auto"),
+            ".",
+            class_="soft small",
+        ),
         *(element("p", marked(note), class_="note") for note in given.notes),
     )
 
@@ -88,16 +98,18 @@ def _findings(examined: Examined) -> Iterator[Html]:
     yield from map(_finding, examined.above)
     below = [one for one in examined.findings if not one.above]
     rows = [
-        (element("code", one.kind.name), marked(one.line), percent(one.kind.threshold), marked(one.kind.remedy))
+        element(
+            "li", element("code", one.kind.name), " ", marked(one.line), f", threshold {percent(one.kind.threshold)}"
+        )
         for one in below
     ]
-    table = _table(("looked for", "found", "threshold", "what one would do"), rows)
-    yield element("details", element("summary", f"{len(below)} more were looked for"), table, class_="card")
+    summary = element("summary", f"{len(below)} others are below their thresholds")
+    yield element("details", summary, element("ul", *rows, class_="small"), class_="card")
 
 
 def _finding(one: Finding) -> Html:
     examples = [
-        element("li", told(file_name(example.place), "b"), " ", told(example.note), class_="small")
+        element("li", told(file_name(example.place), "b"), " ", told(noted(example)), class_="small")
         for example in one.examples
     ]
     said = f"{one.counted:,} of {one.of:,} {one.kind.what}" + (f"; {one.detail}" if one.detail else "") + "."

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from lit_dpo import __version__
 from lit_dpo.data.doctor import Examined, Finding
+from lit_dpo.data.doctor.findings import Example
 from lit_dpo.data.doctor.texts import shortened
 
 
@@ -110,6 +111,11 @@ def excerpt(text: str, most: int = 700) -> str:
     return text if len(text) <= most else f"{text[: most * 3 // 4]} […] {text[-(most // 4) :]}"
 
 
+def noted(one: Example) -> str:
+    """Write the note of a row."""
+    return f"{one.note} {file_name(one.other)}" if one.other else one.note
+
+
 def file_name(place: str) -> str:
     """Leave out the folders of a place; what is no file stays.
 
@@ -120,4 +126,4 @@ def file_name(place: str) -> str:
     return place.rpartition("/")[2] if place.startswith(("/", ".", "~")) else place
 
 
-__all__ = ["Inspected", "as_json", "excerpt", "file_name", "saved", "shortened", "visible"]
+__all__ = ["Inspected", "as_json", "excerpt", "file_name", "noted", "saved", "shortened", "visible"]

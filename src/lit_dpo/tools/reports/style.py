@@ -61,7 +61,7 @@ tr:last-child td { border-bottom: 0; }
 .part.o { background: var(--code); } .role { font-size: .8rem; font-weight: 600; margin-top: 12px; color: var(--soft); }
 footer { margin-top: 48px; color: var(--soft); font-size: .85rem; }
 @media (max-width: 700px) { main { padding: 24px 16px 48px; } .two { grid-template-columns: minmax(0, 1fr); }
-  h1 { font-size: 1.4rem; } h2 { margin-top: 34px; } .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  h1 { font-size: 1.3rem; } h2 { margin-top: 34px; } .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .tile { padding: 12px 14px; } .tile b { font-size: 1.3rem; }
   .feature { grid-template-columns: minmax(0, 1fr) 64px; } .feature .plot { grid-column: 1 / 3; grid-row: 2; }
   .feature .sign { grid-column: 1 / 3; } }

@@ -12,7 +12,7 @@ from rich.text import Text
 from lit_dpo.data.doctor import Examined, Finding
 from lit_dpo.data.doctor.examine import Decoded
 from lit_dpo.data.doctor.findings import percent
-from lit_dpo.tools.reports.record import Inspected, excerpt, file_name, saved, shortened, visible
+from lit_dpo.tools.reports.record import Inspected, excerpt, file_name, noted, saved, shortened, visible
 
 _COLOURS = {"chosen": "green", "rejected": "red"}
 _SHOWN = ("p5", "p50", "p95", "p99", "p100")
@@ -109,7 +109,9 @@ def _findings(examined: Examined) -> Group:
 
 def _finding(one: Finding) -> Group:
     head = Text.assemble((one.kind.name, "bold yellow"), f"  {visible(one.line)}")
-    lines = [Text(visible(f"{file_name(example.place)}: {example.note}"), style="dim") for example in one.examples]
+    lines = [
+        Text(visible(f"{file_name(example.place)}: {noted(example)}"), style="dim") for example in one.examples[:3]
+    ]
     remedy = Text.assemble(("→ ", "cyan"), one.kind.remedy, (f" (threshold {percent(one.kind.threshold)})", "dim"))
     return Group(head, Padding(Group(remedy, *lines), (0, 0, 0, 2)))
 
