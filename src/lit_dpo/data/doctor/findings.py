@@ -74,7 +74,6 @@ class Finding(NamedTuple):
         return f"{said} ({percent(self.share)})" + (f"; {self.detail}" if self.detail else "")
 
 
-_SPLITS = "Hold out by prompt: `--data.val_split 0.1` never shares one"
 _TEXT = "Take it out of the text"
 
 KINDS: Mapping[str, Kind] = {
@@ -125,7 +124,12 @@ KINDS: Mapping[str, Kind] = {
             0.05,
             "They are not compared; `--data.ties half` with `--model.loss SoftDPOLoss` learns from them.",
         ),
-        Kind("shared-prompts-val", "prompts of val are in train too", 0.0, f"{_SPLITS}."),
+        Kind(
+            "shared-prompts-val",
+            "prompts of val are in train too",
+            0.0,
+            "Take them out, or hold out by prompt: `--data.val_split 0.1`.",
+        ),
         Kind("shared-prompts-test", "prompts of test are in train too", 0.0, "Take them out of train."),
         Kind(
             "control-tokens",
