@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
-import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
@@ -23,9 +22,10 @@ from lit_dpo.data.loader import PromptDataset, PromptLoader, TrainLoader, loader
 from lit_dpo.data.mixture import Mixture, names, weighted_sources
 from lit_dpo.data.position import first_position, position
 from lit_dpo.data.preparing import Preparation, load_tokenizer, make_encoder
-from lit_dpo.data.reports import Ask, check_lists, check_tokens, warn
+from lit_dpo.data.reports import Ask, warn
 from lit_dpo.data.sampler import PromptSampler
 from lit_dpo.data.sources import Source
+from lit_dpo.data.splits import Making, Splits, by_name
 from lit_dpo.data.stream import PromptStream
 from lit_dpo.data.stream_loader import StepLimits, StreamLoader
 from lit_dpo.data.streaming import SHUFFLE_BUFFER, check_streaming
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 else:  # what a command line can say
     Tokenizer: TypeAlias = str
 
-_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 _BATCH_SIZE = 8
 
 
@@ -168,7 +167,7 @@ class PreferenceDataModule(LightningDataModule):
         )
         if weighted_sources(predict) is not None:
             raise DataError("Expected no weights for `predict`: a mixture is for `train` alone.")
-        self.sources = {"train": train, **_by_name("val", val), **_by_name("test", test), "predict": predict}
+        self.sources = {"train": train, **by_name("val", val), **by_name("test", test), "predict": predict}
         self.format = format
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -190,9 +189,8 @@ class PreferenceDataModule(LightningDataModule):
         self.ignore_columns = ignore_columns or []
         self.on_bad_row: OnBadRow = on_bad_row
         self.encoding = encoding
-        self._tables: dict[str, PromptTable | None] = {}
+        self._splits = Splits(self.sources)
         self._shares = [share for _, share in mixed or ()]
-        self._stream: PromptStream | None = None  # of the training data, instead of a table
         self._encoder: PromptEncoder | None = None
         self._policy: Any = None  # that the encoder is of
         self._train_loader: TrainLoader | None = None
@@ -215,16 +213,12 @@ class PreferenceDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Have the tables of a stage (`fit`, `validate`, `test` or `predict`)."""
         self._follow_policy()
-        built = False
-        splits = [one for split in _SPLITS[stage] for one in self._sets(split)]
-        for split in splits:
-            if split not in self._tables:  # building `train` may make `val`
-                self._build(split)
-                built = True
-        if built and stage == "fit":
-            self._warn_of_leaks()
+        buffer = self.shuffle_buffer if self.streaming else None
+        if any(split not in self._tables for split in self._splits.of_stage(stage)):
+            making = Making(self._preparation, self._get_encoder(), self.val_split, self.seed, buffer)
+            self._splits.make(stage, making)
         if stage in ("validate", "test"):
-            for split in splits:
+            for split in self._splits.of_stage(stage):
                 self._table(split)
 
     def train_dataloader(self) -> TrainLoader:
@@ -247,7 +241,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def val_dataloader(self) -> Any:
         """Batches in file order, by name if there are several sets; no loader if there are no validation data."""
-        if all(self._tables.get(split) is None for split in self._sets("val")):
+        if all(self._tables.get(split) is None for split in self._splits.sets("val")):
             warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # on purpose
             return []
         return self._eval_loaders("val")
@@ -295,13 +289,12 @@ class PreferenceDataModule(LightningDataModule):
     @property
     def tables(self) -> dict[str, PromptTable]:
         """What is encoded by now, by split: `train`, `val` or `val/NAME`, and so on."""
-        return {split: table for split, table in self._tables.items() if table is not None}
+        return self._splits.made
 
     @property
     def columns(self) -> dict[str, frozenset[str]]:
         """By split of this run, the names of the numbers that its rows bring, which travel as `columns`."""
-        tables = self._tables | {"train": self._stream or self._tables.get("train")}
-        return {split: frozenset(table.columns) for split, table in tables.items() if table is not None}
+        return {split: frozenset(rows.columns) for split, rows in self._splits.all.items()}
 
     def check_tokens(self, vocabulary: int, context: int | None, made_for: int | None, model: str) -> None:
         """See that a model can read all of this run; say once if some are longer than what it was made for.
@@ -309,11 +302,7 @@ class PreferenceDataModule(LightningDataModule):
         Raises:
             DataError: for the first comparison that it cannot, with file and row.
         """
-        if self._stream is not None:
-            self._stream.check_tokens(vocabulary, context, model)
-        for split, table in self._tables.items():
-            if table is not None:
-                check_tokens(split, table, vocabulary, context, made_for, model)
+        self._splits.check_tokens(vocabulary, context, made_for, model)
 
     def check_lists(self, ask: Ask) -> None:
         """Let a loss over lists see what is compared, before a model is there.
@@ -325,11 +314,7 @@ class PreferenceDataModule(LightningDataModule):
         Raises:
             DataError: for the first prompt that it refuses, with file and row.
         """
-        if self._stream is not None:
-            self._stream.check_lists(ask)
-        for split, table in self._tables.items():
-            if table is not None and not table.holds_pairs:
-                check_lists(split, table, ask)
+        self._splits.check_lists(ask)
 
     # --- for reports -----------------------------------------------------------------------------------------------
 
@@ -338,81 +323,34 @@ class PreferenceDataModule(LightningDataModule):
 
         Splits are `train`, `val`, …, and `val/NAME` where there are several.
         """
-        return self._rows(split).preference(row)
+        return self._splits.rows(split).preference(row)
 
     def place(self, split: str, row: int) -> str:
         """Say in which file a row of a split is, and its number there."""
-        return self._rows(split).place(row)
+        return self._splits.rows(split).place(row)
 
     def prompts(self, split: str, limit: int) -> list[tuple[int, list[int], Preference | Ranking]]:
         """Return the first `limit` prompts of a split: row number, token ids as trained on, what the row says.
 
         Of several sets, equally many each.
         """
-        sets = self._sets(split)
+        sets = self._splits.sets(split)
         if sets != [split]:
             return [one for name in sets for one in self.prompts(name, -(-limit // len(sets)))][:limit]
-        return self._rows(split).prompts(limit)
+        return self._splits.rows(split).prompts(limit)
 
     # --- tables ----------------------------------------------------------------------------------------------------
 
+    @property
+    def _tables(self) -> dict[str, PromptTable | None]:
+        return self._splits.tables
+
+    @property
+    def _stream(self) -> PromptStream | None:
+        return self._splits.stream
+
     def _table(self, split: str) -> PromptTable:
-        table = self._tables.get(split)
-        if table is None:
-            raise DataError(f"Expected `{split}` data but there are none: set `--data.{split}`.")
-        return table
-
-    def _rows(self, split: str) -> PromptTable | PromptStream:
-        return self._stream if split == "train" and self._stream is not None else self._table(split)
-
-    def _sets(self, split: str) -> list[str]:
-        """Name a split's sets: itself, or `val/NAME` for each."""
-        return [name for name in self.sources if name.startswith(f"{split}/")] or [split]
-
-    def _build(self, split: str) -> None:
-        if split == "train" or (split == "val" and self.sources["val"] is None and self.val_split):
-            self._tables |= self._build_train()
-        elif split == "predict":
-            self._tables["predict"] = self._build_predict()
-        else:
-            self._tables[split] = None if self.sources[split] is None else self._encode(split)
-
-    def _build_train(self) -> dict[str, PromptTable | None]:
-        if self.sources["train"] is None:
-            raise DataError("Expected training data but `train` is not set: name a file with `--data.train`.")
-        if self.streaming:
-            encoder = self._get_encoder()
-            self._stream = self._preparation.stream(self.sources["train"], encoder, self.shuffle_buffer, self.seed)
-            return {"train": None}
-        table = self._encode("train")
-        if self.sources.get("val") is not None or self._sets("val") != ["val"] or not self.val_split:
-            return {"train": table}
-        train, val = table.hold_out(self.val_split, self.seed)
-        rank_zero_info(f"train: {train.summary}; val: {val.summary} (val_split={self.val_split}, by prompt)")
-        return {"train": train, "val": val}
-
-    def _build_predict(self) -> PromptTable:
-        split = next((name for name in ("predict", "test", "val") if self.sources.get(name) is not None), None)
-        if split is None and self.val_split and self.sources["train"] is not None:
-            rank_zero_info("predict: no `predict` data are set, so those of `val_split` are used")
-            held_out = self._build_train()["val"]
-            assert held_out is not None
-            return held_out
-        if split is None:
-            raise DataError(
-                "Expected data to predict but none of `predict`, `test`, `val` is one set: use `--data.predict`."
-            )
-        if split != "predict":
-            rank_zero_info(f"predict: no `predict` data are set, so those of `{split}` are used")
-        return self._encode(split)
-
-    def _encode(self, split: str) -> PromptTable:
-        source = self.sources[split]
-        assert source is not None
-        table, parts = self._preparation.table(split, source, self._get_encoder())
-        if split == "train":
-            self._parts = parts
-        return table
+        return self._splits.table(split)
 
     @property
     def _preparation(self) -> Preparation:
@@ -455,7 +393,7 @@ class PreferenceDataModule(LightningDataModule):
             return
         before, self._encoder, self._policy = self._encoder, self._make_encoder(), policy
         if self._encoder.fingerprint != before.fingerprint:
-            self._tables, self._stream = {}, None
+            self._splits.forget()
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -464,19 +402,6 @@ class PreferenceDataModule(LightningDataModule):
                 raise DataError("Expected `tokenizer` to be set, because there is no module whose policy has one.")
             return policy.load_tokenizer()
         return load_tokenizer(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer
-
-    def _warn_of_leaks(self) -> None:
-        if self._stream is not None:
-            if any(self._tables.get(split) for split in self._sets("val")):
-                rank_zero_info("val: whether prompts are in train too is not known, for train is streamed")
-            return
-        train = self._table("train")
-        for split in self._sets("val"):
-            val = self._tables.get(split)
-            leaked = 0 if val is None else int(np.isin(val.prompt_keys, train.prompt_keys).sum())
-            if val is not None and leaked:
-                said = f"{split}: {leaked} of {val.size} {val.unit} have a prompt that is in train too"
-                warn(f"{said}; validation looks too good")
 
     # --- loaders ---------------------------------------------------------------------------------------------------
 
@@ -487,7 +412,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def _mixture(self, table: PromptTable, multiple: int) -> Mixture:
         """Return the order of the training data's sources, and say what an epoch is."""
-        mixture = Mixture(self._parts[table.rows], self._shares, multiple, names(self.sources["train"]))
+        mixture = Mixture(self._splits.parts[table.rows], self._shares, multiple, names(self.sources["train"]))
         rank_zero_info(f"train: {mixture}")
         return mixture
 
@@ -542,7 +467,7 @@ class PreferenceDataModule(LightningDataModule):
         }
 
     def _eval_loaders(self, split: str) -> DataLoader[CompletionBatch] | dict[str, DataLoader[CompletionBatch]]:
-        sets = self._sets(split)
+        sets = self._splits.sets(split)
         if sets == [split]:
             return self._eval_loader(split)
         return {name.partition("/")[2]: self._eval_loader(name) for name in sets}
@@ -551,18 +476,3 @@ class PreferenceDataModule(LightningDataModule):
         table = self._table(split)
         sampler = self._sampler(table, self.eval_batch_size, shuffle=False)
         return DataLoader(PromptDataset(table), sampler=sampler, **self._loader_options())
-
-
-def _by_name(split: str, source: Source | Mapping[str, Source] | None) -> dict[str, Source | None]:
-    """Name a split's sources: by its own name, or several by `split/NAME`.
-
-    Raises:
-        DataError: for names that cannot be part of a metric's name, or weights.
-    """
-    if weighted_sources(source) is not None:
-        raise DataError(f"Expected sets by name for `{split}` but got weights: a mixture is for `train` alone.")
-    if not isinstance(source, Mapping) or hasattr(source, "column_names"):  # a `DatasetDict` has splits, not sets
-        return {split: source}
-    if not source or not all(isinstance(name, str) and name and "/" not in name for name in source):
-        raise DataError(f"Expected names without `/` for the sets of `{split}` but got {list(source)}.")
-    return {f"{split}/{name}": one for name, one in source.items()}
