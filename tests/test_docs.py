@@ -95,6 +95,14 @@ def test_every_loss_is_in_the_docs_with_the_source_of_its_docstring():
     assert "`MixtureLoss`" in page
 
 
+def test_every_layout_is_in_the_docs():
+    from lit_dpo.data.formats.recognition import LAYOUTS
+
+    page = (ROOT / "docs" / "data.md").read_text()
+    assert not [name for name in {type(one).__name__ for one in LAYOUTS} if f"`{name}`" not in page]
+    assert f"{len(LAYOUTS)} layouts" in (ROOT / "docs" / "index.md").read_text()
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))])
 def test_every_file_that_a_page_names_is_there(page):
     text = (ROOT / page).read_text()

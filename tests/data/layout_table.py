@@ -198,6 +198,10 @@ EXPECTED: dict[str, tuple[str, list[Any]]] = {
             ("U: Hi", ["A: What? | U: Bye | A: No", "A: Hello! | U: Bye | A: Goodbye"], [2, 1]),
         ],
     ),
+    "arena_columns": (
+        "ArenaColumns",
+        [*LABELLED, TIE, ("U: Hi", ["A: What? | U: Bye | A: No", "A: Hello! | U: Bye | A: Goodbye"], [2, 1])],
+    ),
     "labelled": ("LabelledPairs", [("U: Add.\n2, 2", ["4", "5"], [1, 2]), LABELLED[1], TIE]),
     "labelled_shares": ("LabelledPairs", [*LABELLED, TIE]),
     "labelled_annotators": ("LabelledPairs", [*LABELLED, TIE]),

@@ -4,7 +4,7 @@ from lit_dpo.data.formats.base import Message, Preference, PreferenceFormat, Ran
 from lit_dpo.data.formats.conversations import OpenAIPreferences, ShareGPT
 from lit_dpo.data.formats.implicit import ImplicitPrompt, Transcripts
 from lit_dpo.data.formats.judged import SHP, SafeRLHF, SignedPairs, SummaryComparisons, WebGPT
-from lit_dpo.data.formats.labelled import Arena, LabelledPairs
+from lit_dpo.data.formats.labelled import Arena, ArenaColumns, LabelledPairs
 from lit_dpo.data.formats.questions import Alpaca, AlpacaOutputs, Orca, StackExchange
 from lit_dpo.data.formats.ranked import OneRight, RankedObjects
 from lit_dpo.data.formats.rankings import Rankings
@@ -17,6 +17,7 @@ __all__ = [
     "Alpaca",
     "AlpacaOutputs",
     "Arena",
+    "ArenaColumns",
     "Auto",
     "ImplicitPrompt",
     "LabelledPairs",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lit_dpo.data.formats.base import Preference, PreferenceFormat, Ranking, Skipped
 from lit_dpo.data.formats.cells import ANY, read_number, short
 from lit_dpo.data.formats.questions import instructed
-from lit_dpo.data.formats.turns import answers, apart, check_sides, judged, messages, parsed
+from lit_dpo.data.formats.turns import answers, apart, assistant, check_sides, judged, messages, parsed, user
 from lit_dpo.errors import DataError
 
 _NAMED = {
@@ -17,6 +17,7 @@ _NAMED = {
     **dict.fromkeys(("b", "model_b", "response_b", "output_2", "2", "second"), 2.0),
     **dict.fromkeys(("tie", "same", "equal", "0"), 1.5),
 }
+_OUTCOMES = ("winner_model_a", "winner_model_b", "winner_tie")
 
 
 @dataclass(frozen=True)
@@ -152,3 +153,52 @@ class Arena(PreferenceFormat):
             )
         share = _NAMED[winner] - 1
         return Ranking(prompt, completions, ranks=[1.0 + (share > 0.5), 1.0 + (share < 0.5)])
+
+
+@dataclass(frozen=True)
+class ArenaColumns(PreferenceFormat):
+    """Rows of LMSYS's 55,000 arena battles: lists of turns, often as JSON strings, and a column of 0 and 1 per outcome.
+
+    The prompt is the first question; where a battle has several turns, each side goes on by itself.
+
+    Example:
+        >>> from lit_dpo.data.formats import ArenaColumns
+        >>> row = {"prompt": '["2 + 2?"]', "response_a": '["5"]', "response_b": '["4"]'}
+        >>> row |= {"winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0}
+        >>> ArenaColumns().read(row).ranks
+        [2.0, 1.0]
+    """
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of this layout."""
+        return "prompt", "response_a", "response_b", *_OUTCOMES
+
+    def read(self, row: Mapping[str, Any]) -> Ranking | Skipped:
+        """Read the row's cells.
+
+        Raises:
+            DataError: for what is no list of texts, lists of different lengths, or not one outcome.
+        """
+        given = {name: parsed(row.get(name)) for name in self.columns[:3]}
+        turns = [one for one in given.values() if isinstance(one, list) and one]
+        if len(turns) < 3 or len({*map(len, turns)}) > 1:
+            raise DataError(
+                f"Expected lists of turns, equally many, in `prompt` and both responses but got {short(given)}."
+            )
+        if any(one is None or one == "" for side in turns for one in side):
+            return Skipped("a completion is empty")
+        flags = [read_number(name, row, 0, 1) for name in _OUTCOMES]
+        if sorted(flags) != [0, 0, 1]:
+            raise DataError(f"Expected one 1 and two 0 in {', '.join(map('`{}`'.format, _OUTCOMES))} but got {flags}.")
+        asked, *sides = turns
+        conversations = [
+            [
+                turn
+                for question, answer in zip(asked, side, strict=True)
+                for turn in (user(str(question)), assistant(str(answer)))
+            ]
+            for side in sides
+        ]
+        completions = [conversation[1:] for conversation in conversations]
+        return Ranking(conversations[0][:1], completions, ranks=[2 - flags[0] - flags[2], 2 - flags[1] - flags[2]])

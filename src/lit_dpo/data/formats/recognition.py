@@ -11,7 +11,7 @@ from lit_dpo.data.formats.cells import short
 from lit_dpo.data.formats.conversations import OpenAIPreferences, ShareGPT
 from lit_dpo.data.formats.implicit import ImplicitPrompt, Transcripts
 from lit_dpo.data.formats.judged import SHP, SafeRLHF, SignedPairs, SummaryComparisons, WebGPT
-from lit_dpo.data.formats.labelled import Arena, LabelledPairs
+from lit_dpo.data.formats.labelled import Arena, ArenaColumns, LabelledPairs
 from lit_dpo.data.formats.questions import Alpaca, AlpacaOutputs, Orca, StackExchange
 from lit_dpo.data.formats.ranked import OneRight, RankedObjects
 from lit_dpo.data.formats.rankings import Rankings
@@ -45,6 +45,7 @@ LAYOUTS: tuple[PreferenceFormat, ...] = (
     WebGPT(),
     SummaryComparisons(),
     Arena(),
+    ArenaColumns(),
     LabelledPairs(),
     LabelledPairs("prompt"),
     LabelledPairs("prompt", "response_a", "response_b", "winner"),
@@ -179,16 +180,15 @@ def _said(part: str | Sequence[Message]) -> str:
 def _none_fits(name: str, rows: Sequence[Mapping[str, Any]], layouts: Sequence[PreferenceFormat]) -> str:
     first: Mapping[str, Any] = rows[0] if rows else {}
     seen = ", ".join(f"`{column}` ({_kind(cell)})" for column, cell in first.items())
-    nearest = sorted(layouts, key=lambda one: (len({*one.columns} - {*first}), -len(one.columns)))[:3]
-    tries = " ".join(f"{_why_not(name, one, rows)}" for one in nearest)
+    nearest = sorted(layouts, key=lambda one: (len({*one.columns} - {*first}), -len(one.columns)))[:2]
+    tries = " ".join(_why_not(one, rows) for one in nearest)
     return (
-        f"{name}: no known layout fits. It has {seen}. The nearest ones: {tries} Three columns of other names are "
-        "`--data.format.prompt NAME --data.format.chosen NAME --data.format.rejected NAME`; for another layout write a "
-        "format (docs/extending.md)."
+        f"{name}: no known layout fits. It has {seen}. The nearest ones: {tries} Name other columns with "
+        "`--data.format.prompt`, `.chosen` and `.rejected`, or write a format (docs/extending.md)."
     )
 
 
-def _why_not(name: str, format: PreferenceFormat, rows: Sequence[Mapping[str, Any]]) -> str:
+def _why_not(format: PreferenceFormat, rows: Sequence[Mapping[str, Any]]) -> str:
     title = f"`{option(format)}`"
     if missing := [column for column in format.columns if not any(column in row for row in rows)]:
         return f"{title}: {_quoted(missing)} is missing."
