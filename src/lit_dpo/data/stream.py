@@ -110,6 +110,7 @@ class PromptStream:
     """Of a loss over lists: refuses what it cannot use."""
     columns: tuple[str, ...] = ()
     """Names of the numbers that the comparisons have: those of the first rows."""
+    _heads: dict[int, list[Item]] = field(default_factory=dict)
     _sizes: dict[int, int] = field(default_factory=dict)  # rows of groups that were gone through
 
     def __post_init__(self) -> None:
@@ -125,7 +126,7 @@ class PromptStream:
 
     def _column_names(self, number: int) -> tuple[str, ...]:
         source, format = self.sources[number], self.formats[number]
-        for item in self._first(number, _FIRST):
+        for item in self._first(number):
             row = _read(source, item.row, format, self.comparing, self._cells(item))
             if not isinstance(row, Skipped):
                 return tuple(self.comparing.of(row).columns)
@@ -154,6 +155,8 @@ class PromptStream:
         for number in count(first):
             items = self._pass(group, epoch, number, start)
             last = next(items, None)
+            if last is None:
+                raise DataError(f"{self.sources[self.groups[group][0]].name} gave no rows when it was read again.")
             while last is not None:
                 following = next(items, None)
                 yield last, number > 0 or following is None
@@ -316,14 +319,16 @@ class PromptStream:
         Raises:
             DataError: for the first one that cannot be used.
         """
-        rows = [row for number in range(len(self.sources)) for row in self.encode(self._first(number, _FIRST))]
+        rows = [row for number in range(len(self.sources)) for row in self.encode(self._first(number))]
         for row in rows:
             if row.error:
                 raise DataError(row.error)
         return rows
 
-    def _first(self, number: int, limit: int) -> list[Item]:
-        return list(islice(self._of_source(number), limit))
+    def _first(self, number: int) -> list[Item]:
+        if number not in self._heads:
+            self._heads[number] = list(islice(self._of_source(number), _FIRST))
+        return self._heads[number]
 
     @property
     def digest(self) -> str:
