@@ -20,8 +20,8 @@ from recorder import Recorder, trainer
 
 from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.data.formats import Preference, Ranking, Triples
-from lit_dpo.data.stream import Item
 from lit_dpo.data.stream_loader import StepLimits, _last, _Place, _Step
+from lit_dpo.data.stream_order import Item
 from lit_dpo.errors import DataError, ResumeError
 
 

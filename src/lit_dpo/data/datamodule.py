@@ -27,6 +27,7 @@ from lit_dpo.data.sampler import PromptSampler
 from lit_dpo.data.sources import RowSource, Source, load_rows, with_columns
 from lit_dpo.data.stream import PromptStream
 from lit_dpo.data.stream_loader import StepLimits, StreamLoader
+from lit_dpo.data.stream_order import StreamOrder
 from lit_dpo.data.streaming import SHUFFLE_BUFFER, StreamSource, check_streaming, open_stream
 from lit_dpo.data.table import PromptTable
 from lit_dpo.data.truncation import Truncation, check_limits
@@ -202,7 +203,7 @@ class PreferenceDataModule(LightningDataModule):
         shuffle = not getattr(self.trainer, "overfit_batches", 0)
         options = self._loader_options()
         if self._stream is not None:
-            self._stream.shuffle = shuffle
+            self._stream.order.shuffle = shuffle
             rank, ranks = self._ranks
             limits = StepLimits(ranks, self.batch_size, self.max_tokens)
             self._train_loader = StreamLoader(self._stream, limits, rank, **options)
@@ -404,11 +405,9 @@ class PreferenceDataModule(LightningDataModule):
             groups.append([*range(len(sources), len(sources) + len(found))])
             sources += [one.with_columns(format.columns, format.optional_columns, one.head(HEAD)) for one in found]
             formats += [format] * len(found)
-        shares = self._shares or [1.0]
-        encoder, buffer = self._get_encoder(), self.shuffle_buffer
-        stream = PromptStream(sources, formats, encoder, self.comparing, groups, shares, buffer, self.seed)
-        rank_zero_info(f"train: {stream}")
-        return stream
+        order = StreamOrder(sources, formats, groups, self._shares or [1.0], self.shuffle_buffer, self.seed)
+        rank_zero_info(f"train: {order}")
+        return PromptStream(order, self._get_encoder(), self.comparing)
 
     def _format_of(self, split: str, sources: Sequence[RowSource | StreamSource]) -> PreferenceFormat:
         """Return the format that reads a split, and say which one was recognised."""
@@ -532,7 +531,7 @@ class PreferenceDataModule(LightningDataModule):
     def _order_facts(self) -> dict[str, Any]:
         """Say what decides which prompts the next batches hold."""
         if self._stream is not None:
-            return self._stream.facts | self._batch_facts()
+            return self._stream.order.facts | self._batch_facts()
         table = self._table("train")
         counts: dict[str, Any] = {"pairs": table.size}
         if not table.holds_pairs:
