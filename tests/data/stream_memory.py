@@ -18,6 +18,7 @@ from lit_dpo.data.encode import PromptEncoder
 from lit_dpo.data.formats import Triples
 from lit_dpo.data.stream import PromptStream
 from lit_dpo.data.stream_loader import StepLimits, StreamLoader
+from lit_dpo.data.stream_order import StreamOrder
 from lit_dpo.data.streaming import open_stream
 from toy_tokenizers import byte_level
 
@@ -48,12 +49,12 @@ def measured(rows: int, trained: int) -> dict[str, list[float]]:
                 file.write(json.dumps(row) + "\n")
         columns = ("prompt", "chosen", "rejected")
         sources = [one._replace(columns=columns) for one in open_stream(str(path))]
-        encoder = PromptEncoder(byte_level())
-        stream = PromptStream(sources, [Triples()], encoder, Comparing(), [[0]], [1.0], 2000, seed=0)
+        order = StreamOrder(sources, [Triples()], [[0]], [1.0], shuffle_buffer=2000)
+        stream = PromptStream(order, PromptEncoder(byte_level()), Comparing())
         loader = StreamLoader(stream, StepLimits(prompts=8), batch_size=None)
         return {
             "file": [path.stat().st_size / 2**20],
-            "read": halves(stream.order(0), rows),
+            "read": halves(order.items(0), rows),
             "batched": halves(iter(loader), trained // 8),
         }
 

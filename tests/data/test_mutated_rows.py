@@ -16,7 +16,7 @@ from mutations import mutated
 
 from lit_dpo import PreferenceDataModule
 from lit_dpo.data.comparisons import Comparing
-from lit_dpo.data.encoding import _read, _spread
+from lit_dpo.data.encoding import _spread, read_checked
 from lit_dpo.data.formats import PreferenceFormat, Skipped
 from lit_dpo.data.formats.recognition import recognise
 from lit_dpo.data.sources import Unread, load_rows
@@ -59,7 +59,7 @@ def test_every_row_is_read_or_refused(name: str, tmp_path: Path) -> None:
             assert repr(there) == repr({key: wanted[key] for key in there})
             assert len(there) == len(wanted)
     spread = _spread(source, format)
-    results = [_read(row, format, Comparing()) for row in spread.rows.each()]
+    results = [read_checked(row, format, Comparing()) for row in spread.rows.each()]
     bad = [one.reason for one in results if isinstance(one, Dropped) and one.fatal]
     assert 0 < len(bad) < len(results)
     for reason in bad:

@@ -111,7 +111,7 @@ def test_train_and_val_may_have_two(tools_folder) -> None:
     train, val = (str(FOLDER / f"{name}.jsonl") for name in ("orca", "alpaca"))
     module = PreferenceDataModule(train=train, val=val, tokenizer=tools_folder)
     module.setup("fit")
-    assert [option(module._table(one).format).split()[1] for one in ("train", "val")] == ["Orca", "Alpaca"]
+    assert [option(module._table(one).formats[0]).split()[1] for one in ("train", "val")] == ["Orca", "Alpaca"]
 
 
 def test_whatever_a_row_holds_a_reader_reads_it_or_says_why_not() -> None:

@@ -20,8 +20,8 @@ from recorder import Recorder, trainer
 
 from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.data.formats import Preference, Ranking, Triples
-from lit_dpo.data.stream import Item
 from lit_dpo.data.stream_loader import StepLimits, _last, _Place, _Step
+from lit_dpo.data.stream_order import Item
 from lit_dpo.errors import DataError, ResumeError
 
 
@@ -357,3 +357,48 @@ def test_a_stream_that_is_read_before_its_position_is_known_is_refused(data, tmp
     assert module.steps == 2
     with pytest.raises(ResumeError, match="estimated_stepping_batches"):
         trainer(max_steps=4).fit(Counts(), data(), ckpt_path=tmp_path / "x.ckpt")
+
+
+# --- what a model or a loss cannot read -----------------------------------------------------------------------------
+
+
+def test_every_row_is_held_to_the_model_and_the_budget_not_only_the_first_ones(data, jsonl) -> None:
+    path = jsonl("late.jsonl", [*rows(100), {"prompt": "q", "chosen": " yes" * 90, "rejected": " no"}])
+
+    class Checked(Recorder):
+        def on_fit_start(self) -> None:
+            self.trainer.datamodule.check_tokens(10_000, 60, None, "a model")
+
+    with pytest.raises(DataError, match=r"late\.jsonl, row 100 .from 0.: \d+ tokens, but a model has 10000 token ids"):
+        trainer().fit(Checked(), data(train=path))
+    assert "row 100 (from 0): Expected prompts of up to `max_tokens`=70" in stop(data(train=path, max_tokens=70))
+    module = data()
+    module.setup("fit")
+    with pytest.raises(DataError, match="token id"):
+        module.check_tokens(20, None, None, "a model")
+
+
+def test_every_row_is_held_to_a_loss_over_lists(data, jsonl) -> None:
+    ranked = [
+        {"prompt": f"q {i}", "completions": [" a", " bb", " ccc"][: 2 + (i < 90)], "scores": [1, 3, 2][: 2 + (i < 90)]}
+        for i in range(99)
+    ]
+
+    def ask(completions: torch.Tensor, comparisons: torch.Tensor, counts: torch.Tensor) -> None:
+        if 2 in comparisons.flatten().tolist():
+            raise ValueError("no third one")
+
+    stream = data(train=jsonl("ranked.jsonl", ranked[::-1]))
+    stream.setup("fit")
+    with pytest.raises(DataError, match=r"row 9 .from 0.: no third one"):
+        stream.check_lists(ask)
+
+
+def test_overfitting_takes_the_first_batches_of_a_stream(data) -> None:
+    assert seen(data(), 2, overfit_batches=2) == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
+
+
+def test_a_function_that_gives_its_rows_once_is_named(data, jsonl) -> None:
+    once = iter(rows(200))
+    message = stop(data(train=[(lambda: once, 0.5), (jsonl("a.jsonl", rows(150)), 0.5)], shuffle_buffer=5))
+    assert "gave no rows when it was read again" in message

@@ -226,7 +226,7 @@ class PreferenceDataModule(LightningDataModule):
         shuffle = not getattr(self.trainer, "overfit_batches", 0)
         options = self._loader_options()
         if self._stream is not None:
-            self._stream.shuffle = shuffle
+            self._stream.order.shuffle = shuffle
             rank, ranks = self._ranks
             limits = StepLimits(ranks, self.batch_size, self.max_tokens)
             self._train_loader = StreamLoader(self._stream, limits, rank, **options)
@@ -447,7 +447,7 @@ class PreferenceDataModule(LightningDataModule):
     def _order_facts(self) -> dict[str, Any]:
         """Say what decides which prompts the next batches hold."""
         if self._stream is not None:
-            return self._stream.facts | self._batch_facts()
+            return self._stream.order.facts | self._batch_facts()
         table = self._table("train")
         counts: dict[str, Any] = {"pairs": table.size}
         if not table.holds_pairs:

@@ -27,6 +27,7 @@ from lit_dpo.data.mixture import weighted_sources
 from lit_dpo.data.reports import check_budget, report, warn
 from lit_dpo.data.sources import RowSource, Source, load_rows, with_columns
 from lit_dpo.data.stream import PromptStream
+from lit_dpo.data.stream_order import StreamOrder
 from lit_dpo.data.streaming import StreamSource, open_stream
 from lit_dpo.data.table import PromptTable
 from lit_dpo.data.templates import read_template, with_template
@@ -111,12 +112,9 @@ class Preparation(NamedTuple):
             sources += [one.with_columns(*columns, head) for one, head in zip(found, heads, strict=True)]
             formats += [format] * len(found)
         shares = [share for _, share in parts]
-        drop = self.on_bad_row == "drop"
-        stream = PromptStream(
-            sources, formats, encoder, self.comparing, groups, shares, shuffle_buffer, seed, drop_bad_rows=drop
-        )
-        rank_zero_info(f"train: {stream}")
-        return stream
+        order = StreamOrder(sources, formats, groups, shares, shuffle_buffer, seed)
+        rank_zero_info(f"train: {order}")
+        return PromptStream(order, encoder, self.comparing, drop_bad_rows=self.on_bad_row == "drop")
 
     def _head(self, source: StreamSource) -> list[dict[str, Any]]:
         """Return the first rows of a stream that can be read, without the columns that are ignored."""

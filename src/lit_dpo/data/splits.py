@@ -157,9 +157,13 @@ class Splits:
 
     def _leaks(self) -> Iterator[str]:
         train = self.tables.get("train")
+        if train is None:
+            if any(self.tables.get(split) for split in self.sets("val")):
+                rank_zero_info("val: whether prompts are in train too is not known, for train is streamed")
+            return
         for split in self.sets("val"):
             val = self.tables.get(split)
-            leaked = 0 if val is None or train is None else int(np.isin(val.prompt_keys, train.prompt_keys).sum())
+            leaked = 0 if val is None else int(np.isin(val.prompt_keys, train.prompt_keys).sum())
             if val is not None and leaked:
                 said = f"{split}: {leaked} of {val.size} {val.unit} have a prompt that is in train too"
                 yield f"{said}; validation looks too good"

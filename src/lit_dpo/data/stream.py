@@ -1,17 +1,15 @@
-"""One split of prompts that are encoded as training goes: their order, and what becomes of each row."""
+"""One split of prompts that are encoded as training goes: what becomes of each row that is read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, groupby, islice
+from itertools import groupby, islice
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -20,34 +18,17 @@ from lit_dpo.data.batch import EncodedPrompt
 from lit_dpo.data.comparisons import Comparing
 from lit_dpo.data.encode import PromptEncoder
 from lit_dpo.data.encoding import encode_rows, read_checked
-from lit_dpo.data.formats.base import Preference, PreferenceFormat, Ranking, Skipped
+from lit_dpo.data.formats.base import Preference, Ranking, Skipped
 from lit_dpo.data.formats.turns import read_row
-from lit_dpo.data.mixture import interleave
 from lit_dpo.data.reports import Ask
 from lit_dpo.data.sources import Unread
 from lit_dpo.data.sources.base import Row, examples_in
 from lit_dpo.data.storage import stored
-from lit_dpo.data.streaming import StreamSource
+from lit_dpo.data.stream_order import Item, StreamOrder
 from lit_dpo.data.truncation import Dropped
 from lit_dpo.errors import DataError
 
 _FIRST = 64  # rows that a digest is of
-
-
-class Item(NamedTuple):
-    """What was read of a row, before it is parsed.
-
-    Attributes:
-        source: its number.
-        row: its number there.
-        part: which example of the row, where a row may hold several.
-        raw: what was read, or the cells of the example.
-    """
-
-    source: int
-    row: int
-    part: int | None
-    raw: Any
 
 
 class StreamedRow(NamedTuple):
@@ -78,49 +59,31 @@ class StreamedRow(NamedTuple):
 class PromptStream:
     """Prompts with their completions, read from their sources in an order that is a function of seed and epoch.
 
-    The rows of a source are taken in blocks, one after another, and each block is shuffled. So any place of an epoch
-    can be found again: rows before it are read, not parsed, and nothing that was shuffled has to be kept. Rows far from
-    each other never meet: files that are sorted should be shuffled once.
-
-    Of a mixture, an epoch ends once each source has been gone through; those that end earlier begin anew, in another
-    order. Its proportions are those of the rows that are read, of which some may be dropped.
-
     Row numbers (`batch.indices`, the argument of `preference`) count the rows of the source, times the number of
     sources, plus the source's own number: with one source they are the numbers of its rows.
 
     Args:
-        sources: of the rows.
-        formats: read the rows of each.
+        order: in which rows are read, and their sources.
         encoder: of prompts and completions.
         comparing: which completions are compared.
-        groups: numbers of the sources that are read one after another; several groups are a mixture.
-        shares: of the groups.
-        shuffle_buffer: rows of a block.
-        seed: of the order.
-        shuffle: whether blocks are shuffled.
+        drop_bad_rows: whether a row that cannot be used is counted and left out; otherwise it ends the run.
     """
 
-    sources: list[StreamSource]
-    formats: list[PreferenceFormat]
+    order: StreamOrder
     encoder: PromptEncoder
     comparing: Comparing
-    groups: list[list[int]]
-    shares: list[float]
-    shuffle_buffer: int
-    seed: int
-    shuffle: bool = True
+    drop_bad_rows: bool = False
     reads: list[tuple[int, int | None, str]] = field(default_factory=list)
     """Of each model that reads the rows: its token ids, the tokens of a prompt and a completion, its name."""
     ask: Ask | None = None
     """Of a loss over lists: refuses what it cannot use."""
-    drop_bad_rows: bool = False
-    """Whether a row that cannot be used is counted and left out; otherwise it ends the run."""
     columns: tuple[str, ...] = ()
     """Names of the numbers that the comparisons have: those of the first rows."""
-    _sizes: dict[int, int] = field(default_factory=dict)  # rows of groups that were gone through
+    _heads: dict[int, list[Item]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Look at the first rows."""
+        self.sources, self.formats = self.order.sources, self.order.formats
         found = [self._column_names(number) for number in range(len(self.sources))]
         for source, names in zip(self.sources, found, strict=True):
             if names != found[0]:
@@ -131,89 +94,11 @@ class PromptStream:
         self.columns = found[0]
 
     def _column_names(self, number: int) -> tuple[str, ...]:
-        for item in self._first(number, _FIRST):
+        for item in self._first(number):
             row = read_checked(self._cells(item), self.formats[number], self.comparing)
             if not isinstance(row, Dropped):
                 return tuple(self.comparing.of(row).columns)
         return ()
-
-    # --- the order -------------------------------------------------------------------------------------------------
-
-    def order(self, epoch: int, start: int = 0) -> Iterator[Item]:
-        """Yield what is read in an epoch, without its first `start` examples."""
-        if len(self.groups) == 1:
-            yield from self._pass(0, epoch, 0, start)
-            return
-        drawn = Counter(islice(interleave(self.shares), start))
-        passes = [self._passes(number, epoch, drawn[number]) for number in range(len(self.groups))]
-        through = [start > 0 and drawn[number] >= self._size(number) for number in range(len(self.groups))]
-        for number in islice(interleave(self.shares), start, None):
-            if all(through):
-                return
-            item, ends = next(passes[number])
-            through[number] |= ends
-            yield item
-
-    def _passes(self, group: int, epoch: int, start: int) -> Iterator[tuple[Item, bool]]:
-        """Yield what is read of a group, pass after pass, and whether its first pass is over with it."""
-        first, start = divmod(start, self._size(group)) if start else (0, 0)
-        for number in count(first):
-            items = self._pass(group, epoch, number, start)
-            last = next(items, None)
-            while last is not None:
-                following = next(items, None)
-                yield last, number > 0 or following is None
-                last = following
-            start = 0
-
-    def _pass(self, group: int, epoch: int, number: int, start: int) -> Iterator[Item]:
-        """Yield what is read of a group once, block by block, without the first `start` examples."""
-        items = self._items(group)
-        seen = 0
-        for block in count():
-            rows = list(islice(items, self.shuffle_buffer))
-            if not rows:
-                self._sizes[group] = seen
-                return
-            seen += len(rows)
-            if seen <= start:
-                continue
-            key = [self.seed, epoch, group, number, block]
-            places = np.arange(len(rows))
-            if self.shuffle:
-                places = np.random.Generator(np.random.PCG64(key)).permutation(places)
-            for place in places[max(0, start - seen + len(rows)) :]:
-                yield rows[place]
-
-    def _items(self, group: int) -> Iterator[Item]:
-        for number in self.groups[group]:
-            yield from self._of_source(number)
-
-    def _of_source(self, number: int) -> Iterator[Item]:
-        source, format = self.sources[number], self.formats[number]
-        several = type(format).examples is not PreferenceFormat.examples
-        for row, raw in enumerate(source.read()):
-            if not several:
-                yield Item(number, row, None, raw)
-                continue
-            for part, cells in enumerate(examples_in(source.cells(raw), format)):
-                yield Item(number, row, part, cells)
-
-    def _size(self, group: int) -> int:
-        """Examples of a group; it is read once if nobody knows."""
-        if group not in self._sizes:
-            self._sizes[group] = sum(1 for _ in self._items(group))
-        return self._sizes[group]
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What decides the order."""
-        return {"sources": len(self.sources), "shares": self.shares, "buffer": self.shuffle_buffer}
-
-    def __str__(self) -> str:
-        """Say what is read."""
-        names = ", ".join(one.name for one in self.sources)
-        return f"streamed from {names} in blocks of {self.shuffle_buffer} rows; what is dropped is said after an epoch"
 
     # --- contents --------------------------------------------------------------------------------------------------
 
@@ -245,7 +130,8 @@ class PromptStream:
             )
             dropped, bad = cells["dropped"][place], cells["bad"][place]
             if bad and not self.drop_bad_rows:
-                found.append(StreamedRow(self._number(item), error=f"{self._at(item)}: {dropped}."))
+                number, at = self._number(item), self.sources[item.source].place(item.row)
+                found.append(StreamedRow(number, error=f"{at}: {dropped}."))
                 continue
             row = StreamedRow(
                 self._number(item),
@@ -262,9 +148,6 @@ class PromptStream:
     def _cells(self, item: Item) -> Row | Unread:
         found: Row | Unread = item.raw if item.part is not None else self.sources[item.source].cells(item.raw)
         return found
-
-    def _at(self, item: Item) -> str:
-        return self.sources[item.source].place(item.row)
 
     def _refused(self, row: StreamedRow) -> str:
         """Say what a model or a loss cannot read of a row."""
@@ -314,20 +197,22 @@ class PromptStream:
         Raises:
             DataError: for the first one that cannot be used.
         """
-        rows = [row for number in range(len(self.sources)) for row in self.encode(self._first(number, _FIRST))]
+        rows = [row for number in range(len(self.sources)) for row in self.encode(self._first(number))]
         for row in rows:
             if row.error:
                 raise DataError(row.error)
         return rows
 
-    def _first(self, number: int, limit: int) -> list[Item]:
-        return list(islice(self._of_source(number), limit))
+    def _first(self, number: int) -> list[Item]:
+        if number not in self._heads:
+            self._heads[number] = list(islice(self.order.of_source(number), _FIRST))
+        return self._heads[number]
 
     @property
     def digest(self) -> str:
         """Of what the first rows of each source say, as they are encoded, and of the sources' shares."""
         said = [[row.example, dict(row.columns), row.dropped] for row in self.first_rows()]
-        text = json.dumps([said, self.groups, self.shares])
+        text = json.dumps([said, self.order.groups, self.order.shares])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def place(self, row: int) -> str:

@@ -14,7 +14,8 @@ from torch.utils.data import DistributedSampler, SequentialSampler
 
 from lit_dpo.data.batch import CompletionBatch, collate
 from lit_dpo.data.loader import TrainLoader
-from lit_dpo.data.stream import Item, PromptStream, StreamDataset, StreamedRow
+from lit_dpo.data.stream import PromptStream, StreamDataset, StreamedRow
+from lit_dpo.data.stream_order import Item
 from lit_dpo.errors import DataError, ResumeError
 
 _AT_ONCE = 64
@@ -64,7 +65,7 @@ class ChunkSampler(DistributedSampler[Any], SequentialSampler):
         """Yield parts, from the loaded position on."""
         self.pending.clear()
         epoch, first = self.position
-        order = self.stream.order(epoch, first)
+        order = self.stream.order.items(epoch, first)
         while items := tuple(islice(order, _AT_ONCE * self.num_replicas)):
             self.pending.append((first, items))
             yield list(items[(self.rank - first) % self.num_replicas :: self.num_replicas])
