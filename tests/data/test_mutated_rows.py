@@ -18,7 +18,7 @@ from lit_dpo import PreferenceDataModule
 from lit_dpo.data.comparisons import Comparing
 from lit_dpo.data.encoding import _spread, read_checked
 from lit_dpo.data.formats import PreferenceFormat, Skipped
-from lit_dpo.data.formats.recognition import recognise
+from lit_dpo.data.formats.recognition import recognise, unread
 from lit_dpo.data.sources import Unread, load_rows
 from lit_dpo.data.truncation import Dropped
 from lit_dpo.errors import DataError
@@ -74,6 +74,8 @@ def test_what_is_left_is_encoded(tmp_path: Path, tools_folder: str) -> None:
         path = tmp_path / f"{name}.jsonl"
         path.write_text((FOLDER / f"{name}.jsonl").read_text() + "".join(f"{line}\n" for line in lines), "utf-8")
         options = {"tokenizer": tools_folder, "format": format, "max_length": None, "on_bad_row": "drop"}
+        there = load_rows(str(path), None, keep_bad=True)[0].rows.column_names
+        options["ignore_columns"] = unread(format, there)  # such as a `system` that was put in
         module = PreferenceDataModule(train=str(path), **options)
         module.setup("fit")
         table = module._table("train")
