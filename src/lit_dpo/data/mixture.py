@@ -125,8 +125,8 @@ class Mixture:
         if least > _MOST_TIMES * len(of):
             rare = max(range(len(shares)), key=lambda number: len(self.members[number]) / shares[number])
             raise DataError(
-                f"Expected shares with which an epoch, in which every row comes, has at most {_MOST_TIMES} times as many "
-                f"prompts as there are rows, {len(of)}, but it would have {least}: raise the share of "
+                f"Expected shares with which an epoch, in which every row comes, has at most {_MOST_TIMES} times as "
+                f"many prompts as there are rows, {len(of)}, but it would have {least}: raise the share of "
                 f"{self.names[rare]}, which has {len(self.members[rare])} of them."
             )
         # by then each is through, or one place short of it
