@@ -184,4 +184,6 @@ def test_what_is_no_mixture_is_refused(data, jsonl) -> None:
     long = jsonl("long.jsonl", [{**row, "chosen": " yes" * 99} for row in rows(4)])
     with pytest.raises(DataError, match=r"no rows are left of .*long\.jsonl"):
         trainer().fit(Recorder(), data(train={a: 1, long: 1}, max_length=60))
+    with pytest.raises(DataError, match=r"raise the share of .*c\.jsonl, which has 4"):
+        trainer().fit(Recorder(), data(train={a: 1e-6, long: 1}))
     assert weighted_sources(DatasetDict({"train": Dataset.from_list(rows(2))})) is None

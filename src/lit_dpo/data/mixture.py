@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from lit_dpo.errors import DataError
 
+_MOST_TIMES = 100
+
 
 def weighted_sources(source: Any) -> list[tuple[Any, float]] | None:
     """Return the sources of a mixture with their shares, which add up to 1; None for what is no mixture.
@@ -100,7 +102,7 @@ class Mixture:
         names: of the sources.
 
     Raises:
-        DataError: for a source of which no row is left.
+        DataError: for a source of which no row is left, or whose share is so small that an epoch would have no end.
 
     Attributes:
         pattern: for each place of an epoch the number of its source, see `interleave`.
@@ -120,6 +122,13 @@ class Mixture:
             if not len(rows):
                 raise DataError(f"train: no rows are left of {name}, a source of the mixture.")
         least = max(math.ceil(len(rows) / share) for rows, share in zip(self.members, shares, strict=True))
+        if least > _MOST_TIMES * len(of):
+            rare = max(range(len(shares)), key=lambda number: len(self.members[number]) / shares[number])
+            raise DataError(
+                f"Expected shares with which an epoch, in which every row comes, has at most {_MOST_TIMES} times as "
+                f"many prompts as there are rows, {len(of)}, but it would have {least}: raise the share of "
+                f"{self.names[rare]}, which has {len(self.members[rare])} of them."
+            )
         # by then each is through, or one place short of it
         found = np.fromiter(islice(interleave(shares), least + 2 * len(shares) + multiple), np.int16)
         through = max(np.flatnonzero(found == n)[len(rows) - 1] + 1 for n, rows in enumerate(self.members))
