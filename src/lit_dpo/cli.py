@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import sys
@@ -81,6 +82,9 @@ def _import_quickly() -> None:
     """Look for no garbage while modules are imported, nor among them later: they make a million objects, and none."""
     if "lit_dpo.lightning_cli" in sys.modules:  # what is there by now may be garbage one day
         return
+    # of a kernel for inference, from a hub; on some CPUs it is asked for at import
+    kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    kernels.addFilter(lambda record: "gemm_4bit_forward" not in record.getMessage())
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -228,9 +228,6 @@ def _hush() -> None:
         logging.getLogger(name).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
         # of TF32, whether or not a product is float32; `lit_dpo.policy.devices.remark` says it where one is
         logging.getLogger(name).addFilter(lambda record: "that has Tensor Cores" not in record.getMessage())
-    # a kernel for inference, from a hub; on some CPUs it is asked for at import
-    kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    kernels.addFilter(lambda record: "gemm_4bit_forward" not in record.getMessage())
     # of Liger: implementations for other machines than this one
     backends = logging.getLogger("liger_kernel.backends.registry")
     backends.addFilter(lambda record: "could not be imported" not in record.getMessage())

@@ -169,7 +169,11 @@ def inspected(cli: InspectCLI) -> Inspected:
     data = cli.datamodule
     if not isinstance(data, PreferenceDataModule):
         raise DataError(f"Expected a PreferenceDataModule to inspect but got {type(data).__name__}.")
+    data.on_bad_row = "drop"  # all are counted, and a run's own option decides there
     tokenizer, name, notes = _tokenizer(cli, data)
+    if data.streaming:
+        data.streaming = False
+        notes.append("what a run would stream is read as a table, to its end")
     data.tokenizer = tokenizer
     with _unsaid("lit_dpo.data.reports"):  # the report says the same, and more
         data, more = _read(cli, data, tokenizer)
@@ -224,8 +228,9 @@ def _read(
         if tokenizer.chat_template is not None:
             raise
         _add_template(tokenizer)
+        options = {"tokenizer": tokenizer, "on_bad_row": data.on_bad_row, "streaming": data.streaming}
         data = cli.new_data()  # the other one knows the tokenizer as it was, and its cache
-        data.tokenizer = tokenizer
+        vars(data).update(options)
         data.setup("fit")
         notes = [
             "the tokenizer has no chat template: conversations are rendered as ChatML here, and `fit` refuses them"

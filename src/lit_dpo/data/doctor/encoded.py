@@ -127,6 +127,13 @@ def _around(tokenizer: PreTrainedTokenizerBase, prompt: NDArray[np.int32], compl
     return f"…{_shown(tokenizer, prompt[-4:])} | {_shown(tokenizer, completion[:4])}…"
 
 
+def bad_rows(table: PromptTable) -> Finding:
+    """Count the rows that cannot be used, with what is wrong with some."""
+    bad = table.bad
+    examples = (Example(table.place(row), reason) for row, reason in bad)
+    return found("bad-rows", len(bad), sum(len(source.rows) for source in table.sources), examples)
+
+
 def too_long(table: PromptTable) -> Finding:
     """Count what the limits take away; cut ones are used, and counted by `missing-ends`."""
     dropped = sum(count for reason, count in table.dropped.items() if "longer than max_" in reason)

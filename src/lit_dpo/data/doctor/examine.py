@@ -9,7 +9,7 @@ import numpy as np
 
 from lit_dpo.data.comparisons import Comparing
 from lit_dpo.data.doctor.content import content
-from lit_dpo.data.doctor.encoded import Lengths, Tokens, boundary_merges, ends, lengths, tokens, too_long
+from lit_dpo.data.doctor.encoded import Lengths, Tokens, bad_rows, boundary_merges, ends, lengths, tokens, too_long
 from lit_dpo.data.doctor.findings import Finding, with_thresholds
 from lit_dpo.data.doctor.near import NearDuplicates
 from lit_dpo.data.doctor.repeats import most_frequent, repeats, shared_prompts
@@ -154,6 +154,7 @@ def _near() -> tuple[NearDuplicates | None, list[str]]:
 
 def _findings(facts: Facts, tables: Mapping[str, PromptTable], tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
     table = facts.table
+    yield bad_rows(table)
     yield from repeats(facts)
     for split, other in tables.items():
         kind = split.partition("/")[0]

@@ -79,6 +79,7 @@ _TEXT = "Take it out of the text"
 KINDS: Mapping[str, Kind] = {
     kind.name: kind
     for kind in (
+        Kind("bad-rows", "rows cannot be used", 0.0, "Mend them; or `--data.on_bad_row drop` leaves them out."),
         Kind("duplicates", "rows say what an earlier row says", 0.0, "`--data.deduplicate true` leaves them out."),
         Kind(
             "near-duplicates",
