@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from layout_table import FOLDER
 
 from lit_dpo.data.datamodule import PreferenceDataModule
-from lit_dpo.data.doctor import KINDS, Examined, brief, examine
+from lit_dpo.data.doctor import KINDS, Examined, brief, examine, remembered
 from lit_dpo.data.doctor.near import NearDuplicates
 from lit_dpo.data.doctor.shortcuts import rank_correlation
 from lit_dpo.data.doctor.texts import key, normalized, scripts, words_of
@@ -309,6 +312,30 @@ def test_a_run_says_in_a_few_lines_what_is_above_its_threshold():
     data = PreferenceDataModule(pairs(), tokenizer=tokenizer)
     data.setup("fit")
     assert brief(data.tables["train"], tokenizer) == []
+
+
+def test_what_is_said_in_brief_is_kept_with_the_rows(tmp_path):
+    """Rows of files are looked at once; other rows, or a part of them, are others."""
+    tokenizer, path = quickstart_tokenizer(), tmp_path / "pairs.jsonl"
+
+    def said(rows, **options) -> list[str]:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = PreferenceDataModule(str(path), tokenizer=tokenizer, **options)
+        data.setup("fit")
+        return remembered(data.tables["train"], tokenizer)
+
+    rows = [*pairs(), pairs()[0]]
+    first = said(rows)
+    assert "1 of" in first[0]
+    (kept,) = Path(datasets.config.HF_DATASETS_CACHE).rglob("brief-*.json")
+    assert json.loads(kept.read_text()) == first
+    kept.write_text('["kept"]')
+    assert said(rows) == ["kept"]
+    assert said(pairs()) == []
+    assert said(rows, deduplicate=True) == []
+    kept.write_text("{oops")
+    assert said(rows) == first
+    kept.unlink()
 
 
 def test_what_is_cheap_counts_as_the_whole_does():

@@ -15,7 +15,7 @@ from lit_dpo.data.bad_rows import OnBadRow
 from lit_dpo.data.batch import CompletionBatch
 from lit_dpo.data.budget import BudgetSampler
 from lit_dpo.data.comparisons import Choice, Comparing, Ties
-from lit_dpo.data.doctor import brief
+from lit_dpo.data.doctor import remembered
 from lit_dpo.data.encode import PromptEncoder
 from lit_dpo.data.formats import Auto, Preference, PreferenceFormat, Ranking
 from lit_dpo.data.loader import PromptDataset, PromptLoader, TrainLoader, loader_options
@@ -207,7 +207,7 @@ class PreferenceDataModule(LightningDataModule):
         stage = str(self.trainer.state.fn.value) if self.trainer and self.trainer.state.fn else "fit"
         self.setup(stage)
         if stage == "fit" and self._stream is None:
-            for line in brief(self._table("train"), self.loaded_tokenizer):
+            for line in remembered(self._table("train"), self.loaded_tokenizer):
                 warn(f"train: {line}")
 
     def setup(self, stage: str) -> None:

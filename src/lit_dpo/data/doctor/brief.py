@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lit_dpo.data.digests import code_digest
 from lit_dpo.data.doctor.encoded import ends, lengths, tokens
 from lit_dpo.data.doctor.findings import Example, Finding, found, percent
 from lit_dpo.data.doctor.shortcuts import rank_correlation, wilson
 from lit_dpo.data.sameness import completion_ids, same_examples, sides
 from lit_dpo.data.table import PromptTable
+from lit_dpo.writing import written_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +35,24 @@ def brief(table: PromptTable, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     above = [one for one in _findings(table, tokenizer) if one.above]
     lines = [f"{one.line}. {one.kind.remedy}" for one in above[:LINES]]
     return [*lines, "`lit-dpo inspect`, with the same options, shows which rows, and more."] if lines else []
+
+
+def remembered(table: PromptTable, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """As `brief`, but once for the same rows: what is said of those of files is kept next to their token ids."""
+    files = [Path(one["filename"]) for one in table.encoded.cache_files]
+    if not files or not all(source.content for source in table.sources):
+        return brief(table, tokenizer)
+    # the names are keys of all that the token ids depend on
+    key = hashlib.blake2b(table.rows.tobytes(), digest_size=16)
+    key.update(json.dumps([code_digest(brief), *(file.name for file in files)]).encode())
+    path = files[0].with_name(f"brief-{key.hexdigest()}.json")
+    with suppress(OSError, ValueError):
+        lines: list[str] = json.loads(path.read_text(encoding="utf-8"))
+        return lines
+    lines = brief(table, tokenizer)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(lines), encoding="utf-8")
+    return lines
 
 
 def _findings(table: PromptTable, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
