@@ -50,6 +50,8 @@ def check_schedule(
 
 def steps_of_run(trainer: pl.Trainer) -> float:
     """Optimizer steps of a whole run; infinite if nobody knows, as with streamed data and no `max_steps`."""
+    if not trainer.limit_train_batches:
+        return 0
     if getattr(getattr(trainer, "datamodule", None), "streaming", False) and not isinstance(
         trainer.limit_train_batches, int
     ):

@@ -20,6 +20,7 @@ from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.data.doctor import examine
 from lit_dpo.errors import DataError, LitDPOError
 from lit_dpo.lightning_cli import LitDPOCLI
+from lit_dpo.module import DPOModule
 from lit_dpo.parser import Parser, refuse
 from lit_dpo.tools.reports.page import page
 from lit_dpo.tools.reports.record import Inspected, as_json
@@ -56,8 +57,8 @@ class InspectCLI(LitDPOCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """As for `fit`, but that a model may be absent."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
-        parser.add_lightning_class_args(self._model_class, "model", subclass_mode=True, required=False)
-        parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True, required=False)
+        parser.add_lightning_class_args(DPOModule, "model", subclass_mode=True, required=False)
+        parser.add_lightning_class_args(pl.LightningDataModule, "data", subclass_mode=True, required=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the command's own; those of `fit` are accepted, too, so that its files are."""
