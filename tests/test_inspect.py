@@ -194,6 +194,19 @@ def test_strict_ends_with_1_if_a_finding_is_above_its_threshold(tmp_path, capsys
     inspect(capsys, *options[:2])
 
 
+def test_bad_rows_are_counted_and_a_stream_is_read(tmp_path, capsys):
+    """A run would stop at the first, or at all of them; whoever asks what is wrong wants to see the others too."""
+    file = tmp_path / "rows.jsonl"
+    right = json.dumps({"prompt": "Why?", "chosen": " So.", "rejected": " No."})
+    file.write_text(f'{right}\n{{"prompt": "Why?", "chosen": "", "rejected": "b"}}\n{{oops\n')
+    inspect(capsys, "--data.train", file, "--data.streaming", "true", "--out", tmp_path)
+    found = report(tmp_path)
+    (bad,) = (one for one in found["findings"] if one["name"] == "bad-rows")
+    assert (bad["counted"], bad["of"], bad["above"]) == (2, 3, True)
+    assert "line 3 is no JSON" in json.dumps(bad["examples"])
+    assert "what a run would stream is read as a table, to its end" in found["notes"]
+
+
 def test_mistakes_are_sentences(tmp_path, capsys):
     def refused(*arguments: Any) -> str:
         with pytest.raises(SystemExit) as stopped:
@@ -203,7 +216,7 @@ def test_mistakes_are_sentences(tmp_path, capsys):
 
     file = write(tmp_path / "rows.jsonl", [{"prompt": "Why?", "chosen": " So.", "rejected": " No."}])
     assert "Expected training data but `train` is not set: name a file with `--data.train`." in refused()
-    assert "Expected the name of a finding, one of duplicates" in refused("--data.train", file, "--thresholds.dupes", 1)
+    assert "Expected the name of a finding, one of bad-rows" in refused("--data.train", file, "--thresholds.dupes", 1)
     assert "File not found" in refused("--data.train", tmp_path / "none.jsonl")
     assert "Expected `max_length` >= 2" in refused("--data.train", file, "--data.max_length", 1)
     (tmp_path / "file").write_text("")
