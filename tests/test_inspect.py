@@ -202,7 +202,7 @@ def test_bad_rows_are_counted_and_a_stream_is_read(tmp_path, capsys):
     inspect(capsys, "--data.train", file, "--data.streaming", "true", "--out", tmp_path)
     found = report(tmp_path)
     (bad,) = (one for one in found["findings"] if one["name"] == "bad-rows")
-    assert (bad["counted"], bad["of"], bad["above"]) == (2, 3, True)
+    assert (bad["count"], bad["of"], bad["above"]) == (2, 3, True)
     assert "line 3 is no JSON" in json.dumps(bad["examples"])
     assert "what a run would stream is read as a table, to its end" in found["notes"]
 
