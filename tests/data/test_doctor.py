@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,18 @@ def test_a_run_says_in_a_few_lines_what_is_above_its_threshold():
     data = PreferenceDataModule(pairs(), tokenizer=tokenizer)
     data.setup("fit")
     assert brief(data.tables["train"], tokenizer) == []
+
+
+def test_of_very_many_rows_the_first_are_looked_at_and_a_line_says_so(monkeypatch):
+    monkeypatch.setattr(sys.modules[brief.__module__], "MOST", 61)
+    tokenizer = quickstart_tokenizer()
+    rows = [*pairs(), *(pair(1000 + n) for n in range(60))][:60]
+    for later, said in ((rows[:1], "1 of 61 "), ([rows[0], rows[1]], "1 of 61 ")):
+        data = PreferenceDataModule([*rows, *later], tokenizer=tokenizer)
+        data.setup("fit")
+        lines = brief(data.tables["train"], tokenizer)
+        assert lines[0].startswith(said)
+        assert lines[-1].endswith("Only the first 61 were looked at.") == (len(later) > 1)
 
 
 def test_what_is_said_in_brief_is_kept_with_the_rows(tmp_path):

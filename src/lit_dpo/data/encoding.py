@@ -80,7 +80,8 @@ def encode_table(
     table = table._replace(rows=np.flatnonzero(table.facts("length")))
     repeated = repeated_rows(table) if deduplicate else table.rows[:0]
     if group_by_prompt is None:
-        return table._replace(rows=np.setdiff1d(table.rows, repeated), repeated=len(repeated))
+        rows = np.setdiff1d(table.rows, repeated) if len(repeated) else table.rows
+        return table._replace(rows=rows, repeated=len(repeated))
     table = merge_prompts(table, encoder, group_by_prompt, keys, repeated)
     return table._replace(rows=np.flatnonzero(table.facts("length")), repeated=len(repeated))
 

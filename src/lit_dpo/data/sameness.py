@@ -39,7 +39,7 @@ def _sayings(table: PromptTable) -> Iterator[tuple[Any, ...]]:
     numbers = [ragged(values_of(column), counts_of(column), table.rows) for column in columns]
     compared = numbers if table.holds_pairs else [table.comparisons, *numbers]
     end = 0
-    counts = zip(table.completions_per_prompt.tolist(), table.comparisons_per_prompt.tolist(), strict=True)
+    counts = zip(table.completions_per_prompt, table.comparisons_per_prompt, strict=True)
     for prompt, (count, comparisons) in zip(prompts, counts, strict=True):
         said = (values[end : end + comparisons].tobytes() for values in compared)
         yield prompt, *islice(completions, count), *said

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LINES = 5
+MOST = 1_000_000
+"""Examples that are looked at: four seconds, and a quarter of a gigabyte."""
 
 
 def brief(table: PromptTable, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -32,9 +34,11 @@ def brief(table: PromptTable, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         table: of the training data.
         tokenizer: that encoded them.
     """
-    above = [one for one in _findings(table, tokenizer) if one.above]
+    looked = table if table.size <= MOST else table._replace(rows=table.rows[:MOST])
+    above = [one for one in _findings(looked, tokenizer) if one.above]
     lines = [f"{one.line}. {one.kind.remedy}" for one in above[:LINES]]
-    return [*lines, "`lit-dpo inspect`, with the same options, shows which rows, and more."] if lines else []
+    first = "" if looked is table else f" Only the first {MOST:,} were looked at."
+    return [*lines, f"`lit-dpo inspect`, with the same options, shows which rows, and more.{first}"] if lines else []
 
 
 def remembered(table: PromptTable, tokenizer: PreTrainedTokenizerBase) -> list[str]:
