@@ -31,7 +31,7 @@ def train(
 ) -> dict[str, Any]:
     """What came out of it: the rows of each step and rank, and the adapter, or the error."""
     given = {"reference": CachedReference(directory=cache)} if cache else {}
-    dpo = module(model, optimizer=functools.partial(torch.optim.SGD, lr=1.0), **given)
+    dpo = module(model, optimizer=functools.partial(torch.optim.SGD, lr=0.1), **given)
     trace = Trace()
     callbacks = [trace, ModelCheckpoint(root, filename="{step}", every_n_train_steps=STEP, save_top_k=-1)]
     if "max_tokens" not in options:
