@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -33,6 +34,10 @@ start here:
 """
 
 
+_TOOLS = ("configs", "inspect", "ablate", "fork", "audit", "generate", "export")
+"""Each a module of `lit_dpo.tools` with a `main`."""
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run `lit-dpo`; tests call it with a list of arguments.
 
@@ -53,16 +58,10 @@ def main(args: Sequence[str] | None = None) -> None:
     from lit_dpo.errors import LitDPOError
 
     try:
-        if given[0] == "configs":
-            from lit_dpo.tools import configs
-
-            configs.main(given[1:])
-            return
-        _import_quickly()
-        if given[0] == "inspect":
-            from lit_dpo.tools import inspect
-
-            inspect.main(given[1:])
+        if given[0] not in ("configs",):  # which needs none of it
+            _import_quickly()
+        if given[0] in _TOOLS:
+            importlib.import_module(f"lit_dpo.tools.{given[0]}").main(given[1:])
             return
         from lit_dpo.lightning_cli import LitDPOCLI
 
