@@ -61,7 +61,9 @@ def main(args: Sequence[str] | None = None) -> None:
         if given[0] not in ("configs",):  # which needs none of it
             _import_quickly()
         if given[0] in _TOOLS:
-            importlib.import_module(f"lit_dpo.tools.{given[0]}").main(given[1:])
+            from lit_dpo import tools
+
+            importlib.import_module(f"{tools.__name__}.{given[0]}").main(given[1:])
             return
         from lit_dpo.lightning_cli import LitDPOCLI
 
