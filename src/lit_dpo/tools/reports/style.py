@@ -107,7 +107,8 @@ figcaption .soft { font-weight: 400; }
 .mark { transform: translate(0, -50%); text-shadow: 0 0 2px var(--card), 0 0 2px var(--card), 0 0 3px var(--card),
   0 0 4px var(--card); } .mark.left { transform: translate(-100%, -50%); }
 .mark.above, .mark.below { transform: translate(-50%, -50%); } .on-narrow { display: none; }
-.plane.high { height: 400px; margin-top: 20px; } .plane.rows { height: calc(26px * var(--rows)); margin-bottom: 44px; margin-left: 230px; }
+.plane.high { height: 400px; margin-top: 20px; }
+.plane.rows { height: calc(26px * var(--rows)); margin-bottom: 44px; margin-left: 230px; }
 .row-name { right: calc(100% + 12px); transform: translateY(-50%); max-width: 215px; overflow: hidden;
   text-overflow: ellipsis; line-height: 1.3; }
 .ridge-row { display: grid; grid-template-columns: 200px minmax(0, 1fr) 56px; gap: 0 14px; align-items: end; }
@@ -116,7 +117,7 @@ figcaption .soft { font-weight: 400; }
 .ridge-row.last > :not(.plane) { padding-top: 28px; }
 .said { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 0 14px; }
 .said > * { min-width: 0; } .said .part { margin-top: 4px; } .failed { border-left: 4px solid var(--bad); }
-.plain > .card { margin-top: 12px; } .defined td:first-child { white-space: nowrap; }
+.card > .role:first-child { margin-top: 0; } .plain > .card { margin-top: 12px; } .defined td:first-child { white-space: nowrap; }
 main:has(.arms .arm:is(:hover, :focus)) .plane .arm { opacity: .12; }
 main:has(.arms .a0:is(:hover, :focus)) .plane .a0,
 main:has(.arms .a1:is(:hover, :focus)) .plane .a1,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from lit_dpo.tools.ablate.records import Result
-from lit_dpo.tools.reports.ablation.vocabulary import Arm
+from lit_dpo.tools.reports.ablation.vocabulary import Arm, axis
 from lit_dpo.tools.reports.html import Html, element, told
 from lit_dpo.tools.reports.planes import band, figure, line, plane, scale
 
@@ -79,11 +79,16 @@ def legend(arms: Sequence[Arm]) -> Html:
 
 def _losses(arms: Sequence[Arm]) -> Iterator[Html]:
     """Draw training and validation in one plot: what lies between them is what was learnt by heart."""
-    for loss in dict.fromkeys(one.summary.loss for one in arms):
-        mine = [one for one in arms if one.summary.loss == loss]
+    for loss in dict.fromkeys(_loss(one) for one in arms):
+        mine = [one for one in arms if _loss(one) == loss]
         train = [Curve(one, over_seeds(one.runs, "train/loss")) for one in mine]
         val = [Curve(one, over_seeds(one.runs, "val/loss"), dashed=True) for one in mine]
-        yield from _panel(f"loss: {loss}" if loss else "loss", [*train, *val], "dashed: validation")
+        yield from _panel(f"loss: {loss}" if loss else "loss", [*train, *val], "dashed: validation", log=None)
+
+
+def _loss(arm: Arm) -> str:
+    """Return the kind of its loss: where the loss is varied, whatever else is varied of it."""
+    return next((said for name, said in arm.summary.axes.items() if axis(name) == "loss"), arm.summary.loss)
 
 
 def _measures(arms: Sequence[Arm]) -> Iterator[Html]:
@@ -92,10 +97,10 @@ def _measures(arms: Sequence[Arm]) -> Iterator[Html]:
             yield from _panel(title, [Curve(one, over_seeds(one.runs, f"{stage}/{name}")) for one in arms], said)
 
 
-def _panel(title: str, curves: Sequence[Curve], note: str) -> Iterator[Html]:
+def _panel(title: str, curves: Sequence[Curve], note: str, log: bool | None = False) -> Iterator[Html]:
     points = [point for curve in curves for point in curve.points]
     x = scale((point.step for point in points), log=False, room=0.02)
-    y = scale((value for point in points for value in point[1:]), log=False)
+    y = scale((value for point in points for value in point[1:]), log=log)
     if x is None or y is None:
         return
     drawn = []

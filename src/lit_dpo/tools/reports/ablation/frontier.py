@@ -127,13 +127,17 @@ def _response(lines: dict[str, list[Arm]], name: str, key: str) -> Html | None:
 
 def _scale(those: Sequence[Estimate], log: bool | None = None) -> Scale | None:
     """Hold the numbers, and of their intervals what does not squeeze the numbers into a corner."""
+    if not those:
+        return None
     values = [one.value for one in those]
-    spread = (max(values) - min(values)) or abs(values[0]) or 1.0 if values else 1.0
-    low, high = (min(values) - spread, max(values) + spread) if values else (0.0, 0.0)
-    ends = [min(high, max(low, end)) for one in those for end in one[1:] if math.isfinite(end)]
-    if log is None and values and min(values) > 0:
-        ends = [max(end, min(values) / 2) for end in ends]
-    return scale([*values, *ends], log)
+    least, most = min(values), max(values)
+    spread = (most - least) or abs(least) or 1.0
+    low, high = least - 0.6 * spread, most + 0.6 * spread
+    if log is None and least > 0:
+        low = max(low, least / 2)
+    if log is False:  # a share
+        low, high = max(low, min(0.0, least)), min(high, max(1.0, most))
+    return scale([*values, *(min(high, max(low, end)) for one in those for end in one[1:] if math.isfinite(end))], log)
 
 
 def _upright(given: Estimate, y: Scale, across: float, name: str) -> list[Html]:

@@ -18,6 +18,10 @@ _TITLES = {
         "of all pairs by the length of both. Right only where the chosen one is longer is a preference for length.",
     ),
 }
+_TWO = (
+    " Two seeds say little of how much seeds matter: by Student's t their interval is 12.7 standard errors to each side. "
+    "The paired tests below, on the same pairs, tell more."
+)
 
 
 def overview(arms: Sequence[Arm]) -> Iterator[Html]:
@@ -34,7 +38,8 @@ def overview(arms: Sequence[Arm]) -> Iterator[Html]:
     yield element(
         "p",
         "By accuracy. Means over seeds; below each its 95 % interval, over seeds or, where there is one seed, over "
-        "prompts. The best of a column is bold. Point at a number for more of its digits.",
+        "prompts. The best of a column is bold. Point at a number for more of its digits."
+        + (_TWO if any(len(arm.summary.seeds) == 2 for arm in arms) else ""),
         class_="soft small",
     )
     yield element("section", table(columns, rows), class_="card pinned")

@@ -23,7 +23,9 @@ import pandas as pd
 
 runs = {path.parent.name: pd.read_parquet(path) for path in Path("runs").glob("*/pairs.parquet")}
 pairs = pd.concat(runs, names=["run"])
-margin = pairs["margin"]
+chosen = pairs["chosen_logps"] - pairs["reference_chosen_logps"]
+rejected = pairs["rejected_logps"] - pairs["reference_rejected_logps"]
+margin = chosen - rejected
 accuracy = ((margin > 0) + 0.5 * (margin == 0)).groupby("run").mean()
 print(accuracy.sort_values())
 """

@@ -119,8 +119,7 @@ class Arm(NamedTuple):
     @property
     def loss(self) -> str:
         """Return its loss, where its name does not say it."""
-        loss = self.summary.loss
-        return "" if loss.lower().removesuffix("loss") in self.name.lower() else loss
+        return "" if any(axis(name) == "loss" for name in self.summary.axes) else self.summary.loss
 
     @property
     def colour(self) -> str:
