@@ -84,7 +84,7 @@ def _distributions(runs: Mapping[tuple[str, int], Pairs], resamples: int) -> _Va
 
 
 def _on_common_rows(one: Arm, other: Arm, seeds: Sequence[int], resamples: int) -> _Values | None:
-    """The same of two arms on the pairs that all of their runs have; None if there are none."""
+    """Do the same for two arms on the pairs that all of their runs have; None if there are none."""
     runs = {(arm.name, seed): arm.runs[seed] for arm in (one, other) for seed in seeds}
     common = set.intersection(*(set(_identified(pairs)) for pairs in runs.values()))
     if not common:

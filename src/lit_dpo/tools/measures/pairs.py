@@ -18,7 +18,7 @@ class Pairs(NamedTuple):
     """The rows of a table of pairs, `(N,)` each.
 
     Attributes:
-        keys: which comparison a row is, in any run: set, source, row in the data set, and how many before it have these.
+        keys: which comparison a row is, in any run: set, source, row in the data set, how many before it have these.
         prompts: numbers of the prompts; the same one is the same prompt.
         numbers: all other columns, float64.
         sources: where each is from.
@@ -50,7 +50,7 @@ class Pairs(NamedTuple):
         return self.chosen / self.numbers["chosen_length"] - self.rejected / self.numbers["rejected_length"]
 
     def take(self, rows: NDArray[np.int64]) -> Pairs:
-        """Some of the rows."""
+        """Return some of the rows."""
         numbers = {name: column[rows] for name, column in self.numbers.items()}
         return Pairs([self.keys[row] for row in rows.tolist()], self.prompts[rows], numbers, self.sources[rows])
 

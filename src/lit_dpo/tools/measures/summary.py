@@ -45,7 +45,11 @@ def summarise(results: Sequence[Result], pairs: Mapping[str, pa.Table]) -> Summa
     arms = [_arm(name, those) for name, those in by_arm.items()]
     accuracy = {arm.name: arm.measures["reward_accuracy"].value for arm in arms if "reward_accuracy" in arm.measures}
     to_compare = [
-        Arm(name, accuracy[name], {run.result.seed: tables[run.result.name] for run in those if run.result.name in tables})
+        Arm(
+            name,
+            accuracy[name],
+            {run.result.seed: tables[run.result.name] for run in those if run.result.name in tables},
+        )
         for name, those in by_arm.items()
         if name in accuracy
     ]
@@ -132,7 +136,7 @@ def _alone(value: float) -> Estimate:
 
 
 def _arms(runs: Sequence[RunSummary]) -> dict[str, list[RunSummary]]:
-    """Runs that differ in their seed alone, by the name that they have without it, in the order of the first of each."""
+    """Put runs together that differ in their seed alone, in the order of the first of each."""
     found: dict[str, list[RunSummary]] = {}
     for run in runs:
         found.setdefault(arm_name(run.result), []).append(run)
