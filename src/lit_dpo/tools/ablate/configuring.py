@@ -29,6 +29,7 @@ class FitCLI(LitDPOCLI):
     def __init__(self) -> None:
         self._ready = False
         self.folder: Path | None = None
+        self.alone = False
         self.recorder = Recorder()
         super().__init__(args=[])
         self._ready = True
@@ -91,12 +92,18 @@ class FitCLI(LitDPOCLI):
     _built_trainer = True
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Log into the run's folder, and leave out what one of many runs does not need."""
+        """Log into the run's folder, and leave out what one of many runs does not need.
+
+        Without a folder nothing is written; of a run that is `alone`, where its configuration says.
+        """
         if not self._built_trainer:
             return None
         config = self.config_init["fit"]["trainer"]
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if self.alone and self.folder is None:
+            config["callbacks"] = [*callbacks, self.recorder]
+            return super().instantiate_trainer(**kwargs)
         kept = [one for one in callbacks if not isinstance(one, SampleCompletions | ProgressBar)]
         config["enable_progress_bar"] = False
         if self.folder is None:

@@ -11,11 +11,21 @@ from jsonargparse import Namespace
 from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.errors import AblationError, LitDPOError
 from lit_dpo.tools.ablate.configuring import FitCLI, check_places, quiet
+from lit_dpo.tools.ablate.measuring import judge_of
 from lit_dpo.tools.ablate.records import Asked, Layout
 from lit_dpo.tools.ablate.sharing import Shared, plain, share
 from lit_dpo.tools.ablate.single import Work
 
 log = logging.getLogger(__name__)
+
+
+class Options(NamedTuple):
+    """How runs are measured."""
+
+    completions: int = 32
+    """How many are sampled of each fitted policy."""
+    judge: str | None = None
+    """Import path of who says which of two completions is better; see `lit_dpo.tools.measures.judges`."""
 
 
 class Prepared(NamedTuple):
@@ -26,9 +36,10 @@ class Prepared(NamedTuple):
     """Of references, by what they depend on."""
     configs: dict[str, str]
     """The whole configuration of each run, by its name: YAML."""
+    options: Options
 
 
-def prepare(asked: Sequence[Asked], layout: Layout) -> Prepared:
+def prepare(asked: Sequence[Asked], layout: Layout, options: Options = Options()) -> Prepared:  # noqa: B008
     """Parse and build every run, as `fit` would, and see what they share.
 
     Raises:
@@ -36,6 +47,7 @@ def prepare(asked: Sequence[Asked], layout: Layout) -> Prepared:
     """
     if not asked:
         raise AblationError("Expected at least one run but there is none.")
+    judge_of(options.judge)
     cli, said, missed = FitCLI(), dict[str, None](), dict[str, None]()
     runs: list[tuple[Asked, Shared, str]] = []
     configs: dict[str, str] = {}
@@ -56,13 +68,14 @@ def prepare(asked: Sequence[Asked], layout: Layout) -> Prepared:
     for line in missed:
         log.info("the reference is computed in each run: %s.", line)
     works = [
-        Work(one, [*one.arguments, *shared.arguments], losses, loss, str(layout.root)) for one, shared, loss in runs
+        Work(one, [*one.arguments, *shared.arguments], losses, loss, str(layout.root), *options)
+        for one, shared, loss in runs
     ]
     passes: dict[str, Work] = {}
     for work, (_, shared, _) in sorted(zip(works, runs, strict=True), key=lambda both: both[1][1].measures_alone):
         if shared.key is not None:
             passes.setdefault(shared.key, work._replace(is_pass=True))
-    return Prepared(works, passes, configs)
+    return Prepared(works, passes, configs, options)
 
 
 def _one(cli: FitCLI, one: Asked, layout: Layout) -> tuple[Namespace, str, Shared]:

@@ -16,7 +16,7 @@ import yaml
 from lit_dpo import __version__
 from lit_dpo.errors import AblationError
 from lit_dpo.tools.ablate.pool import Pool, pool
-from lit_dpo.tools.ablate.preparing import Prepared, prepare
+from lit_dpo.tools.ablate.preparing import Options, Prepared, prepare
 from lit_dpo.tools.ablate.records import Asked, Layout, Result
 from lit_dpo.tools.ablate.single import Work, read_result, write_result
 from lit_dpo.writing import written_whole
@@ -27,7 +27,13 @@ _PATIENCE = 60.0
 """Seconds that what was killed before may take to end."""
 
 
-def run_all(asked: Sequence[Asked], layout: Layout, *, jobs: int) -> list[Result]:
+def run_all(
+    asked: Sequence[Asked],
+    layout: Layout,
+    *,
+    jobs: int,
+    options: Options = Options(),  # noqa: B008 - a constant
+) -> list[Result]:
     """Make runs, in processes of their own, and say what became of each.
 
     Everything is checked before the first one starts. A run whose `result.json` is there is not made again; one with a
@@ -37,6 +43,7 @@ def run_all(asked: Sequence[Asked], layout: Layout, *, jobs: int) -> list[Result
         asked: the runs; their arguments may hold `--ckpt_path` and callbacks.
         layout: where they write.
         jobs: how many at once.
+        options: how they are measured.
 
     Returns:
         A result for each run, in their order; of runs that are the same, one.
@@ -44,7 +51,7 @@ def run_all(asked: Sequence[Asked], layout: Layout, *, jobs: int) -> list[Result
     Raises:
         AblationError: for runs that cannot work, or that are not those of the folder.
     """
-    return carry_out(prepare(asked, layout), layout, jobs=jobs)
+    return carry_out(prepare(asked, layout, options), layout, jobs=jobs)
 
 
 def carry_out(prepared: Prepared, layout: Layout, *, jobs: int) -> list[Result]:
@@ -140,10 +147,15 @@ def _remember(prepared: Prepared, layout: Layout) -> None:
     Raises:
         AblationError: naming what differs.
     """
-    asked = {"lit_dpo": __version__, "runs": prepared.configs}
+    options = prepared.options._asdict()
+    asked = {"lit_dpo": __version__, "options": options, "runs": prepared.configs}
     if layout.asked.is_file():
-        before = json.loads(layout.asked.read_text(encoding="utf-8"))["runs"]
-        if found := _differences(before, prepared.configs):
+        before = json.loads(layout.asked.read_text(encoding="utf-8"))
+        changed = [f"`--{key}` was {before['options'].get(key)} and is {now}" for key, now in options.items()]
+        changed = [
+            line for line, key in zip(changed, options, strict=True) if before["options"].get(key) != options[key]
+        ]
+        if found := ", ".join(changed) or _differences(before["runs"], prepared.configs):
             raise AblationError(
                 f"Expected the command that {layout.root} was made with, to go on, but there {found}. Repeat that "
                 "command, or name another `--out`."

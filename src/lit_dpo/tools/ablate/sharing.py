@@ -89,11 +89,11 @@ def _key(reference: Reference, module: DPOModule, config: Namespace) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Turn a configuration into builtins."""
+    """Turn a configuration into builtins, without where parts of it were read."""
     if isinstance(value, Namespace):
         value = value.as_dict()
     if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
+        return {str(key): plain(one) for key, one in value.items() if not str(key).startswith("__")}
     if isinstance(value, list | tuple):
         return [plain(one) for one in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -15,7 +15,7 @@ import torch
 from lit_dpo.errors import LitDPOError
 from lit_dpo.policy import shared
 from lit_dpo.tools.ablate.configuring import FitCLI
-from lit_dpo.tools.ablate.measuring import losses_of, measure
+from lit_dpo.tools.ablate.measuring import judge_of, losses_of, measure
 from lit_dpo.tools.ablate.recording import read_rows
 from lit_dpo.tools.ablate.records import Asked, Layout, Result
 from lit_dpo.tools.ablate.sharing import fill, measured_by
@@ -35,6 +35,10 @@ class Work(NamedTuple):
     loss: str
     """Among them: the run's own."""
     root: str
+    completions: int
+    """How many are sampled of the fitted policy."""
+    judge: str | None
+    """Import path of who judges them."""
     is_pass: bool = False
 
     def to_json(self) -> str:
@@ -82,14 +86,15 @@ def _run(cli: FitCLI, work: Work) -> None:
     _clean(folder, goes_on=goes_on)
     cli.folder = folder
     cli.parse([*work.arguments, *(["--ckpt_path", str(last)] if goes_on else [])])
-    with _flags_kept():
+    with flags_kept():
         cli.build()
-        trainer = cli.trainer
-        cli.recorder.begin(on_gpu=trainer.strategy.root_device.type == "cuda")
+        cli.recorder.begin(on_gpu=cli.trainer.strategy.root_device.type == "cuda")
         cli.fitted()
         cli.recorder.end()
         reference = measured_by(cli.model, layout.cache)
-        pairs, completions = measure(cli.model, cli.datamodule, trainer, losses_of(work.losses), reference)
+        pairs, completions = measure(
+            cli.model, cli.datamodule, losses_of(work.losses), reference, work.completions, judge_of(work.judge)
+        )
     _write(folder, work, cli, pairs, completions)
 
 
@@ -150,7 +155,7 @@ def _forget(cli: FitCLI) -> None:
 
 
 @contextmanager
-def _flags_kept() -> Iterator[None]:
+def flags_kept() -> Iterator[None]:
     """Leave PyTorch's switches for the next run as they are: `trainer.deterministic` and others set them for good."""
     cudnn = torch.backends.cudnn
     deterministic = torch.are_deterministic_algorithms_enabled()
