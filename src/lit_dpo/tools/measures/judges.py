@@ -22,8 +22,8 @@ def judged(judge: Judge, prompts: Sequence[Prompt], firsts: Sequence[str], secon
     """Ask a judge which of two completions of each prompt is better: 1.0 the first, 0.0 the second.
 
     Each pair is asked in both orders, and the two verdicts are averaged, so that a judge who prefers what it reads
-    first prefers nobody; equal texts are 0.5, unasked. A judge that has a method `compare(prompts, firsts, seconds)` is asked
-    once for all, with conversations as they are, and is taken at its word.
+    first prefers nobody; equal texts are 0.5, unasked. A judge that has a method `compare(prompts, firsts, seconds)` is
+    asked once for all, with conversations as they are, and is taken at its word.
 
     Args:
         judge: see `Judge`.
