@@ -174,13 +174,17 @@ _CORNERS = {("right", -13): 7, ("right", 13): 7, ("left", -13): -7, ("left", 13)
 
 
 def named(
-    points: Sequence[tuple[float, float]], names: Sequence[str], width: float, height: float, class_: str
+    points: Sequence[tuple[float, float]],
+    names: Sequence[tuple[str, str]],
+    width: float,
+    height: float,
+    class_: str,
 ) -> list[Html]:
     """Write names next to dots so that none covers a dot or another name; one that has no room is left out.
 
     Args:
         points: where the dots are, from 0 to 100, downwards.
-        names: of them; the first ones have the first choice.
+        names: of them, with the class of a colour; the first ones have the first choice.
         width: of the plot in pixels, at least.
         height: of it.
         class_: for the style.
@@ -188,14 +192,14 @@ def named(
     taken = [_around(a * width / 100, b * height / 100) for a, b in points]
     frame = _Box(-6, -12, width + 6, height + 6)
     found = []
-    for (a, b), name in zip(points, names, strict=True):
+    for (a, b), (name, colour) in zip(points, names, strict=True):
         for side, across, down in _choices():
             box = _box(a * width / 100 + across, b * height / 100 + down, side, len(name) * _LETTER + 4)
             inside = box.left >= frame.left and box.right <= frame.right and box.top >= frame.top
             if inside and box.bottom <= frame.bottom and not any(box.meets(other) for other in taken):
                 taken.append(box)
                 style = f"left:{a:g}%;top:{b:g}%;margin:{down:g}px 0 0 {across:g}px"
-                found.append(element("span", name, class_=f"mark {side} {class_}", style=style))
+                found.append(element("span", name, class_=f"mark {side} {class_} {colour}", style=style))
                 break
     return found
 

@@ -104,8 +104,9 @@ figcaption .soft { font-weight: 400; }
 .tick.x { top: calc(100% + 6px); transform: translateX(-50%); }
 .tick.y { right: calc(100% + 6px); transform: translateY(-50%); }
 .name.x { top: calc(100% + 22px); right: 0; } .name.y { bottom: calc(100% + 4px); left: 0; }
-.mark { transform: translate(0, -50%); text-shadow: 0 0 2px var(--card), 0 0 2px var(--card), 0 0 3px var(--card),
-  0 0 4px var(--card); } .mark.left { transform: translate(-100%, -50%); }
+.mark { color: var(--of); transform: translate(0, -50%); text-shadow: 0 0 2px var(--card), 0 0 2px var(--card),
+  0 0 3px var(--card), 0 0 4px var(--card); }
+.mark.left { transform: translate(-100%, -50%); }
 .mark.above, .mark.below { transform: translate(-50%, -50%); } .on-narrow { display: none; }
 .plane.high { height: 400px; margin-top: 20px; }
 .plane.rows { height: calc(26px * var(--rows)); margin-bottom: 44px; margin-left: 230px; }
@@ -117,7 +118,8 @@ figcaption .soft { font-weight: 400; }
 .ridge-row.last > :not(.plane) { padding-top: 28px; }
 .said { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 0 14px; }
 .said > * { min-width: 0; } .said .part { margin-top: 4px; } .failed { border-left: 4px solid var(--bad); }
-.card > .role:first-child { margin-top: 0; } .plain > .card { margin-top: 12px; } .defined td:first-child { white-space: nowrap; }
+.card > .role:first-child { margin-top: 0; } .plain > .card { margin-top: 12px; }
+.defined td:first-child { white-space: nowrap; }
 main:has(.arms .arm:is(:hover, :focus)) .plane .arm { opacity: .12; }
 main:has(.arms .a0:is(:hover, :focus)) .plane .a0,
 main:has(.arms .a1:is(:hover, :focus)) .plane .a1,

@@ -29,8 +29,9 @@ def section(arms: Sequence[Arm]) -> Iterator[Html]:
         drawn += _across(kl, x, down, one.colour) + _upright(accuracy, y, across, one.colour)
     drawn += [dot(*place, one.colour) for one, place in zip(found, places, strict=True)]
     said = [f"{one.number} {one.name}" for one in found]
-    wide = named(places, said, _WIDE, _HIGH, "on-wide")
-    narrow = named(places, [f"{one.number}" for one in found], _NARROW, _HIGH, "on-narrow")
+    colours = [one.colour for one in found]
+    wide = named(places, [*zip(said, colours, strict=True)], _WIDE, _HIGH, "on-wide")
+    narrow = named(places, [(f"{one.number}", one.colour) for one in found], _NARROW, _HIGH, "on-narrow")
     yield element("h2", "What accuracy costs")
     yield element(
         "p",

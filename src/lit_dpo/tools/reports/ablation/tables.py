@@ -19,8 +19,8 @@ _TITLES = {
     ),
 }
 _TWO = (
-    " Two seeds say little of how much seeds matter: by Student's t their interval is 12.7 standard errors to each side. "
-    "The paired tests below, on the same pairs, tell more."
+    " Two seeds say little of how much seeds matter: by Student's t their interval is 12.7 standard errors to each "
+    "side. The paired tests below, on the same pairs, tell more."
 )
 
 
@@ -83,7 +83,7 @@ def groups(arms: Sequence[Arm]) -> Iterator[Html]:
     """Put the accuracy on each source of pairs, and on each bucket of lengths, under each other."""
     for kind, prefix in GROUPS.items():
         names = dict.fromkeys(key for arm in arms for key in arm.summary.measures if key.startswith(prefix))
-        shown = [column(key, key.removeprefix(prefix)) for key in names]
+        shown = [column(key, key.removeprefix(prefix).replace("_", " ")) for key in names]
         if len(shown) < 2:
             continue
         title, note = _TITLES[kind]
