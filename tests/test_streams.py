@@ -84,7 +84,9 @@ def test_two_processes_train_like_one(on_two, tmp_path, name):
     one = two_streams.train(root=tmp_path, **case)
     assert _steps(one) == _steps(two)
     for name, expected in one["adapter"].items():
-        torch.testing.assert_close(two["adapter"][name], expected, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            two["adapter"][name], expected, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("name", ["stream", "tokens", "one pair a batch"])
