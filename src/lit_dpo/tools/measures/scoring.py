@@ -191,8 +191,12 @@ def held_out(data: PreferenceDataModule) -> dict[str, PromptTable]:
     Raises:
         DataError: if there are none.
     """
-    data.setup("validate")
-    found = {name.partition("/")[2]: table for name, table in data.tables.items() if name.partition("/")[0] == "val"}
+    found: dict[str, PromptTable] = {}
+    sources = [source for name, source in data.sources.items() if name.partition("/")[0] == "val"]
+    if data.val_split or any(source is not None for source in sources):
+        data.setup("validate")
+        tables = {name.partition("/"): table for name, table in data.tables.items()}
+        found = {name: table for (split, _, name), table in tables.items() if split == "val"}
     if not any(table.size for table in found.values()):
         raise DataError(
             "Expected held-out comparisons to measure by but there are none: name a file with `--data.val`, or hold a "

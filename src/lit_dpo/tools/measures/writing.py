@@ -27,8 +27,8 @@ def write(layout: Layout, summary: Summary, pairs: Mapping[str, pa.Table]) -> No
 
     `pairs.parquet` and `pairs.csv` hold the tables of all runs, one after another, with their names in the column
     `run`; `runs.parquet` and `runs.csv` a row per run: what is varied, the seed, whether it is done, and every measure
-    with the ends of its interval in `…_low` and `…_high`; `arms.csv` the same per arm; `comparisons.csv` the paired tests;
-    `report.md` what they say. The same bytes for the same summary.
+    with the ends of its interval in `…_low` and `…_high`; `arms.csv` the same per arm; `comparisons.csv` the paired
+    tests; `report.md` what they say. The same bytes for the same summary.
 
     Args:
         layout: of the ablation.
@@ -180,7 +180,8 @@ _SHOWN = {
 def table(summary: Summary) -> Table:
     """Make a table of the arms for a terminal, the most accurate first; it fits 80 columns.
 
-    Accuracy has half of its interval's width, and the other numbers none: `report.md` has all. Below it stands how many
+    Accuracy has half of its interval's width, and the other numbers none: `report.md` has all. Below it stands how
+    many
     arms are told apart from the first line.
     """
     from rich.table import Table
