@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -262,3 +263,10 @@ def test_the_table_fits_a_terminal(summary, width):
     assert lines[2].startswith("loss=ipo,beta=0.05 ")
     assert "±" in lines[2]
     assert "…" not in console.file.getvalue()
+
+
+def test_every_measure_is_on_the_page_that_defines_them():
+    page = (Path(__file__).parents[2] / "docs" / "measures.md").read_text()
+    for one in (*MEASURES, *families()):
+        formula = one.formula.replace("|", "\\|")
+        assert f"| `{one.name}` | {one.unit} | {one.better} | {formula} | {one.says} |" in page

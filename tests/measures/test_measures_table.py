@@ -248,6 +248,15 @@ def test_a_memory_is_that_of_training_or_that_of_the_pairs(tiny_model, files, tm
     assert frame["loss/beta"].notna().all()
 
 
+def test_a_policy_that_was_loaded_has_the_same_table(fitted, frame, tmp_path):
+    """Of a checkpoint, on another module, before anything else ran: to the last bit."""
+    dpo, rows, _, running = fitted
+    running.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = DPOModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    other = data(rows.sources["train"], val=rows.sources["val"], tokenizer=dpo.policy.model)
+    assert pair_table(loaded, other, LOSSES).to_pandas().equals(frame)
+
+
 def test_comparisons_of_one_prompt_are_weighed_one_by_one(tiny_model, tmp_path, caplog):
     """Rankings: a chosen completion is in several comparisons, and a loss over lists gives its prompt's value."""
     rows = [

@@ -166,4 +166,4 @@ def _definitions(arms: Sequence[ArmSummary]) -> list[str]:
         "tokens in nats, and Δ = Δ_w − Δ_l.",
         "",
     ]
-    return lines + [f"- `{one.name}` ({one.unit or 'per nat'}): {one.formula}; {one.says}." for one in shown]
+    return lines + [f"- `{one.name}` ({one.unit}): {one.formula}; {one.says}." for one in shown]
