@@ -210,9 +210,9 @@ def table(summary: Summary) -> Table:
 
 def _caption(summary: Summary, arms: Sequence[ArmSummary]) -> str:
     """Say what the ± is, and what the paired tests found of the most accurate arm."""
-    lines = ["accuracy: share of pairs, ± half of its 95 % interval"]
+    lines = ["±: half of the 95 % interval"]
     if any(len(arm.seeds) > 1 for arm in arms):
-        lines[0] += " (of several seeds, of their mean)"
+        lines[0] += "; of several seeds, of their mean"
     tests = [one for one in summary.comparisons if one.measure == "reward_accuracy"]
     of_best = [one for one in tests if arms[0].name in (one.arm, one.other)]
     if of_best:
