@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from jsonargparse import Namespace
 
 _LOGGER = {
-    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+    "class_path": "lit_dpo.callbacks.tensorboard.RunLogger",
     # `default_hp_metric` would log -1 before anything was measured
     "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
 }

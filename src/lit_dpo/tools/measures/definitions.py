@@ -67,7 +67,11 @@ MEASURES = (
     ),
     Measure("completion_length", "words", "mean over sampled completions", "neither", "how much the policy says"),
     Measure(
-        "distinct_1", "share", "different words / words, of all sampled completions", "higher", "how varied its words are"
+        "distinct_1",
+        "share",
+        "different words / words, of all sampled completions",
+        "higher",
+        "how varied its words are",
     ),
     Measure(
         "distinct_2",

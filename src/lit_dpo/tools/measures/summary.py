@@ -45,7 +45,11 @@ def summarise(results: Sequence[Result], pairs: Mapping[str, pa.Table]) -> Summa
     arms = [_arm(name, those) for name, those in by_arm.items()]
     accuracy = {arm.name: arm.measures["reward_accuracy"].value for arm in arms if "reward_accuracy" in arm.measures}
     to_compare = [
-        Arm(name, accuracy[name], {run.result.seed: tables[run.result.name] for run in those if run.result.name in tables})
+        Arm(
+            name,
+            accuracy[name],
+            {run.result.seed: tables[run.result.name] for run in those if run.result.name in tables},
+        )
         for name, those in by_arm.items()
         if name in accuracy
     ]
