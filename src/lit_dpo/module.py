@@ -59,7 +59,7 @@ from lit_dpo.policy.devices import remark
 from lit_dpo.references import Reference
 from lit_dpo.requirements import check_run, resolve_reference
 from lit_dpo.schedules import check_schedule, make_schedule, steps_of_run
-from lit_dpo.window import Window
+from lit_dpo.window import MeasuredBatch, Window
 
 _BROUGHT = (ExactResume, TrainingHealth, MemoryEstimate, OptimizerSteps, AdapterExport, PredictionWriter)
 
@@ -166,6 +166,7 @@ class DPOModule(pl.LightningModule):
         self.window = Window()
         self.unlogged = False  # whether the training metrics have counted something since the last row
         self.fetched: dict[str, Tensor] | None = None  # their values on the CPU, until they count the next batch
+        self.seen: MeasuredBatch | None = None  # of the last batch; callbacks read it, and wait for no device
         self.schedule_steps: int | None = None  # of a learning rate that changes, by `configure_optimizers`
         self.standing: Standing | None = None  # after the last step
         self.configured = False  # until the policy has loaded
@@ -526,15 +527,10 @@ class DPOModule(pl.LightningModule):
             seen = pairs.detach()
             losses = self.losses_of(pairs)
             total = losses.sum()
-        chosen, rejected = self.loss.rewards(seen)
+        self.seen = MeasuredBatch(seen, losses.detach(), *self.loss.rewards(seen))
+        measures = {**self.seen._asdict(), "parts": self.loss.parts(seen)}
         for collection in measured:
-            collection.update(
-                pairs=seen,
-                losses=losses.detach(),
-                parts=self.loss.parts(seen),
-                chosen_rewards=chosen,
-                rejected_rewards=rejected,
-            )
+            collection.update(**measures)
         return total, losses
 
     def _evaluate(self, batch: CompletionBatch, stage: str, loaders: Any, number: int) -> None:
