@@ -20,6 +20,7 @@ from torchmetrics import MetricCollection
 from lit_dpo.callbacks.export import AdapterExport, claim_versions, unnumbered
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
+from lit_dpo.callbacks.monitor import HealthMonitor
 from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.resume import ExactResume
 from lit_dpo.callbacks.steps import OptimizerSteps
@@ -61,7 +62,15 @@ from lit_dpo.requirements import check_run, resolve_reference
 from lit_dpo.schedules import check_schedule, make_schedule, steps_of_run
 from lit_dpo.window import MeasuredBatch, Window
 
-_BROUGHT = (ExactResume, TrainingHealth, MemoryEstimate, OptimizerSteps, AdapterExport, PredictionWriter)
+_BROUGHT = (
+    ExactResume,
+    TrainingHealth,
+    MemoryEstimate,
+    OptimizerSteps,
+    HealthMonitor,
+    AdapterExport,
+    PredictionWriter,
+)
 
 
 class DPOModule(pl.LightningModule):
@@ -167,6 +176,7 @@ class DPOModule(pl.LightningModule):
         self.unlogged = False  # whether the training metrics have counted something since the last row
         self.fetched: dict[str, Tensor] | None = None  # their values on the CPU, until they count the next batch
         self.seen: MeasuredBatch | None = None  # of the last batch; callbacks read it, and wait for no device
+        self.asked: dict[str, Tensor] = {}  # what callbacks want to know too: the check of gradients fetches it
         self.schedule_steps: int | None = None  # of a learning rate that changes, by `configure_optimizers`
         self.standing: Standing | None = None  # after the last step
         self.configured = False  # until the policy has loaded

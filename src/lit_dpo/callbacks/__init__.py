@@ -5,6 +5,7 @@ from lit_dpo.callbacks.export import AdapterExport
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.last import LastCheckpoint
 from lit_dpo.callbacks.memory import MemoryEstimate
+from lit_dpo.callbacks.monitor import HealthMonitor
 from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.resume import ExactResume
 from lit_dpo.callbacks.steps import OptimizerSteps
@@ -12,6 +13,7 @@ from lit_dpo.callbacks.steps import OptimizerSteps
 __all__ = [
     "AdapterExport",
     "ExactResume",
+    "HealthMonitor",
     "LastCheckpoint",
     "MemoryEstimate",
     "OptimizerSteps",

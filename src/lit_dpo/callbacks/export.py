@@ -63,6 +63,12 @@ def data_of(trainer: pl.Trainer) -> Any:
     return getattr(trainer, "datamodule", None)
 
 
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return the callbacks of a trainer, which Lightning sets without declaring them."""
+    found: list[pl.Callback] = getattr(trainer, "callbacks", [])
+    return found
+
+
 def run_directory(trainer: pl.Trainer) -> Path:
     """Where this run writes: the logger's directory, or the trainer's root. All ranks ask together: it broadcasts.
 

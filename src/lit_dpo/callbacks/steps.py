@@ -128,9 +128,12 @@ def _switch(trainer: pl.Trainer, mode: str) -> None:
 def fetch(pl_module: DPOModule, finite: Tensor) -> bool:
     """Fetch a yes or no of the device, and what the step measured: the one time in a step that the CPU waits."""
     values = _values(pl_module, pl_module.train_metrics) if pl_module.unlogged else {}
-    # no metric is called ""
-    pl_module.fetched = on_host({**values, "": finite})
-    return bool(pl_module.fetched.pop(""))
+    asked = {f"?{name}": value for name, value in pl_module.asked.items()}
+    found = on_host({**values, **asked, "": finite})  # no metric is called "" or begins like these
+    pl_module.asked.update({name[1:]: found.pop(name) for name in asked})
+    is_finite = bool(found.pop(""))
+    pl_module.fetched = found
+    return is_finite
 
 
 def _values(pl_module: DPOModule, measured: MetricCollection) -> dict[str, Any]:
