@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -76,8 +76,10 @@ class HealthMonitor(pl.Callback):
         self.seen = History()
         self.seen.recent = type(self.seen.recent)(maxlen=self.patience)
         self._held: dict[str, int] = {}
+        self._blind = False  # after something failed
         self._counted = 0  # first pairs whose numbers are asked for by now
         self._asked: list[Tensor] = []
+        self._trained: dict[str, Tensor] = {}
         self._without: dict[str, int] = {}
         self._pairs: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "val": []}
 
@@ -120,6 +122,7 @@ class HealthMonitor(pl.Callback):
         if frozen:  # of the adapter that trains: a reference's stands under another name
             zero = torch.stack([one.any() for _, one in frozen]).logical_not().tolist()
             self.seen.dead = [name for (name, _), is_zero in zip(frozen, zero, strict=True) if is_zero]
+        self._trained = {name: one for name, one in pl_module.model.named_parameters() if one.requires_grad}
         self._look(trainer, "once")
 
     # ---- what is seen ----
@@ -128,27 +131,36 @@ class HealthMonitor(pl.Callback):
         """Ask for the first pairs, with what the step waits for anyway."""
         if self.seen.first.pairs >= _FIRST or pl_module.seen is None:
             return
+        self._safely(self._ask, pl_module)
+
+    def _ask(self, pl_module: DPOModule) -> None:
         if self._counted < _FIRST:
             self._count_first(pl_module)
-        pl_module.asked.update(_names(torch.stack(self._asked).sum(0)))
+        if self._asked:
+            pl_module.asked.update(_names(torch.stack(self._asked).sum(0)))
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: DPOModule, optimizer: Optimizer) -> None:
         """Look for gradients that are not there, which costs no look at the device."""
-        known = {id(p): name for name, p in pl_module.model.named_parameters() if p.requires_grad}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if (name := known.get(id(parameter))) is not None:
-                    self._without[name] = self._without.get(name, 0) + 1 if parameter.grad is None else 0
+        if all(one.grad is None for one in self._trained.values()):  # a step that is left out
+            return
+        for name, one in self._trained.items():
+            self._without[name] = self._without.get(name, 0) + 1 if one.grad is None else 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: DPOModule, outputs: object, batch: CompletionBatch, batch_idx: int
     ) -> None:
         """Take in what the step measured, and look."""
-        seen = self.seen
-        self._keep("train", pl_module)
-        self._take_first(pl_module)
-        if trainer.global_step == seen.step:
+        self._safely(self._keep, "train", pl_module)
+        self._safely(self._take_first, pl_module)
+        if trainer.global_step == self.seen.step:
             return
+        self._safely(self._take_step, trainer)
+        self._look(trainer, "once")
+        self._look(trainer, "step")
+
+    def _take_step(self, trainer: pl.Trainer) -> None:
+        """Take in what an optimizer step showed."""
+        seen = self.seen
         seen.step = trainer.global_step
         rates = [(group["lr"], group.get("initial_lr", group["lr"]))
                  for optimizer in trainer.optimizers for group in optimizer.param_groups]  # fmt: skip
@@ -161,8 +173,6 @@ class HealthMonitor(pl.Callback):
         if measured:
             seen.start = seen.start or measured
             seen.recent.append(measured)
-        self._look(trainer, "once")
-        self._look(trainer, "step")
 
     def on_validation_batch_end(
         self,
@@ -174,18 +184,18 @@ class HealthMonitor(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep margins; before training, the policy is as it comes."""
-        self._keep("val", pl_module)
-        if trainer.sanity_checking and self._counted < _FIRST and pl_module.seen is not None:
-            self._count_first(pl_module)
+        if trainer.state.fn != "fit":
+            return
+        self._safely(self._keep, "val", pl_module)
+        if trainer.sanity_checking and self._counted < _FIRST:
+            self._safely(self._count_first, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Look at the validation; the one before training is of a few batches only."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             self._pairs["val"].clear()
             return
-        self.seen.validations.append(_measured(trainer, "val/"))
-        self._take_pairs("val")
-        self.seen.validated = len(self.seen.pairs.margins) if self.seen.pairs else 0
+        self._safely(self._take_validation, trainer)
         self._look(trainer, "pairs")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
@@ -193,7 +203,7 @@ class HealthMonitor(pl.Callback):
         if self.seen.validations:
             self._pairs["train"].clear()
         else:
-            self._take_pairs("train")
+            self._safely(self._take_pairs, "train")
         self._look(trainer, "pairs")
 
     def _keep(self, stage: str, pl_module: DPOModule) -> None:
@@ -206,6 +216,11 @@ class HealthMonitor(pl.Callback):
         while sum(len(margins) for margins, _ in kept) > _KEPT:
             del kept[0]
 
+    def _take_validation(self, trainer: pl.Trainer) -> None:
+        self.seen.validations.append(_measured(trainer, "val/"))
+        self._take_pairs("val")
+        self.seen.validated = len(self.seen.pairs.margins) if self.seen.pairs else 0
+
     def _take_pairs(self, stage: str) -> None:
         kept = self._pairs[stage]
         if kept:
@@ -216,7 +231,8 @@ class HealthMonitor(pl.Callback):
         kept.clear()
 
     def _count_first(self, pl_module: DPOModule) -> None:
-        assert pl_module.seen is not None
+        if pl_module.seen is None:  # a step of one's own
+            return
         pairs = pl_module.seen.pairs
         chosen, rejected = pairs.policy_chosen, pairs.policy_rejected
         near = (chosen.total - rejected.total).abs() <= 1e-5 * chosen.total.abs()
@@ -229,6 +245,15 @@ class HealthMonitor(pl.Callback):
         found = [pl_module.asked.pop(name, None) for name in FirstPairs._fields]
         if all(one is not None and one.device.type == "cpu" for one in found):
             self.seen.first = FirstPairs(*(int(one) for one in found if one is not None))
+
+    def _safely(self, look: Callable[..., None], *given: Any) -> None:
+        """Look, and if that fails, look no more: in one line, which costs nothing that is trained."""
+        if self._blind:
+            return
+        self._blind = True
+        with alone("HealthMonitor"):
+            look(*given)
+            self._blind = False
 
     # ---- what is said ----
 

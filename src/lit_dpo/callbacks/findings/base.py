@@ -26,7 +26,7 @@ class Finding(NamedTuple):
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.seen}: {self.matters}. Try: {self.remedy}."
+        return f"{self.seen}: {self.matters}. Try: {self.remedy}{'' if self.remedy.endswith('?') else '.'}"
 
 
 class FirstPairs(NamedTuple):

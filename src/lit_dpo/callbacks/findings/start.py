@@ -41,8 +41,7 @@ class NotFinite(Rule):
         if seen.skipped <= self.limit:
             return None
         return Finding(
-            f"{seen.skipped} steps of {seen.step + seen.skipped} were left out since their loss or gradient is not "
-            "finite",
+            f"{seen.skipped} steps of {seen.step} were left out since their loss or gradient is not finite",
             "the rows that make them teach nothing, and what makes them may come from the policy itself",
             f"a look at the rows that were named, a lower learning rate (now {seen.rate:.2g}), or bf16 for fp16",
         )
@@ -67,7 +66,8 @@ class Mismatch(Rule):
         return Finding(
             f"policy and reference ({seen.reference}) differ by {apart:.2g} nats per token before the first step",
             "rewards do not start at 0, and the first thing that is learnt is to be more or less like the reference",
-            "the model that the policy starts from as the reference, which is what no `reference` means",
+            "no `reference` at all, which means the model that the policy starts from; if another one is meant, "
+            "`ignore: [Mismatch]`",
         )
 
 
