@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.callbacks.export import run_directory
 from lit_dpo.callbacks.last import LastCheckpoint
+from lit_dpo.callbacks.throughput import LearningRate, Throughput
 from lit_dpo.errors import LitDPOError, ResumeError, TrainingError
 from lit_dpo.module import DPOModule
 from lit_dpo.parser import Parser, refuse
@@ -176,7 +177,7 @@ class LitDPOCLI(LightningCLI):
             refuse(str(error))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Add a Rich progress bar and a last checkpoint, unless there is another or none is wanted."""
+        """Add a progress bar, a last checkpoint, rate and throughput, unless there are others or none is wanted."""
         config = self.config_init[self.config_init["subcommand"]]["trainer"]
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -188,6 +189,9 @@ class LitDPOCLI(LightningCLI):
             isinstance(c, LastCheckpoint) for c in callbacks
         ):
             callbacks = [*callbacks, LastCheckpoint()]
+        if config.get("logger") is not False and not config.get("barebones"):
+            own = (kind for kind in (LearningRate, Throughput) if not any(isinstance(c, kind) for c in callbacks))
+            callbacks = [*callbacks, *(kind() for kind in own)]
         return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
 
 

@@ -24,6 +24,7 @@ from lit_dpo.callbacks.monitor import HealthMonitor
 from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.resume import ExactResume
 from lit_dpo.callbacks.steps import OptimizerSteps
+from lit_dpo.callbacks.summary import RunSummary
 from lit_dpo.checkpoint import (
     Standing,
     adapter_state,
@@ -69,6 +70,7 @@ _BROUGHT = (
     OptimizerSteps,
     HealthMonitor,
     AdapterExport,
+    RunSummary,
     PredictionWriter,
 )
 

@@ -31,6 +31,8 @@ class AdapterExport(pl.Callback):
 
     def __init__(self, directory: str | None = None) -> None:
         self.directory = directory
+        self.written: Path | None = None
+        """Where the last one went."""
 
     def setup(self, trainer: pl.Trainer, pl_module: DPOModule, stage: str) -> None:
         """See that the directory can be written to."""
@@ -45,6 +47,7 @@ class AdapterExport(pl.Callback):
             directory = Path(self.directory) if self.directory else _unused(directory / "adapter")
             try:
                 save_adapter(pl_module.model, tokenizer_of(trainer), directory)
+                self.written = directory
             finally:
                 with suppress(OSError):
                     directory.rmdir()  # if nothing came into it

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import time
 import warnings
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MetricCollection
 
@@ -20,15 +17,11 @@ if TYPE_CHECKING:
     from lit_dpo.module import DPOModule
 
 
-_SHOWN = ("loss", "reward_accuracy", "reward_margin")
-
-
 class OptimizerSteps(pl.Callback):
     """What happens after each optimizer step: a reference that moves follows, and what was measured is logged.
 
     `train/*` are means over the pairs since the last logged row. Callbacks and schedulers find them after every step;
-    loggers get a row every `log_every_n_steps` steps, and what is left at the end of each epoch. At the end of `fit`
-    one line says how it went.
+    loggers get a row every `log_every_n_steps` steps, and what is left at the end of each epoch.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
@@ -37,12 +30,11 @@ class OptimizerSteps(pl.Callback):
         pl_module.standing, pl_module.unlogged = None, False
         for measured in (pl_module.train_metrics, pl_module.val_metrics, pl_module.test_metrics):
             measured.reset()
-        self._first = self._last = trainer.global_step
-        self._began = time.monotonic()
+        self._last = trainer.global_step
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Count from here; a checkpoint's steps are known by now."""
-        self._first = self._last = trainer.global_step
+        self._last = trainer.global_step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: DPOModule, batch: CompletionBatch, batch_idx: int
@@ -104,15 +96,6 @@ class OptimizerSteps(pl.Callback):
             if isinstance(logger, TensorBoardLogger) and accuracy is not None:
                 with alone("The list of hyper-parameters"):
                     logger.log_hyperparams(flatten(configuration(pl_module)), {"hp_metric": float(accuracy)})
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
-        """Say how it went."""
-        with alone("The summary of the run"):
-            found = trainer.callback_metrics
-            names = [f"{stage}/{name}" for stage in ("train", "val") for name in _SHOWN if f"{stage}/{name}" in found]
-            measured = ", ".join(f"{name} {float(found[name]):.4g}" for name in names)
-            took = timedelta(seconds=round(time.monotonic() - self._began))
-            rank_zero_info(f"{self._last - self._first} steps in {took}" + (f": {measured}" if measured else ""))
 
 
 def _switch(trainer: pl.Trainer, mode: str) -> None:
