@@ -30,11 +30,13 @@ _LAYOUT = {
         "rewards of chosen and rejected, training": _chart("chosen_reward", "rejected_reward", stages=["train"]),
         "loss": _chart("loss"),
         "KL to the reference": _chart("kl"),
-        "learning rate": ["Multiline", ["^(train/)?lr.*"]],
+        "learning rate": ["Multiline", ["train/(learning_rate.*|lr-.*)$"]],
     },
-    "The same in parts": {
+    "What else": {
         "log-probs of chosen and rejected, nats per token": _chart("chosen_logps", "rejected_logps"),
         "parts of the loss": _chart("loss_.+"),
+        "tokens per second": ["Multiline", ["train/tokens_per_second$"]],
+        "memory, GiB": ["Multiline", ["train/memory_gib$"]],
     },
 }
 """What TensorBoard's tab `Custom Scalars` shows, by regular expressions of names."""
