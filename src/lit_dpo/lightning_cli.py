@@ -105,7 +105,7 @@ class LitDPOCLI(LightningCLI):
         """Defaults: our module and data, and run directories with versions."""
         assert isinstance(parser, Parser)
         parser.is_command = True
-        parser.defaults_below = _precision
+        parser.defaults_below = lambda typed: _precision(typed) | _logger(typed)
         parser.set_defaults(
             {
                 "model": {"class_path": "lit_dpo.module.DPOModule"},
@@ -205,6 +205,12 @@ def _precision(typed: Any) -> dict[str, Any]:
         return {}
     rank_zero_info(f"precision {chosen}, by the GPU: `--trainer.precision` chooses another one")
     return {"trainer.precision": chosen}
+
+
+def _logger(typed: Any) -> dict[str, Any]:
+    """Give Lightning's own TensorBoard logger, where somebody names it, the place that ours has."""
+    path = getattr((typed.get("trainer") or {}).get("logger"), "class_path", "")
+    return {"trainer.logger": {**_LOGGER, "class_path": path}} if path.endswith(".TensorBoardLogger") else {}
 
 
 def _root(trainer: Namespace) -> Path:
