@@ -131,7 +131,8 @@ def short(nested: Mapping[str, Any]) -> dict[str, Any]:
     ends = Counter(path[-count:] for path in found for count in range(1, len(path) + 1))
     named = {}
     for path, value in found.items():
-        count = next((n for n in range(1, len(path)) if ends[path[-n:]] == 1), len(path))
+        alone_there = (n for n in range(1, len(path)) if ends[path[-n:]] == 1 and not path[-n].isdigit())
+        count = next(alone_there, len(path))
         named[".".join(path[-count:])] = value
     return {name: named.pop(name) for name in _FIRST if name in named} | named
 
