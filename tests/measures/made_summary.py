@@ -67,7 +67,11 @@ def made_result(name: str, beta: float, seed: int, steps: int = 40) -> Result:
         done = 1 - np.exp(-3 * step / steps * strength)
         row = {"step": float(step), "train/loss": 0.69 - 0.5 * done + random.normal(0, 0.03)}
         row |= {"train/reward_accuracy": min(1.0, 0.5 + 0.45 * done + random.normal(0, 0.03)), "lr-AdamW": 1e-3}
-        row |= {"val/loss": 0.69 - 0.4 * done, "val/reward_accuracy": 0.5 + 0.4 * done, "val/kl": 0.2 * done**2 * strength}
+        row |= {
+            "val/loss": 0.69 - 0.4 * done,
+            "val/reward_accuracy": 0.5 + 0.4 * done,
+            "val/kl": 0.2 * done**2 * strength,
+        }
         curves.append(row)
     completions = [
         {

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
+
+from lit_dpo.tools.ablate.records import Estimate
 
 
 class Measure(NamedTuple):
@@ -15,6 +18,7 @@ class Measure(NamedTuple):
             sums over its n_w and n_l tokens in nats, Δ = Δ_w − Δ_l.
         better: which direction is, or `neither`.
         says: what it is for, in words.
+        least: that it can be; a share is at most 1.
     """
 
     name: str
@@ -22,6 +26,19 @@ class Measure(NamedTuple):
     formula: str
     better: Literal["higher", "lower", "neither"]
     says: str
+    least: float = -math.inf
+
+    def possible(self, estimate: Estimate) -> Estimate:
+        """Cut an interval off where there are no values: that of a mean over two seeds may go far beyond.
+
+        Example:
+            >>> measure("reward_accuracy").possible(Estimate(0.75, -0.9, 2.4))
+            Estimate(value=0.75, low=0.0, high=1.0)
+        """
+        most = 1.0 if self.unit == "share" else math.inf
+        least = 0.0 if self.unit == "share" else self.least
+        value, low, high = estimate  # NaN, where there is no interval, stays
+        return Estimate(value, least if low < least else low, most if high > most else high)
 
 
 MEASURES = (
@@ -47,6 +64,7 @@ MEASURES = (
         "Σ ½·(log π − log π_ref)² over all tokens of both completions / their number",
         "lower",
         "how far the policy has moved from the reference on these texts: the price of the accuracy",
+        0.0,
     ),
     Measure(
         "displacement",
@@ -65,7 +83,7 @@ MEASURES = (
         "lower",
         "how wrong σ(βΔ) is as a probability that the policy orders a pair rightly (ECE)",
     ),
-    Measure("completion_length", "words", "mean over sampled completions", "neither", "how much the policy says"),
+    Measure("completion_length", "words", "mean over sampled completions", "neither", "how much the policy says", 0.0),
     Measure(
         "distinct_1",
         "share",
@@ -87,25 +105,26 @@ MEASURES = (
         "higher",
         "how often the judge finds the policy's completion better than the reference's",
     ),
-    Measure("seconds", "seconds", "of `fit`", "lower", "what training took"),
-    Measure("tokens_per_second", "tokens per second", "trained tokens / seconds", "higher", "how fast it trained"),
-    Measure("peak_memory", "bytes", "most that was in use", "lower", "what it needed"),
+    Measure("seconds", "seconds", "of `fit`", "lower", "what training took", 0.0),
+    Measure("tokens_per_second", "tokens per second", "trained tokens / seconds", "higher", "how fast it trained", 0.0),
+    Measure("peak_memory", "bytes", "most that was in use", "lower", "what it needed", 0.0),
 )
 
 _FAMILIES = (
     Measure(
         "loss/",
-        "nats",
+        "the loss's",
         "mean of this loss over comparisons, of one over lists of its prompt's value",
         "lower",
         "what the policy is worth to this loss, whatever it was trained with",
     ),
     Measure(
         "weight/",
-        "",
+        "the loss's, per nat",
         "mean of |∂L/∂ log π| over the tokens of a chosen completion, then over comparisons",
         "neither",
         "how hard this loss would still pull: for DPO β·σ(−βΔ)",
+        0.0,
     ),
     Measure(
         "reward_accuracy/source=",

@@ -18,7 +18,7 @@ class Pairs(NamedTuple):
     """The rows of a table of pairs, `(N,)` each.
 
     Attributes:
-        keys: which comparison a row is, in any run: set, source, row in the data set, and how many before it have these.
+        keys: which comparison a row is, in any run: set, source, row in the data set, how many before it have these.
         prompts: numbers of the prompts; the same one is the same prompt.
         numbers: all other columns, float64.
         sources: where each is from.
@@ -50,13 +50,16 @@ class Pairs(NamedTuple):
         return self.chosen / self.numbers["chosen_length"] - self.rejected / self.numbers["rejected_length"]
 
     def take(self, rows: NDArray[np.int64]) -> Pairs:
-        """Some of the rows."""
+        """Return some of the rows."""
         numbers = {name: column[rows] for name, column in self.numbers.items()}
         return Pairs([self.keys[row] for row in rows.tolist()], self.prompts[rows], numbers, self.sources[rows])
 
 
 def read(table: pa.Table) -> Pairs:
-    """Take the arrays out of a table that `pair_table` made, or of one run's rows of `pairs.parquet`."""
+    """Take the arrays out of a table that `pair_table` made, or of one run's rows of `pairs.parquet`.
+
+    Rows come in the order of their keys, whatever the table's is: sums are then the same to the last digit.
+    """
     texts = {name: table.column(name).to_pylist() for name in ("set", "source")}
     indices = table.column("index").to_pylist()
     seen: Counter[tuple[Any, ...]] = Counter()
@@ -68,7 +71,9 @@ def read(table: pa.Table) -> Pairs:
     numbers = {
         name: table.column(name).to_numpy().astype(np.float64) for name in table.column_names if name not in taken
     }
-    return Pairs(keys, table.column("prompt").to_numpy().astype(np.int64), numbers, np.array(texts["source"], object))
+    prompts, sources = table.column("prompt").to_numpy().astype(np.int64), np.array(texts["source"], object)
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    return Pairs(keys, prompts, numbers, sources).take(np.array(order, dtype=np.int64))
 
 
 Ratio = tuple[Floats, Floats]

@@ -78,7 +78,7 @@ def resampled(sums: Floats, resamples: int = RESAMPLES, seed: int = 0) -> Iterat
 
 
 def percentile_interval(values: Floats) -> tuple[Floats, Floats]:
-    """Ends of the 95 % percentile interval of `(R, K)` resampled values, `(K,)` each.
+    """Return the ends of the 95 % percentile interval of `(R, K)` resampled values, `(K,)` each.
 
     Resamples in which a measure does not exist (NaN), as without a pair of some source, are left out; if it exists in
     none, there is no interval.
@@ -96,7 +96,7 @@ def bootstrap_p(differences: Floats) -> float:
     """Two-sided p-value of the hypothesis that a difference is 0, from its `(R,)` bootstrap distribution.
 
     Twice the smaller share of resamples at or beyond 0, each count with the one that was seen (+1), so that it is never
-    0 (Davison and Hinkley 1997, section 4.2; Phipson and Smyth 2010): p = min(1, 2·(1 + min(#{d ≤ 0}, #{d ≥ 0}))/(R + 1)).
+    0 (Davison and Hinkley 1997, section 4.2): p = min(1, 2·(1 + min(#{d ≤ 0}, #{d ≥ 0}))/(R + 1)).
 
     Example:
         >>> bootstrap_p(np.array([0.2, 0.1, 0.3])), bootstrap_p(np.array([-1.0, 1.0, 2.0, 3.0]))
@@ -197,8 +197,8 @@ def calibration_sums(margins: Floats) -> Floats:
     """`(N, 10)` what each pair adds to the bins of the expected calibration error.
 
     How sure the policy is of the side that it prefers is c = σ(|z|), from ½ to 1, of z = β·Δ; it is right if z > 0, and
-    half right if z = 0. Bins are of equal width in c, so that they are the same for every run, however many pairs are in
-    them. The numbers of bin b add up to n_b·(confidence − accuracy of the bin).
+    half right if z = 0. Bins are of equal width in c, so that they are the same for every run, however many pairs are
+    in them. The numbers of bin b add up to n_b·(confidence − accuracy of the bin).
 
     Args:
         margins: `(N,)` z.
@@ -213,9 +213,9 @@ def calibration_sums(margins: Floats) -> Floats:
 
 
 def calibration_error(margins: Floats) -> float:
-    """Return the expected calibration error (ECE, Naeini et al. 2015) of σ(z): Σ_b n_b/N·|accuracy − confidence|, 0 to ½.
+    """Return the expected calibration error of σ(z) (ECE, Naeini et al. 2015): Σ_b n_b/N·|accuracy − confidence|.
 
-    See `calibration_sums`. Of few pairs it is too large, as every bin's noise counts as an error.
+    It is in [0, 1]. See `calibration_sums`. Of few pairs it is too large, as every bin's noise counts as an error.
 
     Example:
         >>> calibration_error(np.array([np.log(3.0)] * 4)), calibration_error(np.log(3.0) * np.array([1, 1, 1, -1]))

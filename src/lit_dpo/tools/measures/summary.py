@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lit_dpo.tools.ablate.records import ArmSummary, Estimate, Result, RunSummary, Summary
+from lit_dpo.tools.measures.definitions import measure as definition
 from lit_dpo.tools.measures.paired import Arm, compared
 from lit_dpo.tools.measures.pairs import Pairs, ratios, read
 from lit_dpo.tools.measures.statistics import (
@@ -32,7 +33,8 @@ def summarise(results: Sequence[Result], pairs: Mapping[str, pa.Table]) -> Summa
     """Summarise runs: measures of each, means over the seeds of each arm, paired tests between arms.
 
     The same numbers for the same results and tables, to the last digit, in whatever order they come and were made: what
-    is drawn is drawn from a fixed seed.
+    is drawn is drawn from a fixed seed. Where one run says nothing of how a number varies (`distinct_1`, `seconds`),
+    the ends of its interval are NaN.
 
     Args:
         results: of all runs, failed ones too.
@@ -115,7 +117,7 @@ def _of_training(result: Result) -> dict[str, Estimate]:
     return {
         "seconds": _alone(result.seconds),
         "tokens_per_second": _alone(speed),
-        "peak_memory": _alone(float(result.peak_memory)),
+        "peak_memory": _alone(float(result.peak_memory or math.nan)),
     }
 
 
@@ -136,7 +138,7 @@ def _alone(value: float) -> Estimate:
 
 
 def _arms(runs: Sequence[RunSummary]) -> dict[str, list[RunSummary]]:
-    """Runs that differ in their seed alone, by the name that they have without it, in the order of the first of each."""
+    """Put runs together that differ in their seed alone, in the order of the first of each."""
     found: dict[str, list[RunSummary]] = {}
     for run in runs:
         found.setdefault(arm_name(run.result), []).append(run)
@@ -160,7 +162,8 @@ def _arm(name: str, runs: Sequence[RunSummary]) -> ArmSummary:
     measures = {}
     for measure in names:
         values = [run.measures[measure] for run in runs if measure in run.measures]
-        measures[measure] = values[0] if len(values) == 1 else mean_over_seeds([one.value for one in values])
+        over = values[0] if len(values) == 1 else mean_over_seeds([one.value for one in values])
+        measures[measure] = definition(measure).possible(over)
     first = runs[0].result
     return ArmSummary(name, first.axes, first.loss, [run.result.seed for run in runs], measures)
 
