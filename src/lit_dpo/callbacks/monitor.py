@@ -107,7 +107,7 @@ class HealthMonitor(pl.Callback):
         self.findings = {name: Finding(*said) for name, said in state.get("said", {}).items()}
         seen, loss = self.seen, pl_module.loss
         seen.beta, seen.compared = getattr(loss, "beta", float("nan")), Field.REFERENCE in loss.requires
-        seen.reference = str(pl_module.reference)
+        seen.reference = type(pl_module.reference).__name__ + _named(getattr(pl_module.reference, "model", None))
         if state:
             seen.start, seen.effort, seen.first = state["start"], state["effort"], FirstPairs(*state["first"])
             seen.validations = list(state["validations"])
@@ -276,6 +276,10 @@ class HealthMonitor(pl.Callback):
         if self.on_finding == "stop":
             raise TrainingError(f"{name} at step {self.seen.step}: {finding} What was saved before is as it was.")
         warn(f"{name} at step {self.seen.step}: {finding}")
+
+
+def _named(model: str | None) -> str:
+    return f" {model}" if model else ""
 
 
 def _is_end(name: str) -> bool:
