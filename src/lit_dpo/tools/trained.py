@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from lit_dpo import hub
 from lit_dpo.errors import PolicyError, ResumeError
@@ -52,7 +52,7 @@ class Trained(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What says how a model loads; `options` reads it."""
+    """Add what says how a model loads; `find` reads it."""
     group = parser.add_argument_group("how it loads")
     group.add_argument("--base", help="the adapter's base, if it is not where it was: a folder or a hub id")
     group.add_argument("--revision", help="branch, tag or commit of a base, or of a model, of the hub")
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def device_of(given: str) -> torch.device:
-    """The device that an option names.
+    """Return the device that an option names.
 
     Raises:
         PolicyError: if there is none such.
@@ -167,7 +167,7 @@ def _adapter(name: str, folder: Path, given: argparse.Namespace, dtype: str | No
         double_quantization=_double(quantization, known),
         adapter_path=str(folder),
         adapter_base=given.adapter_base,
-        dtype=dtype or said.get("policy", {}).get("dtype", "auto"),
+        dtype=cast("Any", dtype or said.get("policy", {}).get("dtype", "auto")),
         trust_remote_code=given.trust_remote_code,
     )
     return Trained("adapter", folder, name, policy, said, _config_near(folder))
@@ -185,7 +185,7 @@ def _model(name: str, folder: Path, given: argparse.Namespace, dtype: str | None
         name,
         revision=given.revision,
         quantization=given.quantization or "none",
-        dtype=dtype or "auto",
+        dtype=cast("Any", dtype or "auto"),
         trust_remote_code=given.trust_remote_code,
     )
     return Trained("model", folder, name, policy, {}, None)
@@ -221,7 +221,7 @@ def _checkpoint(path: Path, given: argparse.Namespace, dtype: str | None) -> Tra
 
 
 def _said(folder: Path) -> dict[str, Any]:
-    """What an adapter's folder says of its run; where it has no record, what the checkpoint next to it says."""
+    """Read what an adapter's folder says of its run; where it has no record, what the checkpoint next to it says."""
     from lit_dpo.checkpoint import KEY, RECORD, read_checkpoint
 
     file = folder / RECORD
@@ -238,7 +238,7 @@ def _said(folder: Path) -> dict[str, Any]:
 
 
 def _config_near(path: Path) -> Path | None:
-    """The run's `config.yaml`: next to an adapter or a checkpoint, or one folder further up."""
+    """Find the run's `config.yaml`: next to an adapter or a checkpoint, or one folder further up."""
     for folder in list(path.resolve().parents)[:2]:
         if (folder / "config.yaml").is_file():
             return folder / "config.yaml"
@@ -266,8 +266,8 @@ def check_base(trained: Trained) -> bool | None:
     if mine["fingerprint"] == theirs or (len(commits) == 1 and None not in commits):
         return True
     told = (
-        f"{trained.name} was trained on {known.get('model')}, with the content {theirs}; {trained.policy.place} has the "
-        f"content {mine['fingerprint']}"
+        f"{trained.name} was trained on {known.get('model')}, with the content {theirs}; {trained.policy.place} has "
+        f"the content {mine['fingerprint']}"
     )
     if trained.policy.adapter_base == "any":
         log.warning("%s: it is another model, which `--adapter_base any` allows", told)
@@ -281,14 +281,16 @@ def load(trained: Trained, device: torch.device) -> Any:
     Raises:
         LitDPOError: if it does not load, or its base is another one than it was trained on.
     """
-    trained.policy.fetch()
-    check_base(trained)
+    policy = trained.policy
+    policy.fetch()
+    if check_base(trained):  # by its content: where the adapter says that it was does not matter
+        policy = replace(policy, adapter_base="any")
     if trained.kind != "checkpoint":
-        return trained.policy.load_frozen(device)
+        return policy.load_frozen(device)
     from lit_dpo.checkpoint import load_strictly, read_checkpoint
     from lit_dpo.policy.adapters import adapter_parameters, is_adapters
 
-    model = trained.policy.load(device)
+    model = policy.load(device)
     known = {f"model.{name}": p for name, p in adapter_parameters(model).items()}
     given = {name: p for name, p in read_checkpoint(trained.path)["state_dict"].items() if is_adapters(name)}
     load_strictly(known, given, training=False)
@@ -296,7 +298,7 @@ def load(trained: Trained, device: torch.device) -> Any:
 
 
 def tokenizer(trained: Trained) -> PreTrainedTokenizerBase:
-    """The one that it was trained with: of its folder, or of the folder next to a checkpoint, else its base's."""
+    """Return the one that it was trained with: of its folder, or that next to a checkpoint, else its base's."""
     from transformers import AutoTokenizer
 
     beside = trained.path.with_suffix("")
@@ -319,5 +321,5 @@ def quiet() -> None:
 
 
 def shown(place: hub.Place) -> str:
-    """A hub id with its commit, or a folder's name: not where on this machine it is."""
+    """Write a hub id with its commit, or a folder's name: not where on this machine it is."""
     return str(place) if place.commit is not None else Path(place.name).name

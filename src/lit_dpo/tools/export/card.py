@@ -37,7 +37,7 @@ def write_card(folder: Path, trained: Trained, data: Mapping[str, Any], certific
 
 
 def card(trained: Trained, data: Mapping[str, Any], certificate: Certificate | None) -> str:
-    """The card's text: YAML that the hub reads, and Markdown in which all text of others is escaped."""
+    """Return the card's text: YAML that the hub reads, and Markdown in which all text of others is escaped."""
     from huggingface_hub import ModelCard
 
     data = trained.said.get("data") or data
@@ -56,7 +56,7 @@ def card(trained: Trained, data: Mapping[str, Any], certificate: Certificate | N
 
 
 def plain_markdown(text: object) -> str:
-    """Text in which nothing is Markdown, HTML or a control character; in one line.
+    r"""Return text in which nothing is Markdown, HTML or a control character; in one line.
 
     Example:
         >>> plain_markdown("<b>a|b</b>\\n# c")
@@ -124,7 +124,7 @@ def _method(trained: Trained) -> list[str]:
 
 
 def _losses(loss: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
-    """A loss's name, plain arguments and papers; then those of the losses that it is made of."""
+    """Yield a loss's name, plain arguments and papers; then those of the losses that it is made of."""
     path, arguments = str(loss.get("class_path", "")), dict(loss.get("init_args") or {})
     inner = [one for value in arguments.values() for one in (value if isinstance(value, list) else [value])]
     inner = [one for one in inner if isinstance(one, Mapping) and "class_path" in one]
@@ -140,7 +140,7 @@ def _losses(loss: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], list
 
 
 def _papers(path: str) -> list[str]:
-    """What the docstring of one of our losses cites; the file of a stranger imports nothing else."""
+    """List what the docstring of one of our losses cites; the file of a stranger imports nothing else."""
     if not path.startswith("lit_dpo.losses."):
         return []
     try:
@@ -165,12 +165,14 @@ def _data(data: Mapping[str, Any]) -> list[str]:
 
 
 def measures(trained: Trained) -> dict[str, float]:
-    """What was measured last, on held-out pairs: as the run says it, or as its TensorBoard files do up to that step."""
+    """Return what was measured last on held-out pairs: by the run's record, or its TensorBoard files."""
     if (said := trained.said.get("measures")) is not None:
         return {name: value for name, value in said.items() if name.startswith(("val/", "test/"))}
     if trained.config is None or not any(trained.config.parent.glob("events.out.tfevents.*")):
         return {}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+        EventAccumulator,
+    )
 
     events = EventAccumulator(str(trained.config.parent), {"scalars": 0})
     events.Reload()
@@ -212,14 +214,14 @@ def _certified(c: Certificate) -> list[str]:
     return [
         "## Certificate of the merge",
         "",
-        f"{c.pairs} comparisons ({plain_markdown(c.probe)}; {c.completions} completions, {c.tokens} tokens), scored before"
-        " and after, after reading the merged files again.",
+        f"{c.pairs} comparisons ({plain_markdown(c.probe)}; {c.completions} completions, {c.tokens} tokens), scored "
+        "before merging, and from the merged files.",
         "",
         f"Trained on {plain_markdown(c.trained_as)}; merged into {plain_markdown(c.base)}.",
         "",
         *_table(("", "before", "after"), rows),
         "",
-        f"{c.turned} comparisons are preferred the other way round.",
+        f"Comparisons that are preferred the other way round: {c.turned}.",
         "",
         *_table(("drift of log-probs, nats per token", "mean", "largest completion", "bound"), drifts),
         *untied,

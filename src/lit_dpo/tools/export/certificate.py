@@ -48,7 +48,7 @@ class Drift(NamedTuple):
 
 
 class Preferring(NamedTuple):
-    """How a model prefers: the share of comparisons with a margin above 0, and the mean margin to the reference, nats."""
+    """How a model prefers: the share of margins above 0, and the mean margin to the reference, nats."""
 
     accuracy: float
     margin: float
@@ -94,7 +94,10 @@ class Certificate(NamedTuple):
     @property
     def as_dict(self) -> dict[str, Any]:
         """In builtins, for `certificate.json`."""
-        return {name: value._asdict() if isinstance(value, tuple) else value for name, value in self._asdict().items()}
+        return {
+            name: value._asdict() if isinstance(value, Drift | Preferring) else value
+            for name, value in self._asdict().items()
+        }
 
 
 @torch.no_grad()
@@ -126,7 +129,7 @@ def drift(one: Scores, other: Scores) -> Drift:
     """
     apart = (one.per_token.double() - other.per_token.double()).abs()
     lengths = one.lengths.long()
-    each = torch.stack([part.mean() for part in apart.split(lengths.tolist())])
+    each = torch.stack([part.mean() for part in torch.split(apart, lengths.tolist())])
     return Drift(float(apart.mean()), float(each.max()))
 
 
@@ -134,6 +137,12 @@ def preferring(policy: Scores, reference: Scores) -> Preferring:
     """How a policy prefers, compared with its reference."""
     margins = policy.difference - reference.difference
     return Preferring(float((margins > 0).double().mean()), float(margins.double().mean()))
+
+
+def turned(one: Scores, other: Scores, reference: Scores) -> int:
+    """Count the comparisons that two policies prefer differently."""
+    signs = [policy.difference > reference.difference for policy in (one, other)]
+    return int((signs[0] != signs[1]).sum())
 
 
 def check(certificate: Certificate) -> None:
@@ -145,15 +154,15 @@ def check(certificate: Certificate) -> None:
     c = certificate
     if not c.rounding.largest <= c.max_drift:
         raise LitDPOError(
-            f"The merged model is not what the adapter computes on the same base: log-probs of a completion drift by "
+            f"The merged model is not what the adapter computes on the same base: a completion's log-probs drift by "
             f"{c.rounding.largest:.3g} nats per token (mean {c.rounding.mean:.3g}), and rounding to {c.dtype} may by "
-            f"{c.max_drift:g} (`--max_drift`). Nothing was written. This kind of adapter may not merge: export it as it "
-            "is, without `--merge`; or merge with another `--dtype`."
+            f"{c.max_drift:g} (`--max_drift`). Nothing was written. This kind of adapter may not merge: export it as "
+            "it is, without `--merge`; or merge with another `--dtype`."
         )
     if not c.gap.mean <= c.max_gap:
         raise LitDPOError(
             f"The merged model is far from what was trained: log-probs drift by {c.gap.mean:.3g} nats per token on "
-            f"average (largest {c.gap.largest:.3g}; accuracy {c.before.accuracy:.3f} before, {c.after.accuracy:.3f} "
-            f"after), and `--max_gap` is {c.max_gap:g}. It was trained on {c.trained_as}, and merged into {c.base}: see "
+            f"average (largest {c.gap.largest:.3g}; accuracy {c.before.accuracy:.3f} before and {c.after.accuracy:.3f} "
+            f"after), and `--max_gap` is {c.max_gap:g}. It was trained on {c.trained_as}, merged into {c.base}: see "
             "that this is the same model. Nothing was written."
         )

@@ -61,8 +61,8 @@ def main(args: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lit-dpo export",
-        description="Write what was trained to a new folder: the adapter, or with --merge whole weights and a certificate of "
-        "what merging changed; with tokenizer, chat template and a model card.",
+        description="Write what was trained to a new folder: the adapter, or with --merge whole weights and a "
+        "certificate of what merging changed; with tokenizer, chat template and a model card.",
         allow_abbrev=False,
     )
     parser.add_argument("run", help="a run's folder, an adapter's, a .ckpt, or a hub id of an adapter")
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--max_gap",
         type=float,
-        help=f"most mean nats per token between the base as it was trained on and the merged model; default: {MAX_GAP:g}",
+        help=f"most mean nats per token between what was trained on its base and what is merged; default: {MAX_GAP:g}",
     )
     group.add_argument(
         "--probe", help="pairs to certify on: any source that `data.train` reads; default: held-out ones of the run"
@@ -120,7 +120,7 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def table(c: Certificate) -> str:
-    """What the certificate says, for a terminal."""
+    """Write what the certificate says, for a terminal."""
     rows = [
         ("", "before", "after"),
         ("reward accuracy", f"{c.before.accuracy:.4f}", f"{c.after.accuracy:.4f}"),
@@ -130,5 +130,5 @@ def table(c: Certificate) -> str:
         ("  from the base as trained on", f"{c.gap.mean:.2g} (of {c.max_gap:g})", f"{c.gap.largest:.2g}"),
     ]
     lines = [f"{one:<30} {two:>18} {three:>18}" for one, two, three in rows]
-    said = f"certified on {c.pairs} comparisons, {c.probe}; {c.turned} are preferred the other way round"
+    said = f"certified on {c.pairs} comparisons, {c.probe}; preferred the other way round: {c.turned}"
     return "\n".join([said, *lines])

@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -110,7 +111,7 @@ def merge(
 
 
 def merge_base(trained: Trained, given: argparse.Namespace) -> LoRAPolicy:
-    """The unquantised base that is merged into: the one that was trained on, or `--merge_base`.
+    """Find the unquantised base that is merged into: the one that was trained on, or `--merge_base`.
 
     Raises:
         LitDPOError: if that is another one by its content, or it is quantised on disk.
@@ -134,8 +135,8 @@ def merge_base(trained: Trained, given: argparse.Namespace) -> LoRAPolicy:
         theirs, here = policy.model_identity()["fingerprint"], base.model_identity()["fingerprint"]
         if theirs != here:
             raise ResumeError(
-                f"`--merge_base` {base.place} is another model than {policy.place}, which was trained on: its content is "
-                f"{here}, not {theirs}. Leave it out, or allow it with `--adapter_base any`."
+                f"`--merge_base` {base.place} is another model than {policy.place}, which was trained on: its content "
+                f"is {here}, not {theirs}. Leave it out, or allow it with `--adapter_base any`."
             )
     return base
 
@@ -150,7 +151,7 @@ def _revision_of(name: str) -> tuple[str, str | None]:
 def adapter_folder(
     trained: Trained, tokenizer: PreTrainedTokenizerBase, probe: Probe, device: torch.device
 ) -> Iterator[tuple[Path, Before]]:
-    """Score what was trained, as it was trained, and give its adapter as a PEFT folder; that of a checkpoint is made."""
+    """Score what was trained, as it was trained, and give its adapter as a PEFT folder; a checkpoint's is made."""
     known = trained_things.check_base(trained)
     model = trained_things.load(trained, device)
     policy = scores(model, probe.batches)
@@ -167,7 +168,7 @@ def adapter_folder(
 
 
 def _on_the_base(base: LoRAPolicy, folder: Path, device: torch.device) -> Any:
-    """The adapter on the unquantised base, float32."""
+    """Put the adapter on the unquantised base, float32."""
     return replace(base, adapter_path=str(folder)).load_frozen(device)
 
 
@@ -181,21 +182,23 @@ def untie(model: Any) -> bool:
     base = model.get_base_model()
     sides = [base.get_input_embeddings(), base.get_output_embeddings()]
     plain = [getattr(side, "base_layer", side) for side in sides]
-    weights = [getattr(one, "weight", None) for one in plain]
-    if weights[0] is None or weights[0] is not weights[1] or not any(isinstance(side, LoraLayer) for side in sides):
+    shared: Any
+    shared, other = (getattr(one, "weight", None) for one in plain)
+    if shared is not other or not any(isinstance(side, LoraLayer) for side in sides):
         return False
-    plain[1].weight = nn.Parameter(weights[1].detach().clone(), requires_grad=False)
+    plain[1].weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
     log.warning(
         "embeddings and head share one weight in this model, and the adapter changes one of them: the merged model has "
-        "two (tie_word_embeddings=false), and is larger by %.2f GB in float32",
-        weights[0].numel() * 4 / 1e9,
+        "two (tie_word_embeddings=false), and is larger by %.3g GB in float32",
+        shared.numel() * 4 / 1e9,
     )
     return True
 
 
 def _write(model: Any, base: LoRAPolicy, dtype: torch.dtype, fresh: Path, untied: bool) -> None:
     """Merge, round, and write safetensors with the base's own configuration."""
-    with as_policy_error("a merged model of this adapter"):
+    with as_policy_error("a merged model of this adapter"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # `untie` has seen to it
         merged = model.merge_and_unload(safe_merge=True)
         merged.to(dtype)
     check_finite(dict(merged.named_parameters()))
@@ -226,7 +229,7 @@ def _check_room(base: LoRAPolicy, dtype: str, fresh: Path) -> None:
     count = sum(p.numel() for p in skeleton.parameters())
     written = count * _BYTES[dtype]
     log.info(
-        "merging %.3g billion parameters takes %.2f GB of memory (float32), and %.2f GB on the disk",
+        "merging %.3g billion parameters takes %.3g GB of memory (float32), and %.3g GB on the disk",
         count / 1e9,
         count * 4 / 1e9,
         written / 1e9,
@@ -244,7 +247,10 @@ def _trained_as(trained: Trained) -> str:
 
 
 def _said_of(base: LoRAPolicy, known: bool | None) -> str:
-    said = {True: "content as in training", False: "another content than in training, as allowed"}
+    said: dict[bool | None, str] = {
+        True: "content as in training",
+        False: "another content than in training, as allowed",
+    }
     name = base.model if base.model == QUICKSTART else trained_things.shown(base.place)
     return f"{name} ({said.get(known, 'whether its content is that of training is not recorded')})"
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 from lit_dpo.errors import LitDPOError
-from lit_dpo.hub import looks_like_id
 
 log = logging.getLogger(__name__)
 
@@ -20,14 +20,8 @@ def check_push(name: str) -> None:
         LitDPOError: saying what to do.
     """
     from huggingface_hub import constants, get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise LitDPOError(f"Expected `--push` as organisation/name but got {name!r}: {error}") from error
-    if not looks_like_id(name):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]{0,95}", name, re.ASCII):
         raise LitDPOError(f"Expected `--push` as organisation/name but got {name!r}.")
     if constants.HF_HUB_OFFLINE:
         raise LitDPOError("`--push` needs the hub, and HF_HUB_OFFLINE forbids to ask it: unset that.")
@@ -56,8 +50,8 @@ def push(folder: Path, name: str, *, private: bool, existing: bool) -> str:
         done = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload what lit_dpo exported")
     except Exception as error:  # errors of the hub and of HTTP libraries have no common base
         raise LitDPOError(
-            f"`--push`: {name} {_explained(error)} {folder} is written and stays: `hf upload {name} {folder}` uploads it "
-            "later."
+            f"`--push`: {name} {_explained(error)} {folder} is written and stays: `hf upload {name} {folder}` uploads "
+            "it later."
         ) from error
     return str(getattr(done, "commit_url", done))
 

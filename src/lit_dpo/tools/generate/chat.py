@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 from lit_dpo.data.formats import Message
@@ -63,7 +63,7 @@ def _turn(
     for side in ("policy", "reference")[: 1 + compare]:
         if compare:
             heading(side)
-        with model.without_adapters() if side == "reference" else nullcontext():
+        with model.side(side):
             try:
                 (completion,) = model.complete([ids], Streamer(model.tokenizer))
             except KeyboardInterrupt:

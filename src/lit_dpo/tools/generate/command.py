@@ -3,7 +3,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,15 +107,11 @@ def _check(given: argparse.Namespace) -> None:
         raise LitDPOError("Expected `--chat`, or prompts with `--prompt` or `--file`, but got both.")
     if not (given.chat or given.prompt or given.file):
         raise LitDPOError("Expected `--prompt TEXT`, `--file FILE` or `--chat`: what shall be completed?")
-    without = {"--out": given.out, "--messages": given.messages} if given.chat else {"--batch_size": given.batch_size}
-    if given.chat or not given.file:
-        without["--batch_size"] = given.batch_size
-    else:
-        without = {}
-    if wrong := [name for name, value in without.items() if value]:
-        raise LitDPOError(
-            f"`{wrong[0]}` has no effect {'with `--chat`' if given.chat else 'without `--file`'}: leave it out."
-        )
+    for name in ("out", "messages"):
+        if given.chat and getattr(given, name):
+            raise LitDPOError(f"`--{name}` has no effect with `--chat`: leave it out.")
+    if given.batch_size is not None and not given.file:
+        raise LitDPOError("`--batch_size` has no effect without `--file`: leave it out.")
     if given.batch_size is not None and given.batch_size < 1:
         raise LitDPOError(f"Expected `--batch_size` >= 1 but got {given.batch_size}.")
     completing.check(given)
@@ -130,11 +125,11 @@ def _streamed(
     for prompt, row in zip(prompts, rows, strict=True):
         if len(prompts) > 1:
             heading(prompt.shown, strong=True)
-        completions = {}
+        completions: dict[str, str] = {}
         for side in _SIDES[: 1 + given.compare]:
             if given.compare:
                 heading(side)
-            with model.without_adapters() if side == "reference" else _nothing():
+            with model.side(side):
                 (completions[side],) = model.complete([row], Streamer(model.tokenizer))
         found.append(completions)
     return found
@@ -150,9 +145,9 @@ def _in_batches(
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         for side in _SIDES[: 1 + given.compare]:
-            with model.without_adapters() if side == "reference" else _nothing():
-                completions = model.complete([rows[number] for number in batch])
-            for number, completion in zip(batch, completions, strict=True):
+            with model.side(side):
+                completed = model.complete([rows[number] for number in batch])
+            for number, completion in zip(batch, completed, strict=True):
                 found[number][side] = completion
     for prompt, completions in zip(prompts, found, strict=True):
         heading(prompt.shown, strong=True)
@@ -171,10 +166,3 @@ def _write(path: Path, prompts: list[Prompt], written: list[dict[str, str]]) -> 
                 row["reference"] = completions["reference"]
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
     log.info("%s completions in %s", len(written), path)
-    sys.stdout.flush()
-
-
-def _nothing() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()

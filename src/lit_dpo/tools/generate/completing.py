@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_dpo.errors import DataError, LitDPOError
@@ -98,11 +98,11 @@ class Completer(NamedTuple):
         found = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(token for token in found if token is not None and token < count)
 
-    def without_adapters(self) -> contextlib.AbstractContextManager[None]:
-        """Within it, what completes is the base that was trained from."""
+    def side(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Within it, the `policy` completes, or the `reference`: the base without the adapter."""
         from lit_dpo.policy.adapters import adapters_off
 
-        return adapters_off(self.model)
+        return adapters_off(self.model) if name == "reference" else contextlib.nullcontext()
 
 
 def completer(model: Any, tokenizer: PreTrainedTokenizerBase, given: argparse.Namespace) -> Completer:
@@ -128,7 +128,7 @@ def check(given: argparse.Namespace) -> None:
     typed = [name for name in _OF_SAMPLING if getattr(given, name) is not None]
     if given.greedy and typed:
         raise LitDPOError(f"`--{typed[0]}` has no effect with `--greedy`: leave one of them out.")
-    domains = {
+    domains: dict[str, Callable[[float], bool]] = {
         "max_new_tokens": lambda value: value >= 1,
         "temperature": lambda value: value > 0,
         "top_p": lambda value: 0 < value <= 1,
@@ -147,7 +147,7 @@ def check(given: argparse.Namespace) -> None:
 
 
 def _settings(given: argparse.Namespace, config: Any) -> dict[str, Any]:
-    """What `generate` is given besides the model's own generation_config."""
+    """Return what `generate` is given besides the model's own generation_config."""
     names = ("max_new_tokens", *_OF_SAMPLING, "repetition_penalty")
     found = {name: value for name in names if (value := getattr(given, name)) is not None}
     found.setdefault("max_new_tokens", config.max_new_tokens or _NEW_TOKENS)
