@@ -106,7 +106,8 @@ def quickstart_run(tmp_path_factory: pytest.TempPathFactory, quickstart: Path) -
     root = tmp_path_factory.mktemp("quickstart")
     config = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
     changes = {
-        "max_steps": "24",
+        "max_epochs": "1",
+        "limit_train_batches": "24",
         "callbacks": "[training.Unestimated]",
         "enable_progress_bar": "false",
         "logger.save_dir": str(root),

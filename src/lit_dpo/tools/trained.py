@@ -301,8 +301,8 @@ def tokenizer(trained: Trained) -> PreTrainedTokenizerBase:
     """Return the one that it was trained with: of its folder, or that next to a checkpoint, else its base's."""
     from transformers import AutoTokenizer
 
-    beside = trained.path.with_suffix("")
-    if trained.kind == "checkpoint" and (beside / "tokenizer_config.json").is_file():
+    beside = trained.path.with_suffix("") if trained.kind == "checkpoint" else trained.path
+    if trained.has_reference and (beside / "tokenizer_config.json").is_file():  # without asking where the base is
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             beside, trust_remote_code=trained.policy.trust_remote_code
         )

@@ -204,7 +204,13 @@ def _certified(c: Certificate) -> list[str]:
     ]
     drifts: list[Sequence[Any]] = [
         ("rounding to " + c.dtype, f"{c.rounding.mean:.2g}", f"{c.rounding.largest:.2g}", f"largest ≤ {c.max_drift:g}"),
-        ("from the base as trained on", f"{c.gap.mean:.2g}", f"{c.gap.largest:.2g}", f"mean ≤ {c.max_gap:g}"),
+        (
+            "from what was trained",
+            f"{c.gap.mean:.2g}",
+            f"{c.gap.largest:.2g}",
+            "" if c.max_gap is None else f"mean ≤ {c.max_gap:g}",
+        ),
+        ("of the bases alone, by quantisation", f"{c.base_gap.mean:.2g}", f"{c.base_gap.largest:.2g}", ""),
     ]
     untied = (
         ["", "Embeddings and head were one weight, and are two here: the adapter changes one of them."]

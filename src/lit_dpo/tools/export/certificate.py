@@ -16,7 +16,7 @@ from lit_dpo.logps.score import completion_logps
 MAX_DRIFT = {"bfloat16": 0.05, "float16": 0.01, "float32": 1e-3}
 """Largest drift by rounding of a completion, nats per token, unless another is asked for."""
 MAX_GAP = 0.5
-"""Largest mean drift between the base as it was quantised in training and the base that is merged into."""
+"""Largest mean drift from what was trained where a base is merged into that only log-probs compare with its own."""
 
 
 class Scores(NamedTuple):
@@ -66,12 +66,13 @@ class Certificate(NamedTuple):
         base: which was merged into, and whether its content is known to be the one that was trained on.
         trained_as: how the base was quantised in training.
         rounding: the merged weights, read from the disk, against the adapter on the same base in float32.
-        gap: the merged weights against the adapter on the base as it was trained.
+        gap: the merged weights against the adapter on the base as it was trained: what quantisation was worth.
+        base_gap: the same between the two bases, without the adapter.
         before: as it was trained.
         after: merged.
         turned: comparisons that are preferred the other way round after than before.
         max_drift: bound on `rounding.largest`.
-        max_gap: bound on `gap.mean`.
+        max_gap: bound on `gap.mean`; None where the base is known to be the one that was trained on.
         untied: whether embeddings and head were one weight before, and are two.
     """
 
@@ -84,11 +85,12 @@ class Certificate(NamedTuple):
     trained_as: str
     rounding: Drift
     gap: Drift
+    base_gap: Drift
     before: Preferring
     after: Preferring
     turned: int
     max_drift: float
-    max_gap: float
+    max_gap: float | None
     untied: bool
 
     @property
@@ -159,10 +161,10 @@ def check(certificate: Certificate) -> None:
             f"{c.max_drift:g} (`--max_drift`). Nothing was written. This kind of adapter may not merge: export it as "
             "it is, without `--merge`; or merge with another `--dtype`."
         )
-    if not c.gap.mean <= c.max_gap:
+    if c.max_gap is not None and not c.gap.mean <= c.max_gap:
         raise LitDPOError(
             f"The merged model is far from what was trained: log-probs drift by {c.gap.mean:.3g} nats per token on "
-            f"average (largest {c.gap.largest:.3g}; accuracy {c.before.accuracy:.3f} before and {c.after.accuracy:.3f} "
-            f"after), and `--max_gap` is {c.max_gap:g}. It was trained on {c.trained_as}, merged into {c.base}: see "
-            "that this is the same model. Nothing was written."
+            f"average (the bases alone by {c.base_gap.mean:.3g}; accuracy {c.before.accuracy:.3f} before and "
+            f"{c.after.accuracy:.3f} after), and `--max_gap` is {c.max_gap:g}. It was trained on {c.trained_as}, merged "
+            f"into {c.base}: see that this is the same model. Nothing was written."
         )

@@ -18,7 +18,7 @@ from lit_dpo.writing import written_whole
 log = logging.getLogger(__name__)
 
 _OF_MERGE = ("dtype", "max_drift", "max_gap", "probe", "probe_pairs", "merge_base")
-_DEFAULTS = {"dtype": "bfloat16", "max_gap": MAX_GAP, "probe_pairs": 64}
+_DEFAULTS = {"dtype": "bfloat16", "probe_pairs": 64}
 
 
 def main(args: Sequence[str]) -> None:
@@ -51,6 +51,8 @@ def main(args: Sequence[str]) -> None:
         else:
             write_adapter(found, tokenizer, fresh, device)
         write_card(fresh, found, data, certificate)
+        for weights in fresh.glob("*.safetensors"):  # which come readable for their owner alone
+            weights.chmod((fresh / "README.md").stat().st_mode)
     if certificate is not None:
         print(table(certificate))
     print(f"{'merged weights' if given.merge else 'adapter'}, tokenizer and model card are in {out}")
@@ -79,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--max_gap",
         type=float,
-        help=f"most mean nats per token between what was trained on its base and what is merged; default: {MAX_GAP:g}",
+        help=f"most mean nats per token between what was trained and what is merged; default: {MAX_GAP:g} where the "
+        "base is not known to be the one that was trained on",
     )
     group.add_argument(
         "--probe", help="pairs to certify on: any source that `data.train` reads; default: held-out ones of the run"
@@ -121,14 +124,16 @@ def _check(given: argparse.Namespace) -> None:
 
 def table(c: Certificate) -> str:
     """Write what the certificate says, for a terminal."""
+    bound = "" if c.max_gap is None else f" (of {c.max_gap:g})"
     rows = [
         ("", "before", "after"),
         ("reward accuracy", f"{c.before.accuracy:.4f}", f"{c.after.accuracy:.4f}"),
         ("margin to the base, nats", f"{c.before.margin:.4f}", f"{c.after.margin:.4f}"),
         ("drift, nats per token", "mean", "largest"),
         (f"  rounding to {c.dtype}", f"{c.rounding.mean:.2g}", f"{c.rounding.largest:.2g} (of {c.max_drift:g})"),
-        ("  from the base as trained on", f"{c.gap.mean:.2g} (of {c.max_gap:g})", f"{c.gap.largest:.2g}"),
+        ("  from what was trained", f"{c.gap.mean:.2g}{bound}", f"{c.gap.largest:.2g}"),
+        ("  of the bases alone", f"{c.base_gap.mean:.2g}", f"{c.base_gap.largest:.2g}"),
     ]
-    lines = [f"{one:<30} {two:>18} {three:>18}" for one, two, three in rows]
+    lines = [f"{one:<26} {two:>18} {three:>18}" for one, two, three in rows]
     said = f"certified on {c.pairs} comparisons, {c.probe}; preferred the other way round: {c.turned}"
     return "\n".join([said, *lines])

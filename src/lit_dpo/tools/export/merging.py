@@ -25,7 +25,7 @@ from lit_dpo.policy.adapters import adapters_off
 from lit_dpo.policy.base_model import QUICKSTART
 from lit_dpo.policy.checks import as_policy_error
 from lit_dpo.tools import trained as trained_things
-from lit_dpo.tools.export.certificate import MAX_DRIFT, Certificate, Scores, check, drift, preferring, scores
+from lit_dpo.tools.export.certificate import MAX_DRIFT, MAX_GAP, Certificate, Scores, check, drift, preferring, scores
 from lit_dpo.tools.export.probe import Probe
 from lit_dpo.tools.trained import Trained
 
@@ -69,12 +69,14 @@ def merge(
     Raises:
         LitDPOError: if the base is another one, or the merged model drifts by more than a bound.
     """
-    base = merge_base(trained, given)
+    base, same = merge_base(trained, given)
     _check_room(base, given.dtype, fresh)
     with adapter_folder(trained, tokenizer, probe, device) as (folder, before):
         model = _on_the_base(base, folder, device)
         untied = untie(model)
         unmerged = scores(model, probe.batches)
+        with adapters_off(model):
+            bare = scores(model, probe.batches)
         _write(model, base, getattr(torch, given.dtype), fresh, untied)
         del model
     gc.collect()
@@ -89,10 +91,11 @@ def merge(
         tokens=len(after.per_token),
         probe=probe.said,
         dtype=given.dtype,
-        base=_said_of(base, before.known),
+        base=_said_of(base, before.known if same else same),
         trained_as=_trained_as(trained),
         rounding=drift(unmerged, after),
         gap=drift(before.policy, after),
+        base_gap=drift(before.reference, bare),
         before=preferring(before.policy, before.reference),
         after=preferring(after, before.reference),
         turned=int(
@@ -102,7 +105,7 @@ def merge(
             ).sum()
         ),
         max_drift=MAX_DRIFT[given.dtype] if given.max_drift is None else given.max_drift,
-        max_gap=given.max_gap,
+        max_gap=(None if same else MAX_GAP) if given.max_gap is None else given.max_gap,
         untied=untied,
     )
     check(certificate)
@@ -110,8 +113,11 @@ def merge(
     return certificate
 
 
-def merge_base(trained: Trained, given: argparse.Namespace) -> LoRAPolicy:
+def merge_base(trained: Trained, given: argparse.Namespace) -> tuple[LoRAPolicy, bool | None]:
     """Find the unquantised base that is merged into: the one that was trained on, or `--merge_base`.
+
+    Returns:
+        The base, and whether it is what was trained on: None where that was quantised on the disk.
 
     Raises:
         LitDPOError: if that is another one by its content, or it is quantised on disk.
@@ -131,14 +137,16 @@ def merge_base(trained: Trained, given: argparse.Namespace) -> LoRAPolicy:
             "that they were made of with `--merge_base`."
         )
     base.fetch()
-    if given.merge_base and not quantised and policy.adapter_base != "any":
+    same: bool | None = True
+    if given.merge_base:
         theirs, here = policy.model_identity()["fingerprint"], base.model_identity()["fingerprint"]
-        if theirs != here:
+        same = None if quantised else theirs == here
+        if same is False and policy.adapter_base != "any":
             raise ResumeError(
                 f"`--merge_base` {base.place} is another model than {policy.place}, which was trained on: its content "
                 f"is {here}, not {theirs}. Leave it out, or allow it with `--adapter_base any`."
             )
-    return base
+    return base, same
 
 
 def _revision_of(name: str) -> tuple[str, str | None]:
@@ -186,11 +194,12 @@ def untie(model: Any) -> bool:
     shared, other = (getattr(one, "weight", None) for one in plain)
     if shared is not other or not any(isinstance(side, LoraLayer) for side in sides):
         return False
-    plain[1].weight = nn.Parameter(shared.detach().clone(), requires_grad=False)
+    table: torch.Tensor = plain[0].weight
+    plain[1].weight = nn.Parameter(table.detach().clone(), requires_grad=False)
     log.warning(
         "embeddings and head share one weight in this model, and the adapter changes one of them: the merged model has "
         "two (tie_word_embeddings=false), and is larger by %.3g GB in float32",
-        shared.numel() * 4 / 1e9,
+        table.numel() * 4 / 1e9,
     )
     return True
 
@@ -250,9 +259,10 @@ def _said_of(base: LoRAPolicy, known: bool | None) -> str:
     said: dict[bool | None, str] = {
         True: "content as in training",
         False: "another content than in training, as allowed",
+        None: "content not compared: that of training is not recorded, or was quantised on the disk",
     }
     name = base.model if base.model == QUICKSTART else trained_things.shown(base.place)
-    return f"{name} ({said.get(known, 'whether its content is that of training is not recorded')})"
+    return f"{name} ({said[known]})"
 
 
 def write_adapter(trained: Trained, tokenizer: PreTrainedTokenizerBase, fresh: Path, device: torch.device) -> None:
