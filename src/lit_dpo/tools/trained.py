@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_PARTS = {"base", "policy", "loss", "reference", "data", "measures"}
 _ADAPTER, _MODEL = "adapter_config.json", "config.json"
 
 
@@ -175,7 +176,9 @@ def _adapter(name: str, folder: Path, given: argparse.Namespace, dtype: str | No
 
 def _double(quantization: str, known: Mapping[str, Any]) -> bool:
     """Whether NF4's scales were quantised; elsewhere the field's default, the only value that is taken."""
-    return True if quantization != "nf4" or known.get("quantization") != "nf4" else bool(known["double_quantization"])
+    return (
+        True if quantization != "nf4" or known.get("quantization") != "nf4" else bool(known.get("double_quantization"))
+    )
 
 
 def _model(name: str, folder: Path, given: argparse.Namespace, dtype: str | None) -> Trained:
@@ -234,7 +237,17 @@ def _said(folder: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise PolicyError(f"Expected JSON in {file} but it cannot be read: {error}.") from error
-    return found if isinstance(found, dict) else {}
+    return _known(found) if isinstance(found, dict) else {}
+
+
+def _known(found: dict[str, Any]) -> dict[str, Any]:
+    """Of a record, which may be a stranger's, what has the form that is read."""
+    parts = {name: value for name in _PARTS if isinstance(value := found.get(name), dict)}
+    if "data" in parts:
+        parts["data"] = {split: counts for split, counts in parts["data"].items() if isinstance(counts, dict)}
+    if "measures" in parts:
+        parts["measures"] = {name: value for name, value in parts["measures"].items() if isinstance(value, int | float)}
+    return {name: value for name, value in found.items() if name not in _PARTS} | parts
 
 
 def _config_near(path: Path) -> Path | None:

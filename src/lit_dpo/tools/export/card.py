@@ -118,9 +118,9 @@ def _method(trained: Trained) -> list[str]:
     shown = ("r", "alpha", "dropout", "target_modules", "use_rslora", "use_dora", "rank_pattern", "target_parameters")
     if options := ", ".join(f"{name}={policy[name]}" for name in shown if policy.get(name)):
         lines.append(f"- adapter: {plain_markdown(options)}")
-    if steps := trained.said.get("steps"):
-        lines.append(f"- {plain_markdown(steps)} optimizer steps" if not isinstance(steps, Mapping) else "")
-    return [line for line in lines if line or line == lines[1]]
+    steps = trained.said.get("steps")
+    # a checkpoint also keeps how its steps are made under this name
+    return lines if not steps or isinstance(steps, Mapping) else [*lines, f"- {plain_markdown(steps)} optimizer steps"]
 
 
 def _losses(loss: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:

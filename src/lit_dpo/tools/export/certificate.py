@@ -164,7 +164,7 @@ def check(certificate: Certificate) -> None:
     if c.max_gap is not None and not c.gap.mean <= c.max_gap:
         raise LitDPOError(
             f"The merged model is far from what was trained: log-probs drift by {c.gap.mean:.3g} nats per token on "
-            f"average (the bases alone by {c.base_gap.mean:.3g}; accuracy {c.before.accuracy:.3f} before and "
-            f"{c.after.accuracy:.3f} after), and `--max_gap` is {c.max_gap:g}. It was trained on {c.trained_as}, merged "
+            f"average (bases alone by {c.base_gap.mean:.3g}; accuracy {c.before.accuracy:.3f} before and "
+            f"{c.after.accuracy:.3f} after), and `--max_gap` is {c.max_gap:g}. Trained on {c.trained_as}, merged "
             f"into {c.base}: see that this is the same model. Nothing was written."
         )

@@ -63,6 +63,7 @@ def main(args: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lit-dpo export",
+        usage="lit-dpo export RUN OUT [--merge] [--push ORG/NAME] [--option value ...]",
         description="Write what was trained to a new folder: the adapter, or with --merge whole weights and a "
         "certificate of what merging changed; with tokenizer, chat template and a model card.",
         allow_abbrev=False,

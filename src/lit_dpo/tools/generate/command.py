@@ -19,6 +19,7 @@ from lit_dpo.writing import written_whole
 log = logging.getLogger(__name__)
 
 _SIDES = ("policy", "reference")
+_AT_ONCE = 8
 
 
 def main(args: Sequence[str]) -> None:
@@ -63,6 +64,7 @@ def main(args: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lit-dpo generate",
+        usage="lit-dpo generate MODEL (--prompt TEXT ... | --file FILE | --chat) [--compare] [--option value ...]",
         description="Complete prompts with what was trained, streamed as they come; those of a file in batches.",
         allow_abbrev=False,
     )
@@ -85,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--chat_template_kwargs", type=_json, default={}, help="more arguments for it, as a JSON object")
     what.add_argument("--compare", action="store_true", help="the reference too: the same base without the adapter")
     what.add_argument("--out", help="a file, .jsonl, of prompts and completions")
-    what.add_argument("--batch_size", type=int, default=None, help="prompts of a file completed at once; default: 8")
+    what.add_argument(
+        "--batch_size", type=int, default=None, help=f"prompts of a file completed at once; default: {_AT_ONCE}"
+    )
     completing.add_arguments(parser)
     trained.add_arguments(parser)
     parser.add_argument(
@@ -120,7 +124,7 @@ def _check(given: argparse.Namespace) -> None:
 def _streamed(
     model: Completer, prompts: list[Prompt], rows: list[list[int]], given: argparse.Namespace
 ) -> list[dict[str, str]]:
-    """One prompt after another, as tokens come."""
+    """Complete one prompt after another, printed as tokens come."""
     found = []
     for prompt, row in zip(prompts, rows, strict=True):
         if len(prompts) > 1:
@@ -138,23 +142,22 @@ def _streamed(
 def _in_batches(
     model: Completer, prompts: list[Prompt], rows: list[list[int]], given: argparse.Namespace
 ) -> list[dict[str, str]]:
-    """Prompts of about one length together, printed in their order batch by batch."""
-    found: list[dict[str, str]] = [{} for _ in rows]
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
-    size = given.batch_size or 8
-    for start in range(0, len(order), size):
-        batch = order[start : start + size]
+    """Complete some prompts at once, and print them as they are done."""
+    found: list[dict[str, str]] = []
+    size = given.batch_size or _AT_ONCE
+    for start in range(0, len(rows), size):
+        together = rows[start : start + size]
+        sides: dict[str, list[str]] = {}
         for side in _SIDES[: 1 + given.compare]:
             with model.side(side):
-                completed = model.complete([rows[number] for number in batch])
-            for number, completion in zip(batch, completed, strict=True):
-                found[number][side] = completion
-    for prompt, completions in zip(prompts, found, strict=True):
-        heading(prompt.shown, strong=True)
-        for side, completion in completions.items():
-            if given.compare:
-                heading(side)
-            say(completion.strip())
+                sides[side] = model.complete(together)
+        for number, prompt in enumerate(prompts[start : start + size]):
+            found.append({side: completions[number] for side, completions in sides.items()})
+            heading(prompt.shown, strong=True)
+            for side, completion in found[-1].items():
+                if given.compare:
+                    heading(side)
+                say(completion.strip())
     return found
 
 
