@@ -6,6 +6,7 @@ import gc
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,27 @@ def kernel_calls(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-@pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    """What a test leaves in the environment (Lightning a seed, a port, a rank) is not the next test's."""
+@contextmanager
+def _as_it_was() -> Iterator[None]:
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """What a test leaves in the environment (Lightning a seed, a port, a rank) is not the next test's."""
+    with _as_it_was():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment_of_module() -> Iterator[None]:
+    """Nor what the fixtures of a file leave the next file's: a process of two ranks would take that seed."""
+    with _as_it_was():
+        yield
 
 
 @pytest.fixture(scope="session")
