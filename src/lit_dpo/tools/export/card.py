@@ -59,8 +59,8 @@ def plain_markdown(text: object) -> str:
     r"""Return text in which nothing is Markdown, HTML or a control character; in one line.
 
     Example:
-        >>> plain_markdown("<b>a|b</b>\\n# c")
-        '\\\\<b\\\\>a\\\\|b\\\\</b\\\\> \\\\# c'
+        >>> print(plain_markdown("<b>a|b</b>\n# c"))
+        \<b\>a\|b\</b\> \# c
     """
     said = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]+", " ", str(text)).split())
     return _SPECIAL.sub(r"\\\1", said)

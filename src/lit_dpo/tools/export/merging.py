@@ -198,8 +198,8 @@ def untie(model: Any) -> bool:
     plain[1].weight = nn.Parameter(table.detach().clone(), requires_grad=False)
     log.warning(
         "embeddings and head share one weight in this model, and the adapter changes one of them: the merged model has "
-        "two (tie_word_embeddings=false), and is larger by %.3g GB in float32",
-        table.numel() * 4 / 1e9,
+        "two (tie_word_embeddings=false), and is larger by %s in float32",
+        _size(table.numel() * 4),
     )
     return True
 
@@ -238,14 +238,24 @@ def _check_room(base: LoRAPolicy, dtype: str, fresh: Path) -> None:
     count = sum(p.numel() for p in skeleton.parameters())
     written = count * _BYTES[dtype]
     log.info(
-        "merging %.3g billion parameters takes %.3g GB of memory (float32), and %.3g GB on the disk",
-        count / 1e9,
-        count * 4 / 1e9,
-        written / 1e9,
+        "merging %s parameters takes %s of memory (float32), and %s on the disk",
+        f"{count:,}",
+        _size(count * 4),
+        _size(written),
     )
     there = next(folder for folder in fresh.absolute().parents if folder.is_dir())
     if (free := shutil.disk_usage(there).free) < written * 1.05:
-        raise LitDPOError(f"Expected {written / 1e9:.2f} GB of free disk in {there} but there are {free / 1e9:.2f} GB.")
+        raise LitDPOError(f"Expected {_size(written)} of free disk in {there} but there are {_size(free)}: make room.")
+
+
+def _size(count: int) -> str:
+    """Write bytes as people do.
+
+    Example:
+        >>> _size(16_100_000_000)
+        '16.1 GB'
+    """
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def _trained_as(trained: Trained) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_dpo.callbacks.export import data_facts
@@ -50,7 +51,8 @@ def probe(trained: Trained, tokenizer: PreTrainedTokenizerBase, file: str | None
     if file is not None:
         data = PreferenceDataModule(val=file, tokenizer=tokenizer)
         data.setup("validate")
-        return _taken(data, "val", limit, f"first {{count}} of {file}")
+        name = Path(file).name if Path(file).exists() else file  # cards do not say where on this machine
+        return _taken(data, "val", limit, f"first {{count}} prompts of {name}")
     data = _of_run(trained, tokenizer)
     held_out = data.val_split or any(one is not None for name, one in data.sources.items() if name.startswith("val"))
     try:
@@ -89,7 +91,7 @@ def _taken(data: PreferenceDataModule, split: str, limit: int, said: str) -> Pro
     count = sum(len(batch.prompt_lengths) for batch in batches)
     if not count:
         raise DataError("Expected pairs to certify the merge on but there are none: give some with `--probe FILE`.")
-    return Probe(batches, said.format(count=count), data_facts(data))
+    return Probe(batches, said.replace("{count}", str(count)), data_facts(data))
 
 
 def _batches(table: Any, limit: int) -> Iterator[CompletionBatch]:
