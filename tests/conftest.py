@@ -113,6 +113,25 @@ def quickstart() -> Path:
 
 
 @pytest.fixture(scope="session")
+def quickstart_run(tmp_path_factory: pytest.TempPathFactory, quickstart: Path) -> Path:
+    """The folder of a short run of `lit-dpo fit`: the quickstart in NF4, quicker than it comes."""
+    from lit_dpo.cli import main
+
+    root = tmp_path_factory.mktemp("quickstart")
+    config = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+    changes = {
+        "max_epochs": "1",
+        "limit_train_batches": "24",
+        "callbacks": "[training.Unestimated]",
+        "enable_progress_bar": "false",
+        "logger.save_dir": str(root),
+    }
+    typed = [word for name, value in changes.items() for word in (f"--trainer.{name}", value)]
+    main(["fit", "--config", str(config), "--model.optimizer.lr", "3e-3", *typed])
+    return root / "version_0"
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with a byte-level tokenizer, saved as a Hugging Face directory."""
     import torch
