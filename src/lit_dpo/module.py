@@ -116,6 +116,9 @@ class DPOModule(pl.LightningModule):
     """Whether what is loaded may be of a run with another loss or reference."""
 
     loss_state: Tensor | None
+    seen: tuple[PairLogps, Tensor] | None = None
+    """The record of the batch that was measured last, in training or not, and its losses, both without a graph; for
+    callbacks that look at single comparisons. None before the first, and under a `training_step` of one's own."""
     _said_whole = False
     _frozen: FrozenStates | None = None  # of the reference, while `forward` runs
     _draws: list[dict[str, Any]] | None = None  # random states before each `forward`, while they are noted
@@ -526,6 +529,7 @@ class DPOModule(pl.LightningModule):
             seen = pairs.detach()
             losses = self.losses_of(pairs)
             total = losses.sum()
+        self.seen = seen, losses.detach()
         chosen, rejected = self.loss.rewards(seen)
         for collection in measured:
             collection.update(

@@ -1,6 +1,7 @@
-"""Callbacks; `DPOModule` brings all but `SampleCompletions` and `LastCheckpoint` with it."""
+"""Callbacks; `DPOModule` brings all but `SampleCompletions`, `LastCheckpoint` and `TrainingDynamics` with it."""
 
 from lit_dpo.callbacks.completions import SampleCompletions
+from lit_dpo.callbacks.dynamics import TrainingDynamics
 from lit_dpo.callbacks.export import AdapterExport
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.last import LastCheckpoint
@@ -17,5 +18,6 @@ __all__ = [
     "OptimizerSteps",
     "PredictionWriter",
     "SampleCompletions",
+    "TrainingDynamics",
     "TrainingHealth",
 ]
