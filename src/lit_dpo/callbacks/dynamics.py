@@ -103,7 +103,7 @@ class TrainingDynamics(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: DPOModule, exception: BaseException) -> None:
         """Write it if somebody stopped the run."""
         stopped = isinstance(exception, SIGTERMException | KeyboardInterrupt)
-        if stopped and trainer.state.fn == "fit" and self._parts:
+        if stopped and trainer.state.fn == "fit":
             self._write(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: DPOModule, checkpoint: dict[str, Any]) -> None:
