@@ -62,8 +62,8 @@ class Scores(NamedTuple):
         chosen: place of the chosen completion among its prompt's.
         rejected: place of the rejected one.
         times: how often it was seen.
-        confidence: mean over the times of σ(β·margin), from 0 to 1. The least are the likeliest to be labelled the wrong
-            way round: `benchmarks/audit.py` compares it with the others.
+        confidence: mean over the times of σ(β·margin), from 0 to 1. The least are the likeliest to be labelled the
+            wrong way round: `benchmarks/audit.py` compares it with the others.
         variability: standard deviation of it.
         correctness: share of the times at which the margin was above 0.
         area: mean reward margin; from below 0, where training disagrees with the label, upwards.
