@@ -127,7 +127,7 @@ def stories(shared: Path) -> list[Case]:
     folder = shared.resolve() / "data" / "finetuning-lab-tinystories"
     options = [f"--model.policy.model={shared.resolve() / 'models' / 'storybyte-nano-kd'}"]
     options += ["--model.loss=DPOLoss", "--model.loss.beta=0.2", "--model.warmup_ratio=0.1"]
-    options += ["--model.optimizer=AdamW", "--model.optimizer.weight_decay=0"]
+    options += ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.weight_decay=0"]
     options += ["--data.max_length=256", "--data.truncation=truncate_completion", "--trainer.accelerator=cpu"]
     made = _lines(folder / "requests_train.jsonl")
     random.Random(1).shuffle(made)

@@ -37,13 +37,11 @@ def main(args: Sequence[str]) -> None:
         raise LitDPOError(f"Expected `--top` in (0, 1] but got {given.top:g}.")
     if given.examples < 0:
         raise LitDPOError(f"Expected `--examples` >= 0 but got {given.examples}.")
-    weights = {
-        FLIPPED: given.flipped_weight,
-        HARD: given.hard_weight,
-        **dict.fromkeys((EASY, UNMOVED), given.idle_weight),
-    }
-    if least := [value for value in weights.values() if not value >= 0]:
-        raise LitDPOError(f"Expected weights >= 0 but got {least[0]:g}.")
+    for name in ("flipped", "hard", "idle"):
+        if not (value := getattr(given, f"{name}_weight")) >= 0:
+            raise LitDPOError(f"Expected `--{name}-weight` >= 0 but got {value:g}.")
+    weights = {FLIPPED: given.flipped_weight, HARD: given.hard_weight}
+    weights |= dict.fromkeys((EASY, UNMOVED), given.idle_weight)
     audited = audit(given.run, given.top, weights, recompute=given.recompute, overrides=overrides)
     folder = given.out or given.run / "audit"
     out = write(audited, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -75,10 +76,10 @@ def recomputed(cli: InspectCLI, data: PreferenceDataModule, checkpoints: list[Pa
     parts: list[Measured] = []
     for number, file in enumerate(checkpoints):
         noting = _Noting(number, int(read_checkpoint(file)["global_step"]))
-        trainer = pl.Trainer(
-            **{**options, **quiet}, devices=1, logger=False, callbacks=[noting], inference_mode=False, barebones=False
-        )
-        trainer.validate(cli.model, dataloaders=_loader(data), ckpt_path=str(file), verbose=False)
+        trainer = pl.Trainer(**{**options, **quiet}, devices=1, logger=False, callbacks=[noting], inference_mode=False)
+        with warnings.catch_warnings():  # of the run's callbacks, which have nothing to do here
+            warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")
+            trainer.validate(cli.model, dataloaders=_loader(data), ckpt_path=str(file), verbose=False)
         parts += noting.parts
     about: dict[str, Any] = {"loss": type(cli.model.loss).__name__, "beta": cli.model.loss.beta}
     return Dynamics.of(table(Measured.joined(parts), about))
