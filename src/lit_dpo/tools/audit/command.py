@@ -14,10 +14,11 @@ from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.errors import DataError, LitDPOError
 from lit_dpo.tools.audit.dynamics import Dynamics, score
 from lit_dpo.tools.audit.files import Audited, write
-from lit_dpo.tools.audit.passes import checkpoints_of, recomputed
+from lit_dpo.tools.audit.passes import recomputed
 from lit_dpo.tools.audit.rows import Rows
 from lit_dpo.tools.audit.terminal import show
 from lit_dpo.tools.audit.verdicts import EASY, FLIPPED, HARD, UNMOVED, judge
+from lit_dpo.tools.checkpoints import checkpoints_of
 from lit_dpo.tools.inspect import InspectCLI, unsaid
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def audit(
     if not (config := run / "config.yaml").is_file():
         raise LitDPOError(f"Expected the directory of a run but there is no {config}.")
     dynamics = None if recompute else Dynamics.read(run)  # before the data are read, which takes longer
-    checkpoints = checkpoints_of(run) if recompute else []
+    checkpoints = list(checkpoints_of(run).values()) if recompute else []
     with unsaid("lit_dpo.data.reports"):
         cli = InspectCLI(["--config", str(config), *overrides])
         data = cli.datamodule

@@ -14,7 +14,6 @@ from lit_dpo.callbacks.dynamics import Measured, measured, table
 from lit_dpo.checkpoint import read_checkpoint
 from lit_dpo.data.loader import PromptDataset
 from lit_dpo.data.sampler import PromptSampler
-from lit_dpo.errors import LitDPOError
 from lit_dpo.tools.audit.dynamics import Dynamics
 
 if TYPE_CHECKING:
@@ -43,24 +42,6 @@ class _Noting(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         self.parts.append(measured(cast("DPOModule", pl_module), batch, self.epoch, self.step))
-
-
-def checkpoints_of(run: Path) -> list[Path]:
-    """Find the checkpoints of a run in the order of its steps, one for each.
-
-    Raises:
-        LitDPOError: if there is none.
-    """
-    found: dict[int, Path] = {}
-    for file in sorted([*run.rglob("*.ckpt")]):
-        if file.is_file():
-            found.setdefault(int(read_checkpoint(file)["global_step"]), file)
-    if not found:
-        raise LitDPOError(
-            f"Expected checkpoints in {run} but there are none: `ModelCheckpoint` with `save_top_k=-1` keeps one for "
-            "each epoch."
-        )
-    return [found[step] for step in sorted(found)]
 
 
 def recomputed(cli: InspectCLI, data: PreferenceDataModule, checkpoints: list[Path]) -> Dynamics:
