@@ -106,23 +106,20 @@ def audit(
         raise LitDPOError(f"Expected the directory of a run but there is no {config}.")
     dynamics = None if recompute else Dynamics.read(run)  # before the data are read, which takes longer
     checkpoints = list(checkpoints_of(run).values()) if recompute else []
+    notes: list[str] = []
     with unsaid("lit_dpo.data.reports"):
         cli = InspectCLI(["--config", str(config), *overrides])
-        data = cli.datamodule
-        if not isinstance(data, PreferenceDataModule):
-            raise DataError(f"Expected the data of a PreferenceDataModule but got {type(data).__name__}.")
-        notes = []
+        data = streamed = _data(cli)
         if data.streaming:
-            data.streaming = False
             notes.append("what the run streamed is read as a table, to its end")
-        if data.tokenizer is None:
-            data.tokenizer = cli.model.policy.load_tokenizer()
-        data.setup("fit")
+            data = _data(cli, as_table=True)
     rows = Rows(data)
     if dynamics is None:
         dynamics = recomputed(cli, data, checkpoints)
-    elif not notes:
-        _check_data(dynamics, data, run)
+    else:
+        _check_data(dynamics, streamed, run)
+        if streamed is not data:
+            dynamics.columns["index"] = rows.of_stream(dynamics.columns["index"], streamed)
     if not len(dynamics.columns["index"]):
         raise LitDPOError(f"The dynamics of {run} hold no comparison with finite numbers.")
     if not rows.knows(int(dynamics.columns["index"].max())):
@@ -130,6 +127,22 @@ def audit(
     scores = score(dynamics)
     measured = f"{len(checkpoints)} checkpoint{'s' if len(checkpoints) > 1 else ''}" if recompute else "training"
     return Audited(run, dynamics.about, judge(scores, top), rows, int(scores.times.max()), weights, notes, measured)
+
+
+def _data(cli: InspectCLI, *, as_table: bool = False) -> PreferenceDataModule:
+    """Build the run's data, and read them, or the first rows of a stream that shall not be a table.
+
+    Raises:
+        DataError: for data that cannot be used.
+    """
+    data = cli.new_data()
+    if not isinstance(data, PreferenceDataModule):
+        raise DataError(f"Expected the data of a PreferenceDataModule but got {type(data).__name__}.")
+    if data.tokenizer is None:
+        data.tokenizer = cli.model.policy.load_tokenizer()
+    data.streaming &= not as_table
+    data.setup("fit")
+    return data
 
 
 def _check_data(dynamics: Dynamics, data: PreferenceDataModule, run: Path) -> None:

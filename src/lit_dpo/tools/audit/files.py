@@ -75,7 +75,12 @@ def write(audited: Audited, folder: Path) -> Written:
     if reason := rows.why_not_weighted():
         audited.notes.append(f"no file of data with weights: {reason}")
     else:
-        parts = rows.weighted(row_weights(judged.scores.row, weights(judged, audited.given)))
+        parts, left_out = rows.weighted(row_weights(judged.scores.row, weights(judged, audited.given)))
+        if left_out:
+            audited.notes.append(
+                f"{left_out:,} rows are not in the data with weights: no layout with a weight has them, such as those "
+                "whose completions hold turns of the user"
+            )
         names = ["weights.jsonl"] if len(parts) == 1 else [f"weights-{number}.jsonl" for number in range(len(parts))]
         made += [_lines(folder / name, part) for name, part in zip(names, parts, strict=True)]
         options = rows.options([str(folder / name) for name in names])

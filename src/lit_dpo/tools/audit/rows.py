@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lit_dpo.data.batch import places
-from lit_dpo.data.formats import Message, Preference, Ranking
+from lit_dpo.data.formats import Message, Preference, Ranking, Rankings, Triples
 from lit_dpo.data.mixture import weighted_sources
+from lit_dpo.errors import DataError
 from lit_dpo.tools.audit.dynamics import Numbers
 
 if TYPE_CHECKING:
@@ -39,6 +40,18 @@ class Said(NamedTuple):
     rejected: str | list[Message]
 
 
+class Weighted(NamedTuple):
+    """The data with weights.
+
+    Attributes:
+        files: rows of each file.
+        left_out: rows that no layout with a weight has: whose completions hold turns of the user, for instance.
+    """
+
+    files: list[list[dict[str, Any]]]
+    left_out: int
+
+
 class Rows:
     """The training rows of a run.
 
@@ -55,6 +68,29 @@ class Rows:
     def knows(self, index: int) -> bool:
         """Whether there is a row of this number."""
         return 0 <= index < sum(len(source.rows) for source in self.table.sources)
+
+    def of_stream(self, index: Numbers, stream: PreferenceDataModule) -> Numbers:
+        """Return the numbers that rows of a stream have in the table: a stream counts those of its sources in turn.
+
+        Args:
+            index: row numbers of the stream.
+            stream: of which they are.
+
+        Raises:
+            DataError: where a stream has other sources than a table, or rows that hold several examples.
+        """
+        sources = self.table.sources
+        firsts = [f"{source.name}, row 0 (from 0)" for source in sources]
+        second = f"{sources[0].name}, row 1 (from 0)"
+        said = [stream.place("train", number) for number in range(len(sources) + 1)]
+        if said != [*firsts, second] or any(source.numbers is not None for source in sources):
+            raise DataError(
+                "Expected rows that a table numbers as the stream did, to know which they are: audit a run without "
+                "`streaming`."
+            )
+        inside, number = np.divmod(index.astype(np.int64), len(sources))
+        starts = np.cumsum([0, *(len(source.rows) for source in sources[:-1])])
+        return np.asarray(starts[number] + inside)
 
     def decode(self, wanted: Mapping[tuple[int, int, int], Any]) -> None:
         """Have the texts of some comparisons of rows with many completions, each by index and places."""
@@ -90,18 +126,25 @@ class Rows:
             return "the parts of its mixture are of several files each"
         return ""
 
-    def weighted(self, of_rows: Mapping[int, float]) -> list[list[dict[str, Any]]]:
-        """Return the rows of each file that is to be written: one, or one for each part of a mixture.
+    def weighted(self, of_rows: Mapping[int, float]) -> Weighted:
+        """Make the rows of each file that is to be written: one, or one for each part of a mixture.
 
         Args:
             of_rows: weights by row number; 1 for all others. They multiply a weight that a row has.
         """
         files: list[list[dict[str, Any]]] = [[] for _ in range(len(self._shares()) or 1)]
+        format = Triples() if (ranked := self._ranked()) is None else Rankings(**_values_of(ranked))
+        left_out = 0
         for index, row in self._read():
-            written = _of_pair(row) if isinstance(row, Preference) else self._of_ranking(row)
+            written = _of_pair(row) if isinstance(row, Preference) else _of_ranking(row)
             written["weight"] = float(written.get("weight", 1.0)) * of_rows.get(index, 1.0)
-            files[self.table.find(index)[0] if len(files) > 1 else 0].append(written)
-        return files
+            try:
+                format.read(written)
+            except DataError:
+                left_out += 1
+            else:
+                files[self.table.find(index)[0] if len(files) > 1 else 0].append(written)
+        return Weighted(files, left_out)
 
     def options(self, files: list[str]) -> list[str]:
         """Name the options of `lit-dpo fit` that train on them.
@@ -143,10 +186,6 @@ class Rows:
         found = {_values(row) for _, row in self._read()}
         return found.pop() if len(found) == 1 else None
 
-    def _of_ranking(self, row: Ranking) -> dict[str, Any]:
-        values = {"scores": row.scores} if row.scores is not None else {"ranks": row.ranks}
-        return {"prompt": row.prompt, "completions": list(row.completions), **values, **row.columns, **_template(row)}
-
 
 def row_weights(index: Numbers, weights: Numbers) -> dict[int, float]:
     """Weights by row number: of a row with several comparisons their mean."""
@@ -169,6 +208,16 @@ def _of_pair(row: Preference) -> dict[str, Any]:
         **row.columns,
         **_template(row),
     }
+
+
+def _of_ranking(row: Ranking) -> dict[str, Any]:
+    values = {"scores": row.scores} if row.scores is not None else {"ranks": row.ranks}
+    return {"prompt": row.prompt, "completions": list(row.completions), **values, **row.columns, **_template(row)}
+
+
+def _values_of(ranked: str) -> dict[str, Any]:
+    """Name the columns of `Rankings` that say what is better."""
+    return {"scores": None, "ranks": "ranks"} if ranked == "ranks" else {}
 
 
 def _template(row: Preference | Ranking) -> dict[str, Any]:
