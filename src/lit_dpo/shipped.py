@@ -67,7 +67,7 @@ def described(file: Path) -> str:
 
 
 def _comment(text: str) -> Iterator[str]:
-    """The first sentence of the lines of comment that a file begins with."""
+    """Give the first sentence of the comment that a file begins with."""
     lines = []
     for line in text.splitlines():
         if not line.startswith("#"):
@@ -82,7 +82,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _sentence(module: str, name: str) -> str:
-    """Read it from the source, as importing a class takes seconds: `listed` reads fifty."""
+    """Read it from the source, as importing a class takes seconds: a list is of fifty."""
     for path in _sources(module, name):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and node.name == name:
@@ -91,7 +91,7 @@ def _sentence(module: str, name: str) -> str:
 
 
 def _sources(module: str, name: str) -> Iterator[Path]:
-    """The file that the name of a class suggests, then all others of its room."""
+    """Try the file that the name of a class suggests, then all others of its room."""
     room = _PACKAGE.joinpath(*module.split(".")[1:])
     likely = [path for path in sorted(room.glob("*.py")) if path.stem in name.lower()]
     yield from likely
