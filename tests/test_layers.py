@@ -20,6 +20,8 @@ LAYERS = {
     "lit_dpo.errors": 0,
     "lit_dpo.compat": 0,
     "lit_dpo.hub": 0,
+    "lit_dpo.names": 0,
+    "lit_dpo.shipped": 0,
     "lit_dpo.writing": 0,
     "lit_dpo.quickstart": 0,  # needs nothing of the package; imported inside functions only
     "lit_dpo.policy": 1,
