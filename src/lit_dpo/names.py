@@ -18,7 +18,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 
     Returns:
         Names that differ in upper and lower case alone come first, then by how alike they are, then those that hold
-        `name`, such as `lr_scheduler` for `scheduler`.
+        `name` or that it holds, such as `lr_scheduler` for `scheduler`.
 
     >>> nearest("IPOLos", ["DPOLoss", "IPOLoss", "SimPOLoss"])[0]
     'IPOLoss'
@@ -30,7 +30,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     by_lower = {one.lower(): one for one in known}  # of two that differ in case, one will do
     typed = name.lower()
     alike = difflib.get_close_matches(typed, by_lower, n=count, cutoff=_SHORTEST)
-    within = [one for one in by_lower if len(typed) > 2 and typed in one]
+    within = [one for one in by_lower if min(len(typed), len(one)) > 2 and (typed in one or one in typed)]
     found = dict.fromkeys([*(one for one in within if one == typed), *alike, *sorted(within, key=len)])
     return [by_lower[one] for one in list(found)[:count]]
 
