@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import lightning.pytorch as pl
 import yaml
+from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_dpo.names import did_you_mean, nearest
 from lit_dpo.shipped import files, folder
@@ -61,12 +62,24 @@ def explain(message: str, typed: Sequence[str], load: Callable[[str], Any]) -> s
         load: a class by its path.
     """
     mistake = Mistake(message, typed)
+    if message.startswith("Problems parsing config"):
+        return _no_yaml(mistake)
     for look in (_unknown_option, _unknown_key, _missing_file, _bad_fragment):
         if (found := look(mistake, load)) is not None:
             return found
     for look in (_unknown_argument, _wrong_value):
         if "required" not in message and _KEYS.search(message) and (found := look(mistake, load)) is not None:
             return found
+    return None
+
+
+def _no_yaml(mistake: Mistake) -> str | None:
+    for path in _files(mistake.typed):
+        try:
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.MarkedYAMLError as error:
+            line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+            return f"{path}: {line}Expected YAML, but {error.problem}."
     return None
 
 
@@ -180,9 +193,9 @@ def _subclass(bases: Sequence[type]) -> list[str]:
 @functools.cache
 def arguments(of: type) -> frozenset[str]:
     """Name the arguments of a class as the command knows them."""
-    from lit_dpo.parser import Parser
-
-    return frozenset(name.partition(".")[0] for name in Parser().add_class_arguments(of, fail_untyped=False))
+    return frozenset(
+        name.partition(".")[0] for name in LightningArgumentParser().add_class_arguments(of, fail_untyped=False)
+    )
 
 
 def _all(bases: Sequence[type]) -> Iterator[type]:
@@ -202,7 +215,8 @@ def _expected(mistake: Mistake, load: Callable[[str], Any]) -> tuple[list[type],
     """Say what a parameter may hold: subclasses of these, or one of some words."""
     *outer, name = mistake.keys
     if not outer:
-        return {"model": [pl.LightningModule], "data": [pl.LightningDataModule]}.get(name, []), []
+        tops: dict[str, list[type]] = {"model": [pl.LightningModule], "data": [pl.LightningDataModule]}
+        return tops.get(name, []), []
     of = load(mistake.classes[-1]) if mistake.classes else pl.Trainer if outer == ["trainer"] else None
     for base in inspect.getmro(of) if isinstance(of, type) else ():
         hints = _hints(base)

@@ -30,8 +30,11 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     by_lower = {one.lower(): one for one in known}  # of two that differ in case, one will do
     typed = name.lower()
     alike = difflib.get_close_matches(typed, by_lower, n=count, cutoff=_SHORTEST)
-    within = [one for one in by_lower if min(len(typed), len(one)) > 2 and (typed in one or one in typed)]
-    found = dict.fromkeys([*(one for one in within if one == typed), *alike, *sorted(within, key=len)])
+    # the one that is equal is the shortest that begins so
+    within = [
+        one for one in sorted(by_lower, key=len) if min(len(typed), len(one)) > 2 and (typed in one or one in typed)
+    ]
+    found = dict.fromkeys([*(one for one in within if one.startswith(typed)), *alike, *within])
     return [by_lower[one] for one in list(found)[:count]]
 
 
