@@ -118,8 +118,10 @@ def test_killed_and_started_again_it_is_the_same_to_the_last_digit(straight, tmp
 def _without_cost(folder: Path) -> list[dict[str, float]]:
     result = read_result(folder)
     assert result is not None
-    cost = ("seconds", "peak_memory")
-    return [{name: value for name, value in row.items() if name not in cost} for row in result.curves]
+    cost = ("seconds", "memory", "per_second", "data_wait")
+    return [
+        {name: value for name, value in row.items() if not any(word in name for word in cost)} for row in result.curves
+    ]
 
 
 def test_failures_and_deaths_cost_their_runs_alone(straight, tmp_path):
