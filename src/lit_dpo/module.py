@@ -179,7 +179,9 @@ class DPOModule(pl.LightningModule):
         self.window = Window()
         self.unlogged = False  # whether the training metrics have counted something since the last row
         self.fetched: dict[str, Tensor] | None = None  # their values on the CPU, until they count the next batch
-        self.seen: MeasuredBatch | None = None  # of the last batch; callbacks read it, and wait for no device
+        self.measured_batch: MeasuredBatch | None = (
+            None  # of the last batch, for callbacks; None under a step of one's own
+        )
         self.asked: dict[str, Tensor] = {}  # what callbacks want to know too: the check of gradients fetches it
         self.schedule_steps: int | None = None  # of a learning rate that changes, by `configure_optimizers`
         self.standing: Standing | None = None  # after the last step
@@ -541,8 +543,8 @@ class DPOModule(pl.LightningModule):
             seen = pairs.detach()
             losses = self.losses_of(pairs)
             total = losses.sum()
-        self.seen = MeasuredBatch(seen, losses.detach(), *self.loss.rewards(seen))
-        measures = {**self.seen._asdict(), "parts": self.loss.parts(seen)}
+        self.measured_batch = MeasuredBatch(seen, losses.detach(), *self.loss.rewards(seen))
+        measures = {**self.measured_batch._asdict(), "parts": self.loss.parts(seen)}
         for collection in measured:
             collection.update(**measures)
         return total, losses

@@ -160,5 +160,3 @@ def test_a_sweeper_gets_numbers(straight, tmp_path):
     assert found["steps"] == 6
     assert json.dumps(found)
     assert (tmp_path / "run" / "config.yaml").is_file()
-
-

@@ -224,7 +224,9 @@ def test_a_reference_that_is_another_model(tiny_model, pairs, tmp_path):
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(other)
     reference = ModelReference(str(other), quantization="none")
     _, lines = _fit(module(tiny_model, reference=reference), data(pairs, batch_size=8), tmp_path / "run", steps=2)
-    assert lines[0].startswith("Mismatch at step 1: policy and reference (ModelReference(model='")
+    assert lines[0].startswith(
+        f"Mismatch at step 1: the reference (ModelReference {other}) differs from the policy by "
+    )
     itself = ModelReference(str(tiny_model), quantization="none")
     assert _fit(module(tiny_model, reference=itself), data(pairs, batch_size=8), tmp_path / "it", steps=2)[1] == []
 

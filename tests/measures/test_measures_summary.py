@@ -198,8 +198,8 @@ def test_margins_are_counted_in_the_same_bins(inputs, summary):
 
 
 def test_every_measure_is_defined(summary):
-    for run in summary.runs:
-        for name, estimate in run.measures.items():
+    for one in (*summary.runs, *summary.arms):
+        for name, estimate in one.measures.items():
             assert measure(name).formula
             assert measure(name).possible(estimate) == pytest.approx(estimate, nan_ok=True)
     assert len({one.name for one in (*MEASURES, *families())}) == len(MEASURES) + 4
@@ -270,3 +270,21 @@ def test_every_measure_is_on_the_page_that_defines_them():
     for one in (*MEASURES, *families()):
         formula = one.formula.replace("|", "\\|")
         assert f"| `{one.name}` | {one.unit} | {one.better} | {formula} | {one.says} |" in page
+
+
+def test_a_policy_that_is_its_reference_is_at_one_half():
+    """All pairs tie: accuracy ½, calibrated, nothing displaced."""
+    pairs = made_pairs("dpo", 0.05, 0)
+    for side in ("chosen", "rejected"):
+        place = pairs.column_names.index(f"{side}_logps")
+        pairs = pairs.set_column(place, f"{side}_logps", pairs.column(f"reference_{side}_logps"))
+    found = summarise([made_result("dpo", 0.05, 0)], {made_result("dpo", 0.05, 0).name: pairs}).arms[0].measures
+    for name, value in {
+        "reward_accuracy": 0.5,
+        "reward_accuracy_normalized": 0.5,
+        "margin": 0.0,
+        "displaced": 0.0,
+    }.items():
+        assert found[name] == Estimate(value, value, value), name
+    assert found["calibration_error"].value == 0
+    assert found["reward_accuracy/length=long"].value == 0.5

@@ -19,6 +19,7 @@ from lit_dpo.losses import (
     IPOLoss,
     LDDPOLoss,
     LiPOLoss,
+    MixtureLoss,
     PlackettLuceLoss,
     SFTLoss,
     SimPOLoss,
@@ -39,8 +40,8 @@ LOSSES = {
     "bco": BCOLoss(beta=0.3),
     "lddpo": LDDPOLoss(DPOLoss(beta=0.3)),
     "tdpo": TDPOLoss(),
+    "mixed": MixtureLoss([LDDPOLoss(DPOLoss(beta=0.3)), SFTLoss(average_over="token")]),
 }
-COUPLED = ("sft_token", "aot", "bco")
 
 
 def _rows(first, count):
@@ -115,6 +116,9 @@ def test_a_loss_of_single_tokens_is_weighed_by_its_mean_pull(frame):
     alpha = LOSSES["lddpo"].surplus_weight
     outer = 0.3 * (1 - np.exp(-frame["loss/lddpo"]))
     np.testing.assert_allclose(frame["weight/lddpo"], outer * (shorter + alpha * (n - shorter)) / n, rtol=1e-3)
+    # in a mixture with one that couples pairs, which sees all of them at once
+    np.testing.assert_allclose(frame["loss/mixed"], frame["loss/lddpo"] + frame["loss/sft_token"], rtol=1e-5)
+    np.testing.assert_allclose(frame["weight/mixed"], frame["weight/lddpo"] + frame["weight/sft_token"], rtol=1e-4)
 
 
 def test_numbers_are_those_of_validate_and_predict(fitted, frame):
@@ -157,7 +161,7 @@ def test_equal_prompts_have_equal_numbers(frame):
     assert frame["prompt"].nunique() == 11
 
 
-def test_looking_moves_nothing(fitted, tmp_path):
+def test_looking_moves_nothing(fitted, frame, tmp_path):
     dpo, rows, *_ = fitted
     dpo.train()
     torch.manual_seed(5)
@@ -167,7 +171,8 @@ def test_looking_moves_nothing(fitted, tmp_path):
     grads = {name: p.grad for name, p in dpo.named_parameters()}
     computed = {name: metric.total.clone() for name, metric in dpo.val_metrics.items()}
     with torch.inference_mode():  # as in a callback of `validate`
-        pair_table(dpo, rows, LOSSES, CachedReference(directory=str(tmp_path), reference=BaseReference()))
+        found = pair_table(dpo, rows, LOSSES, CachedReference(directory=str(tmp_path), reference=BaseReference()))
+    np.testing.assert_array_equal(found.column("weight/dpo"), frame["weight/dpo"])
     assert torch.equal(torch.get_rng_state(), before)
     assert all(part.training for part in dpo.model.modules() if "lora" in type(part).__name__.lower())
     assert dpo.model.training

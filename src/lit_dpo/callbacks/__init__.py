@@ -1,6 +1,7 @@
 """Callbacks; docs/callbacks.md says which of them `DPOModule` brings with it, and which the command."""
 
 from lit_dpo.callbacks.completions import SampleCompletions
+from lit_dpo.callbacks.dynamics import TrainingDynamics
 from lit_dpo.callbacks.export import AdapterExport
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.histograms import RewardHistograms
@@ -30,5 +31,6 @@ __all__ = [
     "RunSummary",
     "SampleCompletions",
     "Throughput",
+    "TrainingDynamics",
     "TrainingHealth",
 ]

@@ -123,7 +123,7 @@ def _places(trainer: pl.Trainer, directory: Path) -> list[str]:
     found.append(("configuration", config if config.is_file() else None))
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            found.append(("curves", f"tensorboard --logdir {_short(logger.root_dir)}"))
+            found.append(("curves", f"tensorboard --logdir {_short(Path(logger.root_dir))}"))
     there = [(name, str(_short(place))) for name, place in found if place]
     width = max((len(name) for name, _ in there), default=0)
     return [f"  {name:<{width}}  {place}" for name, place in there]

@@ -64,7 +64,8 @@ class Mismatch(Rule):
         if not apart > self.limit:
             return None
         return Finding(
-            f"policy and reference ({seen.reference}) differ by {apart:.2g} nats per token before the first step",
+            f"the reference ({seen.reference}) differs from the policy by {apart:.2g} nats per token before the first "
+            "step",
             "rewards do not start at 0, and the first thing that is learnt is to be more or less like the reference",
             "no `reference` at all, which means the model that the policy starts from; if another one is meant, "
             "`ignore: [Mismatch]`",

@@ -85,7 +85,7 @@ class FlatWeights(Rule):
         kl: from which the policy has moved, nats per token.
     """
 
-    limit: float = 0.25
+    limit: float = 0.15
     kl: float = 0.3
 
     def __call__(self, seen: History) -> Finding | None:
