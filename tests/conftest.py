@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from filelock import FileLock
 
 gc.disable()  # while tests are collected: their imports make a million objects, and no garbage
 
@@ -33,6 +35,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cuda",
         help="where tests marked `gpu` run; `cpu` rehearses them, with an emulation of the variable-length kernel",
     )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A rehearsal is of the lines of a test: its first and last cases are enough, as the laws are the CPU's already."""
+    if config.getoption("--gpu-device") != "cpu":
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    between = {id(item) for every in cases.values() for item in every[1:-1]}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) in between])
+    items[:] = [item for item in items if id(item) not in between]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -102,6 +118,25 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no folder of shared data next to the repository")
     return folder
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Makes a folder once for all workers of `-n`: `once(name, fill)`. What costs half a minute is not made by both."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def once(name: str, fill: Callable[[Path], None]) -> Path:
+        folder = root / f"once-{name}"
+        with FileLock(root / f"once-{name}.lock"):
+            if not (folder / ".whole").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                (folder / ".whole").touch()
+        return folder
+
+    return once
 
 
 @pytest.fixture(scope="session")

@@ -40,9 +40,14 @@ def _rows(count):
 
 
 @pytest.fixture(scope="module")
-def on_two(tmp_path_factory, tiny_model):
+def on_two(once, tiny_model):
     """What two processes make of each case, with the case."""
-    folder = tmp_path_factory.mktemp("two")
+    folder = once("two-streams", lambda folder: _on_two(folder, tiny_model))
+    cases = json.loads((folder / "cases.json").read_text())
+    return {name: (case, torch.load(folder / f"{name}.pt", weights_only=True)) for name, case in cases.items()}
+
+
+def _on_two(folder, tiny_model):
     files = {
         "stream": _rows(41),
         "a": _rows(25),
@@ -65,7 +70,6 @@ def on_two(tmp_path_factory, tiny_model):
         [sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=300, cwd=script.parent
     )
     assert run.returncode == 0, run.stderr[-6000:]
-    return {name: (case, torch.load(folder / f"{name}.pt", weights_only=True)) for name, case in cases.items()}
 
 
 def _steps(found):

@@ -34,6 +34,8 @@ class AdapterExport(pl.Callback):
 
     def __init__(self, directory: str | None = None) -> None:
         self.directory = directory
+        self.written: Path | None = None
+        """Where the last one went."""
         self._said: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: DPOModule, stage: str) -> None:
@@ -54,6 +56,7 @@ class AdapterExport(pl.Callback):
                 said = {**(said or {}), **_facts(trainer)} if said else None
             try:
                 save_adapter(pl_module.model, tokenizer_of(trainer), directory, said=said)
+                self.written = directory
             finally:
                 with suppress(OSError):
                     directory.rmdir()  # if nothing came into it
@@ -98,6 +101,12 @@ def tokenizer_of(trainer: pl.Trainer) -> PreTrainedTokenizerBase:
 def data_of(trainer: pl.Trainer) -> Any:
     """Return the data module of a run, or None where it has only loaders; Lightning sets it without declaring it."""
     return getattr(trainer, "datamodule", None)
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return the callbacks of a trainer, which Lightning sets without declaring them."""
+    found: list[pl.Callback] = getattr(trainer, "callbacks", [])
+    return found
 
 
 def run_directory(trainer: pl.Trainer) -> Path:
