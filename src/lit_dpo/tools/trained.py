@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
@@ -323,14 +323,24 @@ def tokenizer(trained: Trained) -> PreTrainedTokenizerBase:
     return trained.policy.load_tokenizer()
 
 
-def quiet() -> None:
-    """Lines of ours on the standard error, and no bars of others."""
-    from transformers.utils.logging import disable_progress_bar
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let our lines through to the standard error, and none that a user can do nothing about, nor bars of others."""
+    from transformers.utils import logging as theirs
+
+    from lit_dpo.quiet import Hush
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("lit_dpo").setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    disable_progress_bar()
+    hush, bars = Hush(), theirs.is_progress_bar_enabled()
+    hush.begin()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hush.end()
+        if bars:
+            theirs.enable_progress_bar()
 
 
 def shown(place: hub.Place) -> str:
