@@ -140,9 +140,9 @@ def _comparison_rows(summary: Summary) -> list[dict[str, Any]]:
 
 def _measured(measures: Mapping[str, Estimate]) -> dict[str, float]:
     return {
-        f"{name}{end}": value
+        f"{name}_{end}" if end else name: value
         for name, estimate in measures.items()
-        for end, value in zip(("", "_low", "_high"), estimate, strict=True)
+        for end, value in zip(("", "low", "high"), estimate, strict=True)
     }
 
 
