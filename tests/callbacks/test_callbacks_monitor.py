@@ -12,7 +12,7 @@ import torch
 
 import tiny
 from lit_dpo import DPOLoss, DPOModule, LoRAPolicy, ModelReference, PreferenceDataModule
-from lit_dpo.callbacks import HealthMonitor, LastCheckpoint, TrainingHealth
+from lit_dpo.callbacks import HealthMonitor, LastCheckpoint, SampleCompletions, TrainingHealth
 from lit_dpo.callbacks.findings import (
     RULES,
     Finding,
