@@ -323,9 +323,15 @@ CACHED = ("BCOLoss", "BetaDPOLoss")
 
 
 @pytest.fixture(scope="module")
-def on_two(tiny_model, pairs_file, tmp_path_factory):
+def on_two(tiny_model, pairs_file, once):
     """What each case came to on two ranks, one case after the other; and the sizes of the caches that they left."""
-    folder = tmp_path_factory.mktemp("two")
+    folder = once("two-processes", lambda folder: _on_two(folder, tiny_model, pairs_file))
+    cases = json.loads((folder / "cases.json").read_text())
+    found = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in cases}
+    return {name: (cases[name], one, _index_sizes(folder / name)) for name, one in found.items()}
+
+
+def _on_two(folder, tiny_model, pairs_file):
     ranked = folder / "ranked.jsonl"
     ranked.write_text("".join(json.dumps(_ranking(n)) + "\n" for n in range(21)))
     cases = {
@@ -343,8 +349,6 @@ def on_two(tiny_model, pairs_file, tmp_path_factory):
         [sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=300, cwd=script.parent
     )
     assert run.returncode == 0, run.stderr[-6000:]
-    found = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in cases}
-    return {name: (cases[name], one, _index_sizes(folder / name)) for name, one in found.items()}
 
 
 def _ranking(number):
@@ -361,6 +365,9 @@ def _assert_equal(one, two):
     for name, expected in one["adapter"].items():
         torch.testing.assert_close(two["adapter"][name], expected, rtol=0, atol=1e-5, msg=name)
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-6)
+    # each comparison once, of whichever rank: the share of a step is that of all ranks
+    for name, expected in one["noted"].items():
+        assert two["noted"][name] == pytest.approx(expected, rel=1e-4, abs=1e-4), name
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in CACHED])

@@ -22,6 +22,7 @@ from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.monitor import HealthMonitor
 from lit_dpo.callbacks.predictions import PredictionWriter
+from lit_dpo.callbacks.quiet import Quiet
 from lit_dpo.callbacks.resume import ExactResume
 from lit_dpo.callbacks.steps import OptimizerSteps
 from lit_dpo.callbacks.summary import RunSummary
@@ -64,6 +65,7 @@ from lit_dpo.schedules import check_schedule, make_schedule, steps_of_run
 from lit_dpo.window import MeasuredBatch, Window
 
 _BROUGHT = (
+    Quiet,
     ExactResume,
     TrainingHealth,
     MemoryEstimate,
@@ -177,7 +179,9 @@ class DPOModule(pl.LightningModule):
         self.window = Window()
         self.unlogged = False  # whether the training metrics have counted something since the last row
         self.fetched: dict[str, Tensor] | None = None  # their values on the CPU, until they count the next batch
-        self.seen: MeasuredBatch | None = None  # of the last batch; callbacks read it, and wait for no device
+        self.measured_batch: MeasuredBatch | None = (
+            None  # of the last batch, for callbacks; None under a step of one's own
+        )
         self.asked: dict[str, Tensor] = {}  # what callbacks want to know too: the check of gradients fetches it
         self.schedule_steps: int | None = None  # of a learning rate that changes, by `configure_optimizers`
         self.standing: Standing | None = None  # after the last step
@@ -539,8 +543,8 @@ class DPOModule(pl.LightningModule):
             seen = pairs.detach()
             losses = self.losses_of(pairs)
             total = losses.sum()
-        self.seen = MeasuredBatch(seen, losses.detach(), *self.loss.rewards(seen))
-        measures = {**self.seen._asdict(), "parts": self.loss.parts(seen)}
+        self.measured_batch = MeasuredBatch(seen, losses.detach(), *self.loss.rewards(seen))
+        measures = {**self.measured_batch._asdict(), "parts": self.loss.parts(seen)}
         for collection in measured:
             collection.update(**measures)
         return total, losses

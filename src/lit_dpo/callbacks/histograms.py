@@ -46,8 +46,8 @@ class RewardHistograms(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep a batch's rewards where they are."""
-        if trainer.state.fn == "fit" and pl_module.seen is not None:
-            self._kept.append((pl_module.seen.chosen_rewards, pl_module.seen.rejected_rewards))
+        if trainer.state.fn == "fit" and pl_module.measured_batch is not None:
+            self._kept.append((pl_module.measured_batch.chosen_rewards, pl_module.measured_batch.rejected_rewards))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Draw those of all ranks."""

@@ -129,7 +129,7 @@ class HealthMonitor(pl.Callback):
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Ask for the first pairs, with what the step waits for anyway."""
-        if self.seen.first.pairs >= _FIRST or pl_module.seen is None:
+        if self.seen.first.pairs >= _FIRST or pl_module.measured_batch is None:
             return
         self._safely(self._ask, pl_module)
 
@@ -208,7 +208,7 @@ class HealthMonitor(pl.Callback):
 
     def _keep(self, stage: str, pl_module: DPOModule) -> None:
         """Keep a batch's margins on the device, for the end of the epoch."""
-        if (batch := pl_module.seen) is None:
+        if (batch := pl_module.measured_batch) is None:
             return
         kept = self._pairs[stage]
         longer = batch.pairs.policy_chosen.length - batch.pairs.policy_rejected.length
@@ -231,9 +231,9 @@ class HealthMonitor(pl.Callback):
         kept.clear()
 
     def _count_first(self, pl_module: DPOModule) -> None:
-        if pl_module.seen is None:  # a step of one's own
+        if pl_module.measured_batch is None:  # a step of one's own
             return
-        pairs = pl_module.seen.pairs
+        pairs = pl_module.measured_batch.pairs
         chosen, rejected = pairs.policy_chosen, pairs.policy_rejected
         near = (chosen.total - rejected.total).abs() <= 1e-5 * chosen.total.abs()
         counts = [chosen.mean < rejected.mean, near & (chosen.length == rejected.length)]

@@ -4,12 +4,11 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from lit_dpo.callbacks.alone import alone
-from lit_dpo.checkpoint import configuration, flatten, remeasure, standing
+from lit_dpo.callbacks.tensorboard import describe_run, end_run, lay_out
+from lit_dpo.checkpoint import remeasure, standing
 from lit_dpo.metrics.preference import on_host
 
 if TYPE_CHECKING:
@@ -23,6 +22,12 @@ class OptimizerSteps(pl.Callback):
     `train/*` are means over the pairs since the last logged row. Callbacks and schedulers find them after every step;
     loggers get a row every `log_every_n_steps` steps, and what is left at the end of each epoch.
     """
+
+    def setup(self, trainer: pl.Trainer, pl_module: DPOModule, stage: str) -> None:
+        """Tell loggers what is run, so that runs can be compared while they go on."""
+        if stage == "fit":
+            describe_run(trainer, pl_module)
+            lay_out(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Forget what an interrupted run, or a validation before this one, left half-counted."""
@@ -90,12 +95,8 @@ class OptimizerSteps(pl.Callback):
         _log_together(pl_module, pl_module.test_metrics, trainer.num_test_batches)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
-        """Let TensorBoard compare runs: flat hyper-parameters with the last validation's reward accuracy."""
-        accuracy = trainer.callback_metrics.get("val/reward_accuracy")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and accuracy is not None:
-                with alone("The list of hyper-parameters"):
-                    logger.log_hyperparams(flatten(configuration(pl_module)), {"hp_metric": float(accuracy)})
+        """Say so to TensorBoard, which compares runs."""
+        end_run(trainer)
 
 
 def _switch(trainer: pl.Trainer, mode: str) -> None:
