@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -21,6 +22,7 @@ from lit_dpo.errors import LitDPOError, ResumeError, TrainingError
 from lit_dpo.module import DPOModule
 from lit_dpo.parser import Parser, refuse
 from lit_dpo.policy.devices import default_precision
+from lit_dpo.progress import bar, set_up_logs
 from lit_dpo.writing import written_whole
 
 if TYPE_CHECKING:
@@ -31,15 +33,6 @@ _LOGGER = {
     # `default_hp_metric` would log -1 before anything was measured
     "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
 }
-
-
-class _ProgressBar(RichProgressBar):
-    """Lightning's, with names that fit next to the bar."""
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        shown = super().get_metrics(trainer, pl_module)
-        shown.pop("v_num", None)
-        return {name.replace("reward_", ""): value for name, value in shown.items()}
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -83,9 +76,10 @@ class LitDPOCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
-        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        set_up_logs()
         logging.getLogger("lit_dpo").setLevel(logging.INFO)
         _hush()
+        self._named = next(iter(sys.argv[1:] if args is None else args), "") if run else ""
         super().__init__(
             DPOModule,
             pl.LightningDataModule,
@@ -114,6 +108,11 @@ class LitDPOCLI(LightningCLI):
                 "trainer.enable_model_summary": False,
             }
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Build the parser of the command that is named, and all only where none is: each has three hundred settings."""
+        every = LightningCLI.subcommands()
+        return {self._named: every[self._named]} if self._named in every else every
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -176,14 +175,14 @@ class LitDPOCLI(LightningCLI):
             refuse(str(error))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Add a Rich progress bar and a last checkpoint, unless there is another or none is wanted."""
+        """Add a progress bar or its lines, and a last checkpoint, unless there is another or none is wanted."""
         config = self.config_init[self.config_init["subcommand"]]["trainer"]
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if config.get("logger") is False:
             self.save_config_callback = None  # there is no run directory to keep it in
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks = [*callbacks, _ProgressBar()]
+            callbacks = [*callbacks, bar()]
         if config.get("enable_checkpointing") is not False and not any(
             isinstance(c, LastCheckpoint) for c in callbacks
         ):
