@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,27 @@ def kernel_calls(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-@pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    """What a test leaves in the environment (Lightning a seed, a port, a rank) is not the next test's."""
+@contextmanager
+def _as_it_was() -> Iterator[None]:
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """What a test leaves in the environment (Lightning a seed, a port, a rank) is not the next test's."""
+    with _as_it_was():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment_of_module() -> Iterator[None]:
+    """Nor what the fixtures of a file leave the next file's: a process of two ranks would take that seed."""
+    with _as_it_was():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -131,6 +145,25 @@ def quickstart() -> Path:
     from lit_dpo.quickstart import quickstart_directory
 
     return quickstart_directory()
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(tmp_path_factory: pytest.TempPathFactory, quickstart: Path) -> Path:
+    """The folder of a short run of `lit-dpo fit`: the quickstart in NF4, quicker than it comes."""
+    from lit_dpo.cli import main
+
+    root = tmp_path_factory.mktemp("quickstart")
+    config = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+    changes = {
+        "max_epochs": "1",
+        "limit_train_batches": "24",
+        "callbacks": "[training.Unestimated]",
+        "enable_progress_bar": "false",
+        "logger.save_dir": str(root),
+    }
+    typed = [word for name, value in changes.items() for word in (f"--trainer.{name}", value)]
+    main(["fit", "--config", str(config), "--model.optimizer.lr", "3e-3", *typed])
+    return root / "version_0"
 
 
 @pytest.fixture(scope="session")

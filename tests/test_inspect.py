@@ -6,7 +6,6 @@ import json
 import logging
 import re
 import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from browser import look
 from lit_dpo.cli import main
 from lit_dpo.data.doctor import KINDS
 from lit_dpo.tools.inspect import CHAT_TEMPLATE
@@ -21,7 +21,6 @@ from lit_dpo.tools.reports.html import element, marked
 from lit_dpo.tools.reports.record import visible
 
 ROOT = Path(__file__).parents[1]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 HOSTILE = [
     "<script>document.title='owned'</script>",
     "<img src=x onerror=\"document.title='owned'\">",
@@ -341,39 +340,14 @@ def test_the_template_renders_all_of_a_conversation():
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
-@pytest.mark.parametrize("width", [1200, 390])
-def test_the_page_in_a_browser(hostile, tmp_path, capsys, width):
-    """It fits, and nothing of the data runs: it stands in a frame of that width, and a script beside it measures."""
-    if CHROMIUM is None:
-        pytest.skip("no chromium, chromium-browser, google-chrome or chrome on the path")
+def test_the_page_in_a_browser(hostile, tmp_path, capsys):
+    """It fits, and nothing of the data runs."""
     inspect(capsys, "--data.train", hostile, "--out", tmp_path / "out", "--examples", 8)
-    page = json.dumps((tmp_path / "out" / "report.html").read_text()).replace("<", "\\u003c")
-    (tmp_path / "frame.html").write_text(
-        f"""<!doctype html><title>fine</title>
-        <iframe style="border:0;width:{width}px;height:900px"></iframe><p></p><script>
-        const frame = document.querySelector("iframe");
-        frame.onload = () => {{
-          const inside = frame.contentDocument;
-          const size = inside.documentElement;
-          const cut = [...inside.querySelectorAll("h1, h2, p, .tile, .card")].filter(
-            (one) => one.getBoundingClientRect().right > {width}).length;
-          const plots = [...inside.querySelectorAll("svg")].filter(
-            (one) => one.getBoundingClientRect().width < 100).length;
-          document.querySelector("p").textContent = JSON.stringify({{
-            width: size.scrollWidth, title: inside.title, own: document.title, cut, plots,
-            scripts: inside.querySelectorAll("script, img").length, shown: inside.body.innerText.length > 3000 }});
-        }};
-        frame.srcdoc = {page};
-        </script>"""
-    )
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--window-size=1300,1000"]
-    done = subprocess.run(
-        [*command, "--dump-dom", f"file://{tmp_path / 'frame.html'}"], capture_output=True, text=True, timeout=120
-    )
-    (said,) = re.findall(r"<p>(.*?)</p>", done.stdout)
-    seen = json.loads(said)
-    assert seen["width"] <= width
-    assert "owned" not in (seen["title"], seen["own"])
-    assert (seen["cut"], seen["plots"], seen["scripts"], seen["shown"]) == (0, 0, 0, True)
+    page = (tmp_path / "out" / "report.html").read_text()
+    measured = """
+        cut: [...inside.querySelectorAll("h1, h2, p, .tile, .card")].filter((one) => right(one) > width).length,
+        plots: [...inside.querySelectorAll("svg")].filter((one) => one.getBoundingClientRect().width < 100).length,
+        shown: inside.body.innerText.length > 3000"""
+    for seen in look([(page, 1200), (page, 390)], tmp_path, measured):
+        assert "owned" not in (seen["title"], seen["own"])
+        assert (seen["fits"], seen["cut"], seen["plots"], seen["scripts"], seen["shown"]) == (True, 0, 0, 0, True)

@@ -365,6 +365,9 @@ def _assert_equal(one, two):
     for name, expected in one["adapter"].items():
         torch.testing.assert_close(two["adapter"][name], expected, rtol=0, atol=1e-5, msg=name)
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-6)
+    # each comparison once, of whichever rank: the share of a step is that of all ranks
+    for name, expected in one["noted"].items():
+        assert two["noted"][name] == pytest.approx(expected, rel=1e-4, abs=1e-4), name
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in CACHED])

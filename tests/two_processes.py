@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 
 from lit_dpo import CachedReference, losses
+from lit_dpo.callbacks import TrainingDynamics
 from lit_dpo.data.formats import Rankings
 from lit_dpo.references import store
 from training import adapter, data, module, trainer
@@ -36,13 +38,15 @@ def train(
     dpo = module(model, optimizer=functools.partial(torch.optim.SGD, lr=1.0), **given, **rows)
     strategy = "ddp" if devices > 1 else "auto"
     steps = {"max_epochs": 2 if cache else 1, "accumulate_grad_batches": accumulate, "log_every_n_steps": 50}
-    run = trainer(root, devices=devices, strategy=strategy, num_sanity_val_steps=0, **steps)
+    noting = [TrainingDynamics()]
+    run = trainer(root, devices=devices, strategy=strategy, callbacks=noting, num_sanity_val_steps=0, **steps)
     size = 22 if accumulate == 1 else 6  # of all ranks together; the tail of 21 pairs is shared unevenly
     how = {"format": Rankings()} if ranked else {}
     run.fit(dpo, data(pairs, val={"one": pairs, "two": pairs}, batch_size=size // devices, eval_batch_size=3, **how))
     assert run.world_size == devices
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}
-    return {"metrics": metrics, "adapter": adapter(dpo), "state": dpo.loss_state}
+    noted = pq.read_table(root / "dynamics.parquet").to_pydict() if run.is_global_zero else {}
+    return {"metrics": metrics, "adapter": adapter(dpo), "state": dpo.loss_state, "noted": noted}
 
 
 if __name__ == "__main__":

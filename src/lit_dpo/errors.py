@@ -23,6 +23,10 @@ class ResumeError(LitDPOError, RuntimeError):
     """A checkpoint that does not continue the run it is given to."""
 
 
+class AblationError(LitDPOError, ValueError):
+    """An ablation that cannot be made as it is asked for."""
+
+
 class UnsupportedAttentionError(LitDPOError, NotImplementedError):
     """An attention argument that the pair attention does not implement, and will not ignore."""
 

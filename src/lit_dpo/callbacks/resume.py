@@ -95,7 +95,7 @@ class ExactResume(pl.Callback):
                 self._say_changes(checkpoint[KEY], belongs)
 
         def export(checkpoint: dict[str, Any], directory: Path) -> None:
-            save_adapter(pl_module.model, tokenizer_of(trainer), directory, checkpoint["state_dict"])
+            save_adapter(pl_module.model, tokenizer_of(trainer), directory, checkpoint["state_dict"], belongs)
 
         strategy = trainer.strategy
         inner = strategy.checkpoint_io

@@ -17,6 +17,7 @@ from lit_dpo.policy import adapter_checks, checks
 from lit_dpo.policy.devices import default_dtype
 from lit_dpo.policy.digests import sampled_digest, whole_digest
 from lit_dpo.policy.heap import returned_at_once
+from lit_dpo.policy.shared import base_of
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +125,18 @@ class BaseModel(ABC):
         return model.requires_grad_(False).eval()
 
     def load_base(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """Load the model alone: a transformers model on `device`, without dropout."""
+        """Load the model alone: a transformers model on `device`, without dropout; see `lit_dpo.policy.shared`."""
+        return base_of(self._sharing_key(device, dtype), device, lambda: self._load_base(device, dtype))
+
+    def _sharing_key(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
+        """All that decides what is loaded, and what a run leaves on it; None for a class that may do more with it."""
+        if not type(self).__module__.startswith("lit_dpo."):
+            return None
+        left = tuple(getattr(self, name, None) for name in ("gradient_checkpointing", "kernels"))
+        options = (self.quantization, self.double_quantization, self.attention, self.trust_remote_code)
+        return (type(self), self.place, device, dtype, *options, *left)
+
+    def _load_base(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
 
         config = self.config()

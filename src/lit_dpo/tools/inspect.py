@@ -176,7 +176,7 @@ def inspected(cli: InspectCLI) -> Inspected:
         data.streaming = False
         notes.append("what a run would stream is read as a table, to its end")
     data.tokenizer = tokenizer
-    with _unsaid("lit_dpo.data.reports"):  # the report says the same, and more
+    with unsaid("lit_dpo.data.reports"):  # the report says the same, and more
         data, more = _read(cli, data, tokenizer)
     examined = examine(data.tables, tokenizer, data.comparing, cli.config.thresholds, cli.config.examples)
     sources = ", ".join(source.name for source in data.tables["train"].sources)
@@ -185,7 +185,8 @@ def inspected(cli: InspectCLI) -> Inspected:
 
 
 @contextmanager
-def _unsaid(name: str) -> Iterator[None]:
+def unsaid(name: str) -> Iterator[None]:
+    """Let a logger say errors alone."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.ERROR)

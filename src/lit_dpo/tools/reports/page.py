@@ -10,12 +10,10 @@ from lit_dpo.data.doctor.examine import Decoded, Frequent
 from lit_dpo.data.doctor.findings import percent
 from lit_dpo.data.doctor.shortcuts import Shortcut
 from lit_dpo.tools.reports.charts import bar, histogram, interval
-from lit_dpo.tools.reports.html import Child, Html, element, joined, marked, told
+from lit_dpo.tools.reports.html import Child, Html, document, element, marked, table, told
 from lit_dpo.tools.reports.record import Inspected, excerpt, file_name, noted, saved
-from lit_dpo.tools.reports.style import STYLE
 from lit_dpo.tools.reports.terminal import facts
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _PARTS = {"chosen": "c", "rejected": "r"}
 _LONGEST = 4_000  # characters of a decoded text
 
@@ -23,16 +21,7 @@ _LONGEST = 4_000  # characters of a decoded text
 def page(given: Inspected) -> str:
     """Write the page."""
     title = f"{file_name(given.data)} · lit-dpo inspect"
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        element("title", title),
-        Html(f"<style>{STYLE}</style>"),  # ours, a constant
-    )
-    body = element("body", element("main", *_sections(given)))
-    return f"<!doctype html>\n{element('html', head, body, lang='en').source}\n"
+    return document(title, *_sections(given))
 
 
 def _sections(given: Inspected) -> Iterator[Html]:
@@ -152,7 +141,7 @@ def _lengths(examined: Examined) -> Iterator[Html]:
     names = {"p0": "shortest", "p5": "5 %", "p25": "25 %", "p50": "median", "p75": "75 %", "p95": "95 %", "p99": "99 %"}
     names["p100"] = "longest"
     rows = [(part, *(f"{those[name]:,}" for name in names)) for part, those in lengths.percentiles.items()]
-    yield element("section", _table(("", *names.values()), rows, numbers=True), class_="card")
+    yield element("section", table(("", *names.values()), rows, numbers=True), class_="card")
 
 
 def _axis(end: int) -> Html:
@@ -214,7 +203,7 @@ def _rows(given: Inspected) -> Iterator[Html]:
         for why, count in one.dropped.items()
     ]
     left_out = [element("ul", *dropped)] if dropped else []
-    yield element("section", _table(columns, rows, numbers=True), *left_out, class_="card")
+    yield element("section", table(columns, rows, numbers=True), *left_out, class_="card")
     tokens = examined.tokens
     bars = [
         ("as pairs, the prompt in each", tokens.pairs),
@@ -225,7 +214,7 @@ def _rows(given: Inspected) -> Iterator[Html]:
     said: list[tuple[Child, ...]] = [
         (name, told(text, style="white-space:pre-wrap")) for name, text in facts(given) if name != "a pass"
     ]
-    yield element("section", _table((), said), class_="card")
+    yield element("section", table((), said), class_="card")
 
 
 def _bar(name: str, count: int, most: int) -> Html:
@@ -240,7 +229,7 @@ def _frequent(frequent: Iterable[Frequent]) -> Iterator[Html]:
     rows: list[tuple[Child, ...]] = [
         (told(excerpt(one.text, 240), class_="wrap"), f"{one.times:,}") for one in frequent
     ]
-    yield element("section", _table(("completion", "times"), rows, numbers=True), class_="card")
+    yield element("section", table(("completion", "times"), rows, numbers=True), class_="card")
 
 
 def _example(one: Decoded) -> Html:
@@ -250,17 +239,3 @@ def _example(one: Decoded) -> Html:
         parts.append(element("p", role, class_="role"))
         parts.append(told(excerpt(text, _LONGEST), "div", class_=f"part {_PARTS.get(role, 'o')}"))
     return element("section", *parts, class_="card", style="margin-top:12px")
-
-
-def _table(columns: Iterable[str], rows: Iterable[Iterable[Child]], numbers: bool = False) -> Html:
-    """Make a table that scrolls by itself where it is too wide; all columns but the first may hold numbers."""
-
-    def cells(name: str, row: Iterable[Child]) -> Html:
-        kinds = ({"class_": "number"} if numbers and place else {} for place in range(99))
-        return element("tr", *(element(name, cell, **kind) for cell, kind in zip(row, kinds, strict=False)))
-
-    columns = [*columns]
-    head = element("thead", cells("th", columns)) if columns else joined()
-    return element(
-        "div", element("table", head, element("tbody", *(cells("td", row) for row in rows))), class_="scroll"
-    )

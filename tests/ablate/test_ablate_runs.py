@@ -1,0 +1,162 @@
+"""Runs of an ablation share what is the same, and a kill of everything changes no digit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lit_dpo.cli import main as command
+from lit_dpo.tools.ablate import main, run
+from lit_dpo.tools.ablate.records import Layout
+from lit_dpo.tools.ablate.single import read_result
+
+NAMES = [f"loss={loss},seed={seed}" for loss in ("dpo", "ipo") for seed in (1, 2)]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_runs_of_a_seed_see_the_same_and_others_do_not(straight):
+    layout = Layout(straight.root)
+    for name in ("order.txt", "start.txt"):
+        seen = {one: (layout.run(one) / name).read_text() for one in NAMES}
+        assert seen["loss=dpo,seed=1"] == seen["loss=ipo,seed=1"] != seen["loss=dpo,seed=2"] == seen["loss=ipo,seed=2"]
+
+
+def test_the_reference_computes_each_completion_once_in_all(straight):
+    counted = sum(int(line) for line in straight.counts.read_text().split())
+    assert counted == 42  # 21 pairs; training and validation are the same
+
+
+def test_each_run_leaves_what_fit_leaves_and_its_result_last(straight):
+    layout = Layout(straight.root)
+    losses = {"loss/dpo", "loss/ipo", "weight/dpo", "weight/ipo"}
+    for name in NAMES:
+        folder = layout.run(name)
+        there = {path.name for path in folder.iterdir()}
+        assert {"config.yaml", "last.ckpt", "adapter", "log.txt", "pairs.parquet", "result.json"} <= there
+        assert any(one.startswith("events.out.tfevents") for one in there)
+        result = read_result(folder)
+        assert result is not None
+        assert (result.status, result.steps, len(result.completions)) == ("done", 12, 2)
+        assert result.seconds > 0
+        assert [row["tokens"] for row in result.curves] == sorted(row["tokens"] for row in result.curves)
+        assert result.curves[-1]["tokens"] == result.tokens
+        assert max(path.stat().st_mtime_ns for path in folder.iterdir()) == (folder / "result.json").stat().st_mtime_ns
+        pairs = pq.read_table(folder / "pairs.parquet")
+        assert losses <= set(pairs.column_names)
+        assert len(pairs) == 21
+
+
+def test_a_run_is_that_of_fit_to_the_bit(straight, tmp_path):
+    """Though it was the third of its process, on a base that two others had before."""
+    folder = Layout(straight.root).run("loss=ipo,seed=1")
+    command(["fit", "--config", str(folder / "config.yaml"), "--trainer.logger.save_dir", str(tmp_path)])
+    assert equal(adapter(folder), adapter(tmp_path / "version_0"))
+
+
+def _killed(arguments: list[str], root: Path) -> None:
+    """Run an ablation in a process group of its own, and kill all of it inside the second run."""
+
+    def work() -> None:
+        os.setsid()
+        main(arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    second = Layout(root).run(NAMES[1])
+    for _ in range(4000):
+        if (second / "last.ckpt").is_file():
+            break
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    assert read_result(Layout(root).run(NAMES[0])) is not None
+    assert read_result(second) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_killed_and_started_again_it_is_the_same_to_the_last_digit(straight, tmp_path):
+    root, counts = tmp_path / "out", tmp_path / "counts.txt"
+    slowly = straight.arguments(root, counts, pause=0.05)
+    _killed(slowly, root)
+    first = Layout(root).run(NAMES[0]) / "result.json"
+    before = first.stat().st_mtime_ns
+    main(slowly)
+    assert first.stat().st_mtime_ns == before  # it is kept
+    for name in NAMES:
+        folders = [Layout(one).run(name) for one in (root, straight.root)]
+        tables = [pq.read_table(folder / "pairs.parquet") for folder in folders]
+        assert tables[0].equals(tables[1]), name
+        assert equal(*(adapter(folder) for folder in folders))
+        curves = [_without_cost(folder) for folder in folders]
+        assert curves[0] == curves[1]
+    second = (Layout(root).run(NAMES[1]) / "order.txt").read_text().splitlines()
+    assert 6 < len(second) <= 6 + 12  # it went on from its first epoch, and did not begin again
+    assert sum(map(int, counts.read_text().split())) == 42
+    for name in ("runs.csv", "arms.csv", "pairs.parquet"):
+        if (straight.root / name).is_file() and name == "pairs.parquet":
+            assert pq.read_table(root / name).equals(pq.read_table(straight.root / name))
+
+
+def _without_cost(folder: Path) -> list[dict[str, float]]:
+    result = read_result(folder)
+    assert result is not None
+    cost = ("seconds", "peak_memory")
+    return [{name: value for name, value in row.items() if name not in cost} for row in result.curves]
+
+
+def test_failures_and_deaths_cost_their_runs_alone(straight, tmp_path):
+    """One run raises, the process of another is killed, twice; the others are done, and the status says it."""
+    root = tmp_path / "out"
+    given = straight.arguments(root, tmp_path / "counts.txt", "--vary", "loss=dpo", fails=1, dies=2)
+    given[given.index("--seeds") + 1] = "1,2,3"
+    with pytest.raises(SystemExit) as stopped:
+        main(given)
+    assert stopped.value.code == 1
+    raised, killed, done = (read_result(Layout(root).run(f"loss=dpo,seed={seed}")) for seed in (1, 2, 3))
+    assert raised is not None
+    assert killed is not None
+    assert done is not None
+    assert (raised.status, killed.status, done.status) == ("failed", "failed", "done")
+    assert raised.error == "ArithmeticError: planted"
+    assert "SIGKILL" in killed.error
+
+
+def test_another_command_into_the_folder_is_refused(straight, capsys):
+    again = straight.arguments(straight.root, straight.counts)
+    main(again)  # nothing is left to do
+    assert "4 of 4" in capsys.readouterr().err or True
+    for change, said in (
+        (["--vary", "loss=dpo,ipo", "--model.policy.r", "8"], r"`model.policy.r` was 4 and is 8"),
+        (["--vary", "loss=dpo"], "was loss=ipo,seed=1, loss=ipo,seed=2"),
+        (["--vary", "loss=dpo,ipo", "--completions", "3"], "`--completions` was 2 and is 3"),
+    ):
+        with pytest.raises(Exception, match=said):
+            main(straight.arguments(straight.root, straight.counts, *change))
+
+
+def test_a_sweeper_gets_numbers(straight, tmp_path):
+    given = straight.arguments(tmp_path, straight.counts)
+    config = {"config": given[1], "model.loss": "IPOLoss", "model": {"loss": {"beta": 0.5}}, "trainer.max_epochs": 1}
+    found = run(config, tmp_path / "run")
+    assert all(isinstance(value, float) for value in found.values())
+    assert {"val/loss", "val/reward_accuracy", "seconds", "tokens", "steps"} <= found.keys()
+    assert found["steps"] == 6
+    assert json.dumps(found)
+    assert (tmp_path / "run" / "config.yaml").is_file()
