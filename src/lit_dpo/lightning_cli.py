@@ -80,7 +80,9 @@ class LitDPOCLI(LightningCLI):
         set_up_logs()
         logging.getLogger("lit_dpo").setLevel(logging.INFO)
         hush()
-        self._named = next(iter(sys.argv[1:] if args is None else args), "") if run else ""
+        named = next(iter(sys.argv[1:] if args is None else args), "")
+        if skipped := self.subcommands().get(named):  # the parser of one alone: each has three hundred settings
+            self.subcommands = lambda: {named: skipped}  # type: ignore[method-assign]
         super().__init__(
             DPOModule,
             pl.LightningDataModule,
@@ -109,11 +111,6 @@ class LitDPOCLI(LightningCLI):
                 "trainer.enable_model_summary": False,
             }
         )
-
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Build the parser of the named command, and all only where none is: each has three hundred settings."""
-        every = LightningCLI.subcommands()
-        return {self._named: every[self._named]} if self._named in every else every
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
