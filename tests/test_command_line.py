@@ -157,6 +157,22 @@ def test_help_of_a_command_begins_with_the_first_settings(capsys):
         assert wanted in text
 
 
+@pytest.mark.parametrize(
+    ("option", "argument"),
+    [
+        ("--model", "--model.lr_scheduler"),
+        ("--data", "--data.truncation"),
+        ("--model.loss", "--loss.beta"),
+        ("--model.policy", "--policy.target_modules"),
+    ],
+)
+def test_help_of_one_thing_is_that_of_its_class(option, argument, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", f"{option}.help"])
+    assert stopped.value.code == 0
+    assert argument in capsys.readouterr().out
+
+
 # ---- what is shipped ----
 
 

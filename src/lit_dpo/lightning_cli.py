@@ -29,6 +29,17 @@ from lit_dpo.writing import written_whole
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
+_DEFAULTS = {
+    "--model": "lit_dpo.DPOModule",
+    "--data": "lit_dpo.PreferenceDataModule",
+    "--model.policy": "lit_dpo.LoRAPolicy",
+    "--model.loss": "lit_dpo.DPOLoss",
+    "--model.reference": "lit_dpo.BaseReference",
+    "--data.format": "lit_dpo.data.formats.Auto",
+    "--trainer.logger": "lightning.pytorch.loggers.TensorBoardLogger",
+}
+"""Of what `--….help` is, where no class is named."""
+
 _LOGGER = {
     "class_path": "lit_dpo.callbacks.tensorboard.RunLogger",
     # `default_hp_metric` would log -1 before anything was measured
@@ -101,6 +112,7 @@ class LitDPOCLI(LightningCLI):
         """Defaults: our module and data, and run directories with versions."""
         assert isinstance(parser, Parser)
         parser.is_command = True
+        parser.usage = "%(prog)s [--config FILE] [--key value ...]"  # not a page of three hundred options
         parser.defaults_below = lambda typed: _precision(typed) | _logger(typed)
         parser.set_defaults(
             {
@@ -111,6 +123,13 @@ class LitDPOCLI(LightningCLI):
                 "trainer.enable_model_summary": False,
             }
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; `--data.help` without a class is about the class that it would be."""
+        typed = sys.argv[1:] if args is None else args
+        if isinstance(typed, list) and (asked := _help_asked(typed)) is not None:
+            args = asked
+        super().parse_arguments(parser, args)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -189,6 +208,16 @@ class LitDPOCLI(LightningCLI):
             own = (kind for kind in (LearningRate, Throughput) if not any(isinstance(c, kind) for c in callbacks))
             callbacks = [*callbacks, *(kind() for kind in own)]
         return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
+
+
+def _help_asked(typed: list[str]) -> list[str] | None:
+    """Give `--data.help`, where no class follows, the one that was typed before, or the default."""
+    for place, option in enumerate(typed):
+        of = option.removesuffix(".help")
+        if of in _DEFAULTS and of != option and not [one for one in typed[place + 1 : place + 2] if one[:1] != "-"]:
+            named = [one.removeprefix(f"{of}=") for one in typed if one.startswith(f"{of}=")]
+            return [*typed[:place], option, *(named[-1:] or [_DEFAULTS[of]]), *typed[place + 1 :]]
+    return None
 
 
 def _precision(typed: Any) -> dict[str, Any]:
