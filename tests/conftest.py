@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from filelock import FileLock
 
 gc.disable()  # while tests are collected: their imports make a million objects, and no garbage
 
@@ -32,6 +35,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cuda",
         help="where tests marked `gpu` run; `cpu` rehearses them, with an emulation of the variable-length kernel",
     )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A rehearsal is of the lines of a test: its first and last cases are enough, as the laws are the CPU's already."""
+    if config.getoption("--gpu-device") != "cpu":
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    between = {id(item) for every in cases.values() for item in every[1:-1]}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) in between])
+    items[:] = [item for item in items if id(item) not in between]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -71,14 +88,27 @@ def kernel_calls(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-@pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    """What a test leaves in the environment (Lightning a seed, a port, a rank) is not the next test's."""
+@contextmanager
+def _as_it_was() -> Iterator[None]:
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """What a test leaves in the environment (Lightning a seed, a port, a rank) is not the next test's."""
+    with _as_it_was():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment_of_module() -> Iterator[None]:
+    """Nor what the fixtures of a file leave the next file's: a process of two ranks would take that seed."""
+    with _as_it_was():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -91,11 +121,49 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Makes a folder once for all workers of `-n`: `once(name, fill)`. What costs half a minute is not made by both."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def once(name: str, fill: Callable[[Path], None]) -> Path:
+        folder = root / f"once-{name}"
+        with FileLock(root / f"once-{name}.lock"):
+            if not (folder / ".whole").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                (folder / ".whole").touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
 def quickstart() -> Path:
     """The embedded model and preferences, built once and cached."""
     from lit_dpo.quickstart import quickstart_directory
 
     return quickstart_directory()
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(tmp_path_factory: pytest.TempPathFactory, quickstart: Path) -> Path:
+    """The folder of a short run of `lit-dpo fit`: the quickstart in NF4, quicker than it comes."""
+    from lit_dpo.cli import main
+
+    root = tmp_path_factory.mktemp("quickstart")
+    config = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+    changes = {
+        "max_epochs": "1",
+        "limit_train_batches": "24",
+        "callbacks": "[training.Unestimated]",
+        "enable_progress_bar": "false",
+        "logger.save_dir": str(root),
+    }
+    typed = [word for name, value in changes.items() for word in (f"--trainer.{name}", value)]
+    main(["fit", "--config", str(config), "--model.optimizer.lr", "3e-3", *typed])
+    return root / "version_0"
 
 
 @pytest.fixture(scope="session")

@@ -89,10 +89,10 @@ class Hub:
 
 
 @contextmanager
-def serve() -> Iterator[Hub]:
-    """A running hub, in threads of this process."""
+def serve(handler: type[BaseHTTPRequestHandler] | None = None) -> Iterator[Hub]:
+    """A running hub, in threads of this process; one that is read only, unless another handler answers."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler or Handler,), {"hub": hub}))
     server.daemon_threads = True
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -119,7 +119,7 @@ def python(script: str, cwd: Path, env: dict[str, str]) -> subprocess.CompletedP
     )
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
 

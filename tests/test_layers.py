@@ -18,8 +18,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up; the longest name that fits decides. Rooms of one layer may import each other in one direction.
 LAYERS = {
     "lit_dpo.errors": 0,
+    "lit_dpo.commands": 0,
     "lit_dpo.compat": 0,
     "lit_dpo.hub": 0,
+    "lit_dpo.names": 0,
+    "lit_dpo.quiet": 0,
+    "lit_dpo.shipped": 0,
     "lit_dpo.writing": 0,
     "lit_dpo.quickstart": 0,  # needs nothing of the package; imported inside functions only
     "lit_dpo.policy": 1,
@@ -36,6 +40,7 @@ LAYERS = {
     "lit_dpo.callbacks": 5,
     "lit_dpo.module": 6,
     "lit_dpo.plan": 7,
+    "lit_dpo.mistakes": 8,
     "lit_dpo.parser": 8,
     "lit_dpo.cli": 8,
     "lit_dpo.lightning_cli": 8,

@@ -158,7 +158,13 @@ def _subclass(name: str, **methods: Any) -> type[DPOModule]:
 
 # Hooks of stages that `fit` does not have: it calls none of them, so one class overrides all of a stage's.
 OTHER_STAGES = {stage: sorted(name for name in HOOKS - JOBS if stage in name) for stage in ("test", "predict")}
-OVERRIDDEN = {name: [name] for name in sorted((HOOKS - JOBS).difference(*OTHER_STAGES.values()))} | OTHER_STAGES
+IN_FIT = sorted((HOOKS - JOBS).difference(*OTHER_STAGES.values()))
+GROUPS_OF_HOOKS = (
+    8  # a run each; neighbours in the alphabet, such as start and end of the same thing, are in two of them
+)
+OVERRIDDEN = {
+    " ".join(part): part for part in (IN_FIT[n::GROUPS_OF_HOOKS] for n in range(GROUPS_OF_HOOKS))
+} | OTHER_STAGES
 
 
 @pytest.mark.parametrize("overridden", OVERRIDDEN)
@@ -467,10 +473,8 @@ def test_the_end_of_a_run_says_its_numbers(tiny_model, pairs_file, tmp_path):
         trainer(tmp_path, log_every_n_steps=50, max_steps=3, max_epochs=-1).fit(
             _module(tiny_model), data(pairs_file, val=str(pairs_file))
         )
-    (line,) = [text for record in said if re.match(r"\d+ steps in ", text := record.getMessage())]
-    assert re.match(
-        r"3 steps in 0:00:\d\d: train/loss 0\.\d+, train/reward_accuracy [\d.]+, train/reward_margin ", line
-    )
+    (text,) = [text for record in said if re.match(r"\d+ steps in ", text := record.getMessage())]
+    assert re.match(r"3 steps in 0:00:\d\d, [\d,]+ tokens per second, peak memory ", text)
 
 
 # ---- strategies, averages ----

@@ -323,9 +323,15 @@ CACHED = ("BCOLoss", "BetaDPOLoss")
 
 
 @pytest.fixture(scope="module")
-def on_two(tiny_model, pairs_file, tmp_path_factory):
+def on_two(tiny_model, pairs_file, once):
     """What each case came to on two ranks, one case after the other; and the sizes of the caches that they left."""
-    folder = tmp_path_factory.mktemp("two")
+    folder = once("two-processes", lambda folder: _on_two(folder, tiny_model, pairs_file))
+    cases = json.loads((folder / "cases.json").read_text())
+    found = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in cases}
+    return {name: (cases[name], one, _index_sizes(folder / name)) for name, one in found.items()}
+
+
+def _on_two(folder, tiny_model, pairs_file):
     ranked = folder / "ranked.jsonl"
     ranked.write_text("".join(json.dumps(_ranking(n)) + "\n" for n in range(21)))
     cases = {
@@ -343,8 +349,6 @@ def on_two(tiny_model, pairs_file, tmp_path_factory):
         [sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=300, cwd=script.parent
     )
     assert run.returncode == 0, run.stderr[-6000:]
-    found = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in cases}
-    return {name: (cases[name], one, _index_sizes(folder / name)) for name, one in found.items()}
 
 
 def _ranking(number):

@@ -40,9 +40,14 @@ def _rows(count):
 
 
 @pytest.fixture(scope="module")
-def on_two(tmp_path_factory, tiny_model):
+def on_two(once, tiny_model):
     """What two processes make of each case, with the case."""
-    folder = tmp_path_factory.mktemp("two")
+    folder = once("two-streams", lambda folder: _on_two(folder, tiny_model))
+    cases = json.loads((folder / "cases.json").read_text())
+    return {name: (case, torch.load(folder / f"{name}.pt", weights_only=True)) for name, case in cases.items()}
+
+
+def _on_two(folder, tiny_model):
     files = {
         "stream": _rows(41),
         "a": _rows(25),
@@ -62,10 +67,9 @@ def on_two(tmp_path_factory, tiny_model):
     (folder / "cases.json").write_text(json.dumps(cases))
     script = Path(two_streams.__file__)
     run = subprocess.run(
-        [sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=120, cwd=script.parent
+        [sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=300, cwd=script.parent
     )
     assert run.returncode == 0, run.stderr[-6000:]
-    return {name: (case, torch.load(folder / f"{name}.pt", weights_only=True)) for name, case in cases.items()}
 
 
 def _steps(found):
@@ -84,7 +88,9 @@ def test_two_processes_train_like_one(on_two, tmp_path, name):
     one = two_streams.train(root=tmp_path, **case)
     assert _steps(one) == _steps(two)
     for name, expected in one["adapter"].items():
-        torch.testing.assert_close(two["adapter"][name], expected, rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            two["adapter"][name], expected, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("name", ["stream", "tokens", "one pair a batch"])

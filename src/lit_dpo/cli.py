@@ -4,38 +4,19 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
-_HELP = """usage: lit-dpo {fit,validate,test,predict,inspect,configs} [--config FILE] [--key value ...]
+from lit_dpo import tools
+from lit_dpo.commands import COMMANDS, TOOLS, first_settings, overview
+from lit_dpo.errors import LitDPOError
+from lit_dpo.names import did_you_mean, nearest
 
-Direct Preference Optimization for PyTorch Lightning.
-
-commands:
-  fit         train a policy on preference pairs
-  validate    measure a policy on the validation pairs
-  test        measure a policy on the test pairs
-  predict     write the rewards and margins of each pair to a file
-  inspect     say what is wrong with preference data, and what to do about it; no weights are read
-  configs     list the configuration files that come along; `lit-dpo configs copy` makes a folder of them
-
-options:
-  -h, --help  this text; `lit-dpo fit --help` lists the settings of fit
-  --version   print the version
-
-start here:
-  lit-dpo fit --config configs/quickstart.yaml       no network, no GPU, a few minutes
-  lit-dpo fit --config configs/quickstart.yaml --print_config
-  lit-dpo inspect --data.train pairs.jsonl --out report   your data, before anything else
-  lit-dpo fit --config configs/quickstart.yaml --plan     will it fit, how long will it take
-"""
-
-
-_TOOLS = ("configs", "inspect", "ablate", "fork", "audit", "generate", "export")
-"""Each a module of `lit_dpo.tools` with a `main`."""
+_LIGHT = ("configs", "completion")  # these need neither torch nor Lightning
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -46,7 +27,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     given = list(sys.argv[1:] if args is None else args)
     if not given or given[0] in ("-h", "--help"):
-        print(_HELP, end="")
+        print(overview(), end="")
         return
     if given[0] == "--version":
         from lit_dpo import __version__
@@ -55,28 +36,37 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that `--model my_lab.Module` finds the project the user stands in
-    from lit_dpo.errors import LitDPOError
-
+    if given[0] in COMMANDS and {"-h", "--help"} & {*given[1:]}:
+        print(first_settings(given[0]), end="", flush=True)  # at once; the long list takes seconds
     try:
-        if given[0] not in ("configs",):  # which needs none of it
-            _import_quickly()
-        if given[0] in _TOOLS:
-            from lit_dpo import tools
-
-            importlib.import_module(f"{tools.__name__}.{given[0]}").main(given[1:])
-            return
-        from lit_dpo.lightning_cli import LitDPOCLI
-
-        LitDPOCLI(args=None if args is None else given)
+        _run(given, args is None)
     except LitDPOError as error:
         sys.stderr.write(f"lit-dpo: error: {error}\n")
         raise SystemExit(1) from None
+    except BrokenPipeError:  # `lit-dpo configs | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except SystemExit as stop:  # Lightning's for SIGTERM has no status, and would look like success
-        from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-        if isinstance(stop, SIGTERMException):
+        if type(stop).__name__ == "SIGTERMException":
             raise SystemExit(128 + signal.SIGTERM) from None
         raise
+
+
+def _run(given: list[str], from_shell: bool) -> None:
+    name = given[0]
+    if name in TOOLS and importlib.util.find_spec(f"{tools.__name__}.{name}") is not None:
+        if name not in _LIGHT:
+            _import_quickly()
+        importlib.import_module(f"{tools.__name__}.{name}").main(given[1:])
+        return
+    if name not in COMMANDS and not name.startswith("-"):
+        guess = did_you_mean(nearest(name, [*COMMANDS, *TOOLS])) or ": `lit-dpo --help` lists the commands."
+        sys.stderr.write(f"lit-dpo: error: There is no command {name}{guess}\n")
+        raise SystemExit(2)
+    _import_quickly()
+    from lit_dpo.lightning_cli import LitDPOCLI
+
+    LitDPOCLI(args=None if from_shell else given)
 
 
 def _import_quickly() -> None:

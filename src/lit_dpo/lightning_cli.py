@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import warnings
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +16,19 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.callbacks.export import run_directory
 from lit_dpo.callbacks.last import LastCheckpoint
+from lit_dpo.callbacks.throughput import LearningRate, Throughput
 from lit_dpo.errors import LitDPOError, ResumeError, TrainingError
 from lit_dpo.module import DPOModule
 from lit_dpo.parser import Parser, refuse
 from lit_dpo.policy.devices import default_precision
+from lit_dpo.quiet import hush
 from lit_dpo.writing import written_whole
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
 _LOGGER = {
-    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+    "class_path": "lit_dpo.callbacks.tensorboard.RunLogger",
     # `default_hp_metric` would log -1 before anything was measured
     "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
 }
@@ -85,7 +86,7 @@ class LitDPOCLI(LightningCLI):
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         logging.getLogger("lit_dpo").setLevel(logging.INFO)
-        _hush()
+        hush()
         super().__init__(
             DPOModule,
             pl.LightningDataModule,
@@ -104,7 +105,7 @@ class LitDPOCLI(LightningCLI):
         """Defaults: our module and data, and run directories with versions."""
         assert isinstance(parser, Parser)
         parser.is_command = True
-        parser.defaults_below = _precision
+        parser.defaults_below = lambda typed: _precision(typed) | _logger(typed)
         parser.set_defaults(
             {
                 "model": {"class_path": "lit_dpo.module.DPOModule"},
@@ -176,7 +177,7 @@ class LitDPOCLI(LightningCLI):
             refuse(str(error))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Add a Rich progress bar and a last checkpoint, unless there is another or none is wanted."""
+        """Add a progress bar, a last checkpoint, rate and throughput, unless there are others or none is wanted."""
         config = self.config_init[self.config_init["subcommand"]]["trainer"]
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -188,6 +189,9 @@ class LitDPOCLI(LightningCLI):
             isinstance(c, LastCheckpoint) for c in callbacks
         ):
             callbacks = [*callbacks, LastCheckpoint()]
+        if config.get("logger") is not False and not config.get("barebones"):
+            own = (kind for kind in (LearningRate, Throughput) if not any(isinstance(c, kind) for c in callbacks))
+            callbacks = [*callbacks, *(kind() for kind in own)]
         return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
 
 
@@ -201,6 +205,12 @@ def _precision(typed: Any) -> dict[str, Any]:
         return {}
     rank_zero_info(f"precision {chosen}, by the GPU: `--trainer.precision` chooses another one")
     return {"trainer.precision": chosen}
+
+
+def _logger(typed: Any) -> dict[str, Any]:
+    """Give Lightning's own TensorBoard logger, where somebody names it, the place that ours has."""
+    path = getattr((typed.get("trainer") or {}).get("logger"), "class_path", "")
+    return {"trainer.logger": {**_LOGGER, "class_path": path}} if path.endswith(".TensorBoardLogger") else {}
 
 
 def _root(trainer: Namespace) -> Path:
@@ -220,21 +230,3 @@ def _last(root: Path) -> Path:
     if not found:
         raise ResumeError(f"Expected a run with a `last.ckpt` in {root.absolute()} but there is none.")
     return max(found, key=lambda file: file.stat().st_mtime_ns)
-
-
-def _hush() -> None:
-    """Leave out what a user can do nothing about, so that what matters is seen."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
-        # of TF32, whether or not a product is float32; `lit_dpo.policy.devices.remark` says it where one is
-        logging.getLogger(name).addFilter(lambda record: "that has Tensor Cores" not in record.getMessage())
-    # of Liger: implementations for other machines than this one
-    backends = logging.getLogger("liger_kernel.backends.registry")
-    backends.addFilter(lambda record: "could not be imported" not in record.getMessage())
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # what is left is logged
-    warnings.filterwarnings("ignore", message=".*The dirpath has changed from.*")
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message=".*fan_in_fan_out is set to False.*")

@@ -20,9 +20,12 @@ from torchmetrics import MetricCollection
 from lit_dpo.callbacks.export import AdapterExport, claim_versions, unnumbered
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
+from lit_dpo.callbacks.monitor import HealthMonitor
 from lit_dpo.callbacks.predictions import PredictionWriter
+from lit_dpo.callbacks.quiet import Quiet
 from lit_dpo.callbacks.resume import ExactResume
 from lit_dpo.callbacks.steps import OptimizerSteps
+from lit_dpo.callbacks.summary import RunSummary
 from lit_dpo.checkpoint import (
     Standing,
     adapter_state,
@@ -59,9 +62,19 @@ from lit_dpo.policy.devices import remark
 from lit_dpo.references import Reference
 from lit_dpo.requirements import check_run, resolve_reference
 from lit_dpo.schedules import check_schedule, make_schedule, steps_of_run
-from lit_dpo.window import Window
+from lit_dpo.window import MeasuredBatch, Window
 
-_BROUGHT = (ExactResume, TrainingHealth, MemoryEstimate, OptimizerSteps, AdapterExport, PredictionWriter)
+_BROUGHT = (
+    Quiet,
+    ExactResume,
+    TrainingHealth,
+    MemoryEstimate,
+    OptimizerSteps,
+    HealthMonitor,
+    AdapterExport,
+    RunSummary,
+    PredictionWriter,
+)
 
 
 class DPOModule(pl.LightningModule):
@@ -116,9 +129,6 @@ class DPOModule(pl.LightningModule):
     """Whether what is loaded may be of a run with another loss or reference."""
 
     loss_state: Tensor | None
-    seen: tuple[PairLogps, Tensor] | None = None
-    """The record of the batch that was measured last, in training or not, and its losses, both without a graph; for
-    callbacks that look at single comparisons. None before the first, and under a `training_step` of one's own."""
     _said_whole = False
     _frozen: FrozenStates | None = None  # of the reference, while `forward` runs
     _draws: list[dict[str, Any]] | None = None  # random states before each `forward`, while they are noted
@@ -169,6 +179,10 @@ class DPOModule(pl.LightningModule):
         self.window = Window()
         self.unlogged = False  # whether the training metrics have counted something since the last row
         self.fetched: dict[str, Tensor] | None = None  # their values on the CPU, until they count the next batch
+        self.measured_batch: MeasuredBatch | None = (
+            None  # of the last batch, for callbacks; None under a step of one's own
+        )
+        self.asked: dict[str, Tensor] = {}  # what callbacks want to know too: the check of gradients fetches it
         self.schedule_steps: int | None = None  # of a learning rate that changes, by `configure_optimizers`
         self.standing: Standing | None = None  # after the last step
         self.configured = False  # until the policy has loaded
@@ -529,16 +543,10 @@ class DPOModule(pl.LightningModule):
             seen = pairs.detach()
             losses = self.losses_of(pairs)
             total = losses.sum()
-        self.seen = seen, losses.detach()
-        chosen, rejected = self.loss.rewards(seen)
+        self.measured_batch = MeasuredBatch(seen, losses.detach(), *self.loss.rewards(seen))
+        measures = {**self.measured_batch._asdict(), "parts": self.loss.parts(seen)}
         for collection in measured:
-            collection.update(
-                pairs=seen,
-                losses=losses.detach(),
-                parts=self.loss.parts(seen),
-                chosen_rewards=chosen,
-                rejected_rewards=rejected,
-            )
+            collection.update(**measures)
         return total, losses
 
     def _evaluate(self, batch: CompletionBatch, stage: str, loaders: Any, number: int) -> None:

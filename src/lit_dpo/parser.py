@@ -11,12 +11,12 @@
 
 from __future__ import annotations
 
-import functools
 import pkgutil
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -25,6 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.compat import on_another_class
+from lit_dpo.mistakes import arguments, explain
 from lit_dpo.policy import LoRAPolicy
 
 _EXTENDED = (pl.LightningModule, pl.LightningDataModule, LoRAPolicy)
@@ -34,11 +35,16 @@ _ANCHORS = "x-"  # as in Compose files and OpenAPI
 _REQUIRED = re.compile(r'(?:the following arguments are required: |Key "(?=[\w.]+" is required))([\w.]+).*')
 _KEYS = re.compile(r'Parser key "([\w.]+)"')
 _FIRST = {"policy": "policy.model"}  # what is to be typed where a class is missing
+_TYPED: ContextVar[list[str]] = ContextVar("typed", default=[])  # noqa: B039 - never changed in place
 _NOISE = ("Given value", "Expected a <class 'NoneType'>", "Union subtypes", "Subtypes:", "Errors:")
 
 
 class Parser(LightningArgumentParser):
     """Keeps what was typed apart from defaults, and ends with the sentence that matters."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.allow_abbrev = False  # `--trainer.max_epoch` is a mistake; another release may give it another meaning
 
     is_command = False
     """True for the parser of a whole command, such as `fit`; the others parse the arguments of one class."""
@@ -55,6 +61,15 @@ class Parser(LightningArgumentParser):
         **kwargs: Any,
     ) -> Namespace:
         """First all that was typed, then the defaults below it."""
+        if _TYPED.get():  # a parser within another: of a command, or of a class
+            return self._parse_typed(args, namespace, env, defaults, **kwargs)
+        token = _TYPED.set(list(sys.argv[1:] if args is None else args))
+        try:
+            return self._parse_typed(args, namespace, env, defaults, **kwargs)
+        finally:
+            _TYPED.reset(token)
+
+    def _parse_typed(self, args: Any, namespace: Any, env: Any, defaults: bool, **kwargs: Any) -> Namespace:
         if not (self.is_command and defaults):
             return super().parse_args(args, namespace, env, defaults, **kwargs)
         said: dict[str, None] = {}  # in order, and each once
@@ -78,13 +93,17 @@ class Parser(LightningArgumentParser):
         """Without a page of usage above it and the whole configuration below it."""
         if not self.exit_on_error:  # jsonargparse is only trying something
             super().error(message, ex)
-        if message.endswith("is not accepted"):
-            message += ": `--print_config` shows what is."
-        if "does not accept option" in message:  # of a file; where a command line has it, it is unrecognized
-            message += (
-                f": `--print_config` shows what it does. A key that only holds an anchor starts with `{_ANCHORS}`."
-            )
-        refuse(message)
+        refuse(explain(message, _TYPED.get(), _load) or _no_value(message, _TYPED.get()) or message)
+
+
+def _no_value(message: str, typed: Sequence[str]) -> str | None:
+    """Name the option as it was typed: of `--model.loss.beta` the parser has `--model`."""
+    if not message.endswith("expected one argument"):
+        return None
+    for option, after in zip(typed, [*typed[1:], "--"], strict=True):
+        if option.startswith("--") and "=" not in option and after.startswith("--"):
+            return f"Expected a value after `{option}`."
+    return None
 
 
 def refuse(message: str) -> NoReturn:
@@ -93,6 +112,7 @@ def refuse(message: str) -> NoReturn:
     required = _FIRST.get(required, required)
     if keys := _KEYS.findall(message):  # as an option, from the outermost class in
         message = _REQUIRED.sub(f"Expected `--{'.'.join([*keys, required])}` but it was not given.", message)
+        message = message[max(0, message.find("Expected `--")) :]
     wanted = [line.strip().removeprefix("- ") for line in message.splitlines() if not any(n in line for n in _NOISE)]
     sys.stderr.write("lit-dpo: error: " + "\n".join(line for line in wanted if line) + "\n")
     raise SystemExit(2)
@@ -135,12 +155,7 @@ def _shared_arguments(old: object, new: object) -> set[str]:
     base: Any = next(base for base in new.__mro__ if issubclass(old, base))
     if not issubclass(base, _EXTENDED):
         return set()
-    return _arguments(base) & _arguments(old) & _arguments(new)
-
-
-@functools.cache
-def _arguments(of: type) -> set[str]:
-    return {name.partition(".")[0] for name in Parser().add_class_arguments(of, fail_untyped=False)}
+    return {*(arguments(base) & arguments(old) & arguments(new))}
 
 
 def _load(class_path: str) -> Any:

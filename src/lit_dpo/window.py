@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+
+    from lit_dpo.logps.records import PairLogps
+
+
+class MeasuredBatch(NamedTuple):
+    """What was measured of a batch, on the device and without gradients: what callbacks look at after it.
+
+    Attributes:
+        pairs: log-probs of `B` comparisons.
+        losses: `(B,)`, or `(P,)` of a loss over prompts.
+        chosen_rewards: `(B,)`.
+        rejected_rewards: `(B,)`.
+    """
+
+    pairs: PairLogps
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
 
 
 class Window:

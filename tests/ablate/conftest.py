@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,11 +49,11 @@ def arguments(tiny_model, pairs_file, tmp_path_factory) -> Callable[..., list[st
 
 
 @pytest.fixture(scope="session")
-def straight(arguments, tmp_path_factory) -> Iterator[Straight]:
+def straight(arguments, tmp_path_factory) -> Straight:
     """Four runs, two losses and two seeds, without a stop."""
     from lit_dpo.tools.ablate import main
 
     folder = tmp_path_factory.mktemp("straight")
     root, counts = folder / "out", folder / "counts.txt"
     main(arguments(root, counts))
-    yield Straight(arguments, root, counts)
+    return Straight(arguments, root, counts)

@@ -18,6 +18,7 @@ from lit_dpo.callbacks import LastCheckpoint, TrainingDynamics
 from lit_dpo.callbacks.dynamics import Measured, gradient_sizes, measured, table
 from lit_dpo.data.formats import Rankings
 from lit_dpo.losses import PlackettLuceLoss, SFTLoss, SimPOLoss
+from lit_dpo.window import MeasuredBatch
 from training import Trace, adapter, data, module, trainer
 
 SAID = [" one", " two, two", " three!", " 4"]
@@ -129,7 +130,7 @@ def _scored(tiny_model, pairs, loss, **kwargs):
     dpo = module(tiny_model, loss=loss)
     dpo.configure_model()
     record = dpo.batch_logps(batch)
-    dpo.seen = record, dpo.losses_of(record)
+    dpo.measured_batch = MeasuredBatch(record, dpo.losses_of(record), *loss.rewards(record))
     return dpo, batch, record
 
 

@@ -48,9 +48,12 @@ FIRST = 2
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(once):
     """What real runs did, and losses by themselves, in a process of their own: the device is there for all of it."""
-    folder = tmp_path_factory.mktemp("pretend")
+    return json.loads((once("pretend", _runs) / "found.json").read_text())
+
+
+def _runs(folder):
     tiny.directory(folder / "model", max_position_embeddings=256, num_hidden_layers=1)
     rows = [
         {
@@ -74,7 +77,6 @@ def found(tmp_path_factory):
         [sys.executable, str(HERE / "pretend_runs.py"), str(folder)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "found.json").read_text())
 
 
 def _parts(found, name, stage):

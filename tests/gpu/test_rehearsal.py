@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+FOLDER = Path(__file__).parent
+
+
+class Outcomes:
+    """Counts how the tests of a session ended."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.tests: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed:
+            self.counts[report.outcome] += 1
+            self.tests.add(report.nodeid.partition("[")[0])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the device itself")
 def test_the_tests_of_a_gpu_run_on_a_cpu():
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--gpu-device", "cpu", "-p", "no:cacheprovider"]
-    command += ["-k", "not fp16 and not fp32"]  # the same lines as with `bf16`, the type aside
-    # in a process of its own: the tests here skip without a device, as `pytest` alone has them
-    done = subprocess.run(
-        [*command, "-p", "no:xdist", str(ROOT / "tests" / "gpu")], cwd=ROOT, capture_output=True, text=True
-    )
-    print(done.stdout[-20_000:], done.stderr[-2_000:])
-    assert done.returncode == 0
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout.splitlines()[-1]
+    """In a session of its own: in this one they skip without a device, as `pytest` alone has them."""
+    found = Outcomes()
+    command = ["-q", "-m", "gpu", "--gpu-device", "cpu", "-p", "no:cacheprovider", "-p", "no:xdist", str(FOLDER)]
+    # the same lines as with `bf16`, the type aside
+    assert pytest.main([*command, "-k", "not fp16 and not fp32"], plugins=[found]) == 0
+    assert set(found.counts) == {"passed"}
+    assert len(found.tests) > 10

@@ -42,15 +42,17 @@ def test_model_and_preferences_are_ordinary_files(quickstart):
 
 
 @pytest.fixture(scope="module")
-def runs(quickstart, tmp_path_factory):
+def runs(quickstart, once):
     """The README's command, and the same with chosen and rejected swapped."""
-    root = tmp_path_factory.mktemp("quickstart")
+    return once("quickstart", _trained) / "runs"
+
+
+def _trained(root):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         command = ["fit", "--config", str(CONFIG), "--trainer.enable_progress_bar=false"]
         main(command)
         main([*command, "--data.format.chosen=rejected", "--data.format.rejected=chosen"])
-    return root / "runs"
 
 
 def test_a_4_bit_policy_learns_to_answer_and_still_speaks(runs):

@@ -1,23 +1,36 @@
-"""Callbacks; `DPOModule` brings all but `SampleCompletions`, `LastCheckpoint` and `TrainingDynamics` with it."""
+"""Callbacks; docs/callbacks.md says which of them `DPOModule` brings with it, and which the command."""
 
 from lit_dpo.callbacks.completions import SampleCompletions
 from lit_dpo.callbacks.dynamics import TrainingDynamics
 from lit_dpo.callbacks.export import AdapterExport
 from lit_dpo.callbacks.health import TrainingHealth
+from lit_dpo.callbacks.histograms import RewardHistograms
 from lit_dpo.callbacks.last import LastCheckpoint
 from lit_dpo.callbacks.memory import MemoryEstimate
+from lit_dpo.callbacks.monitor import HealthMonitor
 from lit_dpo.callbacks.predictions import PredictionWriter
+from lit_dpo.callbacks.quiet import Quiet
 from lit_dpo.callbacks.resume import ExactResume
 from lit_dpo.callbacks.steps import OptimizerSteps
+from lit_dpo.callbacks.summary import RunSummary
+from lit_dpo.callbacks.tensorboard import RunLogger
+from lit_dpo.callbacks.throughput import LearningRate, Throughput
 
 __all__ = [
     "AdapterExport",
     "ExactResume",
+    "HealthMonitor",
     "LastCheckpoint",
+    "LearningRate",
     "MemoryEstimate",
     "OptimizerSteps",
     "PredictionWriter",
+    "Quiet",
+    "RewardHistograms",
+    "RunLogger",
+    "RunSummary",
     "SampleCompletions",
+    "Throughput",
     "TrainingDynamics",
     "TrainingHealth",
 ]

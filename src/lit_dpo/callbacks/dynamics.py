@@ -77,14 +77,14 @@ class TrainingDynamics(pl.Callback):
         self, trainer: pl.Trainer, pl_module: DPOModule, batch: CompletionBatch, batch_idx: int
     ) -> None:
         """Know which rows are measured."""
-        self._batch, self._number, pl_module.seen = batch, batch_idx, None
+        self._batch, self._number, pl_module.measured_batch = batch, batch_idx, None
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Note what the pass has seen, before the step that it is for."""
         if self._failed or self._batch is None:
             return
         with alone("TrainingDynamics"):
-            if pl_module.seen is None:
+            if pl_module.measured_batch is None:
                 raise TypeError("there is a `training_step` of one's own, which measures no comparisons")
             found = measured(pl_module, self._batch, trainer.current_epoch, trainer.global_step)
             step, number, _ = self._parts[-1] if self._parts else (-1, -1, None)
@@ -153,15 +153,15 @@ def measured(module: DPOModule, batch: CompletionBatch, epoch: int, step: int) -
         epoch: from 0.
         step: optimizer steps before it.
     """
-    assert module.seen is not None
-    pairs, losses = module.seen
+    assert module.measured_batch is not None
+    pairs, losses = module.measured_batch.pairs, module.measured_batch.losses
     policy = pairs.policy_chosen.total - pairs.policy_rejected.total
     if pairs.reference_chosen is None or pairs.reference_rejected is None:
         reference, margin = torch.full_like(policy, torch.nan), policy
     else:
         reference = pairs.reference_chosen.total - pairs.reference_rejected.total
         margin = pairs.margin
-    chosen, rejected = module.loss.rewards(pairs)
+    chosen, rejected = module.measured_batch.chosen_rewards, module.measured_batch.rejected_rewards
     if losses.shape != policy.shape:  # one for each prompt
         losses = pairs.lists.per_comparison(losses)
     numbers = torch.stack([margin, chosen - rejected, reference, losses, gradient_sizes(module, pairs)], 1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -8,7 +9,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_dpo.checkpoint import check_finite, check_writable, save_adapter
+from lit_dpo.callbacks.alone import alone
+from lit_dpo.checkpoint import check_finite, check_writable, describe, save_adapter
 from lit_dpo.compat import is_numbered, number
 from lit_dpo.policy.adapters import adapter_parameters
 from lit_dpo.writing import refusals
@@ -24,6 +26,7 @@ class AdapterExport(pl.Callback):
 
     `AutoPeftModelForCausalLM.from_pretrained(directory)` and `pipeline("text-generation", model=directory)` load it.
     The former loads the commit of the base that it was trained on, the latter the main branch unless given `revision=`.
+    `lit_dpo.json` in it says what it was trained on and with, what was measured, and no row's text.
 
     Args:
         directory: where the last one goes; `adapter/` in the run's directory by default.
@@ -31,11 +34,16 @@ class AdapterExport(pl.Callback):
 
     def __init__(self, directory: str | None = None) -> None:
         self.directory = directory
+        self.written: Path | None = None
+        """Where the last one went."""
+        self._said: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: DPOModule, stage: str) -> None:
-        """See that the directory can be written to."""
+        """See that the directory can be written to, and know what the adapter will belong to."""
         if self.directory:
             check_writable(Path(self.directory))
+        if stage == "fit":  # now: where a base or a reference is may be gone when the run ends
+            self._said = describe(pl_module, trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Write the last one."""
@@ -43,12 +51,44 @@ class AdapterExport(pl.Callback):
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
             check_finite(adapter_parameters(pl_module.model))
             directory = Path(self.directory) if self.directory else _unused(directory / "adapter")
+            said = self._said
+            with alone("AdapterExport"):
+                said = {**(said or {}), **_facts(trainer)} if said else None
             try:
-                save_adapter(pl_module.model, tokenizer_of(trainer), directory)
+                save_adapter(pl_module.model, tokenizer_of(trainer), directory, said=said)
+                self.written = directory
             finally:
                 with suppress(OSError):
                     directory.rmdir()  # if nothing came into it
             rank_zero_info(f"The trained adapter and its tokenizer are in {directory}")
+
+
+def _facts(trainer: pl.Trainer) -> dict[str, Any]:
+    """How long it trained, what was measured last, and how many rows of which sources there were."""
+    measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {
+        "steps": trainer.global_step,
+        "epochs": trainer.current_epoch,
+        "measures": {name: value for name, value in measured.items() if math.isfinite(value)},
+        "data": data_facts(data_of(trainer)),
+    }
+
+
+def data_facts(data: Any) -> dict[str, dict[str, Any]]:
+    """Say of each split that a data module has read: sources, rows, what is used of them. Names and counts alone."""
+    return {
+        split: {
+            "sources": [
+                Path(source.name).name if Path(source.name).exists() else source.name for source in one.sources
+            ],
+            "rows": sum(len(source.rows) for source in one.sources),
+            "prompts": one.size,
+            "comparisons": one.comparisons_count,
+            "dropped": one.dropped.total(),
+        }
+        for split, one in getattr(data, "tables", {}).items()
+        if one is not None
+    }
 
 
 def tokenizer_of(trainer: pl.Trainer) -> PreTrainedTokenizerBase:
@@ -61,6 +101,12 @@ def tokenizer_of(trainer: pl.Trainer) -> PreTrainedTokenizerBase:
 def data_of(trainer: pl.Trainer) -> Any:
     """Return the data module of a run, or None where it has only loaders; Lightning sets it without declaring it."""
     return getattr(trainer, "datamodule", None)
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return the callbacks of a trainer, which Lightning sets without declaring them."""
+    found: list[pl.Callback] = getattr(trainer, "callbacks", [])
+    return found
 
 
 def run_directory(trainer: pl.Trainer) -> Path:

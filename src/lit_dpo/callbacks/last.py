@@ -35,6 +35,8 @@ class LastCheckpoint(pl.Callback):
                 raise ValueError(f"Expected `{name}` > 0 but got {given}.")
         self.every_n_steps, self.every_n_minutes, self.directory = every_n_steps, every_n_minutes, directory
         self._step = -1
+        self.path: Path | None = None
+        """The file, once it is there."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Count from here."""
@@ -69,5 +71,5 @@ class LastCheckpoint(pl.Callback):
         path = (Path(self.directory) if self.directory else run_directory(trainer)) / "last.ckpt"
         if not getattr(trainer, "fast_dev_run", False):
             trainer.save_checkpoint(path, weights_only=False)
-            self._saved = time.monotonic()
+            self._saved, self.path = time.monotonic(), path
         return path

@@ -99,7 +99,7 @@ class ExactResume(pl.Callback):
                     checkpoint["state_dict"].pop("loss_state", None)
 
         def export(checkpoint: dict[str, Any], directory: Path) -> None:
-            save_adapter(pl_module.model, tokenizer_of(trainer), directory, checkpoint["state_dict"])
+            save_adapter(pl_module.model, tokenizer_of(trainer), directory, checkpoint["state_dict"], belongs)
 
         strategy = trainer.strategy
         inner = strategy.checkpoint_io

@@ -1,18 +1,14 @@
 from __future__ import annotations
 
-import time
 import warnings
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from lit_dpo.callbacks.alone import alone
-from lit_dpo.checkpoint import configuration, flatten, remeasure, standing
+from lit_dpo.callbacks.tensorboard import describe_run, end_run, lay_out
+from lit_dpo.checkpoint import remeasure, standing
 from lit_dpo.metrics.preference import on_host
 
 if TYPE_CHECKING:
@@ -20,16 +16,18 @@ if TYPE_CHECKING:
     from lit_dpo.module import DPOModule
 
 
-_SHOWN = ("loss", "reward_accuracy", "reward_margin")
-
-
 class OptimizerSteps(pl.Callback):
     """What happens after each optimizer step: a reference that moves follows, and what was measured is logged.
 
     `train/*` are means over the pairs since the last logged row. Callbacks and schedulers find them after every step;
-    loggers get a row every `log_every_n_steps` steps, and what is left at the end of each epoch. At the end of `fit`
-    one line says how it went.
+    loggers get a row every `log_every_n_steps` steps, and what is left at the end of each epoch.
     """
+
+    def setup(self, trainer: pl.Trainer, pl_module: DPOModule, stage: str) -> None:
+        """Tell loggers what is run, so that runs can be compared while they go on."""
+        if stage == "fit":
+            describe_run(trainer, pl_module)
+            lay_out(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Forget what an interrupted run, or a validation before this one, left half-counted."""
@@ -37,12 +35,11 @@ class OptimizerSteps(pl.Callback):
         pl_module.standing, pl_module.unlogged = None, False
         for measured in (pl_module.train_metrics, pl_module.val_metrics, pl_module.test_metrics):
             measured.reset()
-        self._first = self._last = trainer.global_step
-        self._began = time.monotonic()
+        self._last = trainer.global_step
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Count from here; a checkpoint's steps are known by now."""
-        self._first = self._last = trainer.global_step
+        self._last = trainer.global_step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: DPOModule, batch: CompletionBatch, batch_idx: int
@@ -98,21 +95,8 @@ class OptimizerSteps(pl.Callback):
         _log_together(pl_module, pl_module.test_metrics, trainer.num_test_batches)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
-        """Let TensorBoard compare runs: flat hyper-parameters with the last validation's reward accuracy."""
-        accuracy = trainer.callback_metrics.get("val/reward_accuracy")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and accuracy is not None:
-                with alone("The list of hyper-parameters"):
-                    logger.log_hyperparams(flatten(configuration(pl_module)), {"hp_metric": float(accuracy)})
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
-        """Say how it went."""
-        with alone("The summary of the run"):
-            found = trainer.callback_metrics
-            names = [f"{stage}/{name}" for stage in ("train", "val") for name in _SHOWN if f"{stage}/{name}" in found]
-            measured = ", ".join(f"{name} {float(found[name]):.4g}" for name in names)
-            took = timedelta(seconds=round(time.monotonic() - self._began))
-            rank_zero_info(f"{self._last - self._first} steps in {took}" + (f": {measured}" if measured else ""))
+        """Say so to TensorBoard, which compares runs."""
+        end_run(trainer)
 
 
 def _switch(trainer: pl.Trainer, mode: str) -> None:
@@ -128,9 +112,12 @@ def _switch(trainer: pl.Trainer, mode: str) -> None:
 def fetch(pl_module: DPOModule, finite: Tensor) -> bool:
     """Fetch a yes or no of the device, and what the step measured: the one time in a step that the CPU waits."""
     values = _values(pl_module, pl_module.train_metrics) if pl_module.unlogged else {}
-    # no metric is called ""
-    pl_module.fetched = on_host({**values, "": finite})
-    return bool(pl_module.fetched.pop(""))
+    asked = {f"?{name}": value for name, value in pl_module.asked.items()}
+    found = on_host({**values, **asked, "": finite})  # no metric is called "" or begins like these
+    pl_module.asked.update({name[1:]: found.pop(name) for name in asked})
+    is_finite = bool(found.pop(""))
+    pl_module.fetched = found
+    return is_finite
 
 
 def _values(pl_module: DPOModule, measured: MetricCollection) -> dict[str, Any]:

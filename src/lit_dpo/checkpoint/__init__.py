@@ -12,13 +12,14 @@ from lit_dpo.checkpoint.identity import (
     flatten,
     to_builtins,
 )
-from lit_dpo.checkpoint.io import AdapterCheckpointIO, check_finite, check_writable, save_adapter
+from lit_dpo.checkpoint.io import RECORD, AdapterCheckpointIO, check_finite, check_writable, save_adapter
 from lit_dpo.checkpoint.position import Standing, remeasure, rewind, standing, take_settings
 from lit_dpo.checkpoint.random import gather, random_state, restore_random_state
 from lit_dpo.checkpoint.state import adapter_state, frozen_is_not_missing, load_strictly, read_checkpoint, untrusting
 
 __all__ = [
     "KEY",
+    "RECORD",
     "REMEDY",
     "AdapterCheckpointIO",
     "Standing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,10 @@ from lit_dpo.writing import put_in_place, refusals, remove, temporary_name, writ
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+
+RECORD = "lit_dpo.json"
+"""What an adapter's folder says of its run: the base's content, its quantisation, the loss, measures. No row's text."""
 
 
 class AdapterCheckpointIO(CheckpointIO):
@@ -134,6 +139,7 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     state: Mapping[str, torch.Tensor] | None = None,
+    said: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a PEFT directory with the tokenizer, whole or not at all.
 
@@ -146,6 +152,7 @@ def save_adapter(
         directory: where; an adapter that is there is replaced.
         state: the adapter's weights, as in a module's `state_dict`. None: as they are in `model`. They differ where a
             callback saves averages.
+        said: what the folder says of its run, in builtins, as `describe` does: `lit_dpo.json`. None: nothing.
 
     Raises:
         TrainingError: if something else than an adapter is in the directory, or the disk refuses.
@@ -158,3 +165,5 @@ def save_adapter(
         # the default one alone: the other, if there is one, is a reference's
         model.save_pretrained(fresh, selected_adapters=["default"], save_embedding_layers=False, state_dict=weights)
         tokenizer.save_pretrained(fresh)
+        if said is not None:
+            (fresh / RECORD).write_text(json.dumps(said, indent=1, default=str) + "\n", encoding="utf-8")

@@ -134,7 +134,9 @@ class FitCLI(LitDPOCLI):
 
     def fitted(self) -> None:
         """Train."""
-        self.trainer.fit(**self._prepare_subcommand_kwargs("fit"))
+        given = self.config_init["fit"]
+        how = {name: given[name] for name in ("ckpt_path", "weights_only") if name in given}
+        self.trainer.fit(self.model, datamodule=self.datamodule, **how)
 
 
 def check_places(callbacks: Sequence[Any]) -> None:

@@ -113,14 +113,14 @@ MEASURES = (
 _FAMILIES = (
     Measure(
         "loss/",
-        "nats",
+        "the loss's",
         "mean of this loss over comparisons, of one over lists of its prompt's value",
         "lower",
         "what the policy is worth to this loss, whatever it was trained with",
     ),
     Measure(
         "weight/",
-        "",
+        "the loss's, per nat",
         "mean of |∂L/∂ log π| over the tokens of a chosen completion, then over comparisons",
         "neither",
         "how hard this loss would still pull: for DPO β·σ(−βΔ)",

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lit_dpo import hub
 from lit_dpo.data.formats import Message
-from lit_dpo.errors import PolicyError, TrainingError, first_line
+from lit_dpo.errors import PolicyError, TrainingError
+from lit_dpo.policy import checks
+from lit_dpo.policy.devices import default_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,7 +99,8 @@ class RewardModelJudge:
     """A reward model: the completion with the higher score is the better one.
 
     Args:
-        model: hub id or directory of a transformers model for sequence classification with one output, the score.
+        model: hub id or directory of a transformers model for sequence classification with one output, the score, in
+            safetensors.
         revision: branch, tag or commit of a hub id.
         batch_size: prompts with a completion that run at once.
         max_length: most tokens of both; the beginning of a longer prompt is cut. None: what the model's table of
@@ -107,7 +111,7 @@ class RewardModelJudge:
 
     Example:
         ```python
-        judge = RewardModelJudge("OpenAssistant/reward-model-deberta-v3-large-v2")
+        judge = RewardModelJudge("Skywork/Skywork-Reward-V2-Qwen3-0.6B")
         judge("Explain gravity.", "It pulls.", "No.")  # 1.0, 0.5 or 0.0
         ```
     """
@@ -152,27 +156,32 @@ class RewardModelJudge:
     def _loaded(self) -> _Loaded:
         """Of the first call, kept for the others."""
         import torch
-        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-        from lit_dpo import hub
-        from lit_dpo.policy.devices import default_dtype
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         place = hub.locate_weights(hub.locate(self.model, self.revision, "judge.model"), self.revision)
         hub.fetch_weights(place)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            config = AutoConfig.from_pretrained(place.folder)
-            names = config.architectures or []
-            if config.num_labels != 1 or not any("SequenceClassification" in name for name in names):
-                raise PolicyError(
-                    f"Expected `judge.model` to be a reward model, for sequence classification with one output, but "
-                    f"{self.model!r} is {', '.join(names) or config.model_type} with {config.num_labels} outputs."
-                )
+        with checks.as_policy_error(f"the reward model {self.model!r}"):
+            self._check(place)
             tokenizer = AutoTokenizer.from_pretrained(place.folder)
-            model = AutoModelForSequenceClassification.from_pretrained(place.folder, dtype=default_dtype(device))
-        except (OSError, ValueError) as error:
-            raise PolicyError(f"No reward model in {self.model!r}: {first_line(error)}") from error
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                place.folder, dtype=default_dtype(device), use_safetensors=True, output_loading_info=True
+            )
+        checks.check_complete(info, self.model)
         return _Loaded.of(model.to(device).eval(), tokenizer, self.max_length)
+
+    def _check(self, place: hub.Place) -> None:
+        """See that it is a reward model, before its weights load."""
+        from transformers import AutoConfig
+
+        checks.check_weights(place)
+        config = AutoConfig.from_pretrained(place.folder)
+        names = config.architectures or []
+        if config.num_labels != 1 or not any("SequenceClassification" in name for name in names):
+            raise PolicyError(
+                f"Expected `judge.model` to be a reward model, for sequence classification with one output, but "
+                f"{self.model!r} is {', '.join(names) or config.model_type} with {config.num_labels} outputs."
+            )
 
 
 class _Loaded(NamedTuple):

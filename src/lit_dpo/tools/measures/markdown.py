@@ -51,8 +51,9 @@ def _lines(summary: Summary) -> Iterator[str]:
     arms, failed = ordered(summary), len(summary.failed)
     yield "# Ablation"
     yield ""
-    runs = f"{len(summary.runs)} runs" + (f", and {failed} that failed" if failed else "")
-    yield f"{len(arms)} arms, {runs}; {summary.pairs:,} held-out pairs of {summary.prompts:,} prompts."
+    runs = _count(len(summary.runs), "run") + (f", and {failed} that failed" if failed else "")
+    pairs, prompts = _count(summary.pairs, "held-out pair"), _count(summary.prompts, "prompt")
+    yield f"{_count(len(arms), 'arm')}, {runs}; {pairs} of {prompts}."
     yield from _section("Arms", _table(arms, _FIRST))
     yield ""
     yield (
@@ -66,6 +67,10 @@ def _lines(summary: Summary) -> Iterator[str]:
     yield from _section("Cost", _table(arms, _COST))
     yield from _section("Failed", [f"- {escaped(one.name)}: {escaped(one.error)}" for one in summary.failed])
     yield from _section("What the numbers are", _definitions(arms))
+
+
+def _count(number: int, of: str) -> str:
+    return f"{number:,} {of}{'' if number == 1 else 's'}"
 
 
 def _section(title: str, lines: Sequence[str]) -> Iterator[str]:
@@ -166,4 +171,4 @@ def _definitions(arms: Sequence[ArmSummary]) -> list[str]:
         "tokens in nats, and Δ = Δ_w − Δ_l.",
         "",
     ]
-    return lines + [f"- `{one.name}` ({one.unit or 'per nat'}): {one.formula}; {one.says}." for one in shown]
+    return lines + [f"- `{one.name}` ({one.unit}): {one.formula}; {one.says}." for one in shown]

@@ -38,19 +38,20 @@ class Arm(NamedTuple):
 def compared(arms: Sequence[Arm]) -> list[Comparison]:
     """Compare arms by `COMPARED`, each two, or of more than `MOST_ARMS` each with the first and the most accurate one.
 
-    A difference is that of means over the seeds that both arms have, on the pairs that both have. Prompts are resampled
-    and seeds are not: what is found is found for further prompts, and these seeds. There are 2,000 resamples, and of
-    many comparisons more, 200 for each, so that Holm's correction leaves room for small p-values.
+    A difference is that of means over the seeds that both arms have, of each seed on the pairs that both runs have.
+    Prompts are resampled and seeds are not: what is found is found for further prompts, and these seeds. There are
+    2,000 resamples, and of many comparisons more, 200 for each, so that Holm's correction leaves room for small
+    p-values.
     """
     chosen = [(one, other) for one, other in _chosen(arms) if one.runs.keys() & other.runs.keys()]
     resamples = max(RESAMPLES, 200 * len(chosen))
-    found = []
     everything = {(arm.name, seed): pairs for arm in arms for seed, pairs in arm.runs.items()}
-    shared = _distributions(everything, resamples) if _same_rows(list(everything.values())) else None
+    shared = _distributions(everything, resamples) if _alike(everything) else None
+    found = []
     for one, other in chosen:
         seeds = sorted(one.runs.keys() & other.runs.keys())
         values = shared or _on_common_rows(one, other, seeds, resamples)
-        if values is not None:
+        if seeds := [seed for seed in seeds if (one.name, seed) in values]:
             found += _differences(one.name, other.name, seeds, values)
     return _corrected(found)
 
@@ -64,35 +65,36 @@ def _chosen(arms: Sequence[Arm]) -> list[tuple[Arm, Arm]]:
     return found + [(best, other) for other in arms if best is not first and other not in (best, first)]
 
 
-_Values = dict[tuple[str, int], Floats]  # by arm and seed: `(1 + R, 3)`, what was seen, then resamples
+_Runs = Mapping[tuple[str, int], Pairs]  # by arm and seed
+_Values = dict[tuple[str, int], Floats]  # `(1 + R, 3)` each: what was seen, then resamples
 
 
-def _distributions(runs: Mapping[tuple[str, int], Pairs], resamples: int) -> _Values:
-    """Measures of runs on the same rows, as they are and resampled, by the same draws."""
+def _distributions(runs: _Runs, resamples: int) -> _Values:
+    """Measure runs as they are and resampled, by the same draws of all of their prompts."""
     if not runs:
         return {}
-    columns = []
-    for pairs in runs.values():
+    prompts = np.unique(np.concatenate([pairs.prompts for pairs in runs.values()]))
+    sums = np.zeros((len(prompts), len(runs), len(COMPARED), 2))
+    for place, pairs in enumerate(runs.values()):
         measured = ratios(pairs)
-        columns += [column for name in COMPARED for column in measured[name]]
-    sums = Clusters.of(next(iter(runs.values())).prompts).sums(np.stack(columns, 1))
-    drawn = np.concatenate([sums.sum(0, keepdims=True), *resampled(sums, resamples)])
-    parts = drawn.reshape(len(drawn), len(runs), len(COMPARED), 2)
+        columns = np.stack([column for name in COMPARED for column in measured[name]], 1)
+        own = np.searchsorted(prompts, np.unique(pairs.prompts))  # clusters come in this order
+        sums[own, place] = Clusters.of(pairs.prompts).sums(columns).reshape(len(own), len(COMPARED), 2)
+    flat = sums.reshape(len(prompts), -1)
+    drawn = np.concatenate([flat.sum(0, keepdims=True), *resampled(flat, resamples)]).reshape(-1, *sums.shape[1:])
     with np.errstate(invalid="ignore", divide="ignore"):
-        values = parts[..., 0] / parts[..., 1]
+        values = drawn[..., 0] / drawn[..., 1]
     return {key: values[:, place] for place, key in enumerate(runs)}
 
 
-def _on_common_rows(one: Arm, other: Arm, seeds: Sequence[int], resamples: int) -> _Values | None:
-    """Do the same for two arms on the pairs that all of their runs have; None if there are none."""
-    runs = {(arm.name, seed): arm.runs[seed] for arm in (one, other) for seed in seeds}
-    common = set.intersection(*(set(_identified(pairs)) for pairs in runs.values()))
-    if not common:
-        return None
+def _on_common_rows(one: Arm, other: Arm, seeds: Sequence[int], resamples: int) -> _Values:
+    """Do the same for two arms, of each seed on the pairs that both runs have; a seed without any is left out."""
     rows = {}
-    for key, pairs in runs.items():
-        places = {name: place for place, name in enumerate(_identified(pairs)) if name in common}
-        rows[key] = pairs.take(np.array([places[name] for name in sorted(common)], dtype=np.int64))
+    for seed in seeds:
+        places = [{key: row for row, key in enumerate(_identified(arm.runs[seed]))} for arm in (one, other)]
+        if common := sorted(places[0].keys() & places[1].keys()):
+            for arm, those in zip((one, other), places, strict=True):
+                rows[arm.name, seed] = arm.runs[seed].take(np.array([those[key] for key in common], dtype=np.int64))
     return _distributions(rows, resamples)
 
 
@@ -100,8 +102,14 @@ def _identified(pairs: Pairs) -> list[tuple[object, ...]]:
     return list(zip(pairs.keys, pairs.prompts.tolist(), strict=True))
 
 
-def _same_rows(runs: Sequence[Pairs]) -> bool:
-    return all(pairs.keys == runs[0].keys and np.array_equal(pairs.prompts, runs[0].prompts) for pairs in runs[1:])
+def _alike(runs: _Runs) -> bool:
+    """Whether all runs of a seed have the same pairs, in the same order."""
+    first: dict[int, Pairs] = {}
+    for (_, seed), pairs in runs.items():
+        other = first.setdefault(seed, pairs)
+        if pairs.keys != other.keys or not np.array_equal(pairs.prompts, other.prompts):
+            return False
+    return True
 
 
 def _differences(one: str, other: str, seeds: Sequence[int], values: _Values) -> list[Comparison]:

@@ -56,7 +56,10 @@ class Pairs(NamedTuple):
 
 
 def read(table: pa.Table) -> Pairs:
-    """Take the arrays out of a table that `pair_table` made, or of one run's rows of `pairs.parquet`."""
+    """Take the arrays out of a table that `pair_table` made, or of one run's rows of `pairs.parquet`.
+
+    Rows come in the order of their keys, whatever the table's is: sums are then the same to the last digit.
+    """
     texts = {name: table.column(name).to_pylist() for name in ("set", "source")}
     indices = table.column("index").to_pylist()
     seen: Counter[tuple[Any, ...]] = Counter()
@@ -68,7 +71,9 @@ def read(table: pa.Table) -> Pairs:
     numbers = {
         name: table.column(name).to_numpy().astype(np.float64) for name in table.column_names if name not in taken
     }
-    return Pairs(keys, table.column("prompt").to_numpy().astype(np.int64), numbers, np.array(texts["source"], object))
+    prompts, sources = table.column("prompt").to_numpy().astype(np.int64), np.array(texts["source"], object)
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    return Pairs(keys, prompts, numbers, sources).take(np.array(order, dtype=np.int64))
 
 
 Ratio = tuple[Floats, Floats]

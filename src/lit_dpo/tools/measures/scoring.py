@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_dpo.checkpoint import random_state, restore_random_state
 from lit_dpo.data.batch import CompletionBatch
 from lit_dpo.data.budget import BudgetSampler
+from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.data.sampler import PromptSampler
 from lit_dpo.errors import DataError, PolicyError, TrainingError
 from lit_dpo.logps.fields import Field
@@ -27,7 +28,6 @@ from lit_dpo.references.adapter import default_reference
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from lit_dpo.data.datamodule import PreferenceDataModule
     from lit_dpo.data.table import PromptTable
     from lit_dpo.module import DPOModule
 
@@ -189,10 +189,18 @@ def held_out(data: PreferenceDataModule) -> dict[str, PromptTable]:
     """Return the validation sets by name, `""` for the only one.
 
     Raises:
-        DataError: if there are none.
+        DataError: if there are none, or the data module is of another kind.
     """
-    data.setup("validate")
-    found = {name.partition("/")[2]: table for name, table in data.tables.items() if name.partition("/")[0] == "val"}
+    if not isinstance(data, PreferenceDataModule):
+        raise DataError(
+            f"Expected a PreferenceDataModule, whose held-out pairs are known, but got {type(data).__name__}."
+        )
+    found: dict[str, PromptTable] = {}
+    sources = [source for name, source in data.sources.items() if name.partition("/")[0] == "val"]
+    if data.val_split or any(source is not None for source in sources):
+        data.setup("validate")
+        tables = {name.partition("/"): table for name, table in data.tables.items()}
+        found = {name: table for (split, _, name), table in tables.items() if split == "val"}
     if not any(table.size for table in found.values()):
         raise DataError(
             "Expected held-out comparisons to measure by but there are none: name a file with `--data.val`, or hold a "

@@ -117,7 +117,7 @@ def _of_training(result: Result) -> dict[str, Estimate]:
     return {
         "seconds": _alone(result.seconds),
         "tokens_per_second": _alone(speed),
-        "peak_memory": _alone(float(result.peak_memory)),
+        "peak_memory": _alone(float(result.peak_memory or math.nan)),
     }
 
 

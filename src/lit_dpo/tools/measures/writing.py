@@ -27,8 +27,8 @@ def write(layout: Layout, summary: Summary, pairs: Mapping[str, pa.Table]) -> No
 
     `pairs.parquet` and `pairs.csv` hold the tables of all runs, one after another, with their names in the column
     `run`; `runs.parquet` and `runs.csv` a row per run: what is varied, the seed, whether it is done, and every measure
-    with the ends of its interval in `…_low` and `…_high`; `arms.csv` the same per arm; `comparisons.csv` the paired tests;
-    `report.md` what they say. The same bytes for the same summary.
+    with the ends of its interval in `…_low` and `…_high`; `arms.csv` the same per arm; `comparisons.csv` the paired
+    tests; `report.md` what they say. The same bytes for the same summary.
 
     Args:
         layout: of the ablation.
@@ -140,9 +140,9 @@ def _comparison_rows(summary: Summary) -> list[dict[str, Any]]:
 
 def _measured(measures: Mapping[str, Estimate]) -> dict[str, float]:
     return {
-        f"{name}{end}": value
+        f"{name}_{end}" if end else name: value
         for name, estimate in measures.items()
-        for end, value in zip(("", "_low", "_high"), estimate, strict=True)
+        for end, value in zip(("", "low", "high"), estimate, strict=True)
     }
 
 
@@ -180,7 +180,8 @@ _SHOWN = {
 def table(summary: Summary) -> Table:
     """Make a table of the arms for a terminal, the most accurate first; it fits 80 columns.
 
-    Accuracy has half of its interval's width, and the other numbers none: `report.md` has all. Below it stands how many
+    Accuracy has half of its interval's width, and the other numbers none: `report.md` has all. Below it stands how
+    many
     arms are told apart from the first line.
     """
     from rich.table import Table
@@ -209,9 +210,9 @@ def table(summary: Summary) -> Table:
 
 def _caption(summary: Summary, arms: Sequence[ArmSummary]) -> str:
     """Say what the ± is, and what the paired tests found of the most accurate arm."""
-    lines = ["accuracy: share of pairs, ± half of its 95 % interval"]
+    lines = ["±: half of the 95 % interval"]
     if any(len(arm.seeds) > 1 for arm in arms):
-        lines[0] += " (of several seeds, of their mean)"
+        lines[0] += "; of several seeds, of their mean"
     tests = [one for one in summary.comparisons if one.measure == "reward_accuracy"]
     of_best = [one for one in tests if arms[0].name in (one.arm, one.other)]
     if of_best:
