@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
 
+from lit_dpo.callbacks import ExactResume
 from lit_dpo.cli import main
 from lit_dpo.errors import LitDPOError
+from lit_dpo.losses import BCOLoss, BetaDPOLoss
 from lit_dpo.tools.fork import found, options_in
+from training import data, module, trainer
 
 STEP = 3  # inside the first epoch of six
 
@@ -40,6 +45,25 @@ def forked(run):
     """An arm and the control."""
     main(["fork", f"{run}@{STEP}", "--vary", "loss=ipo", "--model.optimizer.lr", "5e-3", "--completions", "0"])
     return run / f"fork-{STEP}"
+
+
+class Memory(Callback):
+    """What a loss remembers when training begins."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.first = pl_module.loss_state.clone()
+
+
+@pytest.fixture(scope="module")
+def remembered(tiny_model, pairs_file, tmp_path_factory):
+    """A checkpoint of a loss with a memory, and that."""
+    folder = tmp_path_factory.mktemp("remembered")
+    dpo = module(tiny_model, loss=BCOLoss())
+    run = trainer(folder, max_steps=2)
+    run.fit(dpo, data(pairs_file))
+    run.save_checkpoint(folder / "two.ckpt")
+    assert dpo.loss_state.abs().min() > 0
+    return folder / "two.ckpt", dpo.loss_state.clone()
 
 
 def arm(folder: Path, start: str) -> Path:
@@ -111,6 +135,18 @@ def test_a_run_that_is_at_its_end_has_nothing_to_compare(run, capsys):
     with pytest.raises(SystemExit):
         main(["fork", f"{run}@last", "--model.loss=IPOLoss"])
     assert "Expected steps after step 12 but the run ends there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("loss", "goes_on"), [(BCOLoss(beta=0.2), True), (BetaDPOLoss(beta=0.2), False)])
+def test_a_loss_of_another_class_begins_with_a_memory_of_its_own(
+    tiny_model, pairs_file, remembered, tmp_path, loss, goes_on
+):
+    """Both memories are two numbers, which mean something else."""
+    file, memory = remembered
+    seen = Memory()
+    run = trainer(tmp_path, max_steps=3, callbacks=[seen, ExactResume(changes="accept")])
+    run.fit(module(tiny_model, loss=loss), data(pairs_file), ckpt_path=file)
+    assert torch.equal(seen.first, memory if goes_on else torch.zeros(2, dtype=torch.float64))
 
 
 def test_options_are_read_as_they_are_typed(capsys):

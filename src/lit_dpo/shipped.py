@@ -42,7 +42,7 @@ def fragment(kind: str, name: str) -> Path:
     'ipo.yaml'
     >>> fragment("losses", "ipp")
     Traceback (most recent call last):
-    lit_dpo.errors.LitDPOError: Expected a file or one of `lit-dpo configs` for losses but got 'ipp': did you mean ...
+    lit_dpo.errors.LitDPOError: Expected a file or one of `lit-dpo configs` for losses but got 'ipp': did you mean ipo?
     """
     if name.endswith((".yaml", ".yml", ".json")) and Path(name).is_file():
         return Path(name)

@@ -194,6 +194,11 @@ def test_verdicts_are_what_they_say():
     judged = judge(score(_dynamics(margins, {2: 5.0}, {2: 0.01})), top=0.1)
     assert judged.verdicts.tolist() == [FLIPPED, UNMOVED, EASY, HARD, *[""] * 6]
     assert judged.order[0] == 0
+    # learned by heart: agreed with in the end, and on average
+    by_heart = {0: [-0.5, 3.0, 3.0], **{number: [1.0 + number / 10, 3.0, 4.0] for number in range(1, 10)}}
+    judged = judge(score(_dynamics(by_heart, {}, {})), top=0.5)
+    assert judged.scores.confidence[0] > 0.5
+    assert judged.of(FLIPPED).tolist() == [0]
     everything_right = {number: [1.0 + number, 2.0] for number in range(10)}
     assert not judge(score(_dynamics(everything_right, {}, {})), top=0.5).of(FLIPPED).size
 

@@ -102,7 +102,9 @@ def test_a_mixture_stays_one_and_a_weight_is_multiplied(tmp_path):
 
 
 def test_pairs_among_rankings_have_no_one_layout(tmp_path):
-    both = [pairs(tmp_path / "pairs.jsonl", 2), str(LAYOUTS / "rankings.jsonl")]
+    ranked = tmp_path / "ranked.jsonl"
+    ranked.write_text(json.dumps({"prompt": "Count", "completions": [" 1", " 2"], "ranks": [2, 1]}) + "\n")
+    both = {pairs(tmp_path / "pairs.jsonl", 2): 0.5, str(ranked): 0.5}
     assert "no one layout" in Rows(read(both)).why_not_weighted()
 
 

@@ -68,10 +68,12 @@ class TrainingDynamics(pl.Callback):
     stopped: a run that goes on has each of them once.
     """
 
+    _batch: CompletionBatch | None = None  # until training begins
+
     def setup(self, trainer: pl.Trainer, pl_module: DPOModule, stage: str) -> None:
         """Begin anew; a checkpoint that is loaded after this brings its rows."""
         self._rows, self._parts, self._failed = Measured.none(), list[tuple[int, int, Measured]](), False
-        self._batch: CompletionBatch | None = None
+        self._batch = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: DPOModule, batch: CompletionBatch, batch_idx: int
@@ -103,7 +105,7 @@ class TrainingDynamics(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: DPOModule, exception: BaseException) -> None:
         """Write it if somebody stopped the run."""
         stopped = isinstance(exception, SIGTERMException | KeyboardInterrupt)
-        if stopped and trainer.state.fn == "fit":
+        if stopped and trainer.state.fn == "fit" and self._batch is not None:
             self._write(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: DPOModule, checkpoint: dict[str, Any]) -> None:

@@ -54,7 +54,8 @@ class ExactResume(pl.Callback):
     Args:
         changes: what happens if the checkpoint's run had another loss, data, optimizer, schedule or the like: `refuse`
             names them; `accept` goes on from its weights, its optimizer's state and its step under the new ones, and
-            says so in a line. Another base or another adapter is refused in any case.
+            says so in a line; a loss of another class begins with a memory of its own. Another base or another adapter
+            is refused in any case.
 
     Raises:
         PolicyError, DataError, TrainingError: before weights load, for a run that cannot work.
@@ -93,6 +94,9 @@ class ExactResume(pl.Callback):
             if fitting:
                 self._go_back(checkpoint, type(data_of(trainer)).__qualname__)
                 self._say_changes(checkpoint[KEY], belongs)
+                if _classes(checkpoint[KEY]["loss"]) != _classes(belongs["loss"]):  # only where changes are accepted
+                    # what another loss remembers is of the same shape at most
+                    checkpoint["state_dict"].pop("loss_state", None)
 
         def export(checkpoint: dict[str, Any], directory: Path) -> None:
             save_adapter(pl_module.model, tokenizer_of(trainer), directory, checkpoint["state_dict"], belongs)
@@ -212,6 +216,13 @@ class ExactResume(pl.Callback):
                 logger.log_metrics(row, trainer.global_step - 1)
                 logger.save()
         self._resumed = None
+
+
+def _classes(loss: dict[str, Any]) -> list[Any]:
+    """Name the classes of a loss and of those within it, from its configuration."""
+    inner = loss.get("init_args", {}).values()
+    parts = [one for given in inner for one in (given if isinstance(given, list) else [given])]
+    return [loss.get("class_path"), *(_classes(one) for one in parts if isinstance(one, dict) and "class_path" in one)]
 
 
 def _batches_of_epoch(trainer: pl.Trainer) -> int:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 import torch
 
+from lit_dpo.data.batch import CompletionBatch
+
 if TYPE_CHECKING:
-    from lit_dpo.data.batch import CompletionBatch
     from lit_dpo.module import DPOModule
 
 
@@ -47,6 +48,8 @@ class Throughput(pl.Callback):
         now = time.perf_counter()
         self._seconds += now - self._ended
         self._ended = now
+        if not isinstance(batch, CompletionBatch):  # of a step of one's own: nothing to count
+            return
         self._tokens += batch.input_ids.numel()
         self._pairs += batch.size
         if trainer.global_step == self._step:
