@@ -20,7 +20,7 @@ from lit_dpo.lightning_cli import LitDPOCLI
 from lit_dpo.tools.ablate.recording import Recorder, Rows
 
 _MINUTES = 10.0
-"""From one checkpoint of a run to the next, besides those of its epochs."""
+"""From one checkpoint of a run to the next, and one after each epoch."""
 
 
 class FitCLI(LitDPOCLI):
