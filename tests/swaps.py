@@ -126,7 +126,7 @@ def command_parser() -> Any:
             raise StopIteration(parser)
 
     try:
-        Parses([])
+        Parses(["fit"])
     except StopIteration as stopped:
         return stopped.value
 

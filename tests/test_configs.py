@@ -112,7 +112,7 @@ def test_a_key_that_holds_anchors_is_one_that_starts_with_x(capsys, tmp_path):
             main(["fit", "--config", str(tmp_path / "bad.yaml")])
         assert stopped.value.code == 2
         error = capsys.readouterr().err
-        assert f"does not accept option '{wrong}" in error
+        assert f"bad.yaml: there is no key `{wrong}" in error
         assert "`x-`" in error
 
 

@@ -46,6 +46,12 @@ def test_texts_are_completed_as_by_the_pipeline_of_transformers(quickstart_run, 
     assert [one.strip() for one in said] == [text.strip() for text in by_transformers[0]]
 
 
+def test_the_built_in_model_says_what_it_says_in_transformers(quickstart, by_transformers, capsys):
+    for name in ("lit-dpo/quickstart", quickstart / "model"):
+        said = generate(capsys, name, *typed(ASKED[0]), "--messages", "--greedy", "--max_new_tokens", 12)
+        assert said.strip() == by_transformers[2][0].strip()
+
+
 def test_a_file_of_messages_and_the_reference_beside(quickstart_run, by_transformers, capsys, tmp_path):
     """In batches, and from the checkpoint: the same adapter."""
     rows = [{"prompt": [{"role": "user", "content": text}]} for text in ASKED]

@@ -22,6 +22,7 @@ LAYERS = {
     "lit_dpo.compat": 0,
     "lit_dpo.hub": 0,
     "lit_dpo.names": 0,
+    "lit_dpo.progress": 0,
     "lit_dpo.quiet": 0,
     "lit_dpo.shipped": 0,
     "lit_dpo.writing": 0,

@@ -92,8 +92,8 @@ def test_an_installed_wheel_brings_its_configurations_along(built, tmp_path):
     install = ["install", "-q", "--no-deps", "--no-index", "--target", str(home), str(built[1])]
     _run(sys.executable, "-m", "pip", *install, cwd=tmp_path)
     command, path = home / "bin" / "lit-dpo", str(home)
-    listed = _run(command, "configs", cwd=tmp_path, PYTHONPATH=path).splitlines()
-    assert sorted(listed) == [str(home / "lit_dpo" / name) for name in CONFIGS]
+    listed = _listed(_run(command, "configs", cwd=tmp_path, PYTHONPATH=path))
+    assert sorted(map(str, listed)) == [str(home / "lit_dpo" / name) for name in CONFIGS]
     said = _run(command, "configs", "copy", cwd=tmp_path, PYTHONPATH=path)
     assert said == f"lit-dpo fit --config {Path('configs', 'quickstart.yaml')}\n"
     printed = _run(command, *said.split()[1:], "--print_config", cwd=tmp_path, PYTHONPATH=path)
@@ -103,9 +103,15 @@ def test_an_installed_wheel_brings_its_configurations_along(built, tmp_path):
 # ---- lit-dpo configs ----
 
 
+def _listed(text: str) -> list[Path]:
+    """The files of a listing: the folder, then a name and what it is on each line."""
+    folder, *lines = text.splitlines()
+    return [Path(folder, line.split()[0]) for line in lines]
+
+
 def test_configs_are_listed_with_whole_runs_first_and_each_can_be_read(capsys):
     main(["configs"])
-    listed = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    listed = _listed(capsys.readouterr().out)
     assert sorted(str(path.relative_to(ROOT)) for path in listed) == CONFIGS
     assert [path.name for path in listed if path.parent == ROOT / "configs"] == [path.name for path in listed[:2]]
 

@@ -180,7 +180,7 @@ def test_the_environment_is_a_spelling_too(monkeypatch, capsys, arguments, beta)
 def test_an_argument_of_another_class_is_an_error_that_names_the_class(command, capsys):
     cases = {
         ("--model.loss=SimPOLoss", "--model.loss=IPOLoss", "--model.loss.gamma=1"): ("IPOLoss", "gamma"),
-        ("--model.optimizer=torch.optim.SGD", "--model.optimizer.betas=[0,1]"): ("torch.optim.SGD", "betas"),
+        ("--model.optimizer=torch.optim.SGD", "--model.optimizer.betas=[0,1]"): ("SGD has no argument", "betas"),
         ('--model.loss={"class_path": "IPOLoss", "init_args": {"gamma": 1}}',): ("IPOLoss", "gamma"),
     }
     for arguments, expected in cases.items():

@@ -47,7 +47,7 @@ FIRST = (
     ("--model.policy.adapter_path", "null", "an adapter to go on with, which is then the reference"),
     ("--data.batch_size", "null", "pairs of a batch; null is 8, or as many as --data.max_tokens allows"),
     ("--trainer.accumulate_grad_batches", "1", "batches of a step"),
-    ("--model.microbatch_tokens", "null", "tokens in memory at a time; null measures what fits; steps stay the same"),
+    ("--model.microbatch_tokens", "null", "tokens in memory at a time, the same steps; null is 1024, on a GPU 16384"),
     ("--data.max_length", "1024", "tokens of prompt and completion; what is longer: --data.truncation"),
     ("--trainer.precision", "null", "null is bf16-mixed where the GPU has it"),
     ("--ckpt_path", "null", "a checkpoint to go on from, or `last`"),
@@ -92,7 +92,7 @@ _MORE = """
 more of one thing:
   --model.help                    all settings of the module; --data.help those of the data
   --model.loss.help IPOLoss       those of one class; likewise --model.policy.help, --model.reference.help CLASS,
-                                  --data.format.help CLASS, --trainer.logger.help CLASS
+                                  --data.format.help CLASS, --trainer.logger.help CLASS; without a class, of the default
   --print_config                  the whole configuration that is typed, as a file; --config FILE reads it
   lit-dpo configs                 the files that come along
 

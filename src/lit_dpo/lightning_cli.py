@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -21,26 +22,29 @@ from lit_dpo.errors import LitDPOError, ResumeError, TrainingError
 from lit_dpo.module import DPOModule
 from lit_dpo.parser import Parser, refuse
 from lit_dpo.policy.devices import default_precision
+from lit_dpo.progress import bar, set_up_logs
 from lit_dpo.quiet import hush
 from lit_dpo.writing import written_whole
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
+_DEFAULTS = {
+    "--model": "lit_dpo.DPOModule",
+    "--data": "lit_dpo.PreferenceDataModule",
+    "--model.policy": "lit_dpo.LoRAPolicy",
+    "--model.loss": "lit_dpo.DPOLoss",
+    "--model.reference": "lit_dpo.BaseReference",
+    "--data.format": "lit_dpo.data.formats.Auto",
+    "--trainer.logger": "lightning.pytorch.loggers.TensorBoardLogger",
+}
+"""Of what `--….help` is, where no class is named."""
+
 _LOGGER = {
     "class_path": "lit_dpo.callbacks.tensorboard.RunLogger",
     # `default_hp_metric` would log -1 before anything was measured
     "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
 }
-
-
-class _ProgressBar(RichProgressBar):
-    """Lightning's, with names that fit next to the bar."""
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        shown = super().get_metrics(trainer, pl_module)
-        shown.pop("v_num", None)
-        return {name.replace("reward_", ""): value for name, value in shown.items()}
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -84,9 +88,12 @@ class LitDPOCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
-        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        set_up_logs()
         logging.getLogger("lit_dpo").setLevel(logging.INFO)
         hush()
+        named = next(iter(sys.argv[1:] if args is None else args), "")
+        if skipped := self.subcommands().get(named):  # the parser of one alone: each has three hundred settings
+            self.subcommands = lambda: {named: skipped}  # type: ignore[method-assign]
         super().__init__(
             DPOModule,
             pl.LightningDataModule,
@@ -105,6 +112,7 @@ class LitDPOCLI(LightningCLI):
         """Defaults: our module and data, and run directories with versions."""
         assert isinstance(parser, Parser)
         parser.is_command = True
+        parser.usage = "%(prog)s [--config FILE] [--key value ...]"  # not a page of three hundred options
         parser.defaults_below = lambda typed: _precision(typed) | _logger(typed)
         parser.set_defaults(
             {
@@ -115,6 +123,13 @@ class LitDPOCLI(LightningCLI):
                 "trainer.enable_model_summary": False,
             }
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; `--data.help` without a class is about the class that it would be."""
+        typed = sys.argv[1:] if args is None else args
+        if isinstance(typed, list) and (asked := _help_asked(typed)) is not None:
+            args = asked
+        super().parse_arguments(parser, args)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -177,14 +192,14 @@ class LitDPOCLI(LightningCLI):
             refuse(str(error))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Add a progress bar, a last checkpoint, rate and throughput, unless there are others or none is wanted."""
+        """Add a bar or its lines, a last checkpoint, rate and throughput, unless there are others or none is wanted."""
         config = self.config_init[self.config_init["subcommand"]]["trainer"]
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if config.get("logger") is False:
             self.save_config_callback = None  # there is no run directory to keep it in
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks = [*callbacks, _ProgressBar()]
+            callbacks = [*callbacks, bar()]
         if config.get("enable_checkpointing") is not False and not any(
             isinstance(c, LastCheckpoint) for c in callbacks
         ):
@@ -193,6 +208,16 @@ class LitDPOCLI(LightningCLI):
             own = (kind for kind in (LearningRate, Throughput) if not any(isinstance(c, kind) for c in callbacks))
             callbacks = [*callbacks, *(kind() for kind in own)]
         return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
+
+
+def _help_asked(typed: list[str]) -> list[str] | None:
+    """Give `--data.help`, where no class follows, the one that was typed before, or the default."""
+    for place, option in enumerate(typed):
+        of = option.removesuffix(".help")
+        if of in _DEFAULTS and of != option and not [one for one in typed[place + 1 : place + 2] if one[:1] != "-"]:
+            named = [one.removeprefix(f"{of}=") for one in typed if one.startswith(f"{of}=")]
+            return [*typed[:place], option, *(named[-1:] or [_DEFAULTS[of]]), *typed[place + 1 :]]
+    return None
 
 
 def _precision(typed: Any) -> dict[str, Any]:

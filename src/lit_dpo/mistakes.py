@@ -111,7 +111,7 @@ def _missing_file(mistake: Mistake, load: Callable[[str], Any]) -> str | None:
     there = {str(path.with_name(one.name)): one for one in path.parent.glob("*.y*ml")} if path.parent.is_dir() else {}
     if not there:
         there = {str(Path("configs", one.relative_to(folder()))): one for one in files()}
-    guess = did_you_mean(_short(one) for one in nearest(name, there))
+    guess = did_you_mean(_short(one) for one in nearest(name, there) or nearest(_short(name), there))
     return f"There is no file {_short(name)}{guess or ': `lit-dpo configs` lists those that come along.'}"
 
 

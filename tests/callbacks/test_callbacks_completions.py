@@ -148,10 +148,11 @@ def test_prompts_of_ones_own(tiny_model, pairs_file, tmp_path, capsys):
     for given, said in (("none.txt", "none.txt"), (str(tmp_path / "bad.jsonl"), "line 2"), (0, "at least one")):
         with pytest.raises(TrainingError, match=said):
             SampleCompletions(given)
-    callback = SampleCompletions(["How many?", "Why?"], max_new_tokens=3)
-    run = trainer(tmp_path, callbacks=[callback], max_steps=1)
+    callbacks = [SampleCompletions(given, max_new_tokens=3) for given in (["How many?", "Why?"], ["What?"])]
+    run = trainer(tmp_path, callbacks=callbacks, max_steps=1)
     run.fit(module(tiny_model), train_dataloaders=_loader(pairs_file))
     assert [row["prompt"] for row in _rows(tmp_path / "completions.jsonl")] == ["How many?", "Why?"]
+    assert [row["prompt"] for row in _rows(tmp_path / "completions-2.jsonl")] == ["What?"]
     assert "prompt" in capsys.readouterr().out
 
 

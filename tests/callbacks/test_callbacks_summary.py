@@ -121,4 +121,3 @@ def test_the_command_brings_rate_and_throughput_where_there_is_a_logger(tiny_mod
     main(given)
     tags = EventAccumulator("runs/version_0").Reload().Tags()["scalars"]
     assert {f"train/{name}" for name in ("learning_rate", "tokens_per_second", "memory_gib", "loss")} <= {*tags}
-    main([*given, "--trainer.logger=false"])

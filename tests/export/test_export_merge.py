@@ -138,7 +138,7 @@ def test_a_planted_base_of_the_same_shapes_is_refused_by_its_content(one, pairs,
     assert "another content than in training, as allowed" in allowed["base"]
 
 
-def test_quantised_weights_are_never_merged_into_and_the_gap_finds_a_wrong_base(pairs, tmp_path):
+def test_quantised_weights_are_never_merged_into_and_the_gap_finds_a_wrong_base(pairs, tmp_path, caplog):
     """Trained on weights that are in 4 bits on disk: no digest compares them with a base in 16 bits, log-probs do."""
     base = tiny.directory(tmp_path / "base", hidden_size=64, intermediate_size=128)
     packed = tmp_path / "packed"
@@ -151,6 +151,7 @@ def test_quantised_weights_are_never_merged_into_and_the_gap_finds_a_wrong_base(
         merged(trained, tmp_path / "a", pairs, *nf4)
     said = merged(trained, tmp_path / "b", pairs, *nf4, "--merge_base", base, "--max_gap", 9)
     assert said["gap"]["mean"] > 10 * said["rounding"]["mean"] > 0
+    assert ("preferred the other way round: what was" in caplog.text) is (said["turned"] > 0.05 * said["pairs"])
     other = tiny.directory(tmp_path / "wrong", seed=7, hidden_size=64, intermediate_size=128)
     bound = said["gap"]["mean"] * 1.2
     with pytest.raises(LitDPOError, match=r"far from what was trained.*4-bit NF4.*see that this is the same model"):

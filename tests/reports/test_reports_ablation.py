@@ -123,6 +123,13 @@ def test_the_verdict_names_those_that_the_tests_do_not_tell_apart(summary):
     assert f">{best.name}</b>" in said
 
 
+def test_where_all_are_as_good_none_is_called_the_best(summary):
+    same = [one._replace(measures={"reward_accuracy": Estimate(1.0, 1.0, 1.0)}) for one in summary.arms]
+    source = page(summary._replace(arms=same))
+    assert "All have the same held-out reward accuracy, 100.0 %" in source
+    assert "<b>100.0 %</b>" not in source
+
+
 def test_a_difference_is_seen_from_the_best_arm_whichever_way_it_was_tested(summary):
     turned = [
         one._replace(arm=one.other, other=one.arm, difference=Estimate(*(-one.difference[at] for at in (0, 2, 1))))

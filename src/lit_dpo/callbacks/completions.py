@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lit_dpo.callbacks.alone import alone
-from lit_dpo.callbacks.export import data_of, run_directory, tokenizer_of
+from lit_dpo.callbacks.export import callbacks_of, data_of, run_directory, tokenizer_of
 from lit_dpo.callbacks.texts import log_table, print_shares, print_table, prompts_of_file, question
 from lit_dpo.errors import TrainingError
 from lit_dpo.logps.attention import plain_attention
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from lit_dpo.data.batch import CompletionBatch
     from lit_dpo.data.formats import Message
     from lit_dpo.module import DPOModule
+
+
+_ENDS = ("prompt", "before", "after")
 
 
 class SampleCompletions(pl.Callback):
@@ -138,9 +141,9 @@ class SampleCompletions(pl.Callback):
             questions = [text for text, _ in self._questions]
             if self._on_the_way:
                 self._take(trainer.global_step, after)
-                self._write(directory)
+                self._write(self._file(trainer, directory))
             else:
-                _write(directory, zip(questions, self._before, after, strict=True), ("prompt", "before", "after"))
+                _write(self._file(trainer, directory), zip(questions, self._before, after, strict=True), _ENDS)
             columns = {"held-out prompt" if isinstance(self.prompts, int) else "prompt": questions}
             columns |= {"reference": self._reference} if self._reference else {}
             columns |= {"before": self._before, "after": after}
@@ -160,7 +163,7 @@ class SampleCompletions(pl.Callback):
             return
         with alone("SampleCompletions"):
             self._take(step, self._complete(trainer, pl_module.model))
-            self._write(directory)
+            self._write(self._file(trainer, directory))
             questions = [text for text, _ in self._questions]
             columns = {"prompt": questions} | ({"reference": self._reference} if self._reference else {})
             columns |= {f"after {step} steps": self._taken[step]}
@@ -169,11 +172,16 @@ class SampleCompletions(pl.Callback):
             for logger in trainer.loggers:
                 log_table(logger, "completions", list(columns), rows, step)
 
+    def _file(self, trainer: pl.Trainer, directory: Path) -> Path:
+        """Name the file; a second one of these callbacks has its own."""
+        number = [one for one in callbacks_of(trainer) if isinstance(one, SampleCompletions)].index(self)
+        return directory / f"completions{f'-{number + 1}' if number else ''}.jsonl"
+
     def _take(self, step: int, completions: list[str]) -> None:
         self._taken[step] = completions
         self.lengths[step] = sum(map(len, completions)) / len(completions)
 
-    def _write(self, directory: Path) -> None:
+    def _write(self, file: Path) -> None:
         questions = [text for text, _ in self._questions]
         reference: Sequence[str | None] = self._reference or [None] * len(questions)
         rows = [
@@ -181,7 +189,7 @@ class SampleCompletions(pl.Callback):
             for step, completions in self._taken.items()
             for row in zip(questions, completions, reference, strict=True)
         ]
-        _write(directory, rows, ("step", "prompt", "completion", "reference"))
+        _write(file, rows, ("step", "prompt", "completion", "reference"))
 
     def _prompts(self, trainer: pl.Trainer) -> list[tuple[str, list[int]]]:
         """Text and token ids of each prompt."""
@@ -220,8 +228,8 @@ class SampleCompletions(pl.Callback):
         return {label: count / len(questions) for label, count in counts.items()}
 
 
-def _write(directory: Path, rows: Any, names: Sequence[str]) -> None:
-    with written_whole(directory / "completions.jsonl") as path, path.open("w", encoding="utf-8") as stream:
+def _write(file: Path, rows: Any, names: Sequence[str]) -> None:
+    with written_whole(file) as path, path.open("w", encoding="utf-8") as stream:
         for row in rows:
             stream.write(json.dumps(dict(zip(names, row, strict=True))) + "\n")
 

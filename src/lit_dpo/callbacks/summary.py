@@ -42,6 +42,7 @@ class RunSummary(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Count from here; a checkpoint's steps are known by now."""
         self._first = trainer.global_step
+        self._batch = time.monotonic()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: DPOModule, batch: CompletionBatch, batch_idx: int

@@ -47,6 +47,8 @@ class Throughput(pl.Callback):
         now = time.perf_counter()
         self._seconds += now - self._ended
         self._ended = now
+        if batch is None:  # a hook has lost it, which `TrainingHealth` says
+            return
         self._tokens += batch.input_ids.numel()
         self._pairs += batch.size
         if trainer.global_step == self._step:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lit_dpo import compat
 from lit_dpo.policy.kernels import kernels_of
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _LEAVE_THE_BASE = (True, False, "gaussian", "orthogonal")
 class _Kept:
     key: Hashable
     base: PreTrainedModel
+    attention: str | None
     free: bool = False
 
 
@@ -65,7 +67,7 @@ def base_of(key: Hashable | None, device: torch.device, load: Callable[[], PreTr
             return kept.base
     _shelf[:] = [kept for kept in _shelf if not kept.free]  # room for the other one
     base = load()
-    _shelf.append(_Kept(key, base))
+    _shelf.append(_Kept(key, base, compat.attention_of(base)))
     return base
 
 
@@ -82,7 +84,7 @@ def give_back(model: PeftModel) -> None:
         model.unload()
     for kept in list(_shelf):
         if not kept.free and _is_bare(kept.base):
-            _reset(kept.base)
+            _reset(kept)
             kept.free = True
         elif not kept.free:
             _shelf.remove(kept)
@@ -103,8 +105,12 @@ def _is_bare(base: PreTrainedModel) -> bool:
     return not any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in base.modules())
 
 
-def _reset(base: Any) -> None:
+def _reset(kept: _Kept) -> None:
     """Leave what a run sets on the base for the next run to set."""
+    base: Any = kept.base
+    if compat.attention_of(base) != kept.attention:
+        base.set_attn_implementation(kept.attention)
+    vars(base).pop("lit_dpo_plain_attention", None)
     if (kernels := kernels_of(base)) is not None:
         kernels.use(False)
         del base.lit_dpo_kernels

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
@@ -229,9 +229,9 @@ def _said(folder: Path) -> dict[str, Any]:
 
     file = folder / RECORD
     if not file.is_file():
-        # the checkpoint of a folder has its name; the adapter of a run's end lies beside the last one
-        beside = [folder.with_name(f"{folder.name}.ckpt"), folder.with_name("last.ckpt")]
-        near = next((one for one in beside[: 1 + folder.name.startswith("adapter")] if zipfile.is_zipfile(one)), None)
+        # the checkpoint of a folder has its name; the adapter of a run's end lies next to the last one
+        files = [folder.with_name(f"{folder.name}.ckpt"), folder.with_name("last.ckpt")]
+        near = next((one for one in files[: 1 + folder.name.startswith("adapter")] if zipfile.is_zipfile(one)), None)
         return {} if near is None else dict(read_checkpoint(near).get(KEY, {}))
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -314,23 +314,33 @@ def tokenizer(trained: Trained) -> PreTrainedTokenizerBase:
     """Return the one that it was trained with: of its folder, or that next to a checkpoint, else its base's."""
     from transformers import AutoTokenizer
 
-    beside = trained.path.with_suffix("") if trained.kind == "checkpoint" else trained.path
-    if trained.has_reference and (beside / "tokenizer_config.json").is_file():  # without asking where the base is
+    folder = trained.path.with_suffix("") if trained.kind == "checkpoint" else trained.path
+    if trained.has_reference and (folder / "tokenizer_config.json").is_file():  # without asking where the base is
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            beside, trust_remote_code=trained.policy.trust_remote_code
+            folder, trust_remote_code=trained.policy.trust_remote_code
         )
         return found
     return trained.policy.load_tokenizer()
 
 
-def quiet() -> None:
-    """Lines of ours on the standard error, and no bars of others."""
-    from transformers.utils.logging import disable_progress_bar
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let our lines through to the standard error, and none that a user can do nothing about, nor bars of others."""
+    from transformers.utils import logging as theirs
+
+    from lit_dpo.quiet import Hush
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("lit_dpo").setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    disable_progress_bar()
+    hush, bars = Hush(), theirs.is_progress_bar_enabled()
+    hush.begin()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hush.end()
+        if bars:
+            theirs.enable_progress_bar()
 
 
 def shown(place: hub.Place) -> str:

@@ -64,13 +64,14 @@ def main(args: Sequence[str]) -> None:
     """
     given = _read(args)
     layout = Layout(given.out)
-    asked = asked_for(given)
+    cli = FitCLI()
+    asked = asked_for(given, cli)
     options = Options(given.completions, given.judge)
     if given.plan is not None:
-        print(planned(prepare(asked, layout, options), given.plan, given.jobs))
+        print(planned(prepare(asked, layout, options, cli), given.plan, given.jobs))
         return
     try:
-        results = carry_out(prepare(asked, layout, options), layout, jobs=given.jobs)
+        results = carry_out(prepare(asked, layout, options, cli), layout, jobs=given.jobs)
     except KeyboardInterrupt:
         sys.stderr.write("\nlit-dpo: stopped. The same command goes on.\n")
         raise SystemExit(130) from None
@@ -79,13 +80,12 @@ def main(args: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def asked_for(given: Given) -> list[Asked]:
+def asked_for(given: Given, cli: FitCLI) -> list[Asked]:
     """Say which runs are wanted.
 
     Raises:
         AblationError: for options that `fit` does not have, with the nearest ones.
     """
-    cli = FitCLI()
     with quiet():
         config = cli.parse(given.base)
         _check_options(cli, given, config)

@@ -71,8 +71,10 @@ class FitCLI(LitDPOCLI):
         return found
 
     def text(self) -> str:
-        """Return the configuration that was parsed, as YAML."""
-        return str(self._parser("fit").dump(self.config["fit"], skip_none=False))
+        """Return the configuration that was parsed, as YAML, without the files that it was read from."""
+        config = self.config["fit"].clone()
+        config.pop("config", None)
+        return str(self._parser("fit").dump(config, skip_none=False))
 
     def built(self) -> tuple[pl.LightningModule, pl.LightningDataModule, list[Any]]:
         """Build module, data and callbacks, and no trainer; no weights load.

@@ -15,7 +15,7 @@ from lit_dpo.tools.ablate.sharing import plain
 from lit_dpo.tools.ablate.single import Work
 
 _GIB = 2.0**30
-_NUMBERS = ("seed", "lr", "seed_everything", "warmup_ratio", "min_lr_ratio", "decay_ratio", "lr_scheduler")
+_NUMBERS = ("seed", "lr", "seed_everything", "warmup_ratio", "min_lr_ratio", "decay_ratio", "lr_scheduler", "config")
 """Options that change no byte and no second."""
 
 
@@ -34,12 +34,12 @@ def planned(prepared: Prepared, device: str, jobs: int) -> str:
     groups: dict[str, list[Work]] = {}
     for work in prepared.works:
         with quiet():
-            groups.setdefault(_setting(cli.parse(work.arguments)), []).append(work)
+            groups.setdefault(setting_of(cli.parse(work.asked.arguments)), []).append(work)
     at_once = min(jobs, len(prepared.works))
     lines, low, high, most = [], 0.0, 0.0, 0
     for works in groups.values():
         with quiet():
-            cli.parse(works[0].arguments)
+            cli.parse(works[0].asked.arguments)
             cli.build()
             made = plan(cli.model, cli.datamodule, cli.trainer, device)
         low, high = low + len(works) * made.seconds[0], high + len(works) * made.seconds[1]
@@ -54,7 +54,7 @@ def planned(prepared: Prepared, device: str, jobs: int) -> str:
     return "\n".join([*head, *lines])
 
 
-def _setting(config: Namespace) -> str:
+def setting_of(config: Namespace) -> str:
     """All of a configuration but numbers that cost nothing."""
     kept = plain(config)
     loss = kept.get("model", {}).get("init_args", {}).get("loss")

@@ -39,8 +39,19 @@ class Prepared(NamedTuple):
     options: Options
 
 
-def prepare(asked: Sequence[Asked], layout: Layout, options: Options = Options()) -> Prepared:  # noqa: B008
+def prepare(
+    asked: Sequence[Asked],
+    layout: Layout,
+    options: Options = Options(),  # noqa: B008 - a constant
+    cli: FitCLI | None = None,
+) -> Prepared:
     """Parse and build every run, as `fit` would, and see what they share.
+
+    Args:
+        asked: the runs.
+        layout: where they shall write.
+        options: how they are measured.
+        cli: parses them, if there is one already.
 
     Raises:
         AblationError: for the first one that cannot run, with its name.
@@ -48,7 +59,7 @@ def prepare(asked: Sequence[Asked], layout: Layout, options: Options = Options()
     if not asked:
         raise AblationError("Expected at least one run but there is none.")
     judge_of(options.judge)
-    cli, said, missed = FitCLI(), dict[str, None](), dict[str, None]()
+    cli, said, missed = cli or FitCLI(), dict[str, None](), dict[str, None]()
     runs: list[tuple[Asked, Shared, str]] = []
     configs: dict[str, str] = {}
     losses: dict[str, Any] = {}
@@ -62,9 +73,8 @@ def prepare(asked: Sequence[Asked], layout: Layout, options: Options = Options()
         runs.append((one, shared, _named(losses, _loss_name(one, config), plain(config.model.init_args.get("loss")))))
         if shared.why_not:
             missed[shared.why_not] = None
-    for line in said:
-        if "dropped" in line:  # what was typed for another class
-            log.info("%s", line)
+    for line in _dropped(said):
+        log.info("%s", line)
     for line in missed:
         log.info("the reference is computed in each run: %s.", line)
     works = [
@@ -76,6 +86,19 @@ def prepare(asked: Sequence[Asked], layout: Layout, options: Options = Options()
         if shared.key is not None:
             passes.setdefault(shared.key, work._replace(is_pass=True))
     return Prepared(works, passes, configs, options)
+
+
+def _dropped(said: Mapping[str, None]) -> list[str]:
+    """Of what `fit` said, what it does not take over from one class to others: a line for all of these."""
+    classes: dict[str, list[str]] = {}
+    for line in said:
+        name, has, what = line.partition(" has its own defaults: ")
+        if has:
+            classes.setdefault(what, []).append(name)
+    return [
+        f"{', '.join(names)}: {'own defaults' if len(names) > 1 else 'its own defaults'}; {what}"
+        for what, names in classes.items()
+    ]
 
 
 def _one(cli: FitCLI, one: Asked, layout: Layout) -> tuple[Namespace, str, Shared]:

@@ -86,9 +86,18 @@ def _passes(workers: Pool, prepared: Prepared, layout: Layout) -> None:
             temporary.write_text(key + "\n", encoding="utf-8")
 
     workers.do(list(todo.values()), done)
+    for line in _of_data(layout) if todo else ():
+        log.info("%s", line)
     if todo:
         count = f"{len(todo)} references" if len(todo) > 1 else "the reference"
         log.info("%s passed once over the data, in %.0f s: runs read it.", count, time.monotonic() - began)
+
+
+def _of_data(layout: Layout) -> list[str]:
+    """Return what a run says of its data, each line once: all runs say it again, into files that few people read."""
+    path = layout.cache / "log.txt"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return [line for line in dict.fromkeys(lines) if line.startswith(("train: ", "val: "))]
 
 
 class _Runs:
@@ -155,7 +164,7 @@ def _remember(prepared: Prepared, layout: Layout) -> None:
         changed = [
             line for line, key in zip(changed, options, strict=True) if before["options"].get(key) != options[key]
         ]
-        if found := ", ".join(changed) or _differences(before["runs"], prepared.configs):
+        if found := ", ".join(changed) or differences(before["runs"], prepared.configs):
             raise AblationError(
                 f"Expected the command that {layout.root} was made with, to go on, but there {found}. Repeat that "
                 "command, or name another `--out`."
@@ -167,7 +176,7 @@ def _remember(prepared: Prepared, layout: Layout) -> None:
         temporary.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
 
 
-def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """Say what differs, the first of it; nothing where nothing does."""
     for names, what in ((before.keys() - now.keys(), "was"), (now.keys() - before.keys(), "was no")):
         if names:

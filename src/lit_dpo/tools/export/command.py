@@ -18,9 +18,11 @@ from lit_dpo.writing import written_whole
 log = logging.getLogger(__name__)
 
 _OF_MERGE = ("dtype", "max_drift", "max_gap", "probe", "probe_pairs", "merge_base")
+_TURNED = 0.05
 _DEFAULTS = {"dtype": "bfloat16", "probe_pairs": 64}
 
 
+@trained.quiet()
 def main(args: Sequence[str]) -> None:
     """Run `lit-dpo export`.
 
@@ -33,7 +35,6 @@ def main(args: Sequence[str]) -> None:
     given = _parser().parse_args(args)
     _check(given)
     out = Path(given.out)
-    trained.quiet()
     found = trained.find(given.run, given)
     if not found.has_reference:
         raise LitDPOError(
@@ -55,6 +56,7 @@ def main(args: Sequence[str]) -> None:
             weights.chmod((fresh / "README.md").stat().st_mode)
     if certificate is not None:
         print(table(certificate))
+        _say_turned(certificate)
     print(f"{'merged weights' if given.merge else 'adapter'}, tokenizer and model card are in {out}")
     if given.push:
         print(push(out, given.push, private=given.private, existing=given.push_to_existing))
@@ -121,6 +123,18 @@ def _check(given: argparse.Namespace) -> None:
         raise LitDPOError(f"Expected a new folder to export to but {given.out} is there: name another.")
     if given.push:
         check_push(given.push)
+
+
+def _say_turned(c: Certificate) -> None:
+    """Say what to do where quantisation was worth more than a few preferences."""
+    if c.turned > _TURNED * c.pairs:
+        log.warning(
+            "%d of %d comparisons are preferred the other way round: what was learned on %s does not hold without its "
+            "quantisation. Serve the adapter on that, or train with `--model.policy.quantization none`",
+            c.turned,
+            c.pairs,
+            c.trained_as,
+        )
 
 
 def table(c: Certificate) -> str:

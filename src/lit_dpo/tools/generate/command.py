@@ -22,6 +22,7 @@ _SIDES = ("policy", "reference")
 _AT_ONCE = 8
 
 
+@trained.quiet()
 def main(args: Sequence[str]) -> None:
     """Run `lit-dpo generate`.
 
@@ -34,7 +35,6 @@ def main(args: Sequence[str]) -> None:
     parser = _parser()
     given = parser.parse_args(args)
     _check(given)
-    trained.quiet()
     prompts = [*map(Prompt, given.prompt or ()), *(read_prompts(given.file) if given.file else ())]
     found = trained.find(given.model, given, given.dtype)
     if given.compare and not found.has_reference:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lit_dpo.callbacks.completions import sample_completions
+from lit_dpo.callbacks.texts import question
 from lit_dpo.errors import TrainingError
-from lit_dpo.tools.measures.judges import Judge, judged, text_of
+from lit_dpo.tools.measures.judges import Judge, judged
 from lit_dpo.tools.measures.scoring import compared_with, held_out, measuring, the_reference
 
 if TYPE_CHECKING:
@@ -66,5 +67,5 @@ def sampled(
         with other.unwrapped.activated(module.model) as frozen:
             before = sample_completions(frozen, tokenizer, ids, **settings)
     verdicts = [None] * len(rows) if judge is None else judged(judge, asked, policy, before)
-    columns = zip(map(text_of, asked), before, policy, verdicts, strict=True)
+    columns = zip(map(question, asked), before, policy, verdicts, strict=True)
     return [dict(zip(("prompt", "reference", "policy", "judged"), row, strict=True)) for row in columns]

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_dpo import hub
+from lit_dpo.callbacks.texts import question
 from lit_dpo.data.formats import Message
 from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.policy import checks
@@ -45,7 +46,7 @@ def judged(judge: Judge, prompts: Sequence[Prompt], firsts: Sequence[str], secon
     if (compare := getattr(judge, "compare", None)) is not None:
         return [_verdict(one, judge) for one in compare(prompts, firsts, seconds)]
     found = []
-    for prompt, first, second in zip(map(text_of, prompts), firsts, seconds, strict=True):
+    for prompt, first, second in zip(map(question, prompts), firsts, seconds, strict=True):
         if first == second:
             found.append(0.5)
             continue
@@ -66,19 +67,6 @@ def _verdict(value: Any, judge: Judge) -> float:
             f"one, but got {value!r}."
         )
     return number
-
-
-def text_of(prompt: Prompt) -> str:
-    """Return the text of a prompt; of a conversation what the user said last.
-
-    Example:
-        >>> text_of([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}])
-        'Hi'
-    """
-    if isinstance(prompt, str):
-        return prompt
-    said = [message["content"] for message in prompt if message["role"] == "user"]
-    return str(said[-1] if said else prompt[-1].get("content") or "")
 
 
 def quickstart_judge(prompt: str, first: str, second: str) -> float:
@@ -203,7 +191,7 @@ class _Loaded(NamedTuple):
     def encoded(self, prompt: Prompt, completion: str) -> list[int]:
         """Encode by the model's chat template; without one, the two texts as its tokenizer joins them."""
         if self.tokenizer.chat_template is None:
-            ids = self.tokenizer(text_of(prompt), completion)["input_ids"]
+            ids = self.tokenizer(question(prompt), completion)["input_ids"]
         else:
             said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             messages = [*said, {"role": "assistant", "content": completion}]

@@ -182,8 +182,8 @@ def mean_over_seeds(values: Sequence[float]) -> Estimate:
         values: one of each seed; those that are NaN are left out. Of fewer than two there is no interval (NaN).
 
     Example:
-        >>> mean_over_seeds([1.0, 2.0, 3.0])
-        Estimate(value=2.0, low=-0.48413771175033027, high=4.48413771175033)
+        >>> [round(end, 3) for end in mean_over_seeds([1.0, 2.0, 3.0])]
+        [2.0, -0.484, 4.484]
     """
     there = np.asarray([value for value in values if not math.isnan(value)], dtype=np.float64)
     if len(there) < 2:

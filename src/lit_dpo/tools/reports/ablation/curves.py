@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lit_dpo.tools.ablate.records import Result
 from lit_dpo.tools.reports.ablation.vocabulary import Arm, axis
 from lit_dpo.tools.reports.html import Html, element, told
-from lit_dpo.tools.reports.planes import band, figure, line, plane, scale
+from lit_dpo.tools.reports.planes import Scale, band, figure, line, plane, scale
 
 _POINTS = 80  # of a curve; more are not seen
 _PANELS = {
@@ -58,7 +58,8 @@ def _thinned(rows: list[tuple[float, float]]) -> Iterable[tuple[float, float]]:
 
 def section(arms: Sequence[Arm]) -> Iterator[Html]:
     """Draw the losses, a plot for each loss, and then what compares between losses."""
-    panels = [*_losses(arms), *_measures(arms)]
+    steps = scale((row["step"] for arm in arms for run in arm.runs for row in run.curves if "step" in row), False, 0.02)
+    panels = [] if steps is None else [*_losses(arms, steps), *_measures(arms, steps)]
     if not panels:
         return
     yield element("h2", "Curves")
@@ -77,13 +78,13 @@ def legend(arms: Sequence[Arm]) -> Html:
     return element("ul", *keys, class_="legend arms small")
 
 
-def _losses(arms: Sequence[Arm]) -> Iterator[Html]:
+def _losses(arms: Sequence[Arm], steps: Scale) -> Iterator[Html]:
     """Draw training and validation in one plot: what lies between them is what was learnt by heart."""
     for loss in dict.fromkeys(_loss(one) for one in arms):
         mine = [one for one in arms if _loss(one) == loss]
         train = [Curve(one, over_seeds(one.runs, "train/loss")) for one in mine]
         val = [Curve(one, over_seeds(one.runs, "val/loss"), dashed=True) for one in mine]
-        yield from _panel(f"loss: {loss}" if loss else "loss", [*train, *val], "dashed: validation", log=None)
+        yield from _panel(f"loss: {loss}" if loss else "loss", [*train, *val], steps, "dashed: validation", log=None)
 
 
 def _loss(arm: Arm) -> str:
@@ -91,17 +92,16 @@ def _loss(arm: Arm) -> str:
     return next((said for name, said in arm.summary.axes.items() if axis(name) == "loss"), arm.summary.loss)
 
 
-def _measures(arms: Sequence[Arm]) -> Iterator[Html]:
+def _measures(arms: Sequence[Arm], steps: Scale) -> Iterator[Html]:
     for name, title in _PANELS.items():
         for stage, said in _STAGES.items():
-            yield from _panel(title, [Curve(one, over_seeds(one.runs, f"{stage}/{name}")) for one in arms], said)
+            yield from _panel(title, [Curve(one, over_seeds(one.runs, f"{stage}/{name}")) for one in arms], steps, said)
 
 
-def _panel(title: str, curves: Sequence[Curve], note: str, log: bool | None = False) -> Iterator[Html]:
+def _panel(title: str, curves: Sequence[Curve], x: Scale, note: str, log: bool | None = False) -> Iterator[Html]:
     points = [point for curve in curves for point in curve.points]
-    x = scale((point.step for point in points), log=False, room=0.02)
     y = scale((value for point in points for value in point[1:]), log=log)
-    if x is None or y is None:
+    if y is None:
         return
     drawn = []
     for curve in reversed(curves):  # the best arm is drawn last, above the others

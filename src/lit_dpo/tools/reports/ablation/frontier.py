@@ -138,7 +138,11 @@ def _scale(those: Sequence[Estimate], log: bool | None = None) -> Scale | None:
         low = max(low, least / 2)
     if log is False:  # a share
         low, high = max(low, min(0.0, least)), min(high, max(1.0, most))
-    return scale([*values, *(min(high, max(low, end)) for one in those for end in one[1:] if math.isfinite(end))], log)
+    ends = [min(high, max(low, end)) for one in those for end in one[1:] if math.isfinite(end)]
+    found = scale([*values, *ends], log)
+    if found and log is False and least >= 0 and most <= 1:  # no tick beyond what there can be
+        return found._replace(low=max(found.low, -0.02), high=min(found.high, 1.02))
+    return found
 
 
 def _upright(given: Estimate, y: Scale, across: float, name: str) -> list[Html]:

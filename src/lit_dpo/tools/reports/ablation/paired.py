@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lit_dpo.tools.ablate.records import Comparison, Estimate, Summary
-from lit_dpo.tools.reports.ablation.vocabulary import ACCURACY, Arm, Column, column, estimated, listed
+from lit_dpo.tools.reports.ablation.vocabulary import ACCURACY, Arm, Column, column, estimated, listed, value
 from lit_dpo.tools.reports.html import Child, Html, element, joined, table, told
 from lit_dpo.tools.reports.planes import dot, plane, scale, whisker
 
@@ -23,6 +23,8 @@ def verdict(summary: Summary, arms: Sequence[Arm]) -> Html:
     parts: list[Child] = ["Best by held-out reward accuracy is ", told(best.name, "b"), f" with {said}{between}"]
     if len(arms) == 1:
         return joined(*parts, ".")
+    if all(value(arm.summary.measures, ACCURACY) == accuracy.value for arm in arms):
+        return joined(f"All have the same held-out reward accuracy, {said}{between}: by it none is the best.")
     against = {
         one.other: one for one in (_from(one, best.summary.name) for one in of(summary, ACCURACY)) if one is not None
     }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lit_dpo.tools.ablate.records import Estimate, Summary
-from lit_dpo.tools.reports.ablation.vocabulary import COLUMNS, MISSING, Arm, Column, column, estimated, value
+from lit_dpo.tools.reports.ablation.vocabulary import COLUMNS, MISSING, Arm, Column, column, estimated, figures, value
 from lit_dpo.tools.reports.html import Child, Html, element, table, told
 
 GROUPS = {"source": "reward_accuracy/source=", "length": "reward_accuracy/length="}
@@ -76,7 +76,9 @@ def _exact(given: Estimate) -> str:
 
 def _best(given: Sequence[Estimate | None], one: Column) -> float:
     found = [each.value for each in given if each is not None]
-    return math.nan if not one.better or len(found) < 2 else one.better * max(one.better * each for each in found)
+    if not one.better or len({*found}) < 2:  # where all are equal, none is the best
+        return math.nan
+    return one.better * max(one.better * each for each in found)
 
 
 def groups(arms: Sequence[Arm]) -> Iterator[Html]:
@@ -120,10 +122,10 @@ def _judged(arm: Arm, loss: str, rank: float) -> Html:
     given, weight = (arm.estimate(f"{kind}/{loss}") for kind in ("loss", "weight"))
     if given is None:
         return _cell(MISSING)
-    under = [element("span", f"{weight.value:.3g}", class_="soft under")] if weight else []
+    under = [element("span", figures(weight.value, 3), class_="soft under")] if weight else []
     own = " own" if arm.summary.loss == loss else ""
     shade = f"background:color-mix(in srgb, var(--accent) {36 * (1 - rank):.0f}%, transparent)"
-    return _cell(f"{given.value:.4g}", *under, title=_exact(given), style=shade, class_=f"number{own}")
+    return _cell(figures(given.value, 4), *under, title=_exact(given), style=shade, class_=f"number{own}")
 
 
 def _ranks(values: Sequence[float]) -> list[float]:

@@ -44,6 +44,16 @@ def _digits(value: float) -> int:
     return max(0, 2 - math.floor(math.log10(abs(value))))
 
 
+def figures(value: float, count: int) -> str:
+    """Write as many figures of a number, zeros at the end too.
+
+    Example:
+        >>> figures(0.36, 4), figures(24.0, 2)
+        ('0.3600', '24')
+    """
+    return signed(f"{value:#.{count}g}".rstrip("."))
+
+
 def signed(said: str) -> str:
     """Write a minus as long as a plus, and no minus before a zero."""
     return said.lstrip("-") if not said.strip("-0.,") else said.replace("-", "−")
