@@ -175,7 +175,7 @@ def _value(key: str, given: Any) -> Value:
         if label is None and "class_path" in given:
             label = str(given["class_path"]).rpartition(".")[2]
         if label is None:
-            raise AblationError(f"Expected a `label` beside each value of `{key}` that is a mapping.")
+            raise AblationError(f"Expected a `label` in each value of `{key}` that is a mapping.")
         if given.keys() == {"value"}:
             given = given["value"]
     if key in _PARTS and isinstance(given, str):

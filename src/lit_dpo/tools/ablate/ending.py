@@ -37,6 +37,6 @@ def finish(layout: Layout, results: Sequence[Result]) -> None:
         log.warning("%s failed: %s (%s)", result.name, result.error, layout.run(result.name) / "log.txt")
     if done:
         log.info("report    %s", layout.root / "report.html")
-        log.info("tables    %s, and pairs, runs, arms, comparisons beside it", layout.root / "report.md")
+        log.info("tables    %s, and pairs, runs, arms, comparisons next to it", layout.root / "report.md")
         log.info("curves    tensorboard --logdir %s", layout.root)
         log.info("adapters  %s", layout.run(done[0].name) / "adapter")

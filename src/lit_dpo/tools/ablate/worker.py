@@ -28,8 +28,10 @@ class _Asked(threading.Thread):
         self.busy = False
 
     def run(self) -> None:
-        for line in sys.stdin.buffer:
-            self.lines.put(line)
+        # not `sys.stdin`: at its end the interpreter waits for the lock that a thread holds who reads from it
+        with open(os.dup(0), "rb", buffering=0) as stream:
+            for line in stream:
+                self.lines.put(line)
         self.lines.put(None)
         if self.busy:
             os.kill(os.getpid(), signal.SIGTERM)
