@@ -179,9 +179,7 @@ class DPOModule(pl.LightningModule):
         self.window = Window()
         self.unlogged = False  # whether the training metrics have counted something since the last row
         self.fetched: dict[str, Tensor] | None = None  # their values on the CPU, until they count the next batch
-        self.measured_batch: MeasuredBatch | None = (
-            None  # of the last batch, for callbacks; None under a step of one's own
-        )
+        self.measured_batch: MeasuredBatch | None = None  # the last one, for callbacks; not of a step of one's own
         self.asked: dict[str, Tensor] = {}  # what callbacks want to know too: the check of gradients fetches it
         self.schedule_steps: int | None = None  # of a learning rate that changes, by `configure_optimizers`
         self.standing: Standing | None = None  # after the last step

@@ -46,9 +46,9 @@ def stop(data: PreferenceDataModule) -> str:
 def test_every_row_is_trained_on_once_per_epoch(data) -> None:
     module = Recorder()
     trainer().fit(module, data())
-    for epoch in (module.measured_batch[:6], module.measured_batch[6:]):
+    for epoch in (module.seen[:6], module.seen[6:]):
         assert sorted(row for batch in epoch for row in batch) == list(range(22))
-    assert module.measured_batch[:6] != module.measured_batch[6:]
+    assert module.seen[:6] != module.seen[6:]
 
 
 def test_a_batch_is_what_the_files_say(data, jsonl, chat_tokenizer) -> None:
@@ -72,7 +72,7 @@ def test_a_bad_row_stops_before_training_with_file_and_row(data, jsonl) -> None:
     module = Recorder()
     with pytest.raises(DataError, match="row 3"):
         trainer().fit(module, data(train=path))
-    assert module.measured_batch == []
+    assert module.seen == []
 
 
 def test_types_that_differ_between_rows_are_named(data, jsonl) -> None:
@@ -135,7 +135,7 @@ def test_the_tokenizer_is_the_policy_s(data, chat_tokenizer) -> None:
     module = Recorder()
     module.policy = Policy()
     trainer(max_steps=1).fit(module, data(tokenizer=None))
-    assert len(module.measured_batch) == 1
+    assert len(module.seen) == 1
 
 
 def test_a_changed_option_encodes_anew(data) -> None:
@@ -244,13 +244,13 @@ def test_a_token_budget_decides_the_batches_in_training_and_outside(data, jsonl)
     module, pairs = Recorder(), data(batch_size=None, max_tokens=90, val=jsonl("val.jsonl", rows(22, 50)))
     run = trainer(max_epochs=3, accumulate_grad_batches=2)
     run.fit(module, pairs)
-    per_epoch = len(module.measured_batch) // 3
+    per_epoch = len(module.seen) // 3
     assert run.estimated_stepping_batches == run.global_step == 3 * -(-per_epoch // 2)
     lengths = pairs._tables["train"].lengths
-    assert len({len(batch) for batch in module.measured_batch}) > 1
-    assert all(lengths[batch].sum() <= 90 for batch in module.measured_batch)
+    assert len({len(batch) for batch in module.seen}) > 1
+    assert all(lengths[batch].sum() <= 90 for batch in module.seen)
     for epoch in range(3):
-        batches = module.measured_batch[epoch * per_epoch : (epoch + 1) * per_epoch]
+        batches = module.seen[epoch * per_epoch : (epoch + 1) * per_epoch]
         assert sorted(row for batch in batches for row in batch) == list(range(22))
     assert module.validated == list(range(22)) * 3
 
@@ -258,7 +258,7 @@ def test_a_token_budget_decides_the_batches_in_training_and_outside(data, jsonl)
 def test_a_batch_size_caps_the_pairs_of_a_budget(data, jsonl) -> None:
     module, pairs = Recorder(), data(batch_size=3, eval_batch_size=2, max_tokens=90, val=jsonl("val.jsonl", rows(22)))
     trainer(max_epochs=1).fit(module, pairs)
-    assert max(len(batch) for batch in module.measured_batch) == 3
+    assert max(len(batch) for batch in module.seen) == 3
     assert max(batch.size for batch in pairs.val_dataloader()) == 2
 
 
@@ -297,7 +297,7 @@ def test_the_largest_microbatches_are_those_of_the_epoch(data, options: dict, mi
 def test_overfit_batches_repeat_the_same_batches(data) -> None:
     module = Recorder()
     trainer(overfit_batches=2).fit(module, data())
-    assert module.measured_batch == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
+    assert module.seen == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------
@@ -381,7 +381,7 @@ def test_other_batches_can_continue_after_an_epoch(data, tmp_path: Path) -> None
     module, straight = Recorder(), Recorder()
     trainer().fit(module, data(batch_size=2), ckpt_path=tmp_path / "x.ckpt")
     trainer().fit(straight, data(batch_size=2))
-    assert module.measured_batch == straight.seen[11:]
+    assert module.seen == straight.seen[11:]
 
 
 def test_an_epoch_that_was_cut_short_is_not_taken_up_again(data, tmp_path: Path) -> None:
@@ -408,4 +408,4 @@ def test_validating_a_checkpoint_does_not_move_training(data, tmp_path: Path, js
     straight = Recorder()
     trainer(max_steps=2).fit(straight, data(**options))
     trainer(max_steps=2).fit(module, again)
-    assert module.measured_batch == straight.seen
+    assert module.seen == straight.seen

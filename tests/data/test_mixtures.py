@@ -127,7 +127,7 @@ def data(jsonl, tokenizer_folder: str):
 def seen(data: PreferenceDataModule, **options: Any) -> list[list[int]]:
     module = Recorder()
     trainer(max_epochs=1, **options).fit(module, data)
-    return module.measured_batch
+    return module.seen
 
 
 def test_every_batch_has_its_part_of_each_source_whose_layouts_may_differ(data, caplog) -> None:

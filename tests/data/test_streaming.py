@@ -43,7 +43,7 @@ def data(jsonl, tokenizer_folder: str):
 def seen(data: PreferenceDataModule, epochs: int = 1, **options: Any) -> list[list[int]]:
     module = Recorder()
     trainer(max_epochs=epochs, **options).fit(module, data)
-    return module.measured_batch
+    return module.seen
 
 
 # --- the order ------------------------------------------------------------------------------------------------------
