@@ -207,7 +207,7 @@ def _all(bases: Sequence[type]) -> Iterator[type]:
             continue
         seen.add(one)
         todo += one.__subclasses__()
-        if not one.__name__.startswith("_"):
+        if not one.__name__.startswith("_") and "<locals>" not in one.__qualname__:  # what can be named
             yield one
 
 

@@ -13,7 +13,7 @@ import pytest
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelSummary
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lit_dpo import IPOLoss
+from lit_dpo import IPOLoss, quiet
 from lit_dpo.callbacks import LearningRate, RunLogger, Throughput
 from lit_dpo.callbacks.tensorboard import short
 from training import data, module, trainer
@@ -142,6 +142,7 @@ def speak() -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_only_a_run_is_quiet_and_only_of_what_nobody_can_change(tiny_model, pairs_file, tmp_path, caplog, fails):
+    quiet._OURS.end()  # of a command that another test ran in this process
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit = trainer(tmp_path, callbacks=[_Speaks(fails)], max_steps=1)
