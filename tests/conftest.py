@@ -88,8 +88,15 @@ def kernel_calls(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
+_RUN = ("PL_", "MASTER_", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE")
+_BEFORE = frozenset(os.environ)
+
+
 @contextmanager
 def _as_it_was() -> Iterator[None]:
+    """Begin without what a run has left, a session's fixture for instance, and end as it was."""
+    for name in [name for name in os.environ.keys() - _BEFORE if name.startswith(_RUN)]:
+        del os.environ[name]
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def train(
 
 
 if __name__ == "__main__":
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of a run before this: DDP would take it
     store._REREAD_SHARE = math.inf  # a missing pair is always looked for among the other rank's, on a busy machine too
     folder = Path(sys.argv[1])
     for name, case in json.loads((folder / "cases.json").read_text()).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def _of_all_ranks(mine: Any, devices: int) -> list[Any]:
 
 
 if __name__ == "__main__":
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of a run before this: DDP would take it
     folder = Path(sys.argv[1])
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         found = train(root=folder / name, devices=2, **case)

@@ -40,7 +40,8 @@ def board(tiny_model, pairs_file, tmp_path_factory):
         )
         run.fit(module(tiny_model, lr=lr, loss=IPOLoss(beta=0.3)), data(pairs_file, val=str(pairs_file)))
     server = program.TensorBoard()
-    server.configure(argv=[None, "--logdir", str(root), "--host", "127.0.0.1", "--port", "0", "--load_fast=false"])
+    given = ["--logdir", str(root), "--host", "127.0.0.1", "--port", "0", "--load_fast=false"]
+    server.configure(argv=[None, *given, "--reload_interval=0"])  # read once: its thread would log in other tests
     server.assets_zip_provider = None
     return server.launch(), root
 
