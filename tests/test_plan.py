@@ -82,7 +82,7 @@ def test_a_loss_that_reads_whole_distributions_needs_more(tmp_path):
     [
         ("llama", {"num_hidden_layers": 4}, Repeats(0, 1, 4)),
         ("llama", {"num_hidden_layers": 3}, None),
-        ("gemma2", {"num_hidden_layers": 6}, Repeats(0, 2, 6)),  # window, full, window, full, …
+        ("gemma2", {"num_hidden_layers": 8}, Repeats(0, 2, 8)),  # window, full, window, full, …
         ("qwen2-window", {"num_hidden_layers": 6}, Repeats(1, 1, 6)),  # the first sees all
         ("gpt2", {"n_layer": 5, "n_positions": 512, "max_position_embeddings": 512}, Repeats(0, 1, 5)),
     ],
