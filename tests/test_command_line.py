@@ -62,7 +62,7 @@ TYPOS = [
     ("--model.reference=BaseRef", "did you mean BaseReference?"),
     ("--model.optimizer=AdamWW", "a subclass of Optimizer but got AdamWW: did you mean AdamW"),
     ("--model.optimizer=torch.optim.Adammw", "did you mean AdamW"),
-    ("--trainer.callbacks+=EarlyStoping", "a subclass of Callback but got EarlyStoping: did you mean EarlyStopping?"),
+    ("--trainer.callbacks+=EarlyStoping", "a subclass of Callback but got EarlyStoping: did you mean EarlyStopping"),
     ("--data.format=Triple", "did you mean Triples?"),
     # values
     ("--model.lr_scheduler=linaer", "one of linear, cosine, constant, wsd or a subclass of LRScheduler but got linaer"),
