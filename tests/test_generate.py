@@ -41,9 +41,11 @@ GREEDY = ("--greedy", "--max_new_tokens", 12, "--quantization", "none")
 
 
 def test_texts_are_completed_as_by_the_pipeline_of_transformers(quickstart_run, by_transformers, capsys):
-    out = generate(capsys, quickstart_run / "adapter", *typed(*ASKED), *GREEDY)
-    said = re.split(r"^# .*\n", out, flags=re.MULTILINE)[1:]
-    assert [one.strip() for one in said] == [text.strip() for text in by_transformers[0]]
+    """A run of conversations takes them for a user's messages, as it was trained, unless it is told not to."""
+    for number, how in enumerate((["--no-messages"], [])):
+        out = generate(capsys, quickstart_run / "adapter", *typed(*ASKED), *how, *GREEDY)
+        said = re.split(r"^# .*\n", out, flags=re.MULTILINE)[1:]
+        assert [one.strip() for one in said] == [text.strip() for text in by_transformers[number]]
 
 
 def test_the_built_in_model_says_what_it_says_in_transformers(quickstart, by_transformers, capsys):

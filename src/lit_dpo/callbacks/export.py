@@ -71,7 +71,15 @@ def _facts(trainer: pl.Trainer) -> dict[str, Any]:
         "epochs": trainer.current_epoch,
         "measures": {name: value for name, value in measured.items() if math.isfinite(value)},
         "data": data_facts(data_of(trainer)),
+        "conversations": _of_messages(data_of(trainer)),
     }
+
+
+def _of_messages(data: Any) -> bool | None:
+    """Whether training prompts are messages, which a chat template renders; None where nobody knows, as of a stream."""
+    if getattr(data, "tables", {}).get("train") is None:
+        return None
+    return any(not isinstance(said.prompt, str) for *_, said in data.prompts("train", 1))
 
 
 def data_facts(data: Any) -> dict[str, dict[str, Any]]:

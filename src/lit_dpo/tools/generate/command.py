@@ -43,10 +43,14 @@ def main(args: Sequence[str]) -> None:
         )
     tokenizer = trained.tokenizer(found)
     set_template(tokenizer, given.chat_template)
-    prompts = as_messages(prompts, given.system) if given.messages or given.system is not None else prompts
+    asked_for = given.messages or (given.messages is None and given.system is not None)
+    messages = asked_for or (given.messages is None and bool(found.said.get("conversations")))
+    prompts = as_messages(prompts, given.system) if messages else prompts
     if given.chat or any(not isinstance(one.asked, str) for one in prompts):
         check_template(tokenizer)
-    elif tokenizer.chat_template is not None and prompts:
+        if messages and not asked_for:
+            log.info("prompts are a user's messages, as in training; `--no-messages` completes them as they are")
+    elif given.messages is None and tokenizer.chat_template is not None and prompts:
         log.info("texts are completed as they are; `--messages` gives them to the chat template as a user's message")
     rows = [encode(tokenizer, prompt, given.chat_template_kwargs) for prompt in prompts]
     model = completing.completer(trained.load(found, trained.device_of(given.device)), tokenizer, given)
@@ -80,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         "--chat", action="store_true", help="a conversation; `/reset` begins anew, `/exit` or Ctrl-D ends it"
     )
     what.add_argument(
-        "--messages", action="store_true", help="a text is a user's message, rendered by the chat template"
+        "--messages",
+        action=argparse.BooleanOptionalAction,
+        help="a text is a user's message, rendered by the chat template; default: if it was trained on conversations",
     )
     what.add_argument("--system", help="a system message before each conversation; with `--messages` or `--chat`")
     what.add_argument("--chat_template", help="a file with another chat template, in Jinja")
@@ -112,8 +118,10 @@ def _check(given: argparse.Namespace) -> None:
     if not (given.chat or given.prompt or given.file):
         raise LitDPOError("Expected `--prompt TEXT`, `--file FILE` or `--chat`: what shall be completed?")
     for name in ("out", "messages"):
-        if given.chat and getattr(given, name):
+        if given.chat and getattr(given, name) is not None:
             raise LitDPOError(f"`--{name}` has no effect with `--chat`: leave it out.")
+    if given.messages is False and given.system is not None:
+        raise LitDPOError("`--system` is a message, and `--no-messages` completes texts as they are: leave one out.")
     if given.batch_size is not None and not given.file:
         raise LitDPOError("`--batch_size` has no effect without `--file`: leave it out.")
     if given.batch_size is not None and given.batch_size < 1:
