@@ -180,7 +180,7 @@ def test_the_rehearsal(tmp_path):
     """Its phases with what a fresh environment has, at the sizes of a CPU; `pytest -m gpu` is the suite's already."""
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--rehearse", "--out", str(tmp_path), "--minutes", "3"]
     done = subprocess.run(
-        [*command, "--only", "a,d-nf4-long,e,g"], cwd=tmp_path, capture_output=True, text=True, timeout=200
+        [*command, "--only", "a,d-nf4-long,e"], cwd=tmp_path, capture_output=True, text=True, timeout=200
     )
     found = json.loads((tmp_path / "gpu.json").read_text())["phases"]
     assert done.returncode == 0, done.stdout + json.dumps(found, indent=1)
@@ -192,4 +192,3 @@ def test_the_rehearsal(tmp_path):
     assert len(longest) == 15
     assert [one["seconds"] for one in longest] == sorted((one["seconds"] for one in longest), reverse=True)
     assert 0 <= found["e-step"]["found"]["idle"] < 1
-    assert all(abs(step["off"]) < 0.1 for step in found["g-memory"]["found"]["steps"])
