@@ -146,7 +146,7 @@ def _unknown_argument(mistake: Mistake, load: Callable[[str], Any]) -> str | Non
         return None
     full = ".".join([*keys, name])
     if not any(one.startswith(f"--{full}") for one in mistake.typed) and (place := _file_with(name, mistake.typed)):
-        return f"{place[0]}: {_no_argument(of, name, place[1], '')}"
+        return f"{place[0]}: {_no_argument(of, name, place[1].removeprefix('init_args.'), '')}"
     return _no_argument(of, name, f"--{full}", f"--{'.'.join(keys)}.")
 
 
