@@ -81,7 +81,7 @@ def _killed(arguments: list[str], root: Path) -> None:
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     second = Layout(root).run(NAMES[1])
-    for _ in range(4000):
+    for _ in range(20_000):
         if (second / "last.ckpt").is_file():
             break
         assert process.is_alive()
@@ -95,7 +95,7 @@ def _killed(arguments: list[str], root: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_killed_and_started_again_it_is_the_same_to_the_last_digit(straight, tmp_path):
     root, counts = tmp_path / "out", tmp_path / "counts.txt"
-    slowly = straight.arguments(root, counts, pause=0.05)
+    slowly = straight.arguments(root, counts, pause=0.1)
     _killed(slowly, root)
     first = Layout(root).run(NAMES[0]) / "result.json"
     before = first.stat().st_mtime_ns
