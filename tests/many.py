@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pyarrow.parquet as pq
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 
+from lit_dpo import EMAReference
+from lit_dpo.callbacks import TrainingDynamics
 from lit_dpo.data.formats import Rankings, Triples
-from lit_dpo.losses import PreferenceLoss
+from lit_dpo.losses import BCOLoss, PreferenceLoss
 from training import adapter, data, module, trainer
 
 COLUMNS = Triples(score_margin="gap", probability="agreement", weight="weight")
@@ -79,7 +85,7 @@ class OneAfterAnother(Callback):
 def run_each(
     model: str, file: str, losses: Sequence[PreferenceLoss], root: Path, ranks: int, tokens: int, *, ranked: bool
 ) -> list[dict[str, Any]]:
-    """An epoch of each loss, in batches of six over all ranks; of rankings with a validation after it."""
+    """An epoch of each loss, in batches of six over all ranks; of rankings with a validation of two prompts."""
     dpo = module(
         model, optimizer=functools.partial(torch.optim.SGD, lr=0.01 if ranked else 0.1), microbatch_tokens=tokens
     )
@@ -92,7 +98,58 @@ def run_each(
         callbacks=[noting],
         num_sanity_val_steps=0,
     )
-    given = {"val": file, "format": Rankings()} if ranked else {"format": COLUMNS}
+    few = str(Path(file).with_name("few.jsonl"))
+    given = {"val": few, "format": Rankings()} if ranked else {"format": COLUMNS}
     run.fit(dpo, data(file, batch_size=6 // ranks, **given))
     assert run.world_size == ranks
     return noting.found
+
+
+class Killed(Exception):
+    """As the process would be."""
+
+
+class KillAfter(Callback):
+    """Writes a checkpoint after so many steps, and nothing else after that."""
+
+    def __init__(self, steps: int, path: Path) -> None:
+        self.steps, self.path = steps, path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == self.steps:
+            trainer.save_checkpoint(self.path)
+            raise Killed
+
+
+def go_on(
+    model: str, pairs: str, root: Path, ranks: int, *, kill: int = 0, ckpt: str | None = None, dropout: float = 0.0
+) -> dict[str, Any]:
+    """Two epochs of two steps of two batches of six, with all that a run carries on; or a part of them."""
+    dpo = module(
+        model, loss=BCOLoss(), reference=EMAReference(alpha=0.5), lr_scheduler="linear", policy={"dropout": dropout}
+    )
+    run = trainer(
+        root,
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        max_epochs=2,
+        accumulate_grad_batches=2,
+        log_every_n_steps=2,
+        logger=CSVLogger(root, name="", version=0),
+        callbacks=[TrainingDynamics(), *([KillAfter(kill, root / "killed.ckpt")] if kill else [])],
+        num_sanity_val_steps=0,
+    )
+    with suppress(Killed):
+        run.fit(dpo, data(pairs, val=pairs, batch_size=6 // ranks), ckpt_path=ckpt)
+    found = {"adapter": adapter(dpo), "state": dpo.loss_state, "steps": run.global_step}
+    if not kill and run.is_global_zero:
+        rows = list(csv.DictReader((root / "version_0" / "metrics.csv").open()))
+        found["rows"] = {
+            (row["step"], name): float(value)
+            for row in rows
+            for name, value in row.items()
+            if value and name not in ("step", "epoch")
+        }
+        noted = pq.read_table(next(root.rglob("dynamics.parquet")))
+        found["noted"] = {name: torch.tensor(values, dtype=torch.float64) for name, values in noted.to_pydict().items()}
+    return found

@@ -1,11 +1,9 @@
-"""Train on streams and mixtures: in a test's own process, or on two of it as `python two_streams.py FOLDER`."""
+"""Train on streams and mixtures: in a test's own process, or on two by `ranks.run`."""
 
 from __future__ import annotations
 
 import functools
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +61,8 @@ def _of_all_ranks(mine: Any, devices: int) -> list[Any]:
     return everybody
 
 
-if __name__ == "__main__":
-    os.environ.pop("PL_GLOBAL_SEED", None)  # of a run before this: DDP would take it
-    folder = Path(sys.argv[1])
+def train_all(folder: Path) -> None:
+    """Each case of a folder, one after another, on this rank of two."""
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         found = train(root=folder / name, devices=2, **case)
         if torch.distributed.get_rank() == 0:

@@ -459,14 +459,19 @@ class DPOModule(pl.LightningModule):
         scale = scaler.scale(torch.ones((), device=self.device)) if scaler else 1.0
         sums, records = GradientSum(trained, scale), []
         if self.needs_two_passes or not all(part.size for part in parts):
-            passes = Passes(lambda: self._noted(parts, batch), self._losses_over_ranks, self._again)
-            return in_two_passes(parts, passes, sums)
+            return self._in_two_passes(parts, batch, sums)
         for part in parts:
             pairs = self.pair_logps(part)
             sums.add(self.losses_of(pairs))
             records.append(pairs.detach())
             del pairs  # or it stays until the next one is there
         return sums.total(), sums.losses, join(records)
+
+    def _in_two_passes(
+        self, parts: Sequence[CompletionBatch], batch: CompletionBatch | None, sums: GradientSum
+    ) -> tuple[Tensor, Tensor, PairLogps]:
+        passes = Passes(lambda: self._noted(parts, batch), self._losses_over_ranks, self._again)
+        return in_two_passes(parts, passes, sums)
 
     def _noted(
         self, parts: Sequence[CompletionBatch], batch: CompletionBatch | None
