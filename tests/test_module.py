@@ -320,7 +320,7 @@ CASES = {
     "coupled": {"ranked": True, "loss": "AOTLoss", "accumulate": 3},
     "NF4, checkpointing": {"policy": {"quantization": "nf4", "gradient_checkpointing": True}},
     "tokens": {"max_tokens": 200},
-    "compressed": {"compressed": 2e4, "accumulate": 3},
+    "compressed": {"compressed": 1.2e5, "accumulate": 3},
 }
 CACHED = ("BCOLoss", "BetaDPOLoss")
 

@@ -28,7 +28,7 @@ class Compressed(Callback):
         self.largest: list[float] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        def hook(state: Any, bucket: Any) -> Any:
+        def hook(state, bucket):  # torch reads annotations, as they are written
             self.largest.append(float(bucket.buffer().abs().max()))
             return fp16_compress_hook(state, bucket)
 
