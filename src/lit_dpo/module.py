@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from lit_dpo.callbacks.environment import RunEnvironment
 from lit_dpo.callbacks.export import AdapterExport, claim_versions, unnumbered
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
@@ -71,6 +72,7 @@ _BROUGHT = (
     MemoryEstimate,
     OptimizerSteps,
     HealthMonitor,
+    RunEnvironment,
     AdapterExport,
     RunSummary,
     PredictionWriter,

@@ -2,6 +2,7 @@
 
 from lit_dpo.callbacks.completions import SampleCompletions
 from lit_dpo.callbacks.dynamics import TrainingDynamics
+from lit_dpo.callbacks.environment import RunEnvironment
 from lit_dpo.callbacks.export import AdapterExport
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.histograms import RewardHistograms
@@ -27,6 +28,7 @@ __all__ = [
     "PredictionWriter",
     "Quiet",
     "RewardHistograms",
+    "RunEnvironment",
     "RunLogger",
     "RunSummary",
     "SampleCompletions",

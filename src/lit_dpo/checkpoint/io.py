@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
+from lit_dpo.checkpoint.identity import check_readable
 from lit_dpo.errors import TrainingError
 from lit_dpo.writing import put_in_place, refusals, remove, temporary_name, written_whole
 
@@ -81,6 +82,7 @@ class AdapterCheckpointIO(CheckpointIO):
         # whatever the caller asks: a file may be a stranger's, and others than these run code
         checkpoint = self.inner.load_checkpoint(path, map_location or "cpu", weights_only=True)
         if not _is_bare(checkpoint):
+            check_readable(checkpoint, path)
             self.on_load(checkpoint)
         return checkpoint
 

@@ -9,7 +9,7 @@ import fsspec
 import torch
 from lightning.pytorch.core.saving import load_hparams_from_yaml
 
-from lit_dpo.checkpoint.identity import TRUST
+from lit_dpo.checkpoint.identity import TRUST, check_readable
 from lit_dpo.errors import ResumeError
 from lit_dpo.policy.adapters import DEFAULT, REFERENCE, adapter_parameters
 
@@ -100,13 +100,19 @@ def frozen_is_not_missing(module: torch.nn.Module, keys: Any) -> None:
 
 
 def read_checkpoint(path: Any) -> dict[str, Any]:
-    """Read a checkpoint from wherever Lightning can."""
+    """Read a checkpoint from wherever Lightning can.
+
+    Raises:
+        VersionError: if a newer release has written it.
+    """
     if hasattr(path, "read"):
         # Lightning reads the same stream too, before or after
         path.seek(0)
         found = dict(torch.load(path, map_location="cpu", weights_only=True))
         path.seek(0)
-        return found
-    # on the CPU: the device that it was written on need not be here
-    with fsspec.open(str(path), "rb") as stream:
-        return dict(torch.load(stream, map_location="cpu", weights_only=True))
+    else:
+        # on the CPU: the device that it was written on need not be here
+        with fsspec.open(str(path), "rb") as stream:
+            found = dict(torch.load(stream, map_location="cpu", weights_only=True))
+    check_readable(found, "The checkpoint" if hasattr(path, "read") else path)
+    return found

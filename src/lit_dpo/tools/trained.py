@@ -16,6 +16,7 @@ from lit_dpo import hub
 from lit_dpo.errors import PolicyError, ResumeError
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.base_model import QUICKSTART
+from lit_dpo.versions import CHECKPOINT, check_version
 
 if TYPE_CHECKING:
     import torch
@@ -237,7 +238,10 @@ def _said(folder: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise PolicyError(f"Expected JSON in {file} but it cannot be read: {error}.") from error
-    return _known(found) if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    check_version(found.get("version"), CHECKPOINT, file)
+    return _known(found)
 
 
 def _known(found: dict[str, Any]) -> dict[str, Any]:
