@@ -23,7 +23,7 @@ _VARIABLES = (
 """Names and beginnings of names of variables that change what is computed, or how fast."""
 
 _HIDDEN = "…"
-# what stands after a name within an argument (`{"api_key": "x"}`), between `://` and `@`, and tokens known by their form
+# what stands after a name within an argument (`{"api_key": "x"}`), between `://` and `@`; tokens known by their form
 _WITHIN = re.compile(r"""([\w.-]+)(["']?\s*[:=]\s*)(?:"[^"]*"|'[^']*'|[^\s,}\]"']+)""")
 _LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 _KNOWN = re.compile(r"\b(?:hf_|sk-|ghp_|gho_|github_pat_|xox[bp]-)[\w-]{16,}|\bAKIA[0-9A-Z]{16}\b")
