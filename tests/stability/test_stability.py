@@ -205,7 +205,9 @@ def _dynamics(value: object) -> None:
 
 def _json(path: str):
     def change(value: object) -> None:
-        said = json.loads(Path(path).read_text()) if Path(path).exists() else {"options": {}, "runs": {}}
+        said = (
+            json.loads(Path(path).read_text()) if Path(path).exists() else {"options": Options()._asdict(), "runs": {}}
+        )
         Path(path).write_text(json.dumps({**said, "version": value}))
 
     return change
