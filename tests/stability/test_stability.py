@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from importlib.metadata import version
@@ -18,10 +19,12 @@ import walk
 from safetensors.torch import load_file
 from walk import CHECKPOINT, KEPT, command
 
-from lit_dpo import DPOModule, LoRAPolicy, versions
+from lit_dpo import CachedReference, DPOModule, LoRAPolicy, versions
 from lit_dpo.callbacks.environment import starts
 from lit_dpo.checkpoint import KEY, RECORD, read_checkpoint
+from lit_dpo.data.batch import EncodedPrompt, collate
 from lit_dpo.errors import LitDPOError, VersionError
+from lit_dpo.logps.score import choose_layout
 from lit_dpo.references.store import LogpStore
 from lit_dpo.tools.ablate.preparing import Options, Prepared
 from lit_dpo.tools.ablate.records import Layout
@@ -183,6 +186,25 @@ def test_the_kept_cache_is_read_where_its_versions_are_those_of_here(walked):
     keys = [entry["key"].tobytes() for entry in before._entries]
     assert all(now.get(key) == pytest.approx(before.get(key), rel=1e-6, abs=1e-5) for key in keys)
     assert not before.damaged + now.damaged
+
+
+def test_a_cache_of_other_versions_is_said_and_not_read(kept, caplog):
+    (there,) = Path("reference-cache").iterdir()
+    said = json.loads((there / "reference.json").read_text())
+    said["compute"]["torch"] = "2.1.0"
+    (there / "reference.json").write_text(json.dumps(said))
+    there.rename(there.with_name("of-2.1.0"))
+    policy, reference = LoRAPolicy("model", quantization="none", r=2), CachedReference(directory="reference-cache")
+    model = policy.load()
+    reference.attach(model, policy)
+    choose_layout(model)
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        reference.logps(model, collate([EncodedPrompt([2, 3], [[4], [5, 6]])]))
+    (line,) = [one for one in caplog.messages if "reference cache" in one]
+    assert "reference cache: 0 completions in" in line
+    assert "reference-cache/of-2.1.0 is of " in line
+    assert f"torch 2.1.0 (here {version('torch')})" in line
+    assert "is not read" in line
 
 
 # ---- newer formats ----

@@ -22,6 +22,7 @@ from lit_dpo.logps.score import base_model
 from lit_dpo.policy.kernels import kernels_of
 from lit_dpo.references.adapter import NoReference, default_reference
 from lit_dpo.references.base import Reference, attached, keep_attached
+from lit_dpo.references.outdated import outdated
 from lit_dpo.references.store import LogpStore
 from lit_dpo.writing import written_whole
 
@@ -195,7 +196,8 @@ class _Cache:
             _describe(folder, text)
             from lightning.pytorch.utilities import rank_zero_info
 
-            rank_zero_info(f"reference cache: {len(store)} completions in {folder}")
+            more = "" if len(store) else outdated(folder, json.loads(text))
+            rank_zero_info(f"reference cache: {len(store)} completions in {folder}{more}")
         return store
 
 
