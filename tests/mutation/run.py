@@ -1,5 +1,7 @@
 """Mutation testing: `python tests/mutation/run.py ROOM… --count 20` makes mistakes and lists those that no test sees.
 
+With `--out FILE` each is a line of JSON there; `--again FILE` tries those of such a file that survived, with more tests.
+
 Each mistake is one process, forked from this one, which has imported the libraries and nothing of ours: it imports the
 module with the mistake and runs the tests that belong to it, until the first fails. Nothing is written into the tree.
 """
@@ -18,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -47,10 +50,11 @@ _STATES = {0: "survived", 1: "killed", 5: "no test"} | dict.fromkeys(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("rooms", nargs="+", help="folders or files of src/lit_dpo: losses, data/encode.py")
+    parser.add_argument("rooms", nargs="*", help="folders or files of src/lit_dpo: losses, data/encode.py")
     parser.add_argument("--count", type=int, default=20, help="mistakes in each file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="mistakes whose line of text has this")
+    parser.add_argument("--again", type=Path, help="a file that `--out` wrote: those that survived, with more tests")
     parser.add_argument("--out", type=Path, help="where to add a line of JSON for each")
     given = parser.parse_args()
     gc.disable()
@@ -59,32 +63,34 @@ def main() -> None:
     assert not any(name.partition(".")[0] == "lit_dpo" for name in sys.modules)
     gc.freeze()
     gc.enable()
-    for room in given.rooms:
+    again = [json.loads(line) for line in given.again.read_text().splitlines()] if given.again else []
+    survived = {(one["file"], one["mutant"]) for one in again if one["state"] == "survived"}
+    for room in given.rooms or dict.fromkeys(one["room"] for one in again):
         place = SOURCE / room
-        files = sorted(place.glob("*.py")) if place.is_dir() else [place]
-        killed = made = 0
-        for file in files:
+        counts: Counter[bool] = Counter()
+        for file in sorted(place.glob("*.py")) if place.is_dir() else [place]:
             for one in mutants(file, given.count, given.seed):
-                if given.only not in one.name:
+                name = str(file.relative_to(SOURCE))
+                if given.only not in one.name or (given.again and (name, one.name) not in survived):
                     continue
                 begun = time.monotonic()
-                state = _outcome(one)
-                made, killed = made + 1, killed + (state != "survived")
-                found = {"room": room, "file": str(file.relative_to(SOURCE)), "mutant": one.name, "state": state}
+                state = _outcome(one, wide=given.again is not None)
+                counts[state == "survived"] += 1
+                found = {"room": room, "file": name, "mutant": one.name, "state": state}
                 if given.out:
                     with given.out.open("a") as stream:
                         stream.write(json.dumps(found | {"seconds": round(time.monotonic() - begun, 1)}) + "\n")
                 if state == "survived":
-                    print(f"survived: {one.name}", flush=True)
-        print(f"{room}: {killed} of {made} killed", flush=True)
+                    print(f"survived: {name} {one.name}", flush=True)
+        print(f"{room}: {counts[False]} of {counts.total()} killed", flush=True)
 
 
-def _outcome(mutant: Mutant) -> str:
+def _outcome(mutant: Mutant, *, wide: bool) -> str:
     """Killed by a test, by time, or not at all."""
     folder = Path(tempfile.mkdtemp(prefix="mutant-"))
     process = os.fork()
     if process == 0:
-        _test(mutant, folder)
+        _test(mutant, folder, wide=wide)
     end = time.monotonic() + _PATIENCE
     try:
         while time.monotonic() < end:
@@ -99,7 +105,7 @@ def _outcome(mutant: Mutant) -> str:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _test(mutant: Mutant, folder: Path) -> None:
+def _test(mutant: Mutant, folder: Path, *, wide: bool) -> None:
     """In a process of its own: put the module in its place, and run what belongs to it."""
     code = 3
     try:
@@ -122,7 +128,7 @@ def _test(mutant: Mutant, folder: Path) -> None:
         os.chdir(ROOT)
         options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={folder / 'tmp'}"]
         code = 0
-        for tests in related(mutant.file.relative_to(SOURCE)):
+        for tests in related(mutant.file.relative_to(SOURCE), wide=wide):
             code = int(pytest.main([*options, *tests]))
             if code not in (0, 5):
                 break
