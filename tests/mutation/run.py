@@ -1,6 +1,6 @@
 """Mutation testing: `python tests/mutation/run.py ROOM… --count 20` makes mistakes and lists those that no test sees.
 
-With `--out FILE` each is a line of JSON there; `--again FILE` tries those of such a file that survived, with more tests.
+With `--out FILE` each is a line of JSON there; `--again FILE` has more tests try those of such a file that survived.
 
 Each mistake is one process, forked from this one, which has imported the libraries and nothing of ours: it imports the
 module with the mistake and runs the tests that belong to it, until the first fails. Nothing is written into the tree.
