@@ -13,7 +13,7 @@ from lit_dpo.checkpoint.identity import (
     to_builtins,
 )
 from lit_dpo.checkpoint.io import RECORD, AdapterCheckpointIO, check_finite, check_writable, save_adapter
-from lit_dpo.checkpoint.position import Standing, remeasure, rewind, standing, take_settings
+from lit_dpo.checkpoint.position import Standing, remeasure, remeasure_share, rewind, standing, take_settings
 from lit_dpo.checkpoint.random import gather, random_state, restore_random_state
 from lit_dpo.checkpoint.state import adapter_state, frozen_is_not_missing, load_strictly, read_checkpoint, untrusting
 
@@ -39,6 +39,7 @@ __all__ = [
     "random_state",
     "read_checkpoint",
     "remeasure",
+    "remeasure_share",
     "restore_random_state",
     "rewind",
     "save_adapter",
