@@ -25,6 +25,7 @@ LAYERS = {
     "lit_dpo.names": 0,
     "lit_dpo.progress": 0,
     "lit_dpo.quiet": 0,
+    "lit_dpo.seals": 0,
     "lit_dpo.shipped": 0,
     "lit_dpo.versions": 0,
     "lit_dpo.writing": 0,
