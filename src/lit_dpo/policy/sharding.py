@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_OF_PACKED = ("compress_statistics", "quant_type")
+"""What PEFT asks a packed weight for, to put an adapter on it."""
+
+
 def make_mesh(shard: str, device: str, world_size: int, nodes: int) -> DeviceMesh:
     """Make the ranks that share one copy of the base: all, or those of a node.
 
@@ -92,12 +96,14 @@ def shard_module(module: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) 
 
     if isinstance(module, FSDPModule):
         return
-    for part in module.modules():
-        state = getattr(getattr(part, "weight", None), "quant_state", None)
-        if state is not None:
-            part.quant_state = state  # a gathered weight has none: bitsandbytes, and we, look at the layer then
+    packed = [part for part in module.modules() if getattr(getattr(part, "weight", None), "quant_state", None)]
+    said = [{name: getattr(part.weight, name) for name in _OF_PACKED} for part in packed]
+    for part in packed:
+        part.quant_state = part.weight.quant_state  # a gathered weight has none: bitsandbytes looks at the layer then
     # the outermost too lets go after its pass: else it stays gathered where no backward pass follows
     fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    for part, values in zip(packed, said, strict=True):
+        vars(part.weight).update(values)
 
 
 def shards(model: nn.Module) -> Iterator[Any]:
