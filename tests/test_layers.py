@@ -36,6 +36,7 @@ LAYERS = {
     "lit_dpo.references": 3,
     "lit_dpo.memory": 3,
     "lit_dpo.requirements": 4,
+    "lit_dpo.passes": 4,
     "lit_dpo.window": 4,
     "lit_dpo.schedules": 4,
     "lit_dpo.callbacks": 5,

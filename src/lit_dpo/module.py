@@ -37,27 +37,26 @@ from lit_dpo.checkpoint import (
     load_strictly,
     random_state,
     read_checkpoint,
-    restore_random_state,
     untrusting,
 )
 from lit_dpo.data.batch import CompletionBatch
 from lit_dpo.errors import PolicyError, TrainingError
+from lit_dpo.logps.coupling import Others, meet, nothing_of
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.microbatch import (
     MICROBATCH_TOKENS,
     GradientSum,
     concatenate,
-    cut_off,
     differentiable,
     join,
     microbatches,
-    shares,
     why_whole,
 )
 from lit_dpo.logps.records import CompletionLogps, PairLogps, SequenceLogps
 from lit_dpo.logps.score import FrozenStates, choose_layout, completion_logps, frozen_logps
 from lit_dpo.losses import DPOLoss, PreferenceLoss
 from lit_dpo.metrics.collections import of_set, preference_metrics
+from lit_dpo.passes import Passes, in_two_passes
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.devices import remark
 from lit_dpo.policy.sharding import leave_to_shards, make_mesh, parameter_counts
@@ -136,6 +135,8 @@ class DPOModule(pl.LightningModule):
     """Whether what is loaded may be of a run with another loss or reference."""
 
     loss_state: Tensor | None
+    others: Others | None = None
+    """What the other ranks have measured of the batch, where the loss couples pairs."""
     _said_whole = False
     _frozen: FrozenStates | None = None  # of the reference, while `forward` runs
     _draws: list[dict[str, Any]] | None = None  # random states before each `forward`, while they are noted
@@ -423,7 +424,7 @@ class DPOModule(pl.LightningModule):
                 parts = [batch] if whole else self._cut(batch)
                 others = idle(self.model, parts)
                 record = self._record(parts, batch)
-                self._score(others)
+                self.score_for_nothing(others)
                 return record
         finally:
             if training:
@@ -445,7 +446,7 @@ class DPOModule(pl.LightningModule):
         policy, reference = (concatenate([one[side] for one in scored]) for side in (0, 1))
         return CompletionLogps.of(batch, policy, reference).pairs(batch.columns, self.loss_state)
 
-    def _score(self, parts: Sequence[CompletionBatch]) -> None:
+    def score_for_nothing(self, parts: Sequence[CompletionBatch]) -> None:
         """Run the passes of `_record`, for nothing: see `lit_dpo.policy.symmetry`."""
         for part in parts:
             if part.size:
@@ -482,7 +483,8 @@ class DPOModule(pl.LightningModule):
         sums, records = GradientSum(trained, scale), []
         others = idle(self.model, parts)
         if agreed(self.model, self.needs_two_passes or not all(part.size for part in parts)):
-            return self._in_two_passes(parts, batch, sums, others)
+            passes = Passes(lambda: self._noted(parts, batch, others), self._losses_over_ranks, self._again)
+            return in_two_passes(parts, passes, sums, others)
         for part in parts:
             pairs = self.pair_logps(part)
             sums.add(self.losses_of(pairs))
@@ -494,45 +496,58 @@ class DPOModule(pl.LightningModule):
             del pairs
         return sums.total(), sums.losses, join(records)
 
-    def _in_two_passes(
-        self,
-        parts: Sequence[CompletionBatch],
-        batch: CompletionBatch | None,
-        sums: GradientSum,
-        others: Sequence[CompletionBatch],
-    ) -> tuple[Tensor, Tensor, PairLogps]:
+    def _noted(
+        self, parts: Sequence[CompletionBatch], batch: CompletionBatch | None, others: Sequence[CompletionBatch]
+    ) -> tuple[PairLogps, list[dict[str, Any]]]:
+        """Score the parts of a training batch, and note the random state before each."""
         draws: list[dict[str, Any]] = []
         self._draws = draws
         try:
-            with torch.no_grad():
-                record = self._record(parts, batch)
-                self._score(others)
-                record = self._remember(record)
+            record = self._record(parts, batch)
         finally:
             self._draws = None
-        assert record.completions is not None
-        leaves = cut_off(record.completions)
-        sums.add(self.losses_of(leaves.record.pairs(record.columns, record.state)), leaves.tensors)
-        after = random_state()
-        for part, draw, gradients in zip(parts, draws[: len(parts)], shares(sums.of_leaves, parts), strict=True):
-            frozen = self._reference_logps(part)[0] if Field.KL in self.loss.requires else None
-            restore_random_state([draw], 0)
-            logps = self._policy_logps(part, frozen)
-            sums.follow(differentiable(logps), gradients)
-            del logps  # or they stay until the next ones are there
-        for part in others:
-            frozen = self._reference_logps(part)[0] if Field.KL in self.loss.requires else None
-            sums.leave(differentiable(self._policy_logps(part, frozen)))
-        restore_random_state([after], 0)
-        return sums.total(), sums.losses, record
+        self.score_for_nothing(others)
+        return self._remember(record), draws
+
+    def _again(self, part: CompletionBatch) -> SequenceLogps:
+        frozen = self._reference_logps(part)[0] if Field.KL in self.loss.requires else None
+        return self._policy_logps(part, frozen)
 
     def _remember(self, pairs: PairLogps) -> PairLogps:
         """Let a loss with a memory see a training batch, on all ranks together, before that batch's losses read it."""
         if self.loss_state is None:
             return pairs
-        added = self.trainer.strategy.reduce(self.loss.sums(pairs.detach()), reduce_op="sum")
+        # a loss of one's own may not take a mean of no pairs
+        mine = self.loss.sums(pairs.detach()) if _count(pairs) else torch.zeros_like(self.loss_state)
+        added = self.trainer.strategy.reduce(mine, reduce_op="sum")
         self.loss_state = self.loss.next_state(self.loss_state, added)
         return pairs._replace(state=self.loss_state)
+
+    # ---- losses over ranks ----
+
+    def losses_among(self, pairs: PairLogps) -> Tensor:
+        """`losses_of` the pairs of all ranks, of which others are without gradients; or of these, if none couple."""
+        return self.losses_of(pairs if self.others is None else self.others.around(pairs))
+
+    def _losses_over_ranks(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """All losses that depend on these pairs, and these pairs' own; ranks exchange records if the loss couples."""
+        self._exchange(pairs)
+        losses = self.losses_among(pairs)
+        return losses, losses if self.others is None else self.others.own(losses, pairs)
+
+    def _exchange(self, pairs: PairLogps) -> None:
+        self.others = meet(pairs) if self.loss.couples_pairs and self._ranks > 1 else None
+
+    @property
+    def _ranks(self) -> int:
+        return int(self.trainer.world_size) if self._attached is not None else 1
+
+    def _parts_of_losses(self, pairs: PairLogps) -> dict[str, Tensor]:
+        """Parts of a composed loss, of this rank's pairs."""
+        if self.others is None:
+            return self.loss.parts(pairs)
+        found = self.loss.parts(self.others.around(pairs))
+        return {name: self.others.own(values, pairs) for name, values in found.items()}
 
     # ---- helpers ----
 
@@ -581,18 +596,46 @@ class DPOModule(pl.LightningModule):
         self, batch: CompletionBatch, *measured: MetricCollection, training: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Measure a batch; the sum of its losses, and the losses."""
+        if not batch.size:
+            return self._step_without(batch, training=training)
         if training and agreed(self.model, len(parts := self._microbatches(batch))) > 1:
             total, losses, seen = self.accumulate(parts, batch)
         else:
             pairs = self._remember(self.pair_logps(batch)) if training else self.batch_logps(batch)
             seen = pairs.detach()
-            losses = self.losses_of(pairs)
+            every, losses = self._losses_over_ranks(pairs)
             total = losses.sum()
+            if self.others is not None:  # this rank's sum, with what its pairs do to the losses of all
+                total = every.sum() + (total - every.sum()).detach()
         self.measured_batch = MeasuredBatch(seen, losses.detach(), *self.loss.rewards(seen))
-        measures = {**self.measured_batch._asdict(), "parts": self.loss.parts(seen)}
+        measures = {**self.measured_batch._asdict(), "parts": self._parts_of_losses(seen)}
         for collection in measured:
             collection.update(**measures)
         return total, losses
+
+    def _step_without(self, batch: CompletionBatch, *, training: bool) -> tuple[Tensor, Tensor]:
+        """Make the passes, and wait for the other ranks, where this one has no share of a batch: see `Uncounted`."""
+        # of a sharded base also the passes that make up for others' micro-batches
+        others = idle(self.model, [batch]) if training and agreed(self.model, 1) > 1 else []
+        twice = bool(others and agreed(self.model, self.needs_two_passes))
+        sums = GradientSum([p for p in self.parameters() if p.requires_grad])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not twice):
+            for part in others:
+                pairs = self.pair_logps(part)
+                if not twice:
+                    sums.leave([pairs.policy_chosen.total, pairs.policy_rejected.total])
+            pairs = self.pair_logps(batch) if training else self.batch_logps(batch)
+        nothing = nothing_of(pairs.detach())
+        if training:
+            nothing = self._remember(nothing)
+        self._exchange(nothing)
+        ends = [pairs.policy_chosen.total, pairs.policy_rejected.total]
+        if twice:
+            for part in others:
+                sums.leave(differentiable(self._again(part)))
+            ends = [self._again(batch).total[:0]]
+        self.measured_batch = MeasuredBatch(nothing, nothing.policy_chosen.total, *[nothing.policy_chosen.total] * 2)
+        return torch.cat(ends).sum(), nothing.policy_chosen.total  # 0, whose gradients are 0
 
     def _evaluate(self, batch: CompletionBatch, stage: str, loaders: Any, number: int) -> None:
         """Measure a batch; where there are several sets, each by itself. `OptimizerSteps` logs all of them together."""
@@ -637,6 +680,10 @@ class DPOModule(pl.LightningModule):
         if Field.KL in self.loss.requires:
             return frozen_logps(self.model, batch, self.reference.activated)
         return None, self.reference.logps(self.model, batch)
+
+
+def _count(pairs: PairLogps) -> int:
+    return len(pairs.policy_chosen.total)
 
 
 def _which(batch: CompletionBatch) -> dict[str, Tensor]:

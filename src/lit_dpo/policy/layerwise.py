@@ -36,7 +36,7 @@ class _Files(NamedTuple):
         """Read those of some layers."""
         from safetensors import safe_open
 
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         names = [name for name, layer in self.layer_of.items() if layer in layers]
         for file in sorted({self.file_of[name] for name in names}):
             with safe_open(file, framework="pt") as opened:
@@ -133,15 +133,14 @@ def _placed(
 
     nowhere = torch.device("meta")
     rest = device if None in layers else nowhere
-    found = {}
+    found: dict[str, torch.device] = {}
     for name, _ in skeleton.named_modules():
         if not name or path.startswith(f"{name}.") or name == path or name.startswith(f"{path}."):
             continue
         if not any(name.startswith(f"{other}.") for other in found):
             found[name] = rest
-    places = {f"{path}.{number}": device if number in layers else nowhere
-              for number in range(len(skeleton.get_submodule(path)))}  # type: ignore[arg-type]  # fmt: skip
-    return found | places
+    every = dict(skeleton.get_submodule(path).named_children())
+    return found | {f"{path}.{number}": device if int(number) in layers else nowhere for number in every}
 
 
 def _without_hooks(model: PreTrainedModel) -> None:

@@ -38,10 +38,9 @@ def make_mesh(shard: str, device: str, world_size: int, nodes: int) -> DeviceMes
     """
     from torch.distributed.device_mesh import init_device_mesh
 
-    if shard == "all":
-        return init_device_mesh(device, (world_size,))
-    names = ("nodes", "ranks")
-    return init_device_mesh(device, (nodes, world_size // nodes), mesh_dim_names=names)["ranks"]
+    copies = nodes if shard == "node" else 1
+    # of two dimensions also for one copy: its second is a group of its own, in which DDP's exchanges do not get between
+    return init_device_mesh(device, (copies, world_size // copies), mesh_dim_names=("copies", "ranks"))["ranks"]
 
 
 def mesh_of(model: PeftModel | PreTrainedModel) -> DeviceMesh | None:
@@ -96,7 +95,9 @@ def shard_module(module: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) 
 
     if isinstance(module, FSDPModule):
         return
-    packed = [part for part in module.modules() if getattr(getattr(part, "weight", None), "quant_state", None)]
+    packed: list[Any] = [
+        part for part in module.modules() if getattr(getattr(part, "weight", None), "quant_state", None)
+    ]
     said = [{name: getattr(part.weight, name) for name in _OF_PACKED} for part in packed]
     for part in packed:
         part.quant_state = part.weight.quant_state  # a gathered weight has none: bitsandbytes looks at the layer then
@@ -122,7 +123,7 @@ def leave_to_shards(module: nn.Module) -> None:
 
 def gathered_bytes(model: PeftModel | PreTrainedModel) -> int:
     """Bytes that are gathered at once besides the shards: what is outside the layers, and two layers."""
-    sizes = [
+    sizes: list[int] = [
         sum(p.numel() * p.element_size() for p in _own(module)) for module in shards(model)
     ]  # the decoder's is the first
     return sum(sizes[:1]) + sum(sorted(sizes[1:])[-2:])
