@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -29,6 +29,7 @@ from lit_dpo.callbacks.quiet import Quiet
 from lit_dpo.callbacks.resume import ExactResume
 from lit_dpo.callbacks.steps import OptimizerSteps
 from lit_dpo.callbacks.summary import RunSummary
+from lit_dpo.callbacks.together import PassesTogether
 from lit_dpo.checkpoint import (
     Standing,
     adapter_state,
@@ -49,6 +50,7 @@ from lit_dpo.logps.microbatch import (
     MICROBATCH_TOKENS,
     GradientSum,
     concatenate,
+    differentiable,
     join,
     microbatches,
     why_whole,
@@ -60,16 +62,22 @@ from lit_dpo.metrics.collections import of_set, preference_metrics
 from lit_dpo.passes import Passes, in_two_passes
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.devices import remark
+from lit_dpo.policy.sharding import leave_to_shards, make_mesh, parameter_counts
+from lit_dpo.policy.symmetry import agreed, idle
 from lit_dpo.references import Reference
 from lit_dpo.requirements import check_run, resolve_reference
 from lit_dpo.schedules import check_schedule, make_schedule, steps_of_run
 from lit_dpo.window import MeasuredBatch, Window
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _Made = TypeVar("_Made")
 
 _BROUGHT = (
     Quiet,
     FaultNotes,
+    PassesTogether,
     ExactResume,
     TrainingHealth,
     MemoryEstimate,
@@ -206,12 +214,15 @@ class DPOModule(pl.LightningModule):
         precision = str(self.trainer.precision) if self._attached is not None else ""
         half = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "16-mixed": torch.float16}
         with torch.device("cpu"):  # Lightning makes its device the default here; a CPU's generator draws no GPU tensors
-            self.model = self.policy.load(device, half.get(precision))
+            mesh = self._mesh()
+            load = self.policy.load if mesh is None else partial(self.policy.load, mesh=mesh)
+            self.model = load(device, half.get(precision))
             if line := remark(device, precision, self.policy.torch_dtype(device, half.get(precision))):
                 rank_zero_info(line)
             self.reference.attach(self.model, self.policy)
             layout = choose_layout(self.model, self.policy.attention)
-        trained, total = self.model.get_nb_trainable_parameters()
+        leave_to_shards(self)
+        trained, total = parameter_counts(self.model)
         rank_zero_info(f"{trained} of {total} parameters train; {layout} layout; reference {self.reference}")
 
     def configure_metrics(self) -> MetricCollection:
@@ -428,7 +439,11 @@ class DPOModule(pl.LightningModule):
             with torch.no_grad():
                 # a loss that couples pairs is no reason here: it sees the joined record
                 whole = self._may_couple("forward", "completion_logps", "pair_logps")
-                return self._record([batch] if whole else self._cut(batch), batch)
+                parts = [batch] if whole else self._cut(batch)
+                others = idle(self.model, parts)
+                record = self._record(parts, batch)
+                self.score_for_nothing(others)
+                return record
         finally:
             if training:
                 self.model.train()
@@ -448,6 +463,14 @@ class DPOModule(pl.LightningModule):
         scored = [self.completion_logps(part) for part in parts]
         policy, reference = (concatenate([one[side] for one in scored]) for side in (0, 1))
         return CompletionLogps.of(batch, policy, reference).pairs(batch.columns, self.loss_state)
+
+    def score_for_nothing(self, parts: Sequence[CompletionBatch]) -> None:
+        """Run the passes of `_record`, for nothing: see `lit_dpo.policy.symmetry`."""
+        for part in parts:
+            if part.size:
+                self.pair_logps(part)
+            else:  # of a part of a prompt
+                self.completion_logps(part)
 
     def _microbatches(self, batch: CompletionBatch) -> list[CompletionBatch]:
         """Cut a training batch; or leave it whole where it must be, in a line that says so once."""
@@ -472,14 +495,19 @@ class DPOModule(pl.LightningModule):
             batch: of which they are. Needed where a prompt is in several of them.
         """
         sums, records = self._gradient_sum(), []
-        if self.needs_two_passes or not all(part.size for part in parts):
-            passes = Passes(lambda: self._noted(parts, batch), self._losses_over_ranks, self._second_pass)
-            return in_two_passes(parts, passes, sums)
+        others = idle(self.model, parts)
+        if agreed(self.model, self.needs_two_passes or not all(part.size for part in parts)):
+            passes = Passes(lambda: self._noted(parts, batch, others), self._losses_over_ranks, self._second_pass)
+            return in_two_passes(parts, passes, sums, others)
         for part in parts:
             pairs = self.pair_logps(part)
             sums.add(self.losses_of(pairs))
             records.append(pairs.detach())
             del pairs  # or it stays until the next one is there
+        for part in others:
+            pairs = self.pair_logps(part)
+            sums.leave([pairs.policy_chosen.total, pairs.policy_rejected.total])
+            del pairs
         return sums.total(), sums.losses, join(records)
 
     def _gradient_sum(self) -> GradientSum:
@@ -490,7 +518,7 @@ class DPOModule(pl.LightningModule):
 
     def _losses_to_train(self, batch: CompletionBatch) -> tuple[Tensor, Tensor, PairLogps]:
         """Return the sum of a batch's losses, to run backward from, the losses and the record."""
-        if len(parts := self._microbatches(batch)) > 1:
+        if agreed(self.model, len(parts := self._microbatches(batch))) > 1:
             return self.accumulate(parts, batch)
         pairs = self._remember(self.pair_logps(batch))
         every, losses = self._losses_over_ranks(pairs)
@@ -501,15 +529,17 @@ class DPOModule(pl.LightningModule):
         return sums.total(), sums.losses, pairs.detach()
 
     def _noted(
-        self, parts: Sequence[CompletionBatch], batch: CompletionBatch | None
+        self, parts: Sequence[CompletionBatch], batch: CompletionBatch | None, others: Sequence[CompletionBatch]
     ) -> tuple[PairLogps, list[dict[str, Any]]]:
         """Score the parts of a training batch, and note the random state before each."""
         draws: list[dict[str, Any]] = []
         self._draws = draws
         try:
-            return self._remember(self._record(parts, batch)), draws
+            record = self._record(parts, batch)
         finally:
             self._draws = None
+        self.score_for_nothing(others)
+        return self._remember(record), draws
 
     def _second_pass(self, part: CompletionBatch) -> SequenceLogps:
         frozen = self._reference_logps(part)[0] if Field.KL in self.loss.requires else None
@@ -557,6 +587,17 @@ class DPOModule(pl.LightningModule):
         return {name: self.others.own(values, pairs) for name, values in found.items()}
 
     # ---- helpers ----
+
+    def _mesh(self) -> DeviceMesh | None:
+        """Make the ranks that share a base by `policy.shard`; where there is one rank, it is whole, in a line."""
+        if self.policy.shard == "none":
+            return None
+        trainer = self._attached
+        if trainer is None or trainer.world_size == 1:
+            rank_zero_info(f"policy.shard={self.policy.shard}: there is one process here, and the base is whole")
+            return None
+        device = trainer.strategy.root_device.type
+        return make_mesh(self.policy.shard, device, trainer.world_size, trainer.num_nodes)
 
     @property
     def _attached(self) -> pl.Trainer | None:
@@ -608,14 +649,27 @@ class DPOModule(pl.LightningModule):
 
     def _step_without(self, batch: CompletionBatch, *, training: bool) -> tuple[Tensor, Tensor]:
         """Make the passes, and wait for the other ranks, where this one has no share of a batch: see `Uncounted`."""
-        pairs = self.pair_logps(batch) if training else self.batch_logps(batch)
-        chosen, rejected = pairs.policy_chosen.total, pairs.policy_rejected.total
+        # of a sharded base also the passes that make up for others' micro-batches
+        others = idle(self.model, [batch]) if training and agreed(self.model, 1) > 1 else []
+        twice = bool(others and agreed(self.model, self.needs_two_passes))
+        sums = GradientSum([p for p in self.parameters() if p.requires_grad])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not twice):
+            for part in others:
+                pairs = self.pair_logps(part)
+                if not twice:
+                    sums.leave([pairs.policy_chosen.total, pairs.policy_rejected.total])
+            pairs = self.pair_logps(batch) if training else self.batch_logps(batch)
         nothing = nothing_of(pairs.detach())
         if training:
             nothing = self._remember(nothing)
         self._exchange(nothing)
+        ends = [pairs.policy_chosen.total, pairs.policy_rejected.total]
+        if twice:
+            for part in others:
+                sums.leave(differentiable(self._again(part)))
+            ends = [self._again(batch).total[:0]]
         self.measured_batch = MeasuredBatch(nothing, nothing.policy_chosen.total, *[nothing.policy_chosen.total] * 2)
-        return chosen.sum() + rejected.sum(), nothing.policy_chosen.total  # 0, whose gradients are 0
+        return torch.cat(ends).sum(), nothing.policy_chosen.total  # 0, whose gradients are 0
 
     def _evaluate(self, batch: CompletionBatch, stage: str, loaders: Any, number: int) -> None:
         """Measure a batch; where there are several sets, each by itself. `OptimizerSteps` logs all of them together."""
