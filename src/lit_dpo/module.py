@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import lightning.pytorch as pl
 import torch
@@ -26,6 +26,7 @@ from lit_dpo.callbacks.quiet import Quiet
 from lit_dpo.callbacks.resume import ExactResume
 from lit_dpo.callbacks.steps import OptimizerSteps
 from lit_dpo.callbacks.summary import RunSummary
+from lit_dpo.callbacks.together import PassesTogether
 from lit_dpo.checkpoint import (
     Standing,
     adapter_state,
@@ -59,13 +60,19 @@ from lit_dpo.losses import DPOLoss, PreferenceLoss
 from lit_dpo.metrics.collections import of_set, preference_metrics
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.devices import remark
+from lit_dpo.policy.sharding import leave_to_shards, make_mesh, parameter_counts
+from lit_dpo.policy.symmetry import agreed, idle
 from lit_dpo.references import Reference
 from lit_dpo.requirements import check_run, resolve_reference
 from lit_dpo.schedules import check_schedule, make_schedule, steps_of_run
 from lit_dpo.window import MeasuredBatch, Window
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 _BROUGHT = (
     Quiet,
+    PassesTogether,
     ExactResume,
     TrainingHealth,
     MemoryEstimate,
@@ -197,12 +204,15 @@ class DPOModule(pl.LightningModule):
         precision = str(self.trainer.precision) if self._attached is not None else ""
         half = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "16-mixed": torch.float16}
         with torch.device("cpu"):  # Lightning makes its device the default here; a CPU's generator draws no GPU tensors
-            self.model = self.policy.load(device, half.get(precision))
+            mesh = self._mesh()
+            load = self.policy.load if mesh is None else partial(self.policy.load, mesh=mesh)
+            self.model = load(device, half.get(precision))
             if line := remark(device, precision, self.policy.torch_dtype(device, half.get(precision))):
                 rank_zero_info(line)
             self.reference.attach(self.model, self.policy)
             layout = choose_layout(self.model, self.policy.attention)
-        trained, total = self.model.get_nb_trainable_parameters()
+        leave_to_shards(self)
+        trained, total = parameter_counts(self.model)
         rank_zero_info(f"{trained} of {total} parameters train; {layout} layout; reference {self.reference}")
 
     def configure_metrics(self) -> MetricCollection:
@@ -410,7 +420,11 @@ class DPOModule(pl.LightningModule):
             with torch.no_grad():
                 # a loss that couples pairs is no reason here: it sees the joined record
                 whole = self._may_couple("forward", "completion_logps", "pair_logps")
-                return self._record([batch] if whole else self._cut(batch), batch)
+                parts = [batch] if whole else self._cut(batch)
+                others = idle(self.model, parts)
+                record = self._record(parts, batch)
+                self._score(others)
+                return record
         finally:
             if training:
                 self.model.train()
@@ -430,6 +444,14 @@ class DPOModule(pl.LightningModule):
         scored = [self.completion_logps(part) for part in parts]
         policy, reference = (concatenate([one[side] for one in scored]) for side in (0, 1))
         return CompletionLogps.of(batch, policy, reference).pairs(batch.columns, self.loss_state)
+
+    def _score(self, parts: Sequence[CompletionBatch]) -> None:
+        """Run the passes of `_record`, for nothing: see `lit_dpo.policy.symmetry`."""
+        for part in parts:
+            if part.size:
+                self.pair_logps(part)
+            else:  # of a part of a prompt
+                self.completion_logps(part)
 
     def _microbatches(self, batch: CompletionBatch) -> list[CompletionBatch]:
         """Cut a training batch; or leave it whole where it must be, in a line that says so once."""
@@ -458,35 +480,49 @@ class DPOModule(pl.LightningModule):
         # not `get_scale`, which waits for the device
         scale = scaler.scale(torch.ones((), device=self.device)) if scaler else 1.0
         sums, records = GradientSum(trained, scale), []
-        if self.needs_two_passes or not all(part.size for part in parts):
-            return self._in_two_passes(parts, batch, sums)
+        others = idle(self.model, parts)
+        if agreed(self.model, self.needs_two_passes or not all(part.size for part in parts)):
+            return self._in_two_passes(parts, batch, sums, others)
         for part in parts:
             pairs = self.pair_logps(part)
             sums.add(self.losses_of(pairs))
             records.append(pairs.detach())
             del pairs  # or it stays until the next one is there
+        for part in others:
+            pairs = self.pair_logps(part)
+            sums.leave([pairs.policy_chosen.total, pairs.policy_rejected.total])
+            del pairs
         return sums.total(), sums.losses, join(records)
 
     def _in_two_passes(
-        self, parts: Sequence[CompletionBatch], batch: CompletionBatch | None, sums: GradientSum
+        self,
+        parts: Sequence[CompletionBatch],
+        batch: CompletionBatch | None,
+        sums: GradientSum,
+        others: Sequence[CompletionBatch],
     ) -> tuple[Tensor, Tensor, PairLogps]:
         draws: list[dict[str, Any]] = []
         self._draws = draws
         try:
             with torch.no_grad():
-                record = self._remember(self._record(parts, batch))
+                record = self._record(parts, batch)
+                self._score(others)
+                record = self._remember(record)
         finally:
             self._draws = None
         assert record.completions is not None
         leaves = cut_off(record.completions)
         sums.add(self.losses_of(leaves.record.pairs(record.columns, record.state)), leaves.tensors)
         after = random_state()
-        for part, draw, gradients in zip(parts, draws, shares(sums.of_leaves, parts), strict=True):
+        for part, draw, gradients in zip(parts, draws[: len(parts)], shares(sums.of_leaves, parts), strict=True):
             frozen = self._reference_logps(part)[0] if Field.KL in self.loss.requires else None
             restore_random_state([draw], 0)
             logps = self._policy_logps(part, frozen)
             sums.follow(differentiable(logps), gradients)
             del logps  # or they stay until the next ones are there
+        for part in others:
+            frozen = self._reference_logps(part)[0] if Field.KL in self.loss.requires else None
+            sums.leave(differentiable(self._policy_logps(part, frozen)))
         restore_random_state([after], 0)
         return sums.total(), sums.losses, record
 
@@ -499,6 +535,17 @@ class DPOModule(pl.LightningModule):
         return pairs._replace(state=self.loss_state)
 
     # ---- helpers ----
+
+    def _mesh(self) -> DeviceMesh | None:
+        """Make the ranks that share a base by `policy.shard`; where there is one rank, it is whole, in a line."""
+        if self.policy.shard == "none":
+            return None
+        trainer = self._attached
+        if trainer is None or trainer.world_size == 1:
+            rank_zero_info(f"policy.shard={self.policy.shard}: there is one process here, and the base is whole")
+            return None
+        device = trainer.strategy.root_device.type
+        return make_mesh(self.policy.shard, device, trainer.world_size, trainer.num_nodes)
 
     @property
     def _attached(self) -> pl.Trainer | None:
@@ -534,7 +581,7 @@ class DPOModule(pl.LightningModule):
         self, batch: CompletionBatch, *measured: MetricCollection, training: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Measure a batch; the sum of its losses, and the losses."""
-        if training and len(parts := self._microbatches(batch)) > 1:
+        if training and agreed(self.model, len(parts := self._microbatches(batch))) > 1:
             total, losses, seen = self.accumulate(parts, batch)
         else:
             pairs = self._remember(self.pair_logps(batch)) if training else self.batch_logps(batch)

@@ -49,7 +49,7 @@ TRUST = "trust_remote_code"
 
 # Fields of the policy that do not change what is computed, beyond rounding, or that its identity says better.
 _MAY_CHANGE = (
-    *("gradient_checkpointing", "attention", "kernels", TRUST),
+    *("gradient_checkpointing", "attention", "kernels", "shard", TRUST),
     *("model", "revision", "adapter_path", "adapter_base"),
 )
 

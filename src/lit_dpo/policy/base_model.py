@@ -17,11 +17,13 @@ from lit_dpo.policy import adapter_checks, checks
 from lit_dpo.policy.devices import default_dtype
 from lit_dpo.policy.digests import sampled_digest, whole_digest
 from lit_dpo.policy.heap import returned_at_once
+from lit_dpo.policy.sharding import shard
 from lit_dpo.policy.shared import base_of
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 QUICKSTART = "lit-dpo/quickstart"
@@ -107,8 +109,12 @@ class BaseModel(ABC):
             targets = adapter_checks.check_adapter(self, self.adapter_place)
             checks.check_targets(config, targets, self.trust_remote_code)
 
-    def load_frozen(self, device: torch.device | str = "cpu") -> PreTrainedModel:
+    def load_frozen(self, device: torch.device | str = "cpu", mesh: DeviceMesh | None = None) -> PreTrainedModel:
         """Load the base, with the adapter of `adapter_path` if there is one, frozen and in evaluation mode.
+
+        Args:
+            device: where the weights go as they are read.
+            mesh: the ranks among which it is sharded, all of which load at the same time. None: it is whole.
 
         Raises:
             PolicyError: if the model or adapter cannot be loaded, or its layers are not quantised as asked.
@@ -118,14 +124,19 @@ class BaseModel(ABC):
         self.fetch()
         self.check_model()
         with checks.default_dtype(torch.float32):
-            model = self.load_base(torch.device(device), self.torch_dtype(torch.device(device)))
+            model = self.load_base(torch.device(device), self.torch_dtype(torch.device(device)), mesh)
             if self.adapter_path is not None:
                 model = self.load_adapter(model, trainable=False)
         checks.check_quantized(model, self.quantization)
-        return model.requires_grad_(False).eval()
+        model.requires_grad_(False).eval()
+        if mesh is not None:
+            shard(model, mesh)
+        return model
 
-    def load_base(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    def load_base(self, device: torch.device, dtype: torch.dtype, mesh: DeviceMesh | None = None) -> PreTrainedModel:
         """Load the model alone: a transformers model on `device`, without dropout; see `lit_dpo.policy.shared`."""
+        if mesh is not None:
+            return self._load_base(device, dtype)
         return base_of(self._sharing_key(device, dtype), device, lambda: self._load_base(device, dtype))
 
     def _sharing_key(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:

@@ -20,6 +20,7 @@ from lit_dpo.policy.lora import LoRAPolicy
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _SAYS_ITSELF = ("model", "quantization", "double_quantization", "adapter_path", "adapter_base", "dtype")
@@ -52,6 +53,11 @@ class HeldPolicy(LoRAPolicy):
         """See `LoRAPolicy.from_model`."""
         from peft import PeftModel
 
+        if options.get("shard", "none") != "none":
+            raise PolicyError(
+                "`shard` is for a base that is read in shards; a model that is loaded already is whole on every rank. "
+                "Give its name or directory: `LoRAPolicy(name, shard=…)`."
+            )
         if given := sorted({*_SAYS_ITSELF, "trust_remote_code"} & options.keys()):
             raise PolicyError(f"`{given[0]}` has no effect on a model that is loaded already: leave it out.")
         base, adapted = (model.get_base_model(), model) if isinstance(model, PeftModel) else (model, None)
@@ -133,7 +139,7 @@ class HeldPolicy(LoRAPolicy):
                 "`LoRAPolicy.from_model(model, tokenizer=tokenizer)`."
             ) from error
 
-    def load_base(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    def load_base(self, device: torch.device, dtype: torch.dtype, mesh: DeviceMesh | None = None) -> PreTrainedModel:
         """Return the model itself, once; without dropout, on `device`."""
         held = self._given()
         if held.loaded:
