@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from torch import nn
+
 from lit_dpo.logps import score
-from lit_dpo.plan.skeleton import stack
+from lit_dpo.memory import stored_bytes
+from lit_dpo.policy.sharding import layers_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,32 +82,35 @@ class Parts(NamedTuple):
         layers: frozen parameters of all decoder layers.
         largest: of these, the most that one layer has.
         rest: other frozen parameters of the decoder: embeddings and norms.
-        whole: what each device keeps whole: the head, scales of packed weights, buffers, other models.
+        whole: what each device keeps whole: the head, scales of packed weights, buffers.
         trained: adapters.
     """
 
-    layers: int
-    largest: int
-    rest: int
-    whole: int
-    trained: int
+    layers: int = 0
+    largest: int = 0
+    rest: int = 0
+    whole: int = 0
+    trained: int = 0
 
     @classmethod
-    def of(cls, model: Any, frozen: int, trained: int) -> Parts:
-        """Sort a model's parameters.
+    def of(cls, model: Any) -> Parts:
+        """Sort a model's tensors, as `lit_dpo.policy.sharding.shard` would.
 
         Args:
-            model: the policy's, with weights or without.
-            frozen: all bytes that a device without sharding keeps and does not train.
-            trained: bytes that train.
+            model: the policy's or a reference's, with weights or without.
         """
         base = score.base_model(model)
-        kept = {
-            id(p) for p in base.get_output_embeddings().parameters()
-        }  # a head that shares the embeddings keeps them whole
-        layers = [_bytes(layer.parameters(), kept) for layer in stack(base)]
-        rest = _bytes(base.get_decoder().parameters(), kept) - sum(layers)
-        return cls(sum(layers), max(layers), rest, frozen - sum(layers) - rest, trained)
+        decoder, kept = base.get_decoder(), {id(p) for p in base.get_output_embeddings().parameters()}
+        lists = any(isinstance(part, nn.ModuleList) for part in decoder.modules())
+        layers = [_bytes(layer.parameters(), kept) for layer in (layers_of(decoder)[1] if lists else ())]
+        rest = _bytes(decoder.parameters(), kept) - sum(layers)  # a head that shares the embeddings keeps them whole
+        frozen, trained = stored_bytes(model)
+        return cls(sum(layers), max(layers, default=0), rest, frozen - sum(layers) - rest, trained)
+
+    @property
+    def spread(self) -> int:
+        """Bytes that are spread, and gathered for each pass."""
+        return self.layers + self.rest
 
 
 def _bytes(parameters: Iterable[Tensor], left_out: set[int]) -> int:
@@ -116,9 +122,9 @@ class Share(NamedTuple):
     """Bytes on one device.
 
     Attributes:
-        base: its share of what is spread; all of it where nothing is.
-        gathered: of others' shares, at most at once: three layers (one that runs, the next, and the buffer in which
-            that arrives), and the embeddings and norms, from a micro-batch's forward pass to its backward pass.
+        base: its share of what is spread; all of it where nothing is. Of a reference that is a model of its own too.
+        gathered: of others' shares, at most at once: embeddings and norms, and three layers (one that runs, the next,
+            and the buffer in which that arrives).
         whole: the head, and whatever else is not spread.
         buckets: in which `DDPStrategy` brings the adapters' gradients together.
     """
@@ -129,11 +135,22 @@ class Share(NamedTuple):
     buckets: int
 
     @classmethod
-    def of(cls, mesh: Mesh, parts: Parts) -> Share:
-        """Of each device of a mesh."""
-        spread, trained = parts.layers + parts.rest, parts.trained if mesh.ranks > 1 else 0
-        gathered = min(parts.layers, 3 * parts.largest) + parts.rest if mesh.spread > 1 else 0
-        return cls(-(-spread // mesh.spread), gathered, parts.whole, trained)
+    def of(cls, mesh: Mesh, policy: Parts, reference: Parts | None = None) -> Share:
+        """Of each device of a mesh.
+
+        Args:
+            mesh: of devices.
+            policy: bytes of the policy.
+            reference: of a model of its own.
+        """
+        models = [policy] if reference is None else [policy, reference]
+        gathered = max(min(one.layers, 3 * one.largest) + one.rest for one in models) if mesh.spread > 1 else 0
+        return cls(
+            base=sum(-(-one.spread // mesh.spread) for one in models),
+            gathered=gathered,
+            whole=sum(one.whole for one in models) + (0 if reference is None else reference.trained),
+            buckets=policy.trained if mesh.ranks > 1 else 0,
+        )
 
     @property
     def frozen(self) -> int:
@@ -146,55 +163,44 @@ class Traffic(NamedTuple):
 
     Attributes:
         reduced: of adapters' gradients, twice through the ring, once a step, whatever its micro-batches.
-        gathered: of the base, in one pass over its layers.
-        passes: of a micro-batch over the layers; each gathers them.
-        embeddings: gathered once a micro-batch.
+        gathered: of the base, for each pass of a micro-batch.
         reducing: seconds of `reduced`; None where no bandwidth is known.
-        gathering: seconds of `gathered`; None likewise.
+        gathering: seconds of `gathered`, for each; None likewise.
     """
 
     reduced: float
-    gathered: float
-    passes: int
-    embeddings: float
+    gathered: tuple[float, ...]
     reducing: float | None = None
-    gathering: float | None = None
+    gathering: tuple[float, ...] | None = None
 
     @classmethod
-    def of(cls, mesh: Mesh, parts: Parts, passes: int, links: Links | None = None) -> Traffic:
+    def of(cls, mesh: Mesh, trained: int, passes: Sequence[int], links: Links | None = None) -> Traffic:
         """Of a mesh.
 
         Args:
             mesh: says who takes part.
-            parts: bytes of the model.
-            passes: over the layers that a micro-batch makes: of the reference, forward, backward.
+            trained: bytes of the adapters.
+            passes: of a micro-batch, the bytes that each has to gather of a model: `Parts.spread`.
             links: bandwidths, if they are known.
-        """
-        reduced = 2 * parts.trained * (mesh.ranks - 1) / mesh.ranks
-        gathered, rest = (size * (mesh.spread - 1) / mesh.spread for size in (parts.layers, parts.rest))
-        if links is None:
-            return cls(reduced, gathered, passes, rest)
-        reducing = reduced / links.bandwidth(mesh, mesh.ranks)
-        return cls(reduced, gathered, passes, rest, reducing, gathered / links.bandwidth(mesh, mesh.spread))
 
-    @property
-    def each(self) -> float:
-        """Bytes of a micro-batch."""
-        return self.passes * self.gathered + self.embeddings
+        Example:
+            >>> found = Traffic.of(Mesh(1, 8, "node"), 0, [14_000] * 3, Links(1000, 1000))
+            >>> found.gathered, found.gathering
+            ((12250.0, 12250.0, 12250.0), (12.25, 12.25, 12.25))
+        """
+        reduced = 2 * trained * (mesh.ranks - 1) / mesh.ranks
+        gathered = tuple(size * (mesh.spread - 1) / mesh.spread for size in passes)
+        if links is None:
+            return cls(reduced, gathered)
+        bandwidth = links.bandwidth(mesh, mesh.spread)
+        times = tuple(size / bandwidth for size in gathered)
+        return cls(reduced, gathered, reduced / links.bandwidth(mesh, mesh.ranks), times)
 
     def waiting(self, seconds: Sequence[float]) -> float:
         """Seconds of a micro-batch in which a device waits for weights: what a pass's arithmetic does not hide.
 
         Args:
-            seconds: of the arithmetic of each pass.
+            seconds: of the arithmetic of each pass, with which the gathers for its next layers go on.
         """
-        return sum(max(0.0, (self.gathering or 0.0) - one) for one in seconds)
-
-    def hidden_from(self, tokens: float, seconds: float) -> float | None:
-        """Tokens of a micro-batch from which on a forward pass takes as long as its gathers.
-
-        Args:
-            tokens: of a micro-batch.
-            seconds: of its forward pass.
-        """
-        return None if self.gathering is None or not seconds else tokens * self.gathering / seconds
+        times = self.gathering or (0.0,) * len(seconds)
+        return sum(max(0.0, gather - one) for gather, one in zip(times, seconds, strict=True))

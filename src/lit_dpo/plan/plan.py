@@ -17,7 +17,7 @@ from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.errors import TrainingError
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.microbatch import MICROBATCH_TOKENS
-from lit_dpo.memory import Lengths, StepEstimate, StepMemory, optimizer_bytes, stored_bytes
+from lit_dpo.memory import Lengths, StepEstimate, StepMemory, optimizer_bytes
 from lit_dpo.plan.arithmetic import Arithmetic, count, measured_rate
 from lit_dpo.plan.cards import GIB, Device, device_of
 from lit_dpo.plan.mesh import NETWORK, Links, Mesh, Parts, Share, Traffic
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from lit_dpo.module import DPOModule
     from lit_dpo.policy.base_model import BaseModel
-    from lit_dpo.references.base import Reference
 
 
 _PROCESS = 0.5 * GIB
@@ -133,7 +132,7 @@ def plan(
     table = loader.dataset.table  # type: ignore[attr-defined]
     lengths = Lengths(table.prompt_lengths, table.completions_per_prompt, table.completion_lengths)
     steps, epochs = planned_steps(trainer, len(loader))
-    mesh = Mesh(trainer.num_nodes, trainer.num_devices, getattr(module.policy, "shard", "none"))
+    mesh = Mesh(trainer.num_nodes, trainer.num_devices, module.policy.shard)
     found = _Search(module, loader, target, mesh)
     step, (fitting, checkpointing) = found.step(found.wanted), found.fitting()
     repeated = loader.sampler.epoch_rows / table.size  # type: ignore[attr-defined] # a mixture repeats rows
@@ -142,7 +141,11 @@ def plan(
     tokens = min(found.wanted, int(lengths.tokens / table.size * (data.batch_size or math.inf)))
     rates, said = _rates(target, module.policy.quantization, found.skeleton, tokens)
     mean = MeanStep.of(module, once, repeated / mesh.ranks / len(loader), found.microbatches(), trainer)
-    traffic = Traffic.of(mesh, found.parts, len(mean.passes), Links.of(target.card, network) if target.card else None)
+    sizes = [found.parts.spread] * len(mean.passes)
+    if found.reference is not None and not isinstance(module.reference, CachedReference):
+        sizes[0] = found.reference.spread
+    links = Links.of(target.card, network) if target.card else None
+    traffic = Traffic.of(mesh, found.parts.trained, sizes, links)
     waits = [mean.waiting(traffic, rate) * steps for rate in rates]
     low, high = (
         arithmetic / rate / mesh.ranks + wait for rate, wait in zip(reversed(rates), reversed(waits), strict=True)
@@ -164,11 +167,11 @@ def plan(
         arithmetic=arithmetic,
         seconds=(low, high),
         mesh=mesh,
-        share=Share.of(mesh, found.parts),
+        share=Share.of(mesh, found.parts, found.reference),
         traffic=traffic,
         text="",
     )
-    of_mesh = on_mesh(made, found.parts, mean, rates, network) if mesh.ranks > 1 else {}
+    of_mesh = on_mesh(made, mean, rates, network) if mesh.ranks > 1 else {}
     return made._replace(text=text_of(made, module.policy, found.wanted, said, of_mesh))
 
 
@@ -179,6 +182,7 @@ class _Search:
         self.module, self.loader, self.device, self.mesh = module, loader, device, mesh
         self.wanted = module.microbatch_tokens or MICROBATCH_TOKENS["cuda" if device.on_gpu else "cpu"]
         self.whole, self.of_one_prompt = module.why_whole is not None, module.prompt_limit
+        self.reference = _reference(module, device)
         self.skeleton, self.parts, self.estimate = self._measure(module.policy)
 
     def context(self) -> AbstractContextManager[Any]:
@@ -212,16 +216,16 @@ class _Search:
 
     def _measure(self, policy: BaseModel) -> tuple[Skeleton, Parts, StepEstimate]:
         whole = self._skeleton(policy)
-        others = _other_models(self.module.reference.unwrapped, whole, self.device)
-        frozen, trained = stored_bytes(whole.model)
-        parts = Parts.of(whole.model, frozen + others, trained)
+        parts = Parts.of(whole.model)
         if (repeats := whole.repeats) is None:
             shallow = deep = self._estimate(whole)
             times = 0
         else:
             shallow, deep = (self._estimate(self._skeleton(policy, n)) for n in (repeats.shallow, repeats.deep))
             times = repeats.times
-        return whole, parts, shallow.with_layers(deep, times, Share.of(self.mesh, parts).frozen, trained)
+        copies = parts.trained if isinstance(self.module.reference.unwrapped, AdapterReference | EMAReference) else 0
+        frozen = Share.of(self.mesh, parts, self.reference).frozen + copies
+        return whole, parts, shallow.with_layers(deep, times, frozen, parts.trained)
 
     def _estimate(self, made: Skeleton) -> StepEstimate:
         kept = optimizer_bytes(self.module.optimizer, torch.device("cpu"))
@@ -248,12 +252,13 @@ class _Search:
         return shallow.with_layers(deep, repeats.times)
 
 
-def _other_models(reference: Reference, made: Skeleton, device: Device) -> int:
-    """Bytes of a reference that is not the policy's own base."""
-    if isinstance(reference, ModelReference):
-        dtype = reference.torch_dtype(torch.device("cpu"), device.dtype)
-        return sum(stored_bytes(skeleton(reference, dtype, on_gpu=device.on_gpu).model))
-    return 4 * made.trained if isinstance(reference, AdapterReference | EMAReference) else 0
+def _reference(module: DPOModule, device: Device) -> Parts | None:
+    """Sort the tensors of a reference that is not the policy's own base."""
+    reference = module.reference.unwrapped
+    if not isinstance(reference, ModelReference):
+        return None
+    dtype = reference.torch_dtype(torch.device("cpu"), device.dtype)
+    return Parts.of(skeleton(reference, dtype, on_gpu=device.on_gpu).model)
 
 
 def planned_steps(trainer: pl.Trainer, batches: int) -> tuple[int, float]:
@@ -290,8 +295,7 @@ class MeanStep(NamedTuple):
     def of(cls, module: DPOModule, once: Arithmetic, of_batch: float, each: float, trainer: pl.Trainer) -> MeanStep:
         """Of a run: `of_batch` is the part of all pairs in a batch of a device, `each` its micro-batches."""
         forward, backward = (operations * of_batch / each for operations in (once.forward, once.backward))
-        remembered = isinstance(module.reference, CachedReference | NoReference)
-        reference = 0 if remembered or isinstance(module.reference.unwrapped, ModelReference) else 1
+        reference = 0 if isinstance(module.reference, CachedReference | NoReference) else 1
         again = module.needs_two_passes and each > 1  # first without a graph, for the log-probs of all pairs
         forwards = reference + again * (1 + reference * (Field.KL in module.loss.requires)) + 1
         return cls(each * trainer.accumulate_grad_batches, (*[forward] * forwards, backward))

@@ -139,7 +139,7 @@ def _base(policy: BaseModel, dtype: torch.dtype, layers: int | None) -> PreTrain
     return base
 
 
-def stack(base: PreTrainedModel) -> list[nn.Module]:
+def _stack(base: PreTrainedModel) -> list[nn.Module]:
     """List a model's decoder layers; none, where they are not in a list of their own."""
     count = base.config.get_text_config().num_hidden_layers
     lists = (module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
@@ -149,7 +149,7 @@ def stack(base: PreTrainedModel) -> list[nn.Module]:
 def _repeats(base: PreTrainedModel) -> Repeats | None:
     """Find the shortest start and period of a model's layers, by their classes, shapes and kinds; None if none."""
     kinds = getattr(base.config.get_text_config(), "layer_types", None)
-    if not (layers := stack(base)):
+    if not (layers := _stack(base)):
         return None
     count = len(layers)
     looks = [

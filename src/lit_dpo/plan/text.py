@@ -7,70 +7,62 @@ from typing import TYPE_CHECKING
 
 from lit_dpo.memory import Lengths
 from lit_dpo.plan.cards import GIB
-from lit_dpo.plan.mesh import Links, Parts
+from lit_dpo.plan.mesh import REACHED, Links
 
 if TYPE_CHECKING:
     from lit_dpo.plan.plan import MeanStep, Plan
     from lit_dpo.policy import LoRAPolicy
 
 
-def on_mesh(made: Plan, parts: Parts, mean: MeanStep, rates: Sequence[float], network: float) -> dict[str, str]:
+def on_mesh(made: Plan, mean: MeanStep, rates: Sequence[float], network: float) -> dict[str, str]:
     """Say what several devices hold and send.
 
     Args:
         made: the plan.
-        parts: bytes of the model.
         mean: step of the run.
         rates: operations a second, from and to.
         network: 10^9 bits a second of each device's port to other nodes.
     """
     mesh, share, traffic = made.mesh, made.share, made.traffic
     nodes = f"{mesh.nodes} node{'' if mesh.nodes == 1 else 's'} of {mesh.devices}"
-    spread = f"a base over {mesh.spread}" if mesh.spread > 1 else "a base on each"
-    gathered = f"{share.gathered / GIB:.2f} gathered, " if mesh.spread > 1 else ""
+    held = f"a share of the base over {mesh.spread}" if mesh.spread > 1 else "the base"
+    gathered = f", gathered layers {share.gathered / GIB:.2f}" if mesh.spread > 1 else ""
     found = {
-        "devices": f"{mesh.ranks}, {nodes}; `shard: {mesh.shard}`, {spread}. GiB on each: {share.base / GIB:.2f} of "
-        f"the base's {(parts.layers + parts.rest) / GIB:.2f}, {gathered}{share.whole / GIB:.2f} head and other whole "
-        f"tensors, {share.buckets / GIB:.2f} buckets of gradients",
-        "reduce": f"{_bytes(traffic.reduced)} of adapters' gradients a step and device{_at(traffic.reducing)}, after "
-        "the last backward pass: nothing hides it",
+        "devices": f"{mesh.ranks}, {nodes}, `policy.shard` {mesh.shard}. GiB on each, within the above: {held} "
+        f"{share.base / GIB:.2f}{gathered}, head and others {share.whole / GIB:.2f}, DDP's buckets "
+        f"{share.buckets / GIB:.2f}",
+        "reduce": f"{_bytes(traffic.reduced)} of adapters' gradients a step and device"
+        f"{'' if traffic.reducing is None else f', {1000 * traffic.reducing:.2g} ms'}, after the last backward pass: "
+        "nothing hides it",
     }
     if mesh.spread > 1:
         found["gather"] = (
-            f"{_bytes(traffic.each)} of the base a micro-batch and device, in {traffic.passes} passes; "
+            f"{_bytes(sum(traffic.gathered))} of the base a micro-batch and device, in {len(mean.passes)} passes; "
             f"{mean.microbatches:.3g} micro-batches a step{_hides(made, mean, rates)}"
         )
     if made.device.card is not None:
         links = Links.of(made.device.card, network)
+        across = f", {mesh.devices * links.network / 1e9:.0f} from node to node ({network:g} Gbit/s a device)"
         found["links"] = (
-            f"{links.node / 1e9:.0f} GB/s in a node, {mesh.devices * links.network / 1e9:.0f} from node to node "
-            f"({network:g} Gbit/s a device), in one direction: what is sold, times 0.8; not measured"
+            f"{links.node / 1e9:.0f} GB/s in a node{across if mesh.nodes > 1 else ''}, in one direction: "
+            f"{REACHED:.0%} of what is sold, not measured"
         )
     return found
 
 
 def _hides(made: Plan, mean: MeanStep, rates: Sequence[float]) -> str:
     """Whether the gathers of a pass hide behind it, at the slowest and the fastest arithmetic."""
-    traffic = made.traffic
-    if traffic.gathering is None:
+    if made.traffic.gathering is None:
         return ""
-    slow, fast = (mean.waiting(traffic, rate) - (traffic.reducing or 0.0) for rate in rates)
-    passes = f", {traffic.gathering:.2g} s a pass"
-    forward = [mean.passes[0] / rate for rate in rates]
-    span = f"its arithmetic takes {forward[1]:.2g} to {forward[0]:.2g} s"
-    if fast <= 0:
-        return f"{passes}: hidden, {span}"
-    return f"{passes}: {span}, so that a step waits {slow:.2g} to {fast:.2g} s for weights"
+    passes = f"; of a forward pass {made.traffic.gathering[-2]:.2g} s, and its arithmetic " + " to ".join(
+        f"{mean.passes[-2] / rate:.2g}" for rate in reversed(rates)
+    )
+    slow, fast = (mean.waiting(made.traffic, rate) - (made.traffic.reducing or 0.0) for rate in rates)
+    return f"{passes}: hidden" if fast <= 0 else f"{passes}: a step waits {slow:.2g} to {fast:.2g} s for weights"
 
 
 def _bytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
-
-
-def _at(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    return f", {1000 * seconds:.2g} ms"
 
 
 def text_of(made: Plan, policy: LoRAPolicy, wanted: int, rate: str, of_mesh: Mapping[str, str]) -> str:
