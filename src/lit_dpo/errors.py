@@ -31,6 +31,6 @@ class UnsupportedAttentionError(LitDPOError, NotImplementedError):
     """An attention argument that the pair attention does not implement, and will not ignore."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return what a library's error begins with."""
     return str(error).strip().split("\n")[0]

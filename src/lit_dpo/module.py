@@ -33,7 +33,9 @@ from lit_dpo.checkpoint import (
     configuration,
     describe,
     frozen_is_not_missing,
+    hyper_parameters,
     load_strictly,
+    only_known_classes,
     random_state,
     read_checkpoint,
     restore_random_state,
@@ -58,6 +60,7 @@ from lit_dpo.logps.score import FrozenStates, choose_layout, completion_logps, f
 from lit_dpo.losses import DPOLoss, PreferenceLoss
 from lit_dpo.metrics.collections import of_set, preference_metrics
 from lit_dpo.policy import LoRAPolicy
+from lit_dpo.policy.base_model import BaseModel
 from lit_dpo.policy.devices import remark
 from lit_dpo.references import Reference
 from lit_dpo.requirements import check_run, resolve_reference
@@ -75,6 +78,10 @@ _BROUGHT = (
     RunSummary,
     PredictionWriter,
 )
+
+
+NAMED_IN_FILES: tuple[type, ...] = (pl.LightningModule, BaseModel, PreferenceLoss, Reference)
+"""What a checkpoint may name classes of, besides optimizers and schedules."""
 
 
 class DPOModule(pl.LightningModule):
@@ -355,15 +362,19 @@ class DPOModule(pl.LightningModule):
         """Build a module as a checkpoint says it was, with its adapter; see Lightning.
 
         But no file says that code is run: `trust_remote_code` is false unless it is given here, within `policy=` or
-        `reference=`.
+        `reference=`, and of other projects it only names classes that are imported already.
 
         Raises:
-            ResumeError: if the base that is there now is not the one that the adapter belongs to.
+            ResumeError: if the base that is there now is not the one that the adapter belongs to, if it is no
+                checkpoint, or if it names a class that is not taken from a file.
             PolicyError: if that base comes with code of its own.
         """
         file = kwargs.get("hparams_file", args[1] if len(args) > 1 else None)
-        kwargs = untrusting(checkpoint_path, cls.CHECKPOINT_HYPER_PARAMS_KEY, file) | kwargs
-        module = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        stored = hyper_parameters(checkpoint_path, cls.CHECKPOINT_HYPER_PARAMS_KEY, file)
+        given = untrusting(checkpoint_path, cls.CHECKPOINT_HYPER_PARAMS_KEY, file) | kwargs
+        # the class that they say is Lightning's to check
+        with only_known_classes({key: one for key, one in stored.items() if key not in kwargs}, cls, NAMED_IN_FILES):
+            module = super().load_from_checkpoint(checkpoint_path, *args, **given)
         check_belongs(read_checkpoint(checkpoint_path), describe(module), training=False)
         return module
 
