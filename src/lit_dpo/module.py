@@ -37,7 +37,9 @@ from lit_dpo.checkpoint import (
     configuration,
     describe,
     frozen_is_not_missing,
+    hyper_parameters,
     load_strictly,
+    only_known_classes,
     random_state,
     read_checkpoint,
     untrusting,
@@ -61,6 +63,7 @@ from lit_dpo.losses import DPOLoss, PreferenceLoss
 from lit_dpo.metrics.collections import of_set, preference_metrics
 from lit_dpo.passes import Passes, in_two_passes
 from lit_dpo.policy import LoRAPolicy
+from lit_dpo.policy.base_model import BaseModel
 from lit_dpo.policy.devices import remark
 from lit_dpo.policy.sharding import leave_to_shards, make_mesh, parameter_counts
 from lit_dpo.policy.symmetry import agreed, idle
@@ -89,6 +92,10 @@ _BROUGHT = (
     RunSummary,
     PredictionWriter,
 )
+
+
+NAMED_IN_FILES: tuple[type, ...] = (pl.LightningModule, BaseModel, PreferenceLoss, Reference)
+"""What a checkpoint may name classes of, besides optimizers and schedules."""
 
 
 class DPOModule(pl.LightningModule):
@@ -375,15 +382,19 @@ class DPOModule(pl.LightningModule):
         """Build a module as a checkpoint says it was, with its adapter; see Lightning.
 
         But no file says that code is run: `trust_remote_code` is false unless it is given here, within `policy=` or
-        `reference=`.
+        `reference=`, and of other projects it only names classes that are imported already.
 
         Raises:
-            ResumeError: if the base that is there now is not the one that the adapter belongs to.
+            ResumeError: if the base that is there now is not the one that the adapter belongs to, if it is no
+                checkpoint, or if it names a class that is not taken from a file.
             PolicyError: if that base comes with code of its own.
         """
         file = kwargs.get("hparams_file", args[1] if len(args) > 1 else None)
-        kwargs = untrusting(checkpoint_path, cls.CHECKPOINT_HYPER_PARAMS_KEY, file) | kwargs
-        module = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        stored = hyper_parameters(checkpoint_path, cls.CHECKPOINT_HYPER_PARAMS_KEY, file)
+        given = untrusting(checkpoint_path, cls.CHECKPOINT_HYPER_PARAMS_KEY, file) | kwargs
+        # the class that they say is Lightning's to check
+        with only_known_classes({key: one for key, one in stored.items() if key not in kwargs}, cls, NAMED_IN_FILES):
+            module = super().load_from_checkpoint(checkpoint_path, *args, **given)
         check_belongs(read_checkpoint(checkpoint_path), describe(module), training=False)
         return module
 
@@ -666,8 +677,8 @@ class DPOModule(pl.LightningModule):
         ends = [pairs.policy_chosen.total, pairs.policy_rejected.total]
         if twice:
             for part in others:
-                sums.leave(differentiable(self._again(part)))
-            ends = [self._again(batch).total[:0]]
+                sums.leave(differentiable(self._second_pass(part)))
+            ends = [self._second_pass(batch).total[:0]]
         self.measured_batch = MeasuredBatch(nothing, nothing.policy_chosen.total, *[nothing.policy_chosen.total] * 2)
         return torch.cat(ends).sum(), nothing.policy_chosen.total  # 0, whose gradients are 0
 
