@@ -126,7 +126,11 @@ def go_on(
 ) -> dict[str, Any]:
     """Two epochs of two steps of two batches of six, with all that a run carries on; or a part of them."""
     dpo = module(
-        model, loss=BCOLoss(), reference=EMAReference(alpha=0.5, every=1), lr_scheduler="linear", policy={"dropout": dropout}
+        model,
+        loss=BCOLoss(),
+        reference=EMAReference(alpha=0.5, every=1),
+        lr_scheduler="linear",
+        policy={"dropout": dropout},
     )
     run = trainer(
         root,

@@ -347,7 +347,7 @@ def _on_two(folder, tiny_model, pairs_file):
         for name, case in CASES.items()
     }
     (folder / "cases.json").write_text(json.dumps(cases))
-    ranks.run(two_processes.train_all, 2, folder, folder=folder, seconds=300)
+    ranks.run(two_processes.of_rank, 2, folder, folder=folder, seconds=300)
 
 
 def _ranking(number):

@@ -63,7 +63,7 @@ def _on_two(folder, tiny_model):
             cases[name]["cache"] = str(folder / "logps")
     cases["resumed"]["ckpt_path"] = str(folder / "stream" / f"step={two_streams.STEP}.ckpt")
     (folder / "cases.json").write_text(json.dumps(cases))
-    ranks.run(two_streams.train_all, 2, folder, folder=folder, seconds=300)
+    ranks.run(two_streams.of_rank, 2, folder, folder=folder, seconds=300)
 
 
 def _steps(found):

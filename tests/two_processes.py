@@ -1,10 +1,11 @@
-"""Train over all pairs and validate: in a test's own process, or on two by `ranks.run`."""
+"""Train over all pairs and validate: in a test's own process, or on two ranks with `of_rank`."""
 
 from __future__ import annotations
 
 import functools
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,9 @@ def train(
     return found | {"largest": noting[1].largest if len(noting) > 1 else []}
 
 
-def train_all(folder: Path) -> None:
-    """Each case of a folder, one after another, on this rank of two."""
+def of_rank(folder: Path) -> None:
+    """What this rank makes of each case in the folder, one after another."""
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of a run before this: DDP would take it
     store._REREAD_SHARE = math.inf  # a missing pair is always looked for among the other rank's, on a busy machine too
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         found = train(root=folder, devices=2, **case)

@@ -1,9 +1,10 @@
-"""Train on streams and mixtures: in a test's own process, or on two by `ranks.run`."""
+"""Train on streams and mixtures: in a test's own process, or on two ranks with `of_rank`."""
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,9 @@ def _of_all_ranks(mine: Any, devices: int) -> list[Any]:
     return everybody
 
 
-def train_all(folder: Path) -> None:
-    """Each case of a folder, one after another, on this rank of two."""
+def of_rank(folder: Path) -> None:
+    """What this rank makes of each case in the folder, one after another."""
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of a run before this: DDP would take it
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         found = train(root=folder / name, devices=2, **case)
         if torch.distributed.get_rank() == 0:

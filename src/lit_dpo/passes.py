@@ -32,7 +32,7 @@ class Passes(NamedTuple):
 
 
 def in_two_passes(
-    parts: Sequence[CompletionBatch], passes: Passes, sums: GradientSum
+    parts: Sequence[CompletionBatch], passes: Passes, sums: GradientSum, others: Sequence[CompletionBatch] = ()
 ) -> tuple[Tensor, Tensor, PairLogps]:
     """Know all log-probs before any gradient: for losses that look at several prompts, or at one that is in parts.
 
@@ -43,6 +43,7 @@ def in_two_passes(
         parts: micro-batches.
         passes: how they are run.
         sums: where gradients add up.
+        others: micro-batches whose second pass is made for nothing, as their first is by `score`.
 
     Returns:
         The sum of this rank's losses, to run backward from, these losses, and the record.
@@ -59,5 +60,7 @@ def in_two_passes(
         logps = passes.again(part)
         sums.follow(differentiable(logps), gradients)
         del logps  # or they stay until the next ones are there
+    for part in others:
+        sums.leave(differentiable(passes.again(part)))
     restore_random_state([after], 0)
     return sums.total(), sums.losses, record

@@ -34,7 +34,7 @@ from lit_dpo.checkpoint import (
 )
 from lit_dpo.compat import number_rows_from
 from lit_dpo.errors import ResumeError
-from lit_dpo.requirements import check_run
+from lit_dpo.requirements import check_run, check_wrapped
 
 if TYPE_CHECKING:
     from lit_dpo.data.batch import CompletionBatch
@@ -113,6 +113,7 @@ class ExactResume(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Compare the optimizer and the schedule before a checkpoint's state is put into them."""
+        check_wrapped(trainer)
         here = self._belongs["steps"] = describe_steps(pl_module)
         # Lightning has loaded the weights by now, and the optimizers' state not yet
         there = self._loaded.get(KEY, {}).get("steps")

@@ -131,6 +131,12 @@ class GradientSum:
         with torch.autocast(outputs[0].device.type, enabled=False):
             self._add(torch.autograd.grad(outputs, self._parameters, gradients, allow_unused=True))
 
+    def leave(self, outputs: Sequence[Tensor]) -> None:
+        """Run backward through what a micro-batch computes, for nothing: as other ranks do, with theirs."""
+        nothing = [torch.zeros_like(one) for one in outputs]
+        with torch.autocast(outputs[0].device.type, enabled=False):
+            torch.autograd.grad(outputs, self._parameters, nothing, allow_unused=True)
+
     def _add(self, found: Sequence[Tensor | None]) -> None:
         for place, (before, new) in enumerate(zip(self._sums, found, strict=True)):
             if new is not None:  # not in place: autograd may give one tensor to two parameters
