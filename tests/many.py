@@ -109,16 +109,17 @@ class Killed(Exception):
     """As the process would be."""
 
 
-class KillAfter(Callback):
-    """Writes a checkpoint after so many steps, and nothing else after that."""
+class Stop(Callback):
+    """Writes a checkpoint after the third step, and nothing else after that if it kills."""
 
-    def __init__(self, steps: int, path: Path) -> None:
-        self.steps, self.path = steps, path
+    def __init__(self, path: Path, *, kill: bool) -> None:
+        self.path, self.kill = path, kill
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
-        if trainer.global_step == self.steps:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 3 and batch_idx % 2:
             trainer.save_checkpoint(self.path)
-            raise Killed
+            if self.kill:
+                raise Killed
 
 
 def go_on(
@@ -140,7 +141,7 @@ def go_on(
         accumulate_grad_batches=2,
         log_every_n_steps=2,
         logger=CSVLogger(root, name="", version=0),
-        callbacks=[TrainingDynamics(), *([KillAfter(kill, root / "killed.ckpt")] if kill else [])],
+        callbacks=[TrainingDynamics(), *([] if ckpt else [Stop(root / "third.ckpt", kill=kill)])],
         num_sanity_val_steps=0,
     )
     with suppress(Killed):

@@ -98,12 +98,11 @@ def test_a_run_goes_on_with_another_number_of_ranks_in_the_middle_of_an_epoch(
             folder=folder,
         )
 
-    (straight,) = go_on("straight", 1)
+    (straight,) = go_on("of-1", 1)
     assert straight["steps"] == 4
-    for count in (1, 2):
-        go_on(f"killed{count}", count, kill=3)
+    go_on("of-2", 2, kill=True)
     for before, after in ((1, 2), (2, 1), (2, 2), (2, 3)):
-        resumed = go_on(f"{before}-{after}", after, ckpt=str(tmp_path / f"killed{before}" / "killed.ckpt"))
+        resumed = go_on(f"{before}-{after}", after, ckpt=str(tmp_path / f"of-{before}" / "third.ckpt"))
         what = f"{before} -> {after}"
         for mine in resumed:
             assert mine["steps"] == 4, what

@@ -545,7 +545,7 @@ class DPOModule(pl.LightningModule):
         if not (self.out_of_memory and self.out_of_memory.halvings) or self.why_whole is not None:
             return self._total(every, losses), losses, pairs.detach()
         sums = self._gradient_sum()  # the backward pass too happens here, where it can be begun again
-        sums.add(losses)
+        sums.add(every, own=losses)
         return sums.total(), sums.losses, pairs.detach()
 
     def _noted(
