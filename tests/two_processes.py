@@ -56,7 +56,7 @@ def train(
     given |= {"reference": CachedReference(directory=cache)} if cache else {}
     # rankings also in parts of a prompt
     rows = {"microbatch_tokens": 30 if ranked else 200} if devices > 1 else {}
-    dpo = module(model, optimizer=functools.partial(torch.optim.SGD, lr=1.0), **given, **rows)
+    dpo = module(model, optimizer=functools.partial(torch.optim.SGD, lr=1 / (compressed or 1)), **given, **rows)
     strategy = "ddp" if devices > 1 else "auto"
     steps = {"max_epochs": 2 if cache else 1, "accumulate_grad_batches": accumulate, "log_every_n_steps": 50}
     noting: list[Any] = [TrainingDynamics()]
