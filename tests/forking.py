@@ -43,9 +43,10 @@ def _loop(listener: int, ends: int) -> NoReturn:
         sys.stderr = sys.__stderr__ = open(  # noqa: SIM115
             2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
         )
+        # a library's has taken pytest's output when it was imported
         for logger in [logging.getLogger(), *logging.getLogger().manager.loggerDict.values()]:
             for handler in getattr(logger, "handlers", ()):
-                if type(handler) is logging.StreamHandler:  # of a library, which has taken pytest's when it was imported
+                if type(handler) is logging.StreamHandler:
                     handler.setStream(sys.stderr)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         gc.freeze()
