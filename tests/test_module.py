@@ -17,6 +17,7 @@ from lit_dpo.checkpoint import save_adapter
 from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.records import PairLogps, SequenceLogps
 from lit_dpo.memory import PROBES
+from lit_dpo.references import store
 from training import Trace, adapter, data, module, trainer
 
 
@@ -383,7 +384,7 @@ def test_two_processes_fill_one_cache_and_share_a_loss_s_memory(on_two, tmp_path
     """Every pair is computed once by one of them; a later run on one process finds them all, and trains the same."""
     case, two, sizes = on_two[loss]
     assert len(sizes) == 2
-    assert sum(sizes.values()) == 42 * 36
+    assert sum(sizes.values()) == 42 * store._ENTRY.itemsize
     _assert_equal(one := two_processes.train(root=tmp_path, **case), two)
     assert one["state"].abs().min() > 0
     torch.testing.assert_close(two["state"], one["state"], rtol=1e-4, atol=0)

@@ -67,7 +67,9 @@ def train(
     run = trainer(root, devices=devices, strategy=strategy, callbacks=noting, num_sanity_val_steps=0, **steps)
     size = 22 if accumulate == 1 else 6  # of all ranks together; the tail of 21 pairs is shared unevenly
     how = {"format": Rankings()} if ranked else {}
-    sizes = {"max_tokens": max_tokens} if max_tokens else {"batch_size": size // devices, "eval_batch_size": 3}
+    sizes = (
+        {"max_tokens": max_tokens} if max_tokens else {"batch_size": size // devices, "eval_batch_size": 6 // devices}
+    )
     run.fit(dpo, data(pairs, val={"one": pairs, "two": pairs}, **{"batch_size": None, **sizes}, **how))
     assert run.world_size == devices
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}
