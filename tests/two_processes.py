@@ -66,7 +66,7 @@ def train(
         steps["accumulate_grad_batches"] = 2 // devices
     run = trainer(root, devices=devices, strategy=strategy, callbacks=noting, num_sanity_val_steps=0, **steps)
     size = 22 if accumulate == 1 else 6  # of all ranks together; the tail of 21 pairs is shared unevenly
-    how = {"format": Rankings()} if ranked else {}
+    how: dict[str, Any] = {"format": Rankings()} if ranked else {}
     sizes = (
         {"max_tokens": max_tokens} if max_tokens else {"batch_size": size // devices, "eval_batch_size": 6 // devices}
     )
