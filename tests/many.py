@@ -17,8 +17,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 from lit_dpo import EMAReference
-from lit_dpo.callbacks import TrainingDynamics
+from lit_dpo.callbacks import PredictionWriter, TrainingDynamics
 from lit_dpo.data.formats import Rankings, Triples
+from lit_dpo.logps import CompletionLogps, PairLogps, SequenceLogps, coupling
 from lit_dpo.losses import BCOLoss, PreferenceLoss
 from training import adapter, data, module, trainer
 
@@ -95,14 +96,48 @@ def run_each(
         devices=ranks,
         strategy="ddp" if ranks > 1 else "auto",
         max_epochs=len(losses),
-        callbacks=[noting],
+        callbacks=[noting, PredictionWriter(str(root / "predictions.jsonl"))],
         num_sanity_val_steps=0,
     )
     few = str(Path(file).with_name("few.jsonl"))
-    given = {"val": few, "format": Rankings()} if ranked else {"format": COLUMNS}
-    run.fit(dpo, data(file, batch_size=6 // ranks, **given))
+    given = {"val": few, "predict": few, "format": Rankings()} if ranked else {"format": COLUMNS}
+    rows = data(file, batch_size=6 // ranks, **given)
+    run.fit(dpo, rows)
     assert run.world_size == ranks
+    if ranked:
+        run.predict(dpo, rows)
+        if run.is_global_zero:
+            lines = (root / "predictions.jsonl").read_text().splitlines()
+            noting.found[-1]["predicted"] = [json.loads(line) for line in lines]
     return noting.found
+
+
+def exchange(cpu: bool) -> tuple[Any, Any]:
+    """Records of unequal sizes, as they are on a CPU, or as what is on a device goes: joined, and this rank's part."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    if not cpu:
+        coupling._leave = functools.partial(_as_on_a_device, coupling._OnDevice)
+    pairs = record(rank, 1 + 2 * rank)
+    joined = coupling.meet(pairs).around(pairs)
+    return joined, coupling.meet(pairs).own(joined.policy_chosen.total, pairs)
+
+
+def _as_on_a_device(stands: Any, tensor: torch.Tensor, mine: list[torch.Tensor]) -> Any:
+    mine.append(tensor)
+    return stands(tuple(tensor.shape), tensor.dtype)
+
+
+def record(seed: int, prompts: int) -> PairLogps:
+    """Of prompts with two or three completions of which each is compared with the next one, and a column in halves."""
+    random = torch.Generator().manual_seed(seed)
+    counts = 2 + torch.randint(2, (prompts,), generator=random)
+    lengths = 1 + torch.randint(3, (int(counts.sum()),), generator=random)
+    per_token = torch.randn(int(lengths.sum()), generator=random)
+    logps = SequenceLogps(torch.randn(len(lengths), generator=random), lengths, per_token)
+    compared = torch.cat([torch.stack([torch.arange(n - 1), torch.arange(1, n)], 1) for n in counts.tolist()])
+    lists = CompletionLogps(logps, logps._replace(per_token=None), lengths, counts, compared, counts - 1)
+    return lists.pairs({"agreement": torch.rand(len(compared), generator=random).half()}, torch.zeros(2))
 
 
 class Killed(Exception):

@@ -15,6 +15,7 @@ import torch
 import lit_dpo.losses
 import many
 import ranks
+from lit_dpo.logps.microbatch import join
 from lit_dpo.losses import (
     AOTLoss,
     AOTUnpairedLoss,
@@ -80,6 +81,20 @@ def test_ranks_train_and_measure_every_loss_like_one_process(
             for name in ("moved", "val", "state", "steps"):  # a second step of rankings brings out the rounding
                 _close(expected[name], mine[name], f"{loss}: {name}", 1.0 if ranked else 1e-2)
         assert max(float(p.abs().max()) for p in expected["moved"].values()) > 1e-6, loss
+    if ranked:  # by all ranks, of which one has nothing to predict
+        _close(one[-1]["predicted"], found[0][-1]["predicted"], "predicted", 1.0)
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_every_rank_has_the_record_of_all(tmp_path: Path, cpu: bool) -> None:
+    """To the bit, whatever the numbers are of, and in the order of ranks."""
+    expected = join([many.record(rank, 1 + 2 * rank) for rank in range(3)])
+    begin = 0
+    for rank, (joined, own) in enumerate(ranks.run(many.exchange, 3, cpu, folder=tmp_path)):
+        torch.testing.assert_close(joined, expected, rtol=0, atol=0)
+        size = len(many.record(rank, 1 + 2 * rank).policy_chosen.total)
+        assert torch.equal(own, expected.policy_chosen.total[begin : begin + size])
+        begin += size
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_in_the_middle_of_an_epoch(
