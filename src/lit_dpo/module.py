@@ -59,7 +59,7 @@ from lit_dpo.metrics.collections import of_set, preference_metrics
 from lit_dpo.passes import Passes, in_two_passes
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.devices import remark
-from lit_dpo.policy.sharding import leave_to_shards, make_mesh, parameter_counts
+from lit_dpo.policy.sharding import as_if_whole, leave_to_shards, make_mesh, parameter_counts
 from lit_dpo.policy.symmetry import agreed, idle
 from lit_dpo.references import Reference
 from lit_dpo.requirements import check_run, resolve_reference
@@ -210,7 +210,8 @@ class DPOModule(pl.LightningModule):
             self.model = load(device, half.get(precision))
             if line := remark(device, precision, self.policy.torch_dtype(device, half.get(precision))):
                 rank_zero_info(line)
-            self.reference.attach(self.model, self.policy)
+            with as_if_whole(self.model):
+                self.reference.attach(self.model, self.policy)
             layout = choose_layout(self.model, self.policy.attention)
         leave_to_shards(self)
         trained, total = parameter_counts(self.model)
@@ -557,7 +558,7 @@ class DPOModule(pl.LightningModule):
             return None
         trainer = self._attached
         if trainer is None or trainer.world_size == 1:
-            rank_zero_info(f"policy.shard={self.policy.shard}: there is one process here, and the base is whole")
+            rank_zero_info(f"policy.shard={self.policy.shard}: the base is whole, for no trainer has several processes")
             return None
         device = trainer.strategy.root_device.type
         return make_mesh(self.policy.shard, device, trainer.world_size, trainer.num_nodes)
