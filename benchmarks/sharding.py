@@ -82,7 +82,7 @@ def _start(folder: Path, side: str, world: int, shard: str) -> dict[str, Any]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in of_rank.items()}}
         call = [sys.executable, __file__, "--work", spec]
         processes.append(subprocess.Popen(call, env=environment, stdout=subprocess.DEVNULL))
-    if any([process.wait() for process in processes]):
+    if sum(process.wait() != 0 for process in processes):  # all are waited for
         raise SystemExit(f"{side} failed")
     found: dict[str, Any] = json.loads((out / "found.json").read_text())
     return found

@@ -10,7 +10,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
 from lit_dpo.callbacks import SampleCompletions
+from lit_dpo.logps.attention import has_pair_attention
 from lit_dpo.losses import BetaDPOLoss, TDPOLoss
+from lit_dpo.policy.adapters import is_adapters
 from lit_dpo.references import CachedReference, EMAReference, ModelReference
 from training import adapter, data, module, trainer
 
@@ -22,7 +24,7 @@ class Held(Callback):
         """Count them; the head, and an embedding that is the head, are whole."""
         base = pl_module.model.get_base_model()
         head = {id(p) for p in base.get_output_embeddings().parameters()}
-        mine = [p for p in base.parameters() if not p.requires_grad and id(p) not in head]
+        mine = [p for name, p in base.named_parameters() if not is_adapters(name) and id(p) not in head]
         local = [p.to_local() if hasattr(p, "to_local") else p for p in mine]
         self.bytes = sum(p.numel() * p.element_size() for p in local)
 
@@ -53,17 +55,24 @@ def run(folder: Path, files: dict[str, Path], models: dict[str, Path], case: str
         given["callbacks"] += [SampleCompletions(prompts=3, max_new_tokens=4, every_n_steps=2)]
     elif case == "coupled":  # two passes; another model
         options |= {"loss": BetaDPOLoss(), "reference": ModelReference(str(models["tied"]), quantization="none")}
-    elif case == "bfloat16":
-        options["policy"] = {"dtype": "bfloat16"}
+    elif case == "first":  # an epoch, with a checkpoint at its end
+        given |= {"enable_checkpointing": True}
+    elif case in ("second", "both"):  # the next one, on other ranks than the first; and both at once
+        given |= {"max_epochs": 2}
     if world > 1:
-        given |= {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": world}
+        nodes = 2 if shard == "node" else 1
+        rank = int(os.environ["RANK"])
+        os.environ |= {"NODE_RANK": str(rank // (world // nodes)), "LOCAL_RANK": str(rank % (world // nodes))}
+        strategy = DDPStrategy(process_group_backend="gloo")
+        given |= {"strategy": strategy, "devices": world // nodes, "num_nodes": nodes}
     options["policy"] |= {"shard": shard}
     trained = module(model, microbatch_tokens=60, **options)
     fitting = trainer(folder, num_sanity_val_steps=1, **given)
     train = files["half" if case == "fill" else "rows"]
     held_out = {"val": str(files["held out"]), "test": str(files["held out"]), "eval_batch_size": 4 // world}
     pairs = data(train, batch_size=8 // world, **held_out)
-    fitting.fit(trained, datamodule=pairs)
+    other = [*folder.parent.glob(f"first-*-{3 - world}/checkpoints/*.ckpt")] if case == "second" else [None]
+    fitting.fit(trained, datamodule=pairs, ckpt_path=other[0])
     measured = {name: float(value) for name, value in fitting.callback_metrics.items()}
     measured |= {
         name: float(value) for name, value in fitting.test(trained, datamodule=pairs, verbose=False)[0].items()
@@ -73,5 +82,6 @@ def run(folder: Path, files: dict[str, Path], models: dict[str, Path], case: str
         "adapter": {name: p.float().numpy() for name, p in adapter(trained).items()},
         "measured": measured,
         "held": held.bytes,
+        "flat": has_pair_attention(trained.model.get_base_model()),
         "texts": texts.read_text() if texts.exists() else "",
     }

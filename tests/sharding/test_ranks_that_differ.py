@@ -1,4 +1,4 @@
-"""What happens where ranks of a sharded base do not do the same: it is made up for, or fails in seconds with its cause."""
+"""Ranks of a sharded base that do not do the same: it is made up for, or fails in seconds with its cause."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_own_loaders_of_unequal_lengths_are_made_up_for(pairs_file: Path, tiny_m
 
 
 def test_a_rank_alone_fails_in_seconds(pairs_file: Path, tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ranks.RankError, match="(?i)timed out|connection closed|was not done|its time was up"):
+    with pytest.raises(ranks.RankError, match=r"(?i)timed out|connection closed|was not done|its time was up"):
         ranks.run(fit, 2, tmp_path, pairs_file, tiny_model, Lonely, False, folder=tmp_path / "logs", seconds=100)
 
 

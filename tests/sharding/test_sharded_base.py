@@ -46,14 +46,15 @@ def one(files: dict[str, Path], models: dict[str, Path], tmp_path_factory: pytes
     ranks.run(runs, 1, folder, files, models, ["fill"], "none", folder=folder / "logs")
     for run in ("nf4-none-1", "nf4-all-2"):
         shutil.copytree(folder / "fill-none-1" / "cache", folder / run / "cache")
-    (found,) = ranks.run(runs, 1, folder, files, models, CASES, "none", folder=folder / "logs")
+    (found,) = ranks.run(runs, 1, folder, files, models, [*CASES, "first", "both"], "none", folder=folder / "logs")
     return found, folder
 
 
 @pytest.fixture(scope="module")
 def two(one: Any, files: dict[str, Path], models: dict[str, Path]) -> list[Any]:
     folder = one[1]
-    return ranks.run(runs, 2, folder, files, models, CASES, "all", folder=folder / "logs-2", seconds=120)
+    cases = [*CASES, "first", "second"]
+    return ranks.run(runs, 2, folder, files, models, cases, "all", folder=folder / "logs-2", seconds=200)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -66,4 +67,24 @@ def test_two_ranks_with_a_part_each_train_what_one_with_all_of_it_does(case: str
         for name, value in alone["measured"].items():
             assert rank["measured"][name] == pytest.approx(value, abs=2e-5), name
         assert rank["held"] < 0.52 * alone["held"]
+        assert rank["flat"]
     assert parts[0]["texts"] == alone["texts"]
+
+
+def test_a_run_goes_on_with_another_number_of_parts(
+    one: Any, two: list[Any], files: dict[str, Path], models: dict[str, Path]
+) -> None:
+    straight, folder = one
+    (back,) = ranks.run(runs, 1, folder, files, models, ["second"], "all", folder=folder / "logs")
+    for went_on in (two[0]["second"], two[1]["second"], back["second"]):
+        for name, expected in straight["both"]["adapter"].items():
+            assert np.abs(went_on["adapter"][name] - expected).max() < 2e-5, name
+
+
+def test_each_of_two_nodes_holds_the_base_once(one: Any, files: dict[str, Path], models: dict[str, Path]) -> None:
+    straight, folder = one
+    found = ranks.run(runs, 4, folder, files, models, ["first"], "node", folder=folder / "logs-4", seconds=200)
+    for rank in found:
+        assert rank["first"]["held"] < 0.52 * straight["first"]["held"]
+        for name, expected in straight["first"]["adapter"].items():
+            assert np.abs(rank["first"]["adapter"][name] - expected).max() < 2e-5, name

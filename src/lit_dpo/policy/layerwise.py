@@ -95,7 +95,8 @@ def load_in_layers(
                 part, of_part = load(numbers)
                 layers: Any = base.get_submodule(path)
                 for number in numbers:
-                    layers[number] = _whole(part.get_submodule(path)[number], f"{path}.{number}").requires_grad_(False)
+                    layer = _whole(part.get_submodule(path)[number], f"{path}.{number}").requires_grad_(False)
+                    layers[number] = _configured_as(layers[number], layer)
                     shard_module(layers[number], mesh, set())
                 for name in ("missing_keys", "mismatched_keys"):
                     info[name] = set(info[name]) & set(of_part[name])
@@ -153,6 +154,14 @@ def _without_hooks(model: PreTrainedModel) -> None:
         vars(module).pop("forward", None)  # which it puts back as the instance's own
     for name in ("to", "cuda"):
         vars(model).pop(name, None)
+
+
+def _configured_as(empty: Any, layer: Any) -> Any:
+    """Give a layer the configuration of the model that it comes into, through which attention is switched."""
+    for old, new in zip(empty.modules(), layer.modules(), strict=True):
+        if "config" in vars(old):
+            new.config = old.config
+    return layer
 
 
 def _whole(module: Any, name: str) -> Any:
