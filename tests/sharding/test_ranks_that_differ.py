@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 import ranks
-from lit_dpo import DPOModule, PreferenceDataModule
+from lit_dpo import DPOModule, LoRAPolicy, PreferenceDataModule
+from lit_dpo.errors import PolicyError
 from training import data, module, trainer
 
 
@@ -22,7 +22,11 @@ class Uneven(PreferenceDataModule):
     def val_dataloader(self) -> Any:
         loader: Any = super().val_dataloader()
         batches = [batch for _, batch in zip(range(4), loader, strict=False)]
-        return DataLoader(batches[: 4 - 2 * self.trainer.global_rank], batch_size=None, collate_fn=list)
+        return DataLoader(batches[: 4 - 2 * self.trainer.global_rank], batch_size=None, collate_fn=_same)
+
+
+def _same(batch: Any) -> Any:
+    return batch
 
 
 class Lonely(DPOModule):
@@ -79,8 +83,30 @@ def test_the_cause_of_an_error_within_a_pass_is_seen(pairs_file: Path, tiny_mode
     assert found == ["ZeroDivisionError: this is the cause"] * 2
 
 
-def test_one_process_says_that_its_base_is_whole(tiny_model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_one_process_says_that_its_base_is_whole(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     alone = module(tiny_model, policy={"shard": "all"})
-    alone.configure_model()
-    assert not [p for p in alone.model.parameters() if not isinstance(p, torch.nn.Parameter) or hasattr(p, "to_local")]
-    assert "policy.shard=all: the base is whole" in capfd.readouterr().err
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        alone.configure_model()
+    assert not any(hasattr(p, "to_local") for p in alone.model.parameters())
+    assert "policy.shard=all: the base is whole" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"quantization": "int8"}, "`policy.shard` does not go with `policy.quantization` int8"),
+        ({"use_dora": True}, "`shard` does not go with `use_dora`"),
+        ({"target_parameters": ["mlp.gate_up_proj"]}, "`shard` does not go with `target_parameters`"),
+        ({"shard": "some"}, "Expected `shard` among none, node, all but got 'some'"),
+    ],
+)
+def test_what_does_not_come_in_parts_is_refused_before_weights_load(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(PolicyError, match=said):
+        LoRAPolicy("nowhere", **{"quantization": "none", "shard": "all", **options})
+
+
+def test_a_model_that_is_loaded_is_not_sharded(tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(PolicyError, match="`shard` is for a base that is read in shards"):
+        LoRAPolicy.from_model(AutoModelForCausalLM.from_pretrained(tiny_model), shard="all")
