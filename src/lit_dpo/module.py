@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -17,10 +17,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from lit_dpo.callbacks.environment import RunEnvironment
 from lit_dpo.callbacks.export import AdapterExport, claim_versions, unnumbered
+from lit_dpo.callbacks.faults import FaultNotes
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.monitor import HealthMonitor
+from lit_dpo.callbacks.out_of_memory import OutOfMemory
 from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.quiet import Quiet
 from lit_dpo.callbacks.resume import ExactResume
@@ -34,7 +37,9 @@ from lit_dpo.checkpoint import (
     configuration,
     describe,
     frozen_is_not_missing,
+    hyper_parameters,
     load_strictly,
+    only_known_classes,
     random_state,
     read_checkpoint,
     untrusting,
@@ -58,6 +63,7 @@ from lit_dpo.losses import DPOLoss, PreferenceLoss
 from lit_dpo.metrics.collections import of_set, preference_metrics
 from lit_dpo.passes import Passes, in_two_passes
 from lit_dpo.policy import LoRAPolicy
+from lit_dpo.policy.base_model import BaseModel
 from lit_dpo.policy.devices import remark
 from lit_dpo.policy.sharding import as_if_whole, leave_to_shards, make_mesh, parameter_counts
 from lit_dpo.policy.symmetry import agreed, idle
@@ -69,18 +75,27 @@ from lit_dpo.window import MeasuredBatch, Window
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+_Made = TypeVar("_Made")
+
 _BROUGHT = (
     Quiet,
+    FaultNotes,
     PassesTogether,
     ExactResume,
     TrainingHealth,
     MemoryEstimate,
+    OutOfMemory,
     OptimizerSteps,
     HealthMonitor,
+    RunEnvironment,
     AdapterExport,
     RunSummary,
     PredictionWriter,
 )
+
+
+NAMED_IN_FILES: tuple[type, ...] = (pl.LightningModule, BaseModel, PreferenceLoss, Reference)
+"""What a checkpoint may name classes of, besides optimizers and schedules."""
 
 
 class DPOModule(pl.LightningModule):
@@ -191,6 +206,7 @@ class DPOModule(pl.LightningModule):
         self.asked: dict[str, Tensor] = {}  # what callbacks want to know too: the check of gradients fetches it
         self.schedule_steps: int | None = None  # of a learning rate that changes, by `configure_optimizers`
         self.standing: Standing | None = None  # after the last step
+        self.out_of_memory: OutOfMemory | None = None  # begins a batch again that was too large
         self.configured = False  # until the policy has loaded
         self.checked = False  # until `prepare_data` has looked at this run
 
@@ -367,15 +383,19 @@ class DPOModule(pl.LightningModule):
         """Build a module as a checkpoint says it was, with its adapter; see Lightning.
 
         But no file says that code is run: `trust_remote_code` is false unless it is given here, within `policy=` or
-        `reference=`.
+        `reference=`, and of other projects it only names classes that are imported already.
 
         Raises:
-            ResumeError: if the base that is there now is not the one that the adapter belongs to.
+            ResumeError: if the base that is there now is not the one that the adapter belongs to, if it is no
+                checkpoint, or if it names a class that is not taken from a file.
             PolicyError: if that base comes with code of its own.
         """
         file = kwargs.get("hparams_file", args[1] if len(args) > 1 else None)
-        kwargs = untrusting(checkpoint_path, cls.CHECKPOINT_HYPER_PARAMS_KEY, file) | kwargs
-        module = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        stored = hyper_parameters(checkpoint_path, cls.CHECKPOINT_HYPER_PARAMS_KEY, file)
+        given = untrusting(checkpoint_path, cls.CHECKPOINT_HYPER_PARAMS_KEY, file) | kwargs
+        # the class that they say is Lightning's to check
+        with only_known_classes({key: one for key, one in stored.items() if key not in kwargs}, cls, NAMED_IN_FILES):
+            module = super().load_from_checkpoint(checkpoint_path, *args, **given)
         check_belongs(read_checkpoint(checkpoint_path), describe(module), training=False)
         return module
 
@@ -415,6 +435,15 @@ class DPOModule(pl.LightningModule):
 
     def batch_logps(self, batch: CompletionBatch) -> PairLogps:
         """`pair_logps` of a batch of any size, without gradients and dropout, one micro-batch at a time."""
+        return self._again(lambda: self._batch_logps(batch), batch)
+
+    def _again(self, run: Callable[[], _Made], batch: CompletionBatch) -> _Made:
+        """Run what takes the memory of a batch; where it runs out, `OutOfMemory` may run it again in smaller pieces."""
+        if self.out_of_memory is None:
+            return run()
+        return self.out_of_memory.again(self, run, lambda: self._cut(batch))
+
+    def _batch_logps(self, batch: CompletionBatch) -> PairLogps:
         training = self.model.training
         if training:
             self.model.eval()
@@ -477,14 +506,10 @@ class DPOModule(pl.LightningModule):
             parts: micro-batches.
             batch: of which they are. Needed where a prompt is in several of them.
         """
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self._attached is not None else None
-        trained = [p for p in self.parameters() if p.requires_grad]
-        # not `get_scale`, which waits for the device
-        scale = scaler.scale(torch.ones((), device=self.device)) if scaler else 1.0
-        sums, records = GradientSum(trained, scale), []
+        sums, records = self._gradient_sum(), []
         others = idle(self.model, parts)
         if agreed(self.model, self.needs_two_passes or not all(part.size for part in parts)):
-            passes = Passes(lambda: self._noted(parts, batch, others), self._losses_over_ranks, self._again)
+            passes = Passes(lambda: self._noted(parts, batch, others), self._losses_over_ranks, self._second_pass)
             return in_two_passes(parts, passes, sums, others)
         for part in parts:
             pairs = self.pair_logps(part)
@@ -496,6 +521,24 @@ class DPOModule(pl.LightningModule):
             sums.leave([pairs.policy_chosen.total, pairs.policy_rejected.total])
             del pairs
         return sums.total(), sums.losses, join(records)
+
+    def _gradient_sum(self) -> GradientSum:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self._attached is not None else None
+        trained = [p for p in self.parameters() if p.requires_grad]
+        # not `get_scale`, which waits for the device
+        return GradientSum(trained, scaler.scale(torch.ones((), device=self.device)) if scaler else 1.0)
+
+    def _losses_to_train(self, batch: CompletionBatch) -> tuple[Tensor, Tensor, PairLogps]:
+        """Return the sum of a batch's losses, to run backward from, the losses and the record."""
+        if agreed(self.model, len(parts := self._microbatches(batch))) > 1:
+            return self.accumulate(parts, batch)
+        pairs = self._remember(self.pair_logps(batch))
+        every, losses = self._losses_over_ranks(pairs)
+        if not (self.out_of_memory and self.out_of_memory.halvings) or self.why_whole is not None:
+            return self._total(every, losses), losses, pairs.detach()
+        sums = self._gradient_sum()  # the backward pass too happens here, where it can be begun again
+        sums.add(losses)
+        return sums.total(), sums.losses, pairs.detach()
 
     def _noted(
         self, parts: Sequence[CompletionBatch], batch: CompletionBatch | None, others: Sequence[CompletionBatch]
@@ -510,7 +553,7 @@ class DPOModule(pl.LightningModule):
         self.score_for_nothing(others)
         return self._remember(record), draws
 
-    def _again(self, part: CompletionBatch) -> SequenceLogps:
+    def _second_pass(self, part: CompletionBatch) -> SequenceLogps:
         frozen = self._reference_logps(part)[0] if Field.KL in self.loss.requires else None
         return self._policy_logps(part, frozen)
 
@@ -535,6 +578,11 @@ class DPOModule(pl.LightningModule):
         self._exchange(pairs)
         losses = self.losses_among(pairs)
         return losses, losses if self.others is None else self.others.own(losses, pairs)
+
+    def _total(self, every: Tensor, own: Tensor) -> Tensor:
+        """Sum this rank's losses, with the gradient of what its pairs do to the losses of all."""
+        total = own.sum()
+        return total if self.others is None else every.sum() + (total - every.sum()).detach()
 
     def _exchange(self, pairs: PairLogps) -> None:
         self.others = meet(pairs) if self.loss.couples_pairs and self._ranks > 1 else None
@@ -599,15 +647,12 @@ class DPOModule(pl.LightningModule):
         """Measure a batch; the sum of its losses, and the losses."""
         if not batch.size:
             return self._step_without(batch, training=training)
-        if training and agreed(self.model, len(parts := self._microbatches(batch))) > 1:
-            total, losses, seen = self.accumulate(parts, batch)
+        if training:
+            total, losses, seen = self._again(lambda: self._losses_to_train(batch), batch)
         else:
-            pairs = self._remember(self.pair_logps(batch)) if training else self.batch_logps(batch)
-            seen = pairs.detach()
-            every, losses = self._losses_over_ranks(pairs)
-            total = losses.sum()
-            if self.others is not None:  # this rank's sum, with what its pairs do to the losses of all
-                total = every.sum() + (total - every.sum()).detach()
+            seen = self.batch_logps(batch).detach()
+            every, losses = self._losses_over_ranks(seen)
+            total = self._total(every, losses)
         self.measured_batch = MeasuredBatch(seen, losses.detach(), *self.loss.rewards(seen))
         measures = {**self.measured_batch._asdict(), "parts": self._parts_of_losses(seen)}
         for collection in measured:
@@ -633,8 +678,8 @@ class DPOModule(pl.LightningModule):
         ends = [pairs.policy_chosen.total, pairs.policy_rejected.total]
         if twice:
             for part in others:
-                sums.leave(differentiable(self._again(part)))
-            ends = [self._again(batch).total[:0]]
+                sums.leave(differentiable(self._second_pass(part)))
+            ends = [self._second_pass(batch).total[:0]]
         self.measured_batch = MeasuredBatch(nothing, nothing.policy_chosen.total, *[nothing.policy_chosen.total] * 2)
         return torch.cat(ends).sum(), nothing.policy_chosen.total  # 0, whose gradients are 0
 

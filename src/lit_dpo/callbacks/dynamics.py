@@ -14,6 +14,7 @@ from lit_dpo.callbacks.export import data_of, run_directory
 from lit_dpo.checkpoint import KEY, gather
 from lit_dpo.data.batch import places
 from lit_dpo.logps.records import PairLogps, SequenceLogps
+from lit_dpo.versions import DYNAMICS
 from lit_dpo.writing import written_whole
 
 if TYPE_CHECKING:
@@ -256,4 +257,4 @@ def table(rows: Measured, about: dict[str, Any]) -> pa.Table:
     numbers["confidence"] = torch.sigmoid(torch.from_numpy(numbers["reward_margin"])).numpy()
     order = np.lexsort((counts["rejected"], counts["chosen"], counts["index"], counts["step"]))
     made = pa.table({name: values[order] for name, values in {**counts, **numbers}.items()})
-    return made.replace_schema_metadata({"lit_dpo": json.dumps(about)})
+    return made.replace_schema_metadata({"lit_dpo": json.dumps({"version": DYNAMICS, **about})})

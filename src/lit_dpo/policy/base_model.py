@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, 
 
 from lit_dpo import hub
 from lit_dpo.errors import PolicyError, first_line
-from lit_dpo.policy import adapter_checks, checks
+from lit_dpo.policy import adapter_checks, checks, files
 from lit_dpo.policy.devices import default_dtype
 from lit_dpo.policy.digests import sampled_digest, whole_digest
 from lit_dpo.policy.heap import returned_at_once
@@ -312,9 +312,10 @@ class BaseModel(ABC):
                 advice = f" That is an adapter: give it to `{name}.adapter_path`, and its base to `{name}.model`."
             there = hub.listing(place)
             raise PolicyError(f"Expected a model in {place} but it has no config.json; it holds {there}.{advice}")
+        files.check_size(files.json_object(place.folder / "config.json"), place.folder)
         try:
             return AutoConfig.from_pretrained(place.folder, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a stranger's file meets any line of a library
             if "trust_remote_code" in str(error):
                 raise PolicyError(
                     f"{self.model!r} comes with code of its own, in {place.folder}: read it, then set "

@@ -200,6 +200,7 @@ def _check_model(base: PreTrainedModel, adapted: Any) -> None:
     checks.check_causal(base.config, type(base).__name__)
     if len(places := {str(p.device) for p in base.parameters()}) > 1 or "meta" in places:
         raise PolicyError(f"Expected a model on one device but its weights are on {', '.join(sorted(places))}.")
+    _check_whole(base)
     layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
     if adapted is None:
         if layers:
@@ -213,6 +214,22 @@ def _check_model(base: PreTrainedModel, adapted: Any) -> None:
     adapter_checks.check_lora_config(adapted.peft_config["default"], "of the model")
     if any(layer.merged for layer in layers):
         raise PolicyError("The model's adapter is merged into its weights: `unmerge_adapter()` first.")
+
+
+def _check_whole(base: PreTrainedModel) -> None:
+    """See that this process has all of each weight."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):  # then none can be in pieces
+        return
+    from torch.distributed.tensor import DTensor
+
+    if sharded := next((name for name, p in base.named_parameters() if isinstance(p, DTensor)), None):
+        raise PolicyError(
+            f"Expected a model with whole weights but its {sharded!r} is spread over devices: was it loaded with "
+            "`tp_plan`? Devices of a tensor group would be given different batches, and adapters on row-wise layers "
+            'fail. Load it without; `LoRAPolicy(…, shard="node")` spreads a base that does not fit.'
+        )
 
 
 def _turn_off_dropout(base: PreTrainedModel) -> None:
