@@ -10,8 +10,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
 from lit_dpo.callbacks import SampleCompletions
+from lit_dpo.data.formats import Rankings
 from lit_dpo.logps.attention import has_pair_attention
-from lit_dpo.losses import BetaDPOLoss, TDPOLoss
+from lit_dpo.losses import BetaDPOLoss, PlackettLuceLoss, TDPOLoss
 from lit_dpo.policy.adapters import is_adapters
 from lit_dpo.references import CachedReference, EMAReference, ModelReference
 from training import adapter, data, module, trainer
@@ -55,6 +56,8 @@ def run(folder: Path, files: dict[str, Path], models: dict[str, Path], case: str
         given["callbacks"] += [SampleCompletions(prompts=3, max_new_tokens=4, every_n_steps=2)]
     elif case == "coupled":  # two passes; another model
         options |= {"loss": BetaDPOLoss(), "reference": ModelReference(str(models["tied"]), quantization="none")}
+    elif case == "lists":  # in the last batch one rank has a prompt that runs in parts, the other has nothing
+        options |= {"loss": PlackettLuceLoss()}
     elif case == "first":  # an epoch, with a checkpoint at its end
         given |= {"enable_checkpointing": True}
     elif case in ("second", "both"):  # the next one, on other ranks than the first; and both at once
@@ -68,9 +71,10 @@ def run(folder: Path, files: dict[str, Path], models: dict[str, Path], case: str
     options["policy"] |= {"shard": shard}
     trained = module(model, microbatch_tokens=60, **options)
     fitting = trainer(folder, num_sanity_val_steps=1, **given)
-    train = files["half" if case == "fill" else "rows"]
+    train = files[{"fill": "half", "lists": "lists"}.get(case, "rows")]
     held_out = {"val": str(files["held out"]), "test": str(files["held out"]), "eval_batch_size": 4 // world}
-    pairs = data(train, batch_size=8 // world, **held_out)
+    size = {"batch_size": 4 // world, "format": Rankings()} if case == "lists" else {"batch_size": 8 // world}
+    pairs = data(train, **size, **({"val": str(train), "test": str(train)} if case == "lists" else held_out))
     other = [*folder.parent.glob(f"first-*-{3 - world}/checkpoints/*.ckpt")] if case == "second" else [None]
     fitting.fit(trained, datamodule=pairs, ckpt_path=other[0])
     measured = {name: float(value) for name, value in fitting.callback_metrics.items()}

@@ -13,7 +13,7 @@ from sharded import runs
 
 import ranks
 
-CASES = ["nf4", "kl", "coupled"]
+CASES = ["nf4", "kl", "coupled", "lists"]
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,12 @@ def files(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     other = [json.dumps({**json.loads(line), "prompt": f"And {number}?"}) + "\n" for number, line in enumerate(lines)]
     found["held out"].write_text("".join(other[:17]))
     found["half"].write_text("".join(lines[:10]))
+    ranked = [
+        {"prompt": f"Say {number}!", "completions": [letter * 25 for letter in "abcd"], "scores": [4, 3, 2, number / 9]}
+        for number in range(5)
+    ]
+    found["lists"] = folder / "lists.jsonl"
+    found["lists"].write_text("".join(json.dumps(row) + "\n" for row in ranked))
     return found
 
 
