@@ -661,27 +661,36 @@ class DPOModule(pl.LightningModule):
 
     def _step_without(self, batch: CompletionBatch, *, training: bool) -> tuple[Tensor, Tensor]:
         """Make the passes, and wait for the other ranks, where this one has no share of a batch: see `Uncounted`."""
-        # of a sharded base also the passes that make up for others' micro-batches
-        others = idle(self.model, [batch]) if training and agreed(self.model, 1) > 1 else []
-        twice = bool(others and agreed(self.model, self.needs_two_passes))
-        sums = GradientSum([p for p in self.parameters() if p.requires_grad])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not twice):
-            for part in others:
+        if training and agreed(self.model, 1) > 1:
+            return self._passes_without(batch)
+        pairs = self.pair_logps(batch) if training else self.batch_logps(batch)
+        nothing = self._counted_nothing(pairs, training=training)
+        chosen, rejected = pairs.policy_chosen.total, pairs.policy_rejected.total
+        return chosen.sum() + rejected.sum(), nothing  # 0, whose gradients are 0
+
+    def _passes_without(self, batch: CompletionBatch) -> tuple[Tensor, Tensor]:
+        """Make the passes of `accumulate`, all of them for nothing: over a sharded base other ranks wait for them."""
+        parts, sums = [batch, *idle(self.model, [batch])], self._gradient_sum()
+        twice = agreed(self.model, self.needs_two_passes)
+        with torch.set_grad_enabled(not twice):
+            for part in parts:
                 pairs = self.pair_logps(part)
                 if not twice:
                     sums.leave([pairs.policy_chosen.total, pairs.policy_rejected.total])
-            pairs = self.pair_logps(batch) if training else self.batch_logps(batch)
+        nothing = self._counted_nothing(pairs, training=True)
+        for part in parts if twice else ():
+            sums.leave(differentiable(self._second_pass(part)))
+        return sums.total(), nothing
+
+    def _counted_nothing(self, pairs: PairLogps, *, training: bool) -> Tensor:
+        """Wait for the other ranks with a record and losses of no pairs."""
         nothing = nothing_of(pairs.detach())
         if training:
             nothing = self._remember(nothing)
         self._exchange(nothing)
-        ends = [pairs.policy_chosen.total, pairs.policy_rejected.total]
-        if twice:
-            for part in others:
-                sums.leave(differentiable(self._second_pass(part)))
-            ends = [self._second_pass(batch).total[:0]]
-        self.measured_batch = MeasuredBatch(nothing, nothing.policy_chosen.total, *[nothing.policy_chosen.total] * 2)
-        return torch.cat(ends).sum(), nothing.policy_chosen.total  # 0, whose gradients are 0
+        losses = nothing.policy_chosen.total
+        self.measured_batch = MeasuredBatch(nothing, losses, losses, losses)
+        return losses
 
     def _evaluate(self, batch: CompletionBatch, stage: str, loaders: Any, number: int) -> None:
         """Measure a batch; where there are several sets, each by itself. `OptimizerSteps` logs all of them together."""
