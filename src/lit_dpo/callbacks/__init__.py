@@ -18,6 +18,7 @@ from lit_dpo.callbacks.steps import OptimizerSteps
 from lit_dpo.callbacks.summary import RunSummary
 from lit_dpo.callbacks.tensorboard import RunLogger
 from lit_dpo.callbacks.throughput import LearningRate, Throughput
+from lit_dpo.callbacks.together import PassesTogether
 
 __all__ = [
     "AdapterExport",
@@ -29,6 +30,7 @@ __all__ = [
     "MemoryEstimate",
     "OptimizerSteps",
     "OutOfMemory",
+    "PassesTogether",
     "PredictionWriter",
     "Quiet",
     "RewardHistograms",
