@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+from pathlib import Path
+
 import pytest
 from torch import float32
 
@@ -97,3 +101,26 @@ def test_devices_are_counted_as_a_trainer_names_them():
 def test_what_the_run_would_refuse_is_not_planned(strategy):
     with pytest.raises(TrainingError, match=f"got {strategy}.*policy.shard"):
         elsewhere.settings({"strategy": strategy})
+
+
+# ---- the page ----
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="a source distribution has no benchmarks")
+def test_the_table_of_the_page_is_what_the_code_says():
+    """But for activations and arithmetic, which take probes of minutes: `python benchmarks/mesh.py`."""
+    spec = importlib.util.spec_from_file_location("benchmarks_mesh", ROOT / "benchmarks" / "mesh.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    expected = [found.cells(row) for row in found.rows()]
+    assert len(expected) == 22
+    for before, after in expected:
+        assert re.search(
+            f"^{re.escape(before)} [0-9.]+ \\| [*0-9.]+ \\| {re.escape(after)} [0-9.]+ \\|$", page, re.M
+        ), before
+    # two layers and what a third one adds are the whole of a model
+    assert found.sizes("8B", "nf4") == Parts.of(found.made("8B", "nf4", None).model)
