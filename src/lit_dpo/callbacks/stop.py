@@ -21,9 +21,9 @@ class StopTogether(pl.Callback):
     """Lets a signal wait for the end of a batch, and all ranks act on it there, whichever of them it reached.
 
     Lightning's handlers talk to the other ranks wherever a rank is when the signal comes: for SIGTERM they broadcast,
-    for SLURM's requeue signal they save a checkpoint. A rank that is one exchange ahead takes that for another exchange,
-    and all of them wait for ever. So the signal is noted, the ranks agree once a batch, and then stop, or requeue. A signal
-    that comes a second time, while a batch does not end, acts at once.
+    for SLURM's requeue signal they save a checkpoint. A rank that is one exchange ahead takes that for another one, and
+    all of them wait for ever. So the signal is noted, the ranks agree once a batch, and then stop, or requeue. A signal
+    that comes a second time, while a batch does not end, ends the process.
 
     With one process only the requeue signal waits.
     """
