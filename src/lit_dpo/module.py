@@ -28,6 +28,7 @@ from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.quiet import Quiet
 from lit_dpo.callbacks.resume import ExactResume
 from lit_dpo.callbacks.steps import OptimizerSteps
+from lit_dpo.callbacks.stop import StopTogether
 from lit_dpo.callbacks.summary import RunSummary
 from lit_dpo.callbacks.together import PassesTogether
 from lit_dpo.checkpoint import (
@@ -91,6 +92,7 @@ _BROUGHT = (
     AdapterExport,
     RunSummary,
     PredictionWriter,
+    StopTogether,  # after those that note what a step was
 )
 
 
