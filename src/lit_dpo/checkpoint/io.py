@@ -12,15 +12,12 @@ import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
 from lit_dpo.errors import TrainingError
+from lit_dpo.policy.adapter_checks import RECORD
 from lit_dpo.writing import put_in_place, refusals, remove, temporary_name, written_whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
-
-
-RECORD = "lit_dpo.json"
-"""What an adapter's folder says of its run: the base's content, its quantisation, the loss, measures. No row's text."""
 
 
 class AdapterCheckpointIO(CheckpointIO):
