@@ -203,7 +203,7 @@ def _check_unchanged(policy: BaseModel, place: Place) -> None:
     if (here := sampled_digest(mine.folder)) != theirs:
         raise PolicyError(
             f"The adapter at `{place.option}`, {place}, was trained on {mine}, which has other weights now: the "
-            f"content was {theirs}, and is {here}. Restore them, or set `{policy.option}.adapter_base` to any to put it "
+            f"content was {theirs} and is {here}. Restore them, or set `{policy.option}.adapter_base` to any to put it "
             "onto these all the same."
         )
 
