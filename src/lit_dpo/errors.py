@@ -23,6 +23,10 @@ class ResumeError(LitDPOError, RuntimeError):
     """A checkpoint that does not continue the run it is given to."""
 
 
+class VersionError(LitDPOError, RuntimeError):
+    """A file of a format that a newer release has made."""
+
+
 class AblationError(LitDPOError, ValueError):
     """An ablation that cannot be made as it is asked for."""
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import shutil
-import signal
-import subprocess
-import sys
 import zlib
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,20 +122,22 @@ def test_a_part_without_its_values_is_missing(tmp_path):
     assert not _has(LogpStore(tmp_path), 0)
 
 
+def _fill_without_end(folder: Path, end: Connection) -> None:
+    store = LogpStore(folder)
+    for number in range(10**6):
+        _fill(store, [number])
+        end.send(number)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_process_that_is_killed_leaves_what_it_has_put(tmp_path):
-    script = (
-        "import sys; from pathlib import Path\n"
-        "from lit_dpo.references.store import LogpStore; from test_store import _fill\n"
-        "store = LogpStore(Path(sys.argv[1]))\n"
-        "for number in range(10**6): _fill(store, [number]); print(number, flush=True)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        for line in process.stdout:
-            if int(line) >= 50:
-                process.send_signal(signal.SIGKILL)
-                break
+    context, (here, there) = multiprocessing.get_context("fork"), multiprocessing.Pipe()
+    process = context.Process(target=_fill_without_end, args=(tmp_path, there))
+    process.start()
+    while here.recv() < 50:
+        pass
+    process.kill()
+    process.join()
     store = LogpStore(tmp_path)
     assert all(_has(store, number) for number in range(51))
     assert store.damaged == 0

@@ -2,6 +2,7 @@
 
 from lit_dpo.callbacks.completions import SampleCompletions
 from lit_dpo.callbacks.dynamics import TrainingDynamics
+from lit_dpo.callbacks.environment import RunEnvironment
 from lit_dpo.callbacks.export import AdapterExport
 from lit_dpo.callbacks.faults import FaultNotes
 from lit_dpo.callbacks.health import TrainingHealth
@@ -33,6 +34,7 @@ __all__ = [
     "PredictionWriter",
     "Quiet",
     "RewardHistograms",
+    "RunEnvironment",
     "RunLogger",
     "RunSummary",
     "SampleCompletions",

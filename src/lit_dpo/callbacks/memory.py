@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lit_dpo.callbacks.alone import alone
 from lit_dpo.logps.fields import Field
 from lit_dpo.memory import Lengths, StepMemory, estimate_step
+from lit_dpo.policy.sharding import mesh_of
 
 if TYPE_CHECKING:
     from lit_dpo.module import DPOModule
@@ -31,7 +32,8 @@ class MemoryEstimate(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Print the estimate; warn if it will not fit."""
         largest = getattr(trainer.train_dataloader, "largest_microbatches", None)
-        if largest is None or not trainer.is_global_zero:
+        # over a sharded base every rank makes the probes, which are the same on all, and the first one says what it saw
+        if largest is None or not (trainer.is_global_zero or mesh_of(pl_module.model)):
             return
         with alone("The estimate of a step's memory"):
             whole = pl_module.why_whole is not None
@@ -49,7 +51,7 @@ class MemoryEstimate(pl.Callback):
             room = _room(pl_module.device)
             rank_zero_info(f"a step needs about {step}" + (f"; the device has {room / 2**30:.2f} GiB" if room else ""))
             if room and step.total > room:
-                log.warning(_remedy(step, room, pl_module, one_pair=max(map(len, parts)) == 1))
+                rank_zero_only(log.warning)(_remedy(step, room, pl_module, one_pair=max(map(len, parts)) == 1))
 
 
 def _room(device: torch.device) -> int | None:
