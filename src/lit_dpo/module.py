@@ -24,6 +24,7 @@ from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.monitor import HealthMonitor
 from lit_dpo.callbacks.out_of_memory import OutOfMemory
+from lit_dpo.callbacks.own_directory import OwnDirectory
 from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.quiet import Quiet
 from lit_dpo.callbacks.resume import ExactResume
@@ -80,6 +81,7 @@ _Made = TypeVar("_Made")
 
 _BROUGHT = (
     Quiet,
+    OwnDirectory,
     FaultNotes,
     PassesTogether,
     ExactResume,
@@ -310,6 +312,9 @@ class DPOModule(pl.LightningModule):
         self.checked = True
         if self.trainer.is_global_zero:
             claim_versions(self._unnumbered)
+            for one in self.trainer.callbacks if self.trainer.state.fn == "fit" else ():
+                if isinstance(one, OwnDirectory):
+                    one.take(self.trainer)
 
     def training_step(self, batch: CompletionBatch, batch_idx: int) -> Tensor:
         """Return a batch's mean loss, before Lightning divides it for accumulation; see `Window` for its gradient."""

@@ -11,6 +11,7 @@ from lit_dpo.callbacks.last import LastCheckpoint
 from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.monitor import HealthMonitor
 from lit_dpo.callbacks.out_of_memory import OutOfMemory
+from lit_dpo.callbacks.own_directory import OwnDirectory
 from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.quiet import Quiet
 from lit_dpo.callbacks.resume import ExactResume
@@ -31,6 +32,7 @@ __all__ = [
     "MemoryEstimate",
     "OptimizerSteps",
     "OutOfMemory",
+    "OwnDirectory",
     "PassesTogether",
     "PredictionWriter",
     "Quiet",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -126,7 +127,7 @@ def find(name: str, given: argparse.Namespace, dtype: str | None = None) -> Trai
 def _of_run(folder: Path) -> Path:
     """Choose what a run's folder offers: the adapter of its end, or its last checkpoint."""
     adapters = sorted(one.parent for one in folder.glob(f"adapter*/{_ADAPTER}"))
-    checkpoints = sorted(folder.glob("checkpoints/*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+    checkpoints = sorted(folder.glob("checkpoints/*.ckpt"), key=_moment)
     last = [*checkpoints, *folder.glob("last.ckpt")]
     if not adapters and not last:
         held = ", ".join(sorted(one.name for one in folder.iterdir())[:12]) or "nothing"
@@ -267,6 +268,12 @@ def _config_near(path: Path) -> Path | None:
         if (folder / "config.yaml").is_file():
             return folder / "config.yaml"
     return None
+
+
+def _moment(checkpoint: Path) -> tuple[int, int]:
+    """When a checkpoint was made: by the step in its name, as clocks may be changed; then by its time."""
+    step = re.search(r"step=(\d+)", checkpoint.stem)
+    return int(step.group(1)) if step else -1, checkpoint.stat().st_mtime_ns
 
 
 # --- loading -------------------------------------------------------------------------------------------------------
