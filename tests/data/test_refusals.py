@@ -86,7 +86,7 @@ def test_a_stream_is_known_by_its_first_rows_and_a_row_beyond_its_end_is_none(to
     with pytest.raises(IndexError, match="it has none of the number 4"):
         one.preference("train", 4)
     bad = _streamed([*ROWS, "no row"], tokenizer_folder, on_bad_row="drop")
-    with pytest.raises(LookupError, match="Expected a row that is used but .*row 4 .* is not"):
+    with pytest.raises(LookupError, match=r"Expected a row that is used but .*row 4 .* is not"):
         bad.preference("train", 4)
 
 
@@ -106,7 +106,7 @@ def test_several_tables_are_no_rows():
 def test_a_split_without_data_is_named_by_its_option(tokenizer_folder):
     found = PreferenceDataModule(train=ROWS, tokenizer=tokenizer_folder)
     found.setup("fit")
-    with pytest.raises(LitDPOError, match="Expected `val` data but there are none: set `--data.val`"):
+    with pytest.raises(LitDPOError, match=r"Expected `val` data but there are none: set `--data.val`"):
         found.preference("val", 0)
     with pytest.raises(IndexError, match=r"Expected a row in \[0, 4\) but got 4"):
         found.preference("train", 4)
@@ -153,5 +153,5 @@ def test_shares_at_their_edges():
 
 
 def test_there_is_something_to_inspect(tokenizer_folder):
-    with pytest.raises(DataError, match="Expected training data to inspect: name a file with `--data.train`"):
+    with pytest.raises(DataError, match=r"Expected training data to inspect: name a file with `--data.train`"):
         examine({}, None, Comparing())

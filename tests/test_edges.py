@@ -1,0 +1,161 @@
+"""A value beyond its edge is refused by name, with what came; the value at the edge is taken."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+
+import pytest
+
+from lit_dpo import AdapterReference, EMAReference, LoRAPolicy, NoReference
+from lit_dpo.callbacks import HealthMonitor, LastCheckpoint, SampleCompletions, TrainingHealth
+from lit_dpo.callbacks.texts import prompts_of_file
+from lit_dpo.errors import AblationError, LitDPOError
+from lit_dpo.losses import MixtureLoss
+from lit_dpo.plan.cards import card
+from lit_dpo.references.base import Reference
+from lit_dpo.schedules import check_schedule
+from lit_dpo.shipped import fragment
+from lit_dpo.tools import audit, export, generate
+from lit_dpo.tools.ablate.axes import axis, from_file, typed
+from lit_dpo.tools.ablate.measuring import judge_of
+from lit_dpo.tools.measures.judges import RewardModelJudge
+from lit_dpo.tools.measures.statistics import t_cdf, t_quantile
+
+policy = functools.partial(LoRAPolicy, "x")
+typed_audit, typed_export = (
+    functools.partial(lambda main, *words: main(list(words)), one.main) for one in (audit, export)
+)
+
+
+def typed_generate(*words):
+    generate.main(["x", *words])
+
+
+REFUSED = {
+    "completions every 0 steps": (lambda: SampleCompletions(every_n_steps=0), "`every_n_steps` >= 1 but got 0"),
+    "completions every 0 epochs": (lambda: SampleCompletions(every_n_epochs=0), "`every_n_epochs` >= 1 but got 0"),
+    "completions of no prompt": (lambda: SampleCompletions(prompts=[]), r"`prompts` to be at least one but got \[\]"),
+    "health": (lambda: TrainingHealth("keep"), "`nonfinite` to be stop or skip but got 'keep'"),
+    "last, minutes": (lambda: LastCheckpoint(every_n_minutes=0.0), "`every_n_minutes` > 0 but got 0.0"),
+    "monitor, finding": (lambda: HealthMonitor(on_finding="x"), "`on_finding` to be warn or stop but got 'x'"),
+    "monitor, patience": (lambda: HealthMonitor(patience=0), "`patience` >= 1 but got 0"),
+    "monitor, rules": (lambda: HealthMonitor(ignore=["x"]), "`ignore` to name rules, of .*, but got 'x'"),
+    "mixture": (lambda: MixtureLoss(losses=[]), "`losses` to name at least one loss"),
+    "card": (lambda: card("abacus"), "`--plan` to be `here` or one of .*H100.*, but got 'abacus'|but got 'abacus'"),
+    "rank": (lambda: policy(r=0), "`r` >= 1.* but got r=0"),
+    "alpha": (lambda: policy(alpha=0), "`alpha` > 0 .* but got .*alpha=0"),
+    "dropout": (lambda: policy(dropout=1.0), r"`dropout` in \[0, 1\) but got .*dropout=1.0"),
+    "negative dropout": (lambda: policy(dropout=-0.1), r"`dropout` in \[0, 1\) but got .*dropout=-0.1"),
+    "choice": (lambda: policy(quantization="nf5"), "`quantization` among nf4, int8, none but got 'nf5'"),
+    "moving by 0": (lambda: EMAReference(0.0), r"`reference.alpha` in \(0, 1\] but got 0.0"),
+    "moving by more than all": (lambda: EMAReference(1.1), r"`reference.alpha` in \(0, 1\] but got 1.1"),
+    "moving every 0": (lambda: EMAReference(1.0, 0), "`reference.every` >= 1 but got 0"),
+    "warm-up": (lambda: check_schedule("linear", 1.1), r"`warmup_ratio` in \[0, 1\] but got 1.1"),
+    "cooling": (lambda: check_schedule("cosine", 0.0, 1.0), r"`min_lr_ratio` in \[0, 1\) but got 1.0"),
+    "fragment": (lambda: fragment("losses", "ipp"), "for losses but got 'ipp': did you mean ipo"),
+    "judge's batch": (lambda: RewardModelJudge("x", batch_size=0), "`judge.batch_size` >= 1 but got 0"),
+    "judge's length": (lambda: RewardModelJudge("x", max_length=0), "`judge.max_length` >= 1 but got 0"),
+    "no judge": (lambda: judge_of("my.own.judge"), "path of a function at `--judge` but got 'my.own.judge': No module"),
+    "judge that is none": (lambda: judge_of("math.pi"), "a function at `--judge` but math.pi is a float"),
+    "axis": (lambda: typed("beta="), "`--vary KEY=V1,V2` but got 'beta='"),
+    "axis without a name": (lambda: typed(" =1,2"), "`--vary KEY=V1,V2` but got ' =1,2'"),
+    "axis without values": (lambda: axis("beta", []), "Expected values of `beta` but got none"),
+    "degrees": (lambda: t_cdf(0.0, 0), "`degrees` >= 1 but got 0"),
+    "quantile 0": (lambda: t_quantile(0.0, 3), r"`share` in \(0, 1\) but got 0.0"),
+    "quantile 1": (lambda: t_quantile(1.0, 3), r"`share` in \(0, 1\) but got 1.0"),
+    "audit of nothing": (lambda: typed_audit("x", "--top", "0"), r"`--top` in \(0, 1\] but got 0"),
+    "audit of more than all": (lambda: typed_audit("x", "--top", "1.5"), r"`--top` in \(0, 1\] but got 1.5"),
+    "audit, examples": (lambda: typed_audit("x", "--examples", "-1"), "`--examples` >= 0 but got -1"),
+    "audit, weight": (lambda: typed_audit("x", "--hard-weight", "nan"), "`--hard-weight` >= 0 but got nan"),
+    "export, drift": (
+        lambda: typed_export("x", "y", "--merge", "--max_drift", "0"),
+        "`--max_drift` > 0 but got 0",
+    ),
+    "export, pairs": (
+        lambda: typed_export("x", "y", "--merge", "--probe_pairs", "0"),
+        "`--probe_pairs` >= 1 but got 0",
+    ),
+    "chat and a prompt": (lambda: typed_generate("--chat", "--prompt", "p"), "`--chat`, or prompts .* but got both"),
+    "nothing to complete": (lambda: typed_generate(), "what shall be completed"),
+    "a system message for texts": (
+        lambda: typed_generate("--prompt", "p", "--no-messages", "--system", "s"),
+        "`--system` is a message",
+    ),
+    **{
+        f"generate, {name}": (
+            lambda name=name, value=value: typed_generate("--prompt", "p", f"--{name}", value),
+            rf"`--{name}` .* but got {value}",
+        )
+        for name, value in {
+            "max_new_tokens": "0",
+            "temperature": "0.0",
+            "top_p": "1.5",
+            "top_k": "-1",
+            "repetition_penalty": "0.0",
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_value_beyond_its_edge_is_refused_with_its_name(name):
+    call, said = REFUSED[name]
+    with pytest.raises((LitDPOError, ValueError), match=said):
+        call()
+
+
+def test_a_value_at_its_edge_is_taken():
+    SampleCompletions(every_n_steps=1, every_n_epochs=1, prompts=1)
+    LastCheckpoint(every_n_steps=1, every_n_minutes=1e-9)
+    HealthMonitor(patience=1)
+    assert policy(r=1, alpha=1e-9, dropout=0.0).r == 1
+    assert EMAReference(1.0, 1).every == 1
+    for edge in (0.0, 1.0):
+        check_schedule("linear", edge)
+    check_schedule("cosine", 0.0, 0.0)
+    RewardModelJudge("x", batch_size=1, max_length=1)
+    assert t_cdf(0.0, 1) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("absent.txt", None, "to be a file of prompts but .*absent.txt: .*No such file"),
+        ("bytes.txt", b"\xff\xfe\x00", "to be a file of prompts but .*bytes.txt: .*utf-8"),
+        ("rows.jsonl", b'{"prompt": "a"}\n\n{"text": "b"}\n', r'Expected {"prompt": ...} in line 3 of .*rows.jsonl'),
+        ("list.json", b'["a"]\n', r'Expected {"prompt": ...} in line 1 of .*list.json'),
+        ("empty.jsonl", b'{"prompt": ""}\n', "Expected text, or a list of messages, as `prompt` in line 1 of"),
+    ],
+)
+def test_a_file_of_prompts_says_which_line_is_none(tmp_path, name, text, said):
+    if text is not None:
+        (tmp_path / name).write_bytes(text)
+    with pytest.raises(LitDPOError, match=said):
+        prompts_of_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["- beta", "beta: 0.1", "beta: [0.1", "\x00"])
+def test_a_file_of_axes_that_is_something_else_is_named(tmp_path, text):
+    (tmp_path / "axes.yaml").write_text(text)
+    with pytest.raises(AblationError, match=r"(Cannot read the axes in|Expected) .*axes.yaml"):
+        from_file(tmp_path / "axes.yaml")
+    with pytest.raises(AblationError, match=r"Cannot read the axes in .*none.yaml"):
+        from_file(Path(tmp_path / "none.yaml"))
+
+
+def test_a_reference_that_is_none_has_no_model_and_one_that_does_not_say_what_it_is_is_not_cached():
+    with pytest.raises(LitDPOError, match="NoReference has no model to run"):
+        NoReference().activated(None)
+    with pytest.raises(LitDPOError, match="does not say what its log-probs depend on"):
+        Reference.cache_identity(AdapterReference("x"), policy())
+
+
+def test_quantiles_and_shares_are_each_other_s_inverse():
+    for degrees in (1, 2, 3, 8, 31):
+        assert t_quantile(0.5, degrees) == pytest.approx(0.0, abs=1e-9)
+        for share in (0.001, 0.3, 0.975):
+            assert t_cdf(t_quantile(share, degrees), degrees) == pytest.approx(share, abs=1e-9)
+            assert t_quantile(share, degrees) == pytest.approx(-t_quantile(1 - share, degrees), rel=1e-6)
+    assert t_quantile(0.75, 1) == pytest.approx(math.tan(math.pi / 4), rel=1e-9)  # Cauchy's
