@@ -231,6 +231,7 @@ def _command(
 
 def _become(log: Path, variables: Mapping[str, str], cwd: Path | None) -> None:
     """Take over an environment, a directory, and a file for what is written; and default signals."""
+    multiprocessing.set_start_method(None, force=True)  # the system's, not that of this server
     os.environ.clear()
     os.environ.update(variables)
     if cwd is not None:
