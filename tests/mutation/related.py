@@ -37,6 +37,7 @@ _NEAR = {
     "data/encode": ["data/test_encode", "data/test_encode_rankings"],
     "data/encoding": ["data/test_encoding_costs", "data/test_encode"],
 }
+_SOME = "MixtureLoss or BCOLoss or TDPOLoss or SimPOLoss or LiPOLoss or test_loss_inputs"
 _HEAVY = "not two_processes and not signal_saves and not on_two"
 
 
@@ -45,7 +46,8 @@ def related(module: Path, *, wide: bool) -> list[list[str]]:
     room, name = module.parts[0], module.stem
     key = f"{room}/{name}"
     own = {"metrics": "metrics/test_preference", "checkpoint": "test_checkpoint"}.get(room, f"{room}/test_{name}")
-    sessions = [[*_there(own, *_NEAR.get(key, [])), "-k", _HEAVY]]
+    some = _SOME if key in ("losses/__init__", "losses/checks", "losses/base") else _HEAVY
+    sessions = [[*_there(own, *_NEAR.get(key, [])), "-k", some]]
     if room == "losses" and key not in _NEAR:
         *_, kind = re.findall(r"^class (\w+Loss)\(", (ROOT / "src" / "lit_dpo" / module).read_text(), re.MULTILINE)
         sessions.append(["tests/losses/test_contract.py", "-k", kind])
