@@ -12,7 +12,7 @@ from lit_dpo import AdapterReference, EMAReference, LoRAPolicy, NoReference
 from lit_dpo.callbacks import HealthMonitor, LastCheckpoint, SampleCompletions, TrainingHealth
 from lit_dpo.callbacks.texts import prompts_of_file
 from lit_dpo.errors import AblationError, LitDPOError
-from lit_dpo.losses import MixtureLoss
+from lit_dpo.losses import MixtureLoss, checks
 from lit_dpo.plan.cards import card
 from lit_dpo.references.base import Reference
 from lit_dpo.schedules import check_schedule
@@ -117,6 +117,27 @@ def test_a_value_at_its_edge_is_taken():
     check_schedule("cosine", 0.0, 0.0)
     RewardModelJudge("x", batch_size=1, max_length=1)
     assert t_cdf(0.0, 1) == 0.5
+
+
+def _taken(check, *given) -> bool:
+    try:
+        check("beta", *given)
+    except ValueError as error:
+        assert str(error).startswith("Expected `beta` ")  # noqa: PT017 - it may be taken
+        return False
+    return True
+
+
+def test_the_checks_of_a_loss_take_the_ends_that_they_name():
+    for interval, ends in {"[0, 1]": {0, 1}, "(0, 1)": set(), "[0, 1)": {0}, "(0, 1]": {1}}.items():
+        for value in (0, 1, 0.5, -1e-9, 1 + 1e-9, math.nan, math.inf, True, "0.5", None):
+            assert _taken(checks.in_range, value, interval) == (type(value) is not bool and value in {0.5, *ends})
+    values = (-1e-9, 0, 1e-9, 1, math.inf, math.nan, False)
+    assert [_taken(checks.positive, one) for one in values] == [False, False, True, True, False, False, False]
+    assert [_taken(checks.not_negative, one) for one in values] == [False, True, True, True, False, False, False]
+    assert [_taken(checks.whole, one, 2) for one in (1, 2, 3, 2.0, True)] == [False, True, True, False, False]
+    assert [_taken(checks.one_of, one, "log", "linear") for one in ("log", "linear", "ln")] == [True, True, False]
+    assert [_taken(checks.flag, one) for one in (True, False, 1, "true")] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
