@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
+import re
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
-from lit_dpo import AdapterReference, EMAReference, LoRAPolicy, NoReference
+from lit_dpo import AdapterReference, DPOModule, EMAReference, LoRAPolicy, NoReference
 from lit_dpo.callbacks import HealthMonitor, LastCheckpoint, SampleCompletions, TrainingHealth
 from lit_dpo.callbacks.texts import prompts_of_file
 from lit_dpo.errors import AblationError, LitDPOError
@@ -18,10 +22,15 @@ from lit_dpo.references.base import Reference
 from lit_dpo.schedules import check_schedule
 from lit_dpo.shipped import fragment
 from lit_dpo.tools import audit, export, generate
+from lit_dpo.tools.ablate import run as run_once
+from lit_dpo.tools.ablate import running
 from lit_dpo.tools.ablate.axes import axis, from_file, typed
 from lit_dpo.tools.ablate.measuring import judge_of
+from lit_dpo.tools.ablate.records import Layout
+from lit_dpo.tools.generate.prompts import read_prompts
 from lit_dpo.tools.measures.judges import RewardModelJudge
 from lit_dpo.tools.measures.statistics import t_cdf, t_quantile
+from training import data, module, trainer
 
 policy = functools.partial(LoRAPolicy, "x")
 typed_audit, typed_export = (
@@ -180,3 +189,86 @@ def test_quantiles_and_shares_are_each_other_s_inverse():
             assert t_cdf(t_quantile(share, degrees), degrees) == pytest.approx(share, abs=1e-9)
             assert t_quantile(share, degrees) == pytest.approx(-t_quantile(1 - share, degrees), rel=1e-6)
     assert t_quantile(0.75, 1) == pytest.approx(math.tan(math.pi / 4), rel=1e-9)  # Cauchy's
+
+
+# ---- what only a run or a file shows ----
+
+
+class HalfOptimized(DPOModule):
+    """Its optimizer has the adapters of one layer."""
+
+    def configure_optimizers(self):
+        own = [p for name, p in self.model.named_parameters() if p.requires_grad and "layers.0" in name]
+        return torch.optim.SGD(own, lr=0.1)
+
+
+class Unfrozen(DPOModule):
+    """A part of the base trains too."""
+
+    def configure_model(self):
+        super().configure_model()
+        self.model.get_base_model().lm_head.weight.requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (HalfOptimized, r"the optimizer of `configure_optimizers` to have every adapter but not .*layers\.1\."),
+        (Unfrozen, r"only adapters to train but these do too: .*lm_head\.weight"),
+    ],
+)
+def test_what_trains_is_every_adapter_and_nothing_else(tiny_model, pairs_file, tmp_path, kind, said):
+    with pytest.raises(LitDPOError, match=said):
+        trainer(tmp_path).fit(module(tiny_model, kind=kind), data(pairs_file))
+
+
+def test_completions_of_a_loader_need_prompts_of_their_own(tiny_model, pairs_file, tmp_path):
+    source = data(pairs_file, tokenizer=str(tiny_model))
+    source.setup("fit")
+    run = trainer(tmp_path, callbacks=[SampleCompletions()])
+    with pytest.raises(LitDPOError, match="takes its prompts from a PreferenceDataModule"):
+        run.fit(module(tiny_model), source.train_dataloader())
+
+
+@pytest.mark.parametrize(
+    ("attention", "said"),
+    [("flat", "Expected `attention` among auto, pairs, eager, .*sdpa.* but got 'flat'"),
+     ("flash_attention_2", "needs the flash_attn or the kernels package")],
+)  # fmt: skip
+def test_an_attention_that_is_not_there_is_said_before_weights_load(tiny_model, attention, said):
+    if attention != "flat" and (find_spec("flash_attn") or find_spec("kernels")):
+        pytest.skip("the package is here")
+    with pytest.raises(LitDPOError, match=said):
+        LoRAPolicy(str(tiny_model), attention=attention).check_model(weights=False)
+
+
+def test_a_folder_without_a_tokenizer_or_a_configuration_is_named(tiny_model, tmp_path):
+    for name, call in (("tokenizer*", "load_tokenizer"), ("config.json", "check_model")):
+        folder = shutil.copytree(tiny_model, tmp_path / call)
+        for file in folder.glob(name):
+            file.unlink()
+        with pytest.raises(LitDPOError, match=re.escape(str(folder))):
+            getattr(LoRAPolicy(str(folder)), call)()
+
+
+def test_a_text_file_that_is_no_text_or_empty_gives_no_prompts(tmp_path):
+    for name, content in (("bytes.txt", b"\xff\xfe"), ("empty.txt", b"\n \n")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(LitDPOError, match=rf"Expected .*{name}"):
+            read_prompts(str(tmp_path / name))
+
+
+def test_a_new_run_has_a_new_folder(tmp_path):
+    (tmp_path / "there").touch()
+    with pytest.raises(AblationError, match=r"Expected a new folder for the run but .* holds files"):
+        run_once({}, tmp_path)
+
+
+def test_two_ablations_do_not_work_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "_PATIENCE", 0.3)
+    layout = Layout(tmp_path)
+    with running._locked(layout), pytest.raises(AblationError, match="Another ablation is at work in"):  # noqa: SIM117
+        with running._locked(layout):
+            pass
+    with running._locked(layout):
+        pass
