@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 import shutil
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_dpo import AdapterReference, DPOModule, EMAReference, LoRAPolicy, NoReference
 from lit_dpo.callbacks import HealthMonitor, LastCheckpoint, SampleCompletions, TrainingHealth
 from lit_dpo.callbacks.texts import prompts_of_file
+from lit_dpo.cli import main
 from lit_dpo.errors import AblationError, LitDPOError
 from lit_dpo.losses import MixtureLoss, checks
 from lit_dpo.plan.cards import card
@@ -25,11 +28,13 @@ from lit_dpo.tools import audit, export, generate
 from lit_dpo.tools.ablate import run as run_once
 from lit_dpo.tools.ablate import running
 from lit_dpo.tools.ablate.axes import axis, from_file, typed
+from lit_dpo.tools.ablate.configuring import check_places
 from lit_dpo.tools.ablate.measuring import judge_of
 from lit_dpo.tools.ablate.records import Layout
-from lit_dpo.tools.generate.prompts import read_prompts
+from lit_dpo.tools.generate.prompts import Prompt, encode, read_prompts
 from lit_dpo.tools.measures.judges import RewardModelJudge
 from lit_dpo.tools.measures.statistics import t_cdf, t_quantile
+from toy_tokenizers import byte_level
 from training import data, module, trainer
 
 policy = functools.partial(LoRAPolicy, "x")
@@ -272,3 +277,40 @@ def test_two_ablations_do_not_work_in_one_folder(tmp_path, monkeypatch):
             pass
     with running._locked(layout):
         pass
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["inspect"], "to inspect but got"), (["fit", "--plan"], "to plan with but got")]
+)
+def test_other_data_are_named_where_ours_are_needed(tiny_model, tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    kind = "lightning.pytorch.demos.boring_classes.BoringDataModule"
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, f"--model.policy.model={tiny_model}", "--model.policy.quantization=none", f"--data={kind}"])
+    assert stopped.value.code == 1
+    assert f"Expected a PreferenceDataModule {said} but got BoringDataModule" in capsys.readouterr().err
+
+
+def test_a_template_that_refuses_a_prompt_and_a_row_that_is_none_say_why(tmp_path):
+    refuses = byte_level(chat_template="{{ raise_exception('no ' + messages[0]['role']) }}")
+    with pytest.raises(LitDPOError, match=r"The chat template refuses the conversation: .*no user"):
+        encode(refuses, Prompt([{"role": "user", "content": "q"}]), {})
+    with pytest.raises(LitDPOError, match="Expected a prompt of at least one token but '' has none"):
+        encode(byte_level(), Prompt(""), {})
+    file = tmp_path / "rows.jsonl"
+    rows = [{"question": question, "chosen": "c", "rejected": "r"} for question in ("a", "b", None)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    assert [one.asked for one in read_prompts(str(file))] == ["a", "b"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(LitDPOError, match=r"rows\.jsonl, row 2 \(from 0\): "):
+        read_prompts(str(file))
+
+
+@pytest.mark.parametrize(
+    ("callback", "option"),
+    [(ModelCheckpoint(dirpath="x"), "dirpath"), (LastCheckpoint(directory="x"), "directory")],
+)
+def test_runs_of_an_ablation_do_not_write_into_one_folder(callback, option):
+    check_places([ModelCheckpoint(), LastCheckpoint()])
+    with pytest.raises(AblationError, match=f"Expected no `{option}` for .* all runs would write there"):
+        check_places([callback])

@@ -16,7 +16,7 @@ _ENCODED = ("encode", "encode_rankings", "encoding_costs", "properties", "cuts",
 _WIDE = {
     "losses": ["losses/test_contract", "losses/test_lists", "test_loss_inputs", "test_rankings"],
     "logps": [*(f"logps/test_{one}" for one in _LOGPS), "losses/test_contract", "test_loss_inputs", "test_module"],
-    "references": [*(f"references/test_{one}" for one in _REFERENCES), "test_module", "test_stops"],
+    "references": [*(f"references/test_{one}" for one in _REFERENCES), "policy/test_held", "test_module", "test_stops"],
     "metrics": ["test_ends", "test_rankings", "test_module", "test_lightning", "callbacks/test_callbacks_monitor"],
     "data": [*(f"data/test_{one}" for one in _ENCODED), "data/test_datamodule", "data/test_other_models"],
     "checkpoint": ["test_checkpoint", "test_stops", "test_ends", "test_lightning", "test_fork"],
