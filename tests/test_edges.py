@@ -280,7 +280,7 @@ def test_two_ablations_do_not_work_in_one_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(["inspect"], "to inspect but got"), (["fit", "--plan"], "to plan with but got")]
+    ("words", "said"), [(["inspect"], "to inspect"), (["fit", "--trainer.max_epochs=1", "--plan"], "to plan with")]
 )
 def test_other_data_are_named_where_ours_are_needed(tiny_model, tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)

@@ -33,7 +33,7 @@ _NEAR = {
     "logps/model_head": ["logps/test_head"],
     "logps/score": ["logps/test_flat_row", "logps/test_training_mode", "logps/test_probe"],
     "references/base": ["references/test_references"],
-    "references/adapter": ["references/test_references"],
+    "references/adapter": ["references/test_references", "policy/test_held"],
     "data/encode": ["data/test_encode", "data/test_encode_rankings"],
     "data/encoding": ["data/test_encoding_costs", "data/test_encode"],
 }
@@ -47,7 +47,7 @@ def related(module: Path, *, wide: bool) -> list[list[str]]:
     key = f"{room}/{name}"
     own = {"metrics": "metrics/test_preference", "checkpoint": "test_checkpoint"}.get(room, f"{room}/test_{name}")
     some = _SOME if key in ("losses/__init__", "losses/checks", "losses/base") else _HEAVY
-    sessions = [[*_there(own, *_NEAR.get(key, [])), "-k", some]]
+    sessions = [[*(_there(own, *_NEAR.get(key, [])) or _there(*_WIDE[room])), "-k", some]]
     if room == "losses" and key not in _NEAR:
         *_, kind = re.findall(r"^class (\w+Loss)\(", (ROOT / "src" / "lit_dpo" / module).read_text(), re.MULTILINE)
         sessions.append(["tests/losses/test_contract.py", "-k", kind])
