@@ -14,10 +14,10 @@ _LOGPS = (
 _REFERENCES = ("references", "cache", "store", "ema", "model")
 _ENCODED = ("encode", "encode_rankings", "encoding_costs", "properties", "cuts", "tool_calls", "prompt_parts")
 _WIDE = {
-    "losses": ["losses/test_contract", "losses/test_lists", "test_loss_inputs", "test_rankings"],
+    "losses": ["test_edges", "losses/test_contract", "losses/test_lists", "test_loss_inputs", "test_rankings"],
     "logps": [*(f"logps/test_{one}" for one in _LOGPS), "losses/test_contract", "test_loss_inputs", "test_module"],
     "references": [*(f"references/test_{one}" for one in _REFERENCES), "policy/test_held", "test_module", "test_stops"],
-    "metrics": ["test_ends", "test_rankings", "test_module", "test_lightning", "callbacks/test_callbacks_monitor"],
+    "metrics": ["test_ends", "test_rankings", "callbacks/test_callbacks_monitor", "test_lightning", "test_module"],
     "data": [*(f"data/test_{one}" for one in _ENCODED), "data/test_datamodule", "data/test_other_models"],
     "checkpoint": ["test_checkpoint", "test_stops", "test_ends", "test_lightning", "test_fork"],
 }
@@ -51,7 +51,7 @@ def related(module: Path, *, wide: bool) -> list[list[str]]:
     if room == "losses" and key not in _NEAR:
         *_, kind = re.findall(r"^class (\w+Loss)\(", (ROOT / "src" / "lit_dpo" / module).read_text(), re.MULTILINE)
         sessions.append(["tests/losses/test_contract.py", "-k", kind])
-    return [[*_there(*_WIDE[room]), "-k", _HEAVY]] if wide else sessions
+    return [*sessions, [*_there(*_WIDE[room]), "-k", _HEAVY]] if wide else sessions
 
 
 def _there(*files: str) -> list[str]:
