@@ -35,6 +35,7 @@ _NEAR = {
     "references/base": ["references/test_references"],
     "references/adapter": ["references/test_references", "policy/test_held"],
     "data/encode": ["data/test_encode", "data/test_encode_rankings"],
+    "data/truncation": ["data/test_encode"],
     "data/encoding": ["data/test_encoding_costs", "data/test_encode"],
 }
 _SOME = "MixtureLoss or BCOLoss or TDPOLoss or SimPOLoss or LiPOLoss or test_loss_inputs"
