@@ -222,6 +222,7 @@ def _command(
 
 def _become(log: Path, variables: Mapping[str, str], cwd: Path | None) -> None:
     """Take over an environment, a directory, and a file for what is written; and default signals."""
+    multiprocessing.set_start_method(None, force=True)  # else workers of a loader would be forked from a server too
     os.environ.clear()
     os.environ.update(variables)
     if cwd is not None:

@@ -20,6 +20,7 @@ import stops
         ("sigint", 1, (8,)),
         ("killed", 1, (4, 6)),  # before a row and a validation that are due; at the end of an epoch
         ("killed", 4, (1, 5, 6)),
+        ("killed at the end", 1, (6, 12)),  # of an epoch whose last row is still to come; of the run
     ],
 )
 def test_a_stopped_run_goes_on_to_the_bit(tiny_model, pairs_file, way, accumulate, batches):

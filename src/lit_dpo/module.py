@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from lit_dpo.callbacks.export import AdapterExport, claim_versions, unnumbered
+from lit_dpo.callbacks.export import AdapterExport, claim_versions, clear_runs, unnumbered
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.monitor import HealthMonitor
@@ -280,6 +280,7 @@ class DPOModule(pl.LightningModule):
         self.checked = True
         if self.trainer.is_global_zero:
             claim_versions(self._unnumbered)
+            clear_runs(self.trainer)
 
     def training_step(self, batch: CompletionBatch, batch_idx: int) -> Tensor:
         """Return a batch's mean loss, before Lightning divides it for accumulation; see `Window` for its gradient."""

@@ -52,8 +52,6 @@ def main(args: Sequence[str]) -> None:
         else:
             write_adapter(found, tokenizer, fresh, device)
         write_card(fresh, found, data, certificate)
-        for weights in fresh.glob("*.safetensors"):  # which come readable for their owner alone
-            weights.chmod((fresh / "README.md").stat().st_mode)
     if certificate is not None:
         print(table(certificate))
         _say_turned(certificate)
