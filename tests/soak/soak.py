@@ -264,13 +264,18 @@ class Soak:
             wrong.append(f"{lost} steps were lost")
         if not wrong:
             compare = checks.differences if case.command == "fit" else _tools(case.command)
-            wrong += compare(whole.folder, root)
+            try:
+                wrong += compare(whole.folder, root)
+            except (OSError, ValueError, KeyError) as error:
+                wrong.append(f"{type(error).__name__}: {error}")
             wrong += [f"left over: {name}" for name in checks.leftovers(root)]
         return Outcome(case, tuple(hit), tuple(statuses), lost, left, traced, tuple(wrong))
 
     def _keep(self, case: Case, ended: Ended) -> None:
         with (self.work / f"case-{case.number}.log").open("a") as file:
-            file.write(f"==== {case}\n---- {ended.statuses} {ended.what} {ended.seconds:.1f} s\n{ended.output}\n")
+            file.write(
+                f"==== {case}\n---- {ended.statuses} {ended.what} {ended.moments} moments, {ended.seconds:.1f} s\n{ended.output}\n"
+            )
 
 
 def _tools(command: str) -> Any:
@@ -361,6 +366,16 @@ def table(outcomes: Sequence[Outcome], seed: int) -> str:
     return "\n".join([said, "", *lines, ""])
 
 
+def _read(file: Path) -> list[Outcome]:
+    """What was done before, of the same seed."""
+    found = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        (number, command, config, given), hit, statuses, lost, left, traceback, wrong = json.loads(line)
+        case = Case(number, command, config, tuple(Fault(*one) for one in given))
+        found.append(Outcome(case, tuple(hit), tuple(statuses), lost, left, traceback, tuple(wrong)))
+    return found
+
+
 def all_cases(soak: Soak, seed: int) -> Iterator[Case]:
     """Without an end."""
     boards = {name for name, one in soak.configs.items() if one.board}
@@ -384,22 +399,26 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("table.md"))
-    parser.add_argument("--work", type=Path, default=Path("soak-work"))
+    parser.add_argument("--work", type=Path, default=Path("soak-work"), help="what was done in it before counts")
     parser.add_argument("--only", type=int, nargs="*", help="these cases alone; their folders are kept")
-    parser.add_argument("--start", type=int, default=0, help="from this case on")
     given = parser.parse_args()
     with _quiet_server():
         os.environ["HF_HOME"] = str((given.work / "hf").absolute())
         soak = Soak(given.work.absolute())
-        outcomes: list[Outcome] = []
+        kept = given.work / f"outcomes-{given.seed}.jsonl"
+        outcomes = [] if given.only else _read(kept)
+        done = {one.case.number for one in outcomes}
         for case in all_cases(soak, given.seed):
-            if case.number < given.start or (given.only is not None and case.number not in given.only):
-                if given.only is not None and case.number > max(given.only):
-                    break
+            if given.only and case.number > max(given.only):
+                break
+            if case.number in done or (given.only and case.number not in given.only):
                 continue
             began = time.monotonic()
-            one = soak.do(case, keep=given.only is not None)
+            one = soak.do(case, keep=bool(given.only))
             outcomes.append(one)
+            if not given.only:
+                with kept.open("a") as file:
+                    file.write(json.dumps(one) + "\n")
             said = "equal" if not one.wrong else "; ".join(one.wrong)
             print(
                 f"{case.number:4} {case.config:26} {' / '.join(one.hit) or 'too late'} -> {one.statuses} lost {one.lost}"
@@ -407,7 +426,7 @@ def main() -> None:
                 flush=True,
             )
             given.out.write_text(table(outcomes, given.seed))
-            if sum(len(done.hit) for done in outcomes) >= given.kills:
+            if sum(len(one.hit) for one in outcomes) >= given.kills:
                 break
 
 

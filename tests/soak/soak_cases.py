@@ -148,7 +148,7 @@ def drawn(seed: int, number: int, names: list[str], boards: set[str], ranks: set
     command = random_.choices(("fit", "ablate", "inspect", "export"), (78, 6, 8, 8))[0]
     config = random_.choice(names) if command == "fit" else command
     faults = []
-    for _ in range(random_.choices((1, 2), (3, 1))[0]):
+    for _ in range(random_.choices((1, 2, 3), (2, 2, 1))[0]):
         weights = (5, 2, 2, 2, 0 if config in boards or command == "ablate" else 2)
         name = random_.choices(("SIGKILL", "SIGTERM", "SIGINT", "full", "read-only"), weights)[0]
         by = random_.choices(("writes", "seconds"), (2, 1))[0]

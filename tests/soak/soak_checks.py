@@ -30,15 +30,14 @@ def files(root: Path) -> Iterator[Path]:
 
 
 def leftovers(root: Path) -> list[str]:
-    """Names of what is temporary: ours, and whatever looks like somebody's."""
+    """Names of what is temporary: ours, and whatever looks like somebody's.
+
+    But for the folders `pymp-…`, which Python makes for the workers of a loader in the system's own place for them.
+    """
     found = []
     for path in root.rglob("*"):
         name = path.name
-        if (
-            TEMPORARY.match(name)
-            or name.startswith(("tmp", "pymp-"))
-            or name.endswith((".tmp", ".part", ".incomplete"))
-        ):
+        if TEMPORARY.match(name) or name.startswith("tmp") or name.endswith((".tmp", ".part", ".incomplete")):
             found.append(str(path.relative_to(root)))
     return sorted(found)
 
@@ -105,8 +104,14 @@ def _weights(straight: Path, resumed: Path) -> list[str]:
     one, two = (torch.load(file, weights_only=True) for file in (whole, other))
     keys = ("global_step", "epoch", "state_dict", "optimizer_states", "lr_schedulers")
     found = [f"last.ckpt: {key}" for key in keys if not same(one[key], two[key])]
-    adapters = [_adapter(file.parent / "adapter") for file in (whole, other)]
+    adapters = [_exported(folder) for folder in (straight, resumed)]
     return [*found, *([] if same(*adapters) else ["the adapter"])]
+
+
+def _exported(root: Path) -> dict[str, torch.Tensor]:
+    """The adapter of the last run that wrote one: a kill may come after all steps, and right before it."""
+    found = [run / "adapter" for run in _versions(root) if (run / "adapter" / "adapter_model.safetensors").exists()]
+    return _adapter(found[-1]) if found else {}
 
 
 def _adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -202,7 +207,7 @@ def _ablations(one: Path, two: Path) -> list[str]:
     import pyarrow.parquet as pq
 
     found = []
-    for name in ("pairs.parquet", "pairs.csv", "comparisons.csv", "arms.csv"):
+    for name in ("pairs.parquet", "pairs.csv", "comparisons.csv"):  # others hold seconds
         if (one / name).read_bytes() != (two / name).read_bytes():
             found.append(f"another {name}")
     for folder in sorted((one / "runs").iterdir()):

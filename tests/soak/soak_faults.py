@@ -25,7 +25,7 @@ PROGRESS = "SOAK_PROGRESS"
 _CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND
 _REMOUNT, _READ_ONLY = 32, 1
-_libc = ctypes.CDLL(None, use_errno=True)
+libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Steps(pl.Callback):
@@ -93,6 +93,7 @@ def arm(root: str, counts: str, at: int | None, fault: str | None, rest: bool = 
                 os.pwrite(number, f"{seen:8}\n".encode(), 0)
                 if at is not None and seen >= at and not done:
                     os.pwrite(number, f"{event} {path.removeprefix(root)}\n".encode(), 9)
+                    done = True  # before: Python's own handler of Ctrl-C raises here
                     done = strike(fault or "", root, rest=rest)
             finally:
                 inside = False
@@ -147,7 +148,7 @@ def fill(disk: Path) -> None:
 def read_only(disk: Path, *, on: bool = True) -> bool:
     """Make a disk read-only, or not so any more; False while a file on it is open to be written."""
     flags = _REMOUNT | (_READ_ONLY if on else 0)
-    if _libc.mount(None, os.fsencode(disk), None, flags, None) == 0:
+    if libc.mount(None, os.fsencode(disk), None, flags, None) == 0:
         return True
     if ctypes.get_errno() == errno.EBUSY:
         return False
@@ -164,12 +165,12 @@ def mend(disk: Path) -> None:
 def own_disk(at: Path, size: str) -> Iterator[Path]:
     """A small file system in memory. Needs to be root."""
     at.mkdir(parents=True, exist_ok=True)
-    if _libc.mount(b"tmpfs", os.fsencode(at), b"tmpfs", 0, f"size={size}".encode()):
+    if libc.mount(b"tmpfs", os.fsencode(at), b"tmpfs", 0, f"size={size}".encode()):
         raise OSError(ctypes.get_errno(), "mount", str(at))
     try:
         yield at
     finally:
         for _ in range(50):
-            if _libc.umount2(os.fsencode(at), 2) == 0:  # as soon as nobody is in it
+            if libc.umount2(os.fsencode(at), 2) == 0:  # as soon as nobody is in it
                 break
             time.sleep(0.1)

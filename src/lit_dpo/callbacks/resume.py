@@ -170,8 +170,7 @@ class ExactResume(pl.Callback):
         self._ended = True
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
-        """Write the row of a run that had ended but for it, and leave the last link with its folder."""
-        self._continue(trainer, pl_module)
+        """Leave the last link with its folder."""
         _link_folders(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
