@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from lit_dpo import tools
 from lit_dpo.commands import COMMANDS, TOOLS, first_settings, overview
-from lit_dpo.errors import LitDPOError
+from lit_dpo.errors import LitDPOError, explanation
 from lit_dpo.names import did_you_mean, nearest
 from lit_dpo.writing import refusal
 
@@ -57,10 +57,11 @@ def main(args: Sequence[str] | None = None) -> None:
             raise SystemExit(128 + signal.SIGINT) from None
         raise
     except Exception as error:
-        if not (said := refusal(error)):  # of a disk, wherever it came up: in a logger, or in a library's cache
+        # of a library, about something outside that a callback has put into words; of a disk, wherever it came up
+        if not (said := explanation(error) or refusal(error)):
             raise
         sys.stderr.write(f"lit-dpo: error: {said}\n")
-        raise SystemExit(1) from error
+        raise SystemExit(1) from None
 
 
 def _run(given: list[str], from_shell: bool) -> None:

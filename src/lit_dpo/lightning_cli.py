@@ -143,16 +143,27 @@ class LitDPOCLI(LightningCLI):
                 help="Say what the run needs, memory and hours, instead of running it; no weights are read. For "
                 "`here`, or a GPU by name, such as H100 or RTX-4090.",
             )
+            parser.add_argument(
+                "--plan_network",
+                type=float,
+                default=argparse.SUPPRESS,
+                help="With `--plan GPU` and several nodes: 10^9 bits a second of each GPU's own port to other nodes "
+                "(400 if not said; a node's one port, divided by its GPUs).",
+            )
         return parser
 
     def fit(self, **arguments: Any) -> None:
         """Train, or say what that would need."""
-        if (device := self.config["fit"].get("plan")) is None:
+        config = self.config["fit"]
+        network = {"network": config["plan_network"]} if "plan_network" in config else {}
+        if (device := config.get("plan")) is None:
+            if network:
+                raise TrainingError("`--plan_network` says something to `--plan`, which was not given. Leave it out.")
             self.trainer.fit(**arguments)
             return
         from lit_dpo.plan import plan
 
-        print(plan(self.model, self.datamodule, self.trainer, device))
+        print(plan(self.model, self.datamodule, self.trainer, device, **network))
 
     def _parse_ckpt_path(self) -> None:
         """Only see that the file is there: upstream parses its hyper-parameters over what was typed.
@@ -207,7 +218,15 @@ class LitDPOCLI(LightningCLI):
         if config.get("logger") is not False and not config.get("barebones"):
             own = (kind for kind in (LearningRate, Throughput) if not any(isinstance(c, kind) for c in callbacks))
             callbacks = [*(kind() for kind in own), *callbacks]  # a checkpoint of a step has their part of its row
-        return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks})
+        return super().instantiate_trainer(**{**kwargs, **self._elsewhere(config), "callbacks": callbacks})
+
+    def _elsewhere(self, config: Any) -> dict[str, Any]:
+        """Give what makes the trainer of a plan for machines that are not here."""
+        if self.config[self.subcommand].get("plan", "here") == "here":
+            return {}
+        from lit_dpo.plan import elsewhere
+
+        return elsewhere.settings(config)
 
 
 def _help_asked(typed: list[str]) -> list[str] | None:

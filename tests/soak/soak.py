@@ -26,6 +26,7 @@ import soak_cases as cases  # noqa: E402
 import soak_checks as checks  # noqa: E402
 import soak_faults as faults  # noqa: E402
 from soak_cases import Case, Config, Fault  # noqa: E402
+from soak_table import Outcome, read, table  # noqa: E402
 
 import ranks as processes  # noqa: E402
 
@@ -55,21 +56,6 @@ class Straight(NamedTuple):
     moments: int
     seconds: float
     files: int
-
-
-class Outcome(NamedTuple):
-    """Of a case."""
-
-    case: Case
-    hit: tuple[str, ...]
-    """Where each fault was; empty for one that came too late."""
-    statuses: tuple[int, ...]
-    lost: int
-    """Most optimizer steps that were made twice."""
-    left: int
-    """Temporary files that there were right after a fault."""
-    traceback: bool
-    wrong: tuple[str, ...]
 
 
 class Soak:
@@ -272,10 +258,9 @@ class Soak:
         return Outcome(case, tuple(hit), tuple(statuses), lost, left, traced, tuple(wrong))
 
     def _keep(self, case: Case, ended: Ended) -> None:
+        head = f"==== {case}\n---- {ended.statuses} {ended.what} {ended.moments} moments, {ended.seconds:.1f} s"
         with (self.work / f"case-{case.number}.log").open("a") as file:
-            file.write(
-                f"==== {case}\n---- {ended.statuses} {ended.what} {ended.moments} moments, {ended.seconds:.1f} s\n{ended.output}\n"
-            )
+            file.write(f"{head}\n{ended.output}\n")
 
 
 def _tools(command: str) -> Any:
@@ -332,50 +317,6 @@ def _said(output: str) -> str:
     return " | ".join(line for line in output.splitlines() if line.strip())[-300:]
 
 
-# ---- the table ----
-
-
-def table(outcomes: Sequence[Outcome], seed: int) -> str:
-    """Markdown: what happened, how often, and what was lost."""
-    lines = [
-        "| fault | command | how often | moments: writing, otherwise | steps lost, at most | other than the straight run |"
-    ]
-    lines.append("|---|---|---|---|---|---|")
-    groups: dict[tuple[str, str], list[tuple[Outcome, str]]] = {}
-    for one in outcomes:
-        for hit in one.hit:
-            groups.setdefault((hit.split()[0], one.case.command), []).append((one, hit))
-    order = {name: place for place, name in enumerate(faults.FAULTS)}
-    for (fault, command), found in sorted(groups.items(), key=lambda item: (order[item[0][0]], item[0][1])):
-        writing = sum("os." in hit or "open " in hit for _, hit in found)
-        lost = max(one.lost for one, _ in found)
-        wrong = sum(bool(one.wrong) for one, _ in found)
-        lines.append(f"| {fault} | `{command}` | {len(found)} | {writing}, {len(found) - writing} | {lost} | {wrong} |")
-    count = sum(len(one.hit) for one in outcomes)
-    wrong = sum(bool(one.wrong) for one in outcomes)
-    said = (
-        f"{count} faults in {len(outcomes)} cases of seed {seed}; {wrong} cases ended otherwise than the straight run."
-    )
-    configs: dict[str, list[Outcome]] = {}
-    for one in outcomes:
-        configs.setdefault(one.case.config, []).append(one)
-    lines += ["", "| configuration | faults | equal, to the bit |", "|---|---|---|"]
-    for name, found_ in sorted(configs.items()):
-        faults_ = sum(len(one.hit) for one in found_)
-        lines.append(f"| {name} | {faults_} | {sum(not one.wrong for one in found_)} of {len(found_)} |")
-    return "\n".join([said, "", *lines, ""])
-
-
-def _read(file: Path) -> list[Outcome]:
-    """What was done before, of the same seed."""
-    found = []
-    for line in file.read_text().splitlines() if file.exists() else ():
-        (number, command, config, given), hit, statuses, lost, left, traceback, wrong = json.loads(line)
-        case = Case(number, command, config, tuple(Fault(*one) for one in given))
-        found.append(Outcome(case, tuple(hit), tuple(statuses), lost, left, traceback, tuple(wrong)))
-    return found
-
-
 def all_cases(soak: Soak, seed: int) -> Iterator[Case]:
     """Without an end."""
     boards = {name for name, one in soak.configs.items() if one.board}
@@ -406,7 +347,7 @@ def main() -> None:
         os.environ["HF_HOME"] = str((given.work / "hf").absolute())
         soak = Soak(given.work.absolute())
         kept = given.work / f"outcomes-{given.seed}.jsonl"
-        outcomes = [] if given.only else _read(kept)
+        outcomes = [] if given.only else read(kept)
         done = {one.case.number for one in outcomes}
         for case in all_cases(soak, given.seed):
             if given.only and case.number > max(given.only):

@@ -17,9 +17,11 @@ from torch import nn
 from lit_dpo.callbacks.alone import alone
 from lit_dpo.callbacks.export import callbacks_of, data_of, run_directory, tokenizer_of
 from lit_dpo.callbacks.texts import log_table, print_shares, print_table, prompts_of_file, question
+from lit_dpo.data.sandbox import apply_template
 from lit_dpo.errors import TrainingError
 from lit_dpo.logps.attention import plain_attention
 from lit_dpo.policy.limits import limits
+from lit_dpo.policy.sharding import mesh_of
 from lit_dpo.references import CachedReference, NoReference
 from lit_dpo.writing import written_whole
 
@@ -100,7 +102,8 @@ class SampleCompletions(pl.Callback):
         """Complete them with the policy as it comes."""
         self._before, self._reference, self._step = None, None, -1
         self._taken, self.lengths = {}, {}
-        if trainer.is_global_zero:
+        # a sharded base is run by all ranks, each of which completes all; the first one shows and writes them
+        if trainer.is_global_zero or mesh_of(pl_module.model) is not None:
             with alone("SampleCompletions"):
                 self._questions = self._prompts(trainer)
                 self._before = self._complete(trainer, pl_module.model)
@@ -138,6 +141,8 @@ class SampleCompletions(pl.Callback):
             after = self._taken.get(trainer.global_step) if trainer.global_step in list(self._taken)[1:] else None
             if after is None:
                 after = self._complete(trainer, pl_module.model)
+            if not trainer.is_global_zero:
+                return
             questions = [text for text, _ in self._questions]
             if self._on_the_way:
                 self._take(trainer.global_step, after)
@@ -163,6 +168,8 @@ class SampleCompletions(pl.Callback):
             return
         with alone("SampleCompletions"):
             self._take(step, self._complete(trainer, pl_module.model))
+            if not trainer.is_global_zero:
+                return
             self._write(self._file(trainer, directory))
             questions = [text for text, _ in self._questions]
             columns = {"prompt": questions} | ({"reference": self._reference} if self._reference else {})
@@ -241,7 +248,7 @@ def _ids(
     if isinstance(prompt, str) and not in_conversation:
         return list(tokenizer(prompt)["input_ids"])
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **template)
+    found = apply_template(tokenizer, messages, add_generation_prompt=True, return_dict=False, **template)
     return list(found)
 
 
@@ -287,6 +294,8 @@ def sample_completions(
     ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
     completions: list[str] = []
+    # ranks that share a base go on until the last one has ended: numbers that round otherwise end another row first
+    together = {"synced_gpus": True} if mesh_of(model) is not None else {}
     with left_as_it_is(model, device), plain_attention(model):
         model.eval()
         torch.manual_seed(seed)
@@ -303,6 +312,7 @@ def sample_completions(
                 top_k=0,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad,
+                **together,
             )
             written = [_until(ends, row) for row in out[:, width:].tolist()]
             completions += tokenizer.batch_decode(written, skip_special_tokens=True)

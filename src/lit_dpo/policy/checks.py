@@ -12,7 +12,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lit_dpo.errors import PolicyError, first_line
+from lit_dpo.errors import LitDPOError, PolicyError, first_line
 from lit_dpo.hub import Place, listing
 from lit_dpo.policy.settings import settings
 
@@ -225,18 +225,19 @@ def keep_trainable(model: nn.Module) -> None:
 @contextmanager
 def as_policy_error(what: str) -> Iterator[None]:
     """Say what could not be loaded, instead of where in a library."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+    except LitDPOError:
+        raise
+    except Exception as error:  # a stranger's file meets any line of a library
         raise PolicyError(f"Cannot load {what}: {first_line(error)}") from error
 
 
 def _packed(base: PreTrainedModel, kind: Any, bnb: Any) -> bool:
     if kind is bnb.nn.Linear8bitLt:
         return str(base.weight.dtype) == "torch.int8"
-    state = getattr(base.weight, "quant_state", None)
+    # of a weight in shards the layer has it
+    state = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
     return state is not None and state.quant_type == "nf4"
 
 
