@@ -18,7 +18,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from lit_dpo.callbacks.environment import RunEnvironment
-from lit_dpo.callbacks.export import AdapterExport, claim_versions, unnumbered
+from lit_dpo.callbacks.export import AdapterExport, claim_versions, clear_runs, unnumbered
 from lit_dpo.callbacks.faults import FaultNotes
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
@@ -315,6 +315,7 @@ class DPOModule(pl.LightningModule):
             for one in self.trainer.callbacks if self.trainer.state.fn == "fit" else ():
                 if isinstance(one, OwnDirectory):
                     one.take(self.trainer)
+            clear_runs(self.trainer)
 
     def training_step(self, batch: CompletionBatch, batch_idx: int) -> Tensor:
         """Return a batch's mean loss, before Lightning divides it for accumulation; see `Window` for its gradient."""
