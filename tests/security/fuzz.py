@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import random
 import resource
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -441,6 +443,10 @@ def main() -> None:
             again = [sys.executable, __file__, "--engine", "atheris", "--minutes", str(share / 60), "--targets", target]
             subprocess.run([*again, "--findings", str(given.findings)], check=False)
         return
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    for target in given.targets:  # what they import is no part of what is measured
+        judged(target, seeds(target)[0])
     resource.setrlimit(resource.RLIMIT_AS, (12 << 30, resource.RLIM_INFINITY))
     total = 0
     for target in given.targets:
