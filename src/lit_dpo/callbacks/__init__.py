@@ -19,6 +19,7 @@ from lit_dpo.callbacks.steps import OptimizerSteps
 from lit_dpo.callbacks.summary import RunSummary
 from lit_dpo.callbacks.tensorboard import RunLogger
 from lit_dpo.callbacks.throughput import LearningRate, Throughput
+from lit_dpo.callbacks.together import PassesTogether
 
 __all__ = [
     "AdapterExport",
@@ -31,6 +32,7 @@ __all__ = [
     "OptimizerSteps",
     "OutOfMemory",
     "OwnDirectory",
+    "PassesTogether",
     "PredictionWriter",
     "Quiet",
     "RewardHistograms",
