@@ -220,7 +220,7 @@ class LitDPOCLI(LightningCLI):
             callbacks = [*callbacks, LastCheckpoint()]
         if config.get("logger") is not False and not config.get("barebones"):
             own = (kind for kind in (LearningRate, Throughput) if not any(isinstance(c, kind) for c in callbacks))
-            callbacks = [*callbacks, *(kind() for kind in own)]
+            callbacks = [*(kind() for kind in own), *callbacks]  # a checkpoint of a step has their part of its row
         return super().instantiate_trainer(**{**kwargs, **self._elsewhere(config), "callbacks": callbacks})
 
     def _elsewhere(self, config: Any) -> dict[str, Any]:

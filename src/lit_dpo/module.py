@@ -18,7 +18,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from lit_dpo.callbacks.environment import RunEnvironment
-from lit_dpo.callbacks.export import AdapterExport, claim_versions, unnumbered
+from lit_dpo.callbacks.export import AdapterExport, claim_versions, clear_runs, unnumbered
 from lit_dpo.callbacks.faults import FaultNotes
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
@@ -29,6 +29,7 @@ from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.quiet import Quiet
 from lit_dpo.callbacks.resume import ExactResume
 from lit_dpo.callbacks.steps import OptimizerSteps
+from lit_dpo.callbacks.stop import StopTogether
 from lit_dpo.callbacks.summary import RunSummary
 from lit_dpo.callbacks.together import PassesTogether
 from lit_dpo.checkpoint import (
@@ -93,6 +94,7 @@ _BROUGHT = (
     AdapterExport,
     RunSummary,
     PredictionWriter,
+    StopTogether,  # after those that note what a step was
 )
 
 
@@ -313,6 +315,7 @@ class DPOModule(pl.LightningModule):
             for one in self.trainer.callbacks if self.trainer.state.fn == "fit" else ():
                 if isinstance(one, OwnDirectory):
                     one.take(self.trainer)
+            clear_runs(self.trainer)
 
     def training_step(self, batch: CompletionBatch, batch_idx: int) -> Tensor:
         """Return a batch's mean loss, before Lightning divides it for accumulation; see `Window` for its gradient."""

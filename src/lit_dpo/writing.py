@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -104,6 +106,7 @@ def put_in_place(made: dict[Path, Path]) -> None:
         made: where each goes, and what; in one parent folder.
     """
     for temporary in made.values():
+        _usual_mode(temporary)
         _flush(temporary)
     old = {path: temporary_name(path, "old") for path in made}
     old = {path: away for path, away in old.items() if path.is_dir()}
@@ -129,6 +132,15 @@ def temporary_name(path: Path, kind: str) -> Path:
         if process.isdigit() and (int(process) == os.getpid() or not _runs(int(process))):
             remove(found)
     return path.with_name(f"{start}{os.getpid()}.{kind}")
+
+
+def clear_away(folder: Path) -> None:
+    """Remove from a folder what killed processes of this machine left under names of `temporary_name`."""
+    pattern = re.compile(rf"\..+\.{re.escape(gethostname())}-(\d+)\.(tmp|old)")
+    with suppress(OSError):  # it may go meanwhile
+        for found in folder.iterdir() if folder.is_dir() else ():
+            if (of := pattern.fullmatch(found.name)) and not _runs(int(of[1])):
+                remove(found)
 
 
 def _runs(process: int) -> bool:
@@ -171,12 +183,42 @@ def refusals(path: Path | str) -> Iterator[None]:
         raise TrainingError(f"Cannot write to {folder}: {os.strerror(found)}. {_REMEDIES[found]}") from error
 
 
+def refusal(error: BaseException) -> str:
+    """Say in a sentence that a disk takes nothing any more, if that is what an error is of; else nothing."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            where = f" to {found.filename}" if found.filename else ""
+            return f"Cannot write{where}: {os.strerror(found.errno)}. {_REMEDIES[found.errno]}"
+        found = found.__cause__ or found.__context__
+    return ""
+
+
 def _cause(error: BaseException) -> int | None:
     """Find the number of a disk's refusal, or None; safetensors and PyTorch say it in their own words."""
     if isinstance(error, OSError):
         return error.errno if error.errno in _REMEDIES else None
     said = (n for n in _REMEDIES if os.strerror(n) in str(error) or f"os error {n})" in str(error))
     return next(said, None)
+
+
+def _usual_mode(path: Path) -> None:
+    """Let others read what they may read of any new file here: safetensors makes files for their owner alone."""
+    own = [one for one in (*(path.rglob("*") if path.is_dir() else ()), path) if one.is_file() and _is_private(one)]
+    if not own:
+        return
+    probe = temporary_name(path.with_name("mode"), "tmp")  # what the mask of the process, and the folder, say of it
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT, 0o666))
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        remove(probe)
+    for one in own:
+        one.chmod(mode)
+
+
+def _is_private(file: Path) -> bool:
+    return os.name != "nt" and not file.stat().st_mode & 0o077
 
 
 def _flush(path: Path) -> None:

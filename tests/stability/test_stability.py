@@ -174,8 +174,9 @@ def test_the_kept_adapter_is_continued(kept):
     assert all(p.equal(there[name.replace(".default.", ".")]) for name, p in here.items())
 
 
-def _store(folder: Path) -> LogpStore:
-    return LogpStore(folder, key_of((folder / "reference.json").read_text().rstrip("\n")))
+def _opened(folder: Path) -> LogpStore:
+    """As `CachedReference` does: its seal is of what the folder belongs to."""
+    return LogpStore(folder, key_of((folder / "reference.json").read_text(encoding="utf-8").removesuffix("\n")))
 
 
 def test_the_kept_cache_is_read_where_its_versions_are_those_of_here(walked):
@@ -185,8 +186,8 @@ def test_the_kept_cache_is_read_where_its_versions_are_those_of_here(walked):
     same = all(said[one] == version(one) for one in ("torch", "transformers", "peft", "bitsandbytes"))
     folders = {path.name for path in root.iterdir()}
     assert folders == {name} if same else len(folders) == 2
-    before = _store(KEPT / "reference-cache" / name)
-    now = _store(next(root / one for one in folders if same or one != name))
+    before = _opened(KEPT / "reference-cache" / name)
+    now = _opened(next(root / one for one in folders if same or one != name))
     assert len(before) == len(now) == 42, "nothing was computed that was there"
     keys = [entry["key"].tobytes() for entry in before._entries]
     assert all(now.get(key) == pytest.approx(before.get(key), rel=1e-6, abs=1e-5) for key in keys)

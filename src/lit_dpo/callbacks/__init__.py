@@ -16,6 +16,7 @@ from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.quiet import Quiet
 from lit_dpo.callbacks.resume import ExactResume
 from lit_dpo.callbacks.steps import OptimizerSteps
+from lit_dpo.callbacks.stop import StopTogether
 from lit_dpo.callbacks.summary import RunSummary
 from lit_dpo.callbacks.tensorboard import RunLogger
 from lit_dpo.callbacks.throughput import LearningRate, Throughput
@@ -40,6 +41,7 @@ __all__ = [
     "RunLogger",
     "RunSummary",
     "SampleCompletions",
+    "StopTogether",
     "Throughput",
     "TrainingDynamics",
     "TrainingHealth",

@@ -54,8 +54,6 @@ def main(args: Sequence[str]) -> None:
             _say_if_changed(found)
             write_adapter(found, tokenizer, fresh, device)
         write_card(fresh, found, data, certificate)
-        for weights in fresh.glob("*.safetensors"):  # which come readable for their owner alone
-            weights.chmod((fresh / "README.md").stat().st_mode)
     if certificate is not None:
         print(table(certificate))
         _say_turned(certificate)
