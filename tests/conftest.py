@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cuda",
         help="where tests marked `gpu` run; `cpu` rehearses them, with an emulation of the variable-length kernel",
     )
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtestloop() -> Iterator[Any]:
+    """Fork the server of processes, if a test may ask for one, before the first test has started anything."""
+    if "ranks" in sys.modules:
+        import forking
+
+        forking.serve()
+    return (yield)
 
 
 @pytest.hookimpl(trylast=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 
+import ranks
 import two_processes
 from lit_dpo import AdapterReference, BaseReference, CDPOLoss, DPOLoss, DPOModule, IPOLoss, LoRAPolicy, NoReference
 from lit_dpo.checkpoint import save_adapter
@@ -344,11 +343,7 @@ def _on_two(folder, tiny_model, pairs_file):
         for name, case in CASES.items()
     }
     (folder / "cases.json").write_text(json.dumps(cases))
-    script = Path(two_processes.__file__)
-    run = subprocess.run(
-        [sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=300, cwd=script.parent
-    )
-    assert run.returncode == 0, run.stderr[-6000:]
+    ranks.run(two_processes.of_rank, 2, folder, folder=folder, seconds=120)
 
 
 def _ranking(number):

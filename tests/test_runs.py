@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from types import SimpleNamespace
@@ -11,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+import ranks
 from lit_dpo.callbacks.export import _unused, claim_versions, unnumbered
 from lit_dpo.errors import TrainingError
 from test_writing import _read_only
@@ -19,15 +18,14 @@ from training import data, module, trainer
 
 def test_commands_that_start_at_once_each_leave_a_whole_run(tiny_model, pairs_file, tmp_path):
     command = [
-        *(sys.executable, "-m", "lit_dpo", "fit"),
+        "fit",
         f"--model.policy.model={tiny_model}",
         "--model.policy.quantization=none",
         f"--data.train={pairs_file}",
         *("--trainer.accelerator=cpu", "--trainer.max_steps=1", "--trainer.enable_progress_bar=false"),
     ]
-    runs = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [run.communicate(timeout=300)[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], said
+    runs = [ranks.command(command, log=tmp_path / f"log-{number}.txt", cwd=tmp_path) for number in range(2)]
+    assert [run.wait() for run in runs] == [0, 0], [run.output() for run in runs]
     found = sorted((tmp_path / "runs").iterdir())
     assert [run.name for run in found] == ["version_0", "version_1"]
     for run in found:

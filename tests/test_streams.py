@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
 
+import ranks
 import stops
 import two_streams
 
@@ -65,11 +63,7 @@ def _on_two(folder, tiny_model):
             cases[name]["cache"] = str(folder / "logps")
     cases["resumed"]["ckpt_path"] = str(folder / "stream" / f"step={two_streams.STEP}.ckpt")
     (folder / "cases.json").write_text(json.dumps(cases))
-    script = Path(two_streams.__file__)
-    run = subprocess.run(
-        [sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=300, cwd=script.parent
-    )
-    assert run.returncode == 0, run.stderr[-6000:]
+    ranks.run(two_streams.of_rank, 2, folder, folder=folder, seconds=120)
 
 
 def _steps(found):

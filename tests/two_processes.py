@@ -1,4 +1,4 @@
-"""Train over all pairs and validate: in a test's own process, or on two of it as `python two_processes.py FOLDER`."""
+"""Train over all pairs and validate: in a test's own process, or on two ranks with `of_rank`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +49,10 @@ def train(
     return {"metrics": metrics, "adapter": adapter(dpo), "state": dpo.loss_state, "noted": noted}
 
 
-if __name__ == "__main__":
+def of_rank(folder: Path) -> None:
+    """What this rank makes of each case in the folder, one after another."""
     os.environ.pop("PL_GLOBAL_SEED", None)  # of a run before this: DDP would take it
     store._REREAD_SHARE = math.inf  # a missing pair is always looked for among the other rank's, on a busy machine too
-    folder = Path(sys.argv[1])
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         found = train(root=folder, devices=2, **case)
         if torch.distributed.get_rank() == 0:

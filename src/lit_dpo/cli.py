@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from lit_dpo import tools
 from lit_dpo.commands import COMMANDS, TOOLS, first_settings, overview
-from lit_dpo.errors import LitDPOError
+from lit_dpo.errors import LitDPOError, explanation
 from lit_dpo.names import did_you_mean, nearest
 
 _LIGHT = ("configs", "completion")  # these need neither torch nor Lightning
@@ -50,6 +50,11 @@ def main(args: Sequence[str] | None = None) -> None:
         if type(stop).__name__ == "SIGTERMException":
             raise SystemExit(128 + signal.SIGTERM) from None
         raise
+    except Exception as error:  # of a library, about something outside that a callback has put into words
+        if (said := explanation(error)) is None:
+            raise
+        sys.stderr.write(f"lit-dpo: error: {said}\n")
+        raise SystemExit(1) from None
 
 
 def _run(given: list[str], from_shell: bool) -> None:

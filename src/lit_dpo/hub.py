@@ -143,8 +143,24 @@ def weight_names(folder: Path) -> list[str]:
     """List the files that transformers loads: a repository may hold weights twice, a cache only some of them."""
     index = folder / "model.safetensors.index.json"
     if not (folder / "model.safetensors").is_file() and index.is_file():
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return _index_names(index)
     return ["model.safetensors"]
+
+
+def _index_names(index: Path) -> list[str]:
+    """List the files that an index of weights names, of its folder alone.
+
+    Raises:
+        PolicyError: if it names one elsewhere, or is no index.
+    """
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise PolicyError(f"Expected an index of weights in {index} but it cannot be read: {error}.") from error
+    for name in names:
+        if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name:
+            raise PolicyError(f"Expected {index} to name files of its folder but it names {name!r}.")
+    return sorted(set(names))
 
 
 def has_weights(folder: Path) -> bool:

@@ -2,12 +2,15 @@
 
 from lit_dpo.callbacks.completions import SampleCompletions
 from lit_dpo.callbacks.dynamics import TrainingDynamics
+from lit_dpo.callbacks.environment import RunEnvironment
 from lit_dpo.callbacks.export import AdapterExport
+from lit_dpo.callbacks.faults import FaultNotes
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.histograms import RewardHistograms
 from lit_dpo.callbacks.last import LastCheckpoint
 from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.monitor import HealthMonitor
+from lit_dpo.callbacks.out_of_memory import OutOfMemory
 from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.quiet import Quiet
 from lit_dpo.callbacks.resume import ExactResume
@@ -20,14 +23,17 @@ from lit_dpo.callbacks.throughput import LearningRate, Throughput
 __all__ = [
     "AdapterExport",
     "ExactResume",
+    "FaultNotes",
     "HealthMonitor",
     "LastCheckpoint",
     "LearningRate",
     "MemoryEstimate",
     "OptimizerSteps",
+    "OutOfMemory",
     "PredictionWriter",
     "Quiet",
     "RewardHistograms",
+    "RunEnvironment",
     "RunLogger",
     "RunSummary",
     "SampleCompletions",

@@ -17,6 +17,7 @@ from torch import nn
 from lit_dpo.callbacks.alone import alone
 from lit_dpo.callbacks.export import callbacks_of, data_of, run_directory, tokenizer_of
 from lit_dpo.callbacks.texts import log_table, print_shares, print_table, prompts_of_file, question
+from lit_dpo.data.sandbox import apply_template
 from lit_dpo.errors import TrainingError
 from lit_dpo.logps.attention import plain_attention
 from lit_dpo.policy.limits import limits
@@ -247,7 +248,7 @@ def _ids(
     if isinstance(prompt, str) and not in_conversation:
         return list(tokenizer(prompt)["input_ids"])
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **template)
+    found = apply_template(tokenizer, messages, add_generation_prompt=True, return_dict=False, **template)
     return list(found)
 
 

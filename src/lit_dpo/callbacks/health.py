@@ -94,7 +94,7 @@ class TrainingHealth(pl.Callback):
             return
         with trainer.precision_plugin.train_step_context():
             pairs = pl_module.batch_logps(batch)
-        if pairs.reference_chosen is None or pairs.reference_rejected is None:
+        if pairs.reference_chosen is None or pairs.reference_rejected is None or not batch.size:
             return
         furthest = torch.cat([pairs.chosen_logratio / pairs.policy_chosen.length,
                               pairs.rejected_logratio / pairs.policy_rejected.length]).abs().max()  # fmt: skip

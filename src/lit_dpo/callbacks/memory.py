@@ -26,6 +26,9 @@ class MemoryEstimate(pl.Callback):
     It needs the lengths of all pairs, which `PreferenceDataModule` knows; with other loaders it says nothing.
     """
 
+    step: StepMemory | None = None
+    """What was said last."""
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Print the estimate; warn if it will not fit."""
         largest = getattr(trainer.train_dataloader, "largest_microbatches", None)
@@ -44,6 +47,7 @@ class MemoryEstimate(pl.Callback):
                 with_kl=Field.KL in pl_module.loss.requires,
                 context=trainer.precision_plugin.train_step_context,
             )
+            self.step = step
             room = _room(pl_module.device)
             rank_zero_info(f"a step needs about {step}" + (f"; the device has {room / 2**30:.2f} GiB" if room else ""))
             if room and step.total > room:

@@ -145,6 +145,8 @@ def _reset(pl_module: DPOModule) -> None:
 
 
 def _log_together(pl_module: DPOModule, measured: MetricCollection, batches: list[Any]) -> None:
-    if len(batches) > 1 and all(metric.update_called for metric in measured.values()):
+    stage = str(measured.prefix).removesuffix("/")
+    # not by what was counted: all ranks log together, and one may have had no pairs
+    if len(batches) > 1 and any(key.startswith(f"{stage}_") for key in pl_module.eval_sets):
         _log(pl_module, measured)
         measured.reset()

@@ -1,5 +1,6 @@
 """Checkpoints of adapters: what is in them, what they belong to, and the PEFT directory next to each."""
 
+from lit_dpo.checkpoint.classes import only_known_classes
 from lit_dpo.checkpoint.identity import (
     KEY,
     REMEDY,
@@ -13,9 +14,16 @@ from lit_dpo.checkpoint.identity import (
     to_builtins,
 )
 from lit_dpo.checkpoint.io import RECORD, AdapterCheckpointIO, check_finite, check_writable, save_adapter
-from lit_dpo.checkpoint.position import Standing, remeasure, rewind, standing, take_settings
+from lit_dpo.checkpoint.position import Standing, remeasure, remeasure_share, rewind, standing, take_settings
 from lit_dpo.checkpoint.random import gather, random_state, restore_random_state
-from lit_dpo.checkpoint.state import adapter_state, frozen_is_not_missing, load_strictly, read_checkpoint, untrusting
+from lit_dpo.checkpoint.state import (
+    adapter_state,
+    frozen_is_not_missing,
+    hyper_parameters,
+    load_strictly,
+    read_checkpoint,
+    untrusting,
+)
 
 __all__ = [
     "KEY",
@@ -35,10 +43,13 @@ __all__ = [
     "flatten",
     "frozen_is_not_missing",
     "gather",
+    "hyper_parameters",
     "load_strictly",
+    "only_known_classes",
     "random_state",
     "read_checkpoint",
     "remeasure",
+    "remeasure_share",
     "restore_random_state",
     "rewind",
     "save_adapter",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
-from lit_dpo.errors import TrainingError
+from lit_dpo.checkpoint.identity import check_readable
+from lit_dpo.errors import ResumeError, TrainingError, first_line
 from lit_dpo.writing import put_in_place, refusals, remove, temporary_name, written_whole
 
 if TYPE_CHECKING:
@@ -79,8 +81,14 @@ class AdapterCheckpointIO(CheckpointIO):
         """Load; nothing but tensors and builtins is ever in it."""
         # to the CPU, as Lightning's own plugin: a file of a GPU is read without one, and by each rank for itself
         # whatever the caller asks: a file may be a stranger's, and others than these run code
-        checkpoint = self.inner.load_checkpoint(path, map_location or "cpu", weights_only=True)
+        try:
+            checkpoint = self.inner.load_checkpoint(path, map_location or "cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError) as error:
+            raise ResumeError(
+                f"Expected a checkpoint of tensors and builtins but {path} cannot be read as one: {first_line(error)}"
+            ) from error
         if not _is_bare(checkpoint):
+            check_readable(checkpoint, path)
             self.on_load(checkpoint)
         return checkpoint
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,15 @@ import fsspec
 import torch
 from lightning.pytorch.core.saving import load_hparams_from_yaml
 
-from lit_dpo.checkpoint.identity import TRUST
-from lit_dpo.errors import ResumeError
+from lit_dpo.checkpoint.identity import KEY, TRUST, check_readable
+from lit_dpo.errors import ResumeError, first_line
 from lit_dpo.policy.adapters import DEFAULT, REFERENCE, adapter_parameters
 
 if TYPE_CHECKING:
     from lit_dpo.module import DPOModule
+
+
+_MOST_PARTS, _DEEPEST = 1_000_000, 100
 
 
 def adapter_state(module: DPOModule, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -36,8 +40,26 @@ def untrusting(file: Any, key: str, hparams_file: Any = None) -> dict[str, Any]:
         key: where it holds its hyper-parameters.
         hparams_file: where they are instead.
     """
-    stored = read_checkpoint(file).get(key, {}) if hparams_file is None else _hparams(hparams_file)
+    stored = hyper_parameters(file, key, hparams_file)
     return {name: _without_trust(value) for name, value in stored.items() if _trusts(value)}
+
+
+def hyper_parameters(file: Any, key: str, hparams_file: Any = None) -> dict[str, Any]:
+    """Read what a checkpoint says that its module was built from.
+
+    Args:
+        file: the checkpoint.
+        key: where it holds its hyper-parameters.
+        hparams_file: where they are instead.
+
+    Raises:
+        ResumeError: if they are no such thing, or larger than any module's.
+    """
+    stored = read_checkpoint(file).get(key, {}) if hparams_file is None else _hparams(hparams_file)
+    if not isinstance(stored, Mapping):
+        raise ResumeError(f"Expected the checkpoint's `{key}` to be an object but got a {type(stored).__name__}.")
+    check_parts(stored, key)
+    return dict(stored)
 
 
 def load_strictly(known: Mapping[str, torch.Tensor], given: dict[str, torch.Tensor], *, training: bool) -> None:
@@ -89,7 +111,12 @@ def _without_trust(given: object) -> Any:
 
 
 def _hparams(file: Any) -> dict[str, Any]:
-    return dict(load_hparams_from_yaml(file) if str(file).endswith(("yml", "yaml")) else {})
+    try:
+        found = load_hparams_from_yaml(file) if str(file).endswith(("yml", "yaml")) else {}
+    except Exception as error:  # of whatever kind
+        raise ResumeError(f"Expected hyper-parameters in {file}: {first_line(error)}") from error
+    check_parts(found, str(file))  # an anchor may stand in itself, over and over
+    return dict(found)
 
 
 def frozen_is_not_missing(module: torch.nn.Module, keys: Any) -> None:
@@ -100,13 +127,82 @@ def frozen_is_not_missing(module: torch.nn.Module, keys: Any) -> None:
 
 
 def read_checkpoint(path: Any) -> dict[str, Any]:
-    """Read a checkpoint from wherever Lightning can."""
+    """Read a checkpoint from wherever Lightning can; see `loaded`.
+
+    Raises:
+        VersionError: if a newer release has written it.
+    """
     if hasattr(path, "read"):
         # Lightning reads the same stream too, before or after
         path.seek(0)
-        found = dict(torch.load(path, map_location="cpu", weights_only=True))
+        found = loaded(path, "the checkpoint")
         path.seek(0)
-        return found
-    # on the CPU: the device that it was written on need not be here
-    with fsspec.open(str(path), "rb") as stream:
-        return dict(torch.load(stream, map_location="cpu", weights_only=True))
+    else:
+        # on the CPU: the device that it was written on need not be here
+        with fsspec.open(str(path), "rb") as stream:
+            found = loaded(stream, str(path))
+    check_readable(found, "The checkpoint" if hasattr(path, "read") else path)
+    return found
+
+
+def loaded(stream: Any, name: str) -> dict[str, Any]:
+    """Read a checkpoint: tensors and builtins, and nothing that a file of torch's would not have.
+
+    Args:
+        stream: the file, open.
+        name: what errors call it.
+
+    Raises:
+        ResumeError: if it holds something else, is damaged, or would become far more than it is.
+    """
+    try:
+        stream.seek(0)
+        # torch stores without compressing: a few bytes that become a tensor of any size are no checkpoint's
+        if zipfile.is_zipfile(stream):
+            stream.seek(0)
+            packed = [one.filename for one in zipfile.ZipFile(stream).infolist() if one.compress_type]
+            if packed:
+                raise ResumeError(f"Expected a checkpoint as torch writes it but {name} compresses `{packed[0]}`.")
+        stream.seek(0)
+        found = torch.load(stream, map_location="cpu", weights_only=True)
+    except ResumeError:
+        raise
+    except Exception as error:  # of whatever kind: a stranger's bytes meet any line of torch's reader
+        raise ResumeError(
+            f"Expected a checkpoint of tensors and builtins but {name} cannot be read as one: "
+            f"{type(error).__name__}: {first_line(error)[:300]}"
+        ) from error
+    if not isinstance(found, dict):
+        raise ResumeError(f"Expected a checkpoint but {name} holds a {type(found).__name__}.")
+    check_parts({key: value for key, value in found.items() if key in (KEY, "state_dict")}, name)
+    return found
+
+
+def check_parts(value: Any, name: str) -> None:
+    """See that what a checkpoint says is not short in the file and endless in memory, and that tensors have memory.
+
+    Args:
+        value: a part of it.
+        name: what errors call it.
+
+    Raises:
+        ResumeError: if it has more parts than any run writes, or holds a tensor that is larger than its numbers.
+    """
+    todo, parts = [(value, 0)], 0
+    while todo:
+        one, depth = todo.pop()
+        parts += 1
+        if parts > _MOST_PARTS or depth > _DEEPEST:
+            raise ResumeError(f"Expected a checkpoint of a run but {name} holds more than any run writes.")
+        if isinstance(one, Mapping):
+            todo += [(inner, depth + 1) for inner in one.values()]
+        elif isinstance(one, list | tuple | set | frozenset):
+            todo += [(inner, depth + 1) for inner in one]
+        elif isinstance(one, torch.Tensor) and _is_hollow(one):
+            raise ResumeError(f"Expected a checkpoint of a run but {name} holds a tensor larger than its numbers.")
+
+
+def _is_hollow(tensor: torch.Tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return True
+    return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()

@@ -54,10 +54,21 @@ def first_position(
 
 
 def _check_same_batches(state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """In the middle of an epoch "the remaining batches" means something only for the same batches."""
-    changed = [f"{name} {state.get(name)} -> {value}" for name, value in facts.items() if state.get(name) != value]
+    """In the middle of an epoch "the remaining batches" means something only for the same batches of all ranks."""
+    changed = {
+        name: f"{name} {state.get(name)} -> {value}" for name, value in facts.items() if state.get(name) != value
+    }
+    remedy = "Restore these settings"
+    if "ranks" in changed and facts["max_tokens"] is not None:
+        remedy = "With `max_tokens` each rank's batches are filled by themselves. " + remedy
+    elif "ranks" in changed:
+        there, here = ((facts.get("batch_size") or 0) * facts["ranks"] for facts in (state, facts))
+        if there == here:  # the same rows, shared out among others
+            del changed["ranks"], changed["batch_size"]
+        else:
+            remedy += f", or give `--data.batch_size` so that all ranks together have {there} again"
     if changed:
         raise ResumeError(
             f"The checkpoint stopped after batch {state['batches']} of epoch {state['epoch']}, and the batches are "
-            f"others now: {', '.join(changed)}. Restore these settings, or resume from the end of an epoch."
+            f"others now: {', '.join(changed.values())}. {remedy}, or resume from the end of an epoch."
         )

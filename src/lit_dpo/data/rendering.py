@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_dpo.data.formats.base import Message, Preference, Ranking
 from lit_dpo.data.formats.cells import without_nulls
+from lit_dpo.data.sandbox import OutOfBounds, apply_template
 from lit_dpo.data.survival import lost_of_template, surviving, text_of
 from lit_dpo.data.templates import unread
 from lit_dpo.data.truncation import ALL_TIE, Dropped, used_places
@@ -125,6 +126,8 @@ class Renderer:
         for form in _forms(all_messages, in_parts=self._reads_parts):
             try:
                 found = self._attempt(form(prompt), {name: form(one) for name, one in completions.items()}, more)
+            except DataError:  # it would take as long for each row
+                raise
             except Exception as error:  # templates raise whatever they like: jinja2 errors, TypeError, KeyError
                 found = Dropped(f"the chat template refuses the conversation: {first_line(error)}", fatal=True)
             if isinstance(found, Rendered):
@@ -173,6 +176,8 @@ class Renderer:
         def shows(content: Any) -> bool:
             try:
                 return _PROBE in self._apply([{"role": "user", "content": content}], {})
+            except DataError:
+                raise
             except Exception:  # of whatever kind
                 return False
 
@@ -205,11 +210,14 @@ class Renderer:
             return True
 
     def _apply(self, messages: list[Message], more: Mapping[str, Any], header: bool = False) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=header, **{**self.arguments, **more}
-            )
-        )
+        options = {"tokenize": False, "add_generation_prompt": header, **self.arguments, **more}
+        try:
+            return str(apply_template(self.tokenizer, messages, **options))
+        except OutOfBounds as error:
+            raise DataError(
+                f"The chat template of `{self.tokenizer.name_or_path}` is not rendered further: {error}. Read it, and "
+                "give another one with `--data.chat_template FILE`."
+            ) from None
 
 
 # --- messages as templates expect them -------------------------------------------------------------------------------

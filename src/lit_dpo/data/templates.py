@@ -34,6 +34,8 @@ def read_template(path: str) -> str:
         raise DataError(f"Expected a file in `chat_template` but {path!r} cannot be read: {why}.") from None
     try:
         known = _variables(text)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     except TemplateSyntaxError as error:
         raise DataError(f"{path}, line {error.lineno}: Expected a chat template in Jinja but {error.message}") from None
     if "messages" not in known:
@@ -86,7 +88,7 @@ def _known(tokenizer: PreTrainedTokenizerBase, has_tools: bool, every: bool) -> 
     if not isinstance(template, dict):
         return _variables(str(template))
     if every:
-        return frozenset().union(*map(_variables, template.values()))
+        return frozenset().union(*map(_variables, map(str, template.values())))
     return _variables(tokenizer.get_chat_template(tools=[] if has_tools else None))
 
 
@@ -95,7 +97,14 @@ def _variables(template: str) -> frozenset[str]:
     """Name what a template reads that it does not set first."""
     from jinja2.meta import find_undeclared_variables
 
-    return frozenset(find_undeclared_variables(_environment().parse(template)))
+    from lit_dpo.data.sandbox import LONGEST_TEMPLATE
+
+    if len(template) > LONGEST_TEMPLATE:
+        raise DataError(f"Expected a chat template of at most {LONGEST_TEMPLATE} characters but got {len(template)}.")
+    try:
+        return frozenset(find_undeclared_variables(_environment().parse(template)))
+    except RecursionError:
+        raise DataError("Expected a chat template that can be read, but it is nested too deep.") from None
 
 
 @lru_cache

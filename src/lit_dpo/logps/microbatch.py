@@ -101,14 +101,15 @@ class GradientSum:
         self._losses: list[Tensor] = []
         self.of_leaves: list[Tensor] = []
 
-    def add(self, losses: Tensor, leaves: Sequence[Tensor] = ()) -> None:
+    def add(self, losses: Tensor, leaves: Sequence[Tensor] = (), own: Tensor | None = None) -> None:
         """Take the gradients of losses, `(B,)` or `(P,)`, and free their graph.
 
         Args:
             losses: of a micro-batch, or of a batch whose log-probs are `leaves`.
             leaves: tensors whose gradients are wanted too; `of_leaves` has them then.
+            own: those of the losses that count on this rank. None: all of them.
         """
-        self._losses.append(losses.detach())
+        self._losses.append((losses if own is None else own).detach())
         scaled = losses.sum() * self._scale
         # as in Lightning's own backward pass, which does not run under autocast
         with torch.autocast(losses.device.type, enabled=False):

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_dpo import hub
-from lit_dpo.errors import PolicyError, first_line
+from lit_dpo.errors import PolicyError
 from lit_dpo.hub import Place
+from lit_dpo.policy import files
 from lit_dpo.policy.adapters import is_adapters
 from lit_dpo.policy.digests import sampled_digest
 from lit_dpo.policy.lora_options import PASSED_ON
@@ -43,6 +44,7 @@ def check_adapter(policy: BaseModel, place: Place) -> LoraConfig:
     """See that the adapter can be continued and compared with; return the layers that it is for."""
     folder = place.folder
     adapter = check_lora(place)
+    files.check_patterns(adapter, lambda: layer_names(policy), folder)
     check_base(policy, adapter, place)
     for field in fields(policy):
         if field.name not in PASSED_ON or field.default is MISSING:
@@ -66,12 +68,23 @@ def check_lora(place: Place) -> LoraConfig:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise PolicyError(f"Expected a PEFT adapter in {place} but it has no {name}: {hub.listing(place)}.")
-    try:
+    files.json_object(folder / "adapter_config.json")
+    with files.refused(f"The adapter at `{place.option}` {place.name!r}"):
         adapter = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise PolicyError(f"No adapter at `{place.option}` {place.name!r}: {first_line(error)}") from error
     check_lora_config(adapter, f"in {folder}")
+    files.check_values(adapter, folder)
+    files.check_tensors(adapter, folder)
     return adapter
+
+
+def layer_names(policy: BaseModel) -> list[str]:
+    """Name all modules of the policy's model, on a skeleton without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(policy.config(), trust_remote_code=policy.trust_remote_code)
+    return [name for name, _ in skeleton.named_modules()]
 
 
 def check_lora_config(adapter: LoraConfig, where: str) -> None:

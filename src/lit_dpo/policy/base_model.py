@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import logging
 from abc import ABC
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from lit_dpo import hub
 from lit_dpo.errors import PolicyError, first_line
-from lit_dpo.policy import adapter_checks, checks
+from lit_dpo.policy import adapter_checks, checks, files
 from lit_dpo.policy.devices import default_dtype
 from lit_dpo.policy.digests import sampled_digest, whole_digest
 from lit_dpo.policy.heap import returned_at_once
+from lit_dpo.policy.layerwise import NotInLayersError, load_in_layers
 from lit_dpo.policy.sharding import shard
 from lit_dpo.policy.shared import base_of
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 QUICKSTART = "lit-dpo/quickstart"
 """The built-in model id: made on first use, see `lit_dpo.quickstart`."""
@@ -136,7 +140,7 @@ class BaseModel(ABC):
     def load_base(self, device: torch.device, dtype: torch.dtype, mesh: DeviceMesh | None = None) -> PreTrainedModel:
         """Load the model alone: a transformers model on `device`, without dropout; see `lit_dpo.policy.shared`."""
         if mesh is not None:
-            return self._load_base(device, dtype)
+            return self._load_base(device, dtype, mesh)
         return base_of(self._sharing_key(device, dtype), device, lambda: self._load_base(device, dtype))
 
     def _sharing_key(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
@@ -147,24 +151,18 @@ class BaseModel(ABC):
         options = (self.quantization, self.double_quantization, self.attention, self.trust_remote_code)
         return (type(self), self.place, device, dtype, *options, *left)
 
-    def _load_base(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        from transformers import AutoModelForCausalLM
-
+    def _load_base(self, device: torch.device, dtype: torch.dtype, mesh: DeviceMesh | None = None) -> PreTrainedModel:
         config = self.config()
         checks.turn_off_dropout(config)
         quantization = self.quantization_config(dtype)
+        options = {
+            "dtype": dtype,
+            "quantization_config": None if checks.keep_quantized(config, dtype) else quantization,
+            **({} if self.attention in ("auto", "pairs") else {"attn_implementation": self.attention}),
+            "trust_remote_code": self.trust_remote_code,
+        }
         with checks.as_policy_error(f"the model {self.model!r}"), returned_at_once():
-            base, info = AutoModelForCausalLM.from_pretrained(
-                self.path,
-                config=config,
-                dtype=dtype,
-                device_map={"": device},
-                quantization_config=None if checks.keep_quantized(config, dtype) else quantization,
-                use_safetensors=True,
-                output_loading_info=True,
-                **({} if self.attention in ("auto", "pairs") else {"attn_implementation": self.attention}),
-                trust_remote_code=self.trust_remote_code,
-            )
+            base, info = self._read(config, device, mesh, options)
         checks.check_complete(info, self.model)
         checks.turn_off_dropout_layers(base)
         checks.keep_trainable(base)
@@ -174,6 +172,25 @@ class BaseModel(ABC):
             multiply_in_slices(base)
         base.name_or_path = base.config.name_or_path = self.place.name  # for model cards: not a folder of the cache
         return base
+
+    def _read(
+        self, config: PreTrainedConfig, device: torch.device, mesh: DeviceMesh | None, options: dict[str, Any]
+    ) -> tuple[PreTrainedModel, Any]:
+        """Read the weights: whole, or, where they are to be sharded, a few layers at a time."""
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        if mesh is not None:
+            try:
+                base, info = load_in_layers(self.place.folder, config, device, mesh, **options)
+            except NotInLayersError as error:
+                log.warning("%s is read whole before it is sharded, on every rank: %s", self.model, error)
+            else:
+                with suppress(OSError):  # else what the configuration says
+                    base.generation_config = GenerationConfig.from_pretrained(self.path)
+                return base, info
+        options = {"device_map": {"": device}, "use_safetensors": True, "output_loading_info": True, **options}
+        read: tuple[PreTrainedModel, Any] = AutoModelForCausalLM.from_pretrained(self.path, config=config, **options)
+        return read
 
     def load_adapter(self, base: PreTrainedModel, *, trainable: bool) -> PeftModel:
         """Put the adapter of `adapter_path` on the model: a `peft.PeftModel`."""
@@ -294,9 +311,10 @@ class BaseModel(ABC):
                 advice = f" That is an adapter: give it to `{name}.adapter_path`, and its base to `{name}.model`."
             there = hub.listing(place)
             raise PolicyError(f"Expected a model in {place} but it has no config.json; it holds {there}.{advice}")
+        files.check_size(files.json_object(place.folder / "config.json"), place.folder)
         try:
             return AutoConfig.from_pretrained(place.folder, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a stranger's file meets any line of a library
             if "trust_remote_code" in str(error):
                 raise PolicyError(
                     f"{self.model!r} comes with code of its own, in {place.folder}: read it, then set "

@@ -12,7 +12,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lit_dpo.errors import PolicyError, first_line
+from lit_dpo.errors import LitDPOError, PolicyError, first_line
 from lit_dpo.hub import Place, listing
 from lit_dpo.policy.settings import settings
 
@@ -225,11 +225,11 @@ def keep_trainable(model: nn.Module) -> None:
 @contextmanager
 def as_policy_error(what: str) -> Iterator[None]:
     """Say what could not be loaded, instead of where in a library."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+    except LitDPOError:
+        raise
+    except Exception as error:  # a stranger's file meets any line of a library
         raise PolicyError(f"Cannot load {what}: {first_line(error)}") from error
 
 

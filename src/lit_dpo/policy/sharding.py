@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_OF_PACKED = ("compress_statistics", "quant_type")
+"""What PEFT asks a packed weight for, to put an adapter on it."""
+
+
 def make_mesh(shard: str, device: str, world_size: int, nodes: int) -> DeviceMesh:
     """Make the ranks that share one copy of the base: all, or those of a node.
 
@@ -34,10 +38,9 @@ def make_mesh(shard: str, device: str, world_size: int, nodes: int) -> DeviceMes
     """
     from torch.distributed.device_mesh import init_device_mesh
 
-    if shard == "all":
-        return init_device_mesh(device, (world_size,))
-    names = ("nodes", "ranks")
-    return init_device_mesh(device, (nodes, world_size // nodes), mesh_dim_names=names)["ranks"]
+    copies = nodes if shard == "node" else 1
+    # of two dimensions also for one copy: its second is a group of its own, in which DDP's exchanges do not get between
+    return init_device_mesh(device, (copies, world_size // copies), mesh_dim_names=("copies", "ranks"))["ranks"]
 
 
 def mesh_of(model: PeftModel | PreTrainedModel) -> DeviceMesh | None:
@@ -92,12 +95,16 @@ def shard_module(module: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) 
 
     if isinstance(module, FSDPModule):
         return
-    for part in module.modules():
-        state = getattr(getattr(part, "weight", None), "quant_state", None)
-        if state is not None:
-            part.quant_state = state  # a gathered weight has none: bitsandbytes, and we, look at the layer then
+    packed: list[Any] = [
+        part for part in module.modules() if getattr(getattr(part, "weight", None), "quant_state", None)
+    ]
+    said = [{name: getattr(part.weight, name) for name in _OF_PACKED} for part in packed]
+    for part in packed:
+        part.quant_state = part.weight.quant_state  # a gathered weight has none: bitsandbytes looks at the layer then
     # the outermost too lets go after its pass: else it stays gathered where no backward pass follows
     fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    for part, values in zip(packed, said, strict=True):
+        vars(part.weight).update(values)
 
 
 def shards(model: nn.Module) -> Iterator[Any]:
@@ -116,7 +123,7 @@ def leave_to_shards(module: nn.Module) -> None:
 
 def gathered_bytes(model: PeftModel | PreTrainedModel) -> int:
     """Bytes that are gathered at once besides the shards: what is outside the layers, and two layers."""
-    sizes = [
+    sizes: list[int] = [
         sum(p.numel() * p.element_size() for p in _own(module)) for module in shards(model)
     ]  # the decoder's is the first
     return sum(sizes[:1]) + sum(sorted(sizes[1:])[-2:])

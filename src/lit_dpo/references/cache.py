@@ -23,7 +23,9 @@ from lit_dpo.policy.kernels import kernels_of
 from lit_dpo.policy.symmetry import agreed
 from lit_dpo.references.adapter import NoReference, default_reference
 from lit_dpo.references.base import Reference, attached, keep_attached
+from lit_dpo.references.outdated import outdated
 from lit_dpo.references.store import LogpStore
+from lit_dpo.seals import key_of
 from lit_dpo.writing import written_whole
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from lit_dpo.policy import LoRAPolicy
 
-_VERSION = 2  # of what is stored and of how log-probs are computed
+_VERSION = 3  # of what is stored and of how log-probs are computed
 
 
 @dataclass(frozen=True)
@@ -194,11 +196,12 @@ class _Cache:
         text = json.dumps(identity, sort_keys=True, indent=1)
         if (store := self._stores.get(text)) is None:
             folder = Path(self.settings.directory) / hashlib.sha256(text.encode()).hexdigest()[:16]
-            store = self._stores[text] = LogpStore(folder)
+            store = self._stores[text] = LogpStore(folder, key_of(text))
             _describe(folder, text)
             from lightning.pytorch.utilities import rank_zero_info
 
-            rank_zero_info(f"reference cache: {len(store)} completions in {folder}")
+            more = "" if len(store) else outdated(folder, json.loads(text))
+            rank_zero_info(f"reference cache: {len(store)} completions in {folder}{more}")
         return store
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from lit_dpo import hub
-from lit_dpo.errors import PolicyError, ResumeError
+from lit_dpo.errors import LitDPOError, PolicyError, ResumeError, first_line
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.base_model import QUICKSTART
+from lit_dpo.versions import CHECKPOINT, check_version
 
 if TYPE_CHECKING:
     import torch
@@ -198,19 +199,26 @@ def _checkpoint(path: Path, given: argparse.Namespace, dtype: str | None) -> Tra
     """Build the policy that a checkpoint names, without weights; no file says that a stranger's code runs."""
     from lightning.pytorch.cli import instantiate_module
 
-    from lit_dpo.checkpoint import KEY, read_checkpoint, untrusting
-    from lit_dpo.compat import INSTANTIATOR
-    from lit_dpo.module import DPOModule
+    from lit_dpo.checkpoint import KEY, hyper_parameters, only_known_classes, read_checkpoint, untrusting
+    from lit_dpo.module import NAMED_IN_FILES, DPOModule
 
     if not zipfile.is_zipfile(path):
         raise ResumeError(f"Expected a checkpoint, an adapter's folder or a model's but {path} is none of them.")
     checkpoint = read_checkpoint(path)
-    hyper = checkpoint.get(DPOModule.CHECKPOINT_HYPER_PARAMS_KEY)
+    hyper = hyper_parameters(path, DPOModule.CHECKPOINT_HYPER_PARAMS_KEY)
     if KEY not in checkpoint or not hyper:
         raise ResumeError(f"Expected a checkpoint of lit_dpo but {path} does not say what its weights belong to.")
     hyper = {**hyper, **untrusting(path, DPOModule.CHECKPOINT_HYPER_PARAMS_KEY)}
-    hyper.pop(INSTANTIATOR, None)
-    policy: LoRAPolicy = instantiate_module(DPOModule, hyper).policy
+    said_of = {"policy": hyper.get("policy")}  # alone: a module and a loss of one's own are not needed to sample
+    try:
+        with only_known_classes(said_of, DPOModule, NAMED_IN_FILES):
+            policy: LoRAPolicy = instantiate_module(DPOModule, said_of).policy
+    except ResumeError as error:
+        raise ResumeError(f"{error} Or give the adapter's folder next to it, which names no classes.") from error
+    except LitDPOError:
+        raise
+    except (Exception, SystemExit) as error:  # of jsonargparse, of many kinds
+        raise ResumeError(f"The policy that {path} names cannot be built: {first_line(error)}") from error
     changes: dict[str, Any] = {"adapter_base": given.adapter_base, "trust_remote_code": given.trust_remote_code}
     if given.base or given.revision:
         changes |= {"model": given.base or policy.model, "revision": given.revision}
@@ -237,7 +245,10 @@ def _said(folder: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise PolicyError(f"Expected JSON in {file} but it cannot be read: {error}.") from error
-    return _known(found) if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    check_version(found.get("version"), CHECKPOINT, file)
+    return _known(found)
 
 
 def _known(found: dict[str, Any]) -> dict[str, Any]:

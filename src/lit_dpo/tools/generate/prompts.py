@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_dpo.data.formats import Auto, Message, Skipped
 from lit_dpo.data.formats.turns import is_turns, messages, read_row, tools_in
+from lit_dpo.data.sandbox import apply_template
 from lit_dpo.data.sources import load_rows
 from lit_dpo.errors import DataError, LitDPOError, first_line
 
@@ -93,8 +94,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: Mapping
         return ids
     check_template(tokenizer)
     try:
-        text = tokenizer.apply_chat_template(
-            prompt.asked, tokenize=False, add_generation_prompt=True, **{**template, **prompt.template}
+        text = apply_template(
+            tokenizer, prompt.asked, tokenize=False, add_generation_prompt=True, **{**template, **prompt.template}
         )
     except Exception as error:  # templates raise whatever they like
         raise DataError(f"The chat template refuses the conversation: {first_line(error)}") from error

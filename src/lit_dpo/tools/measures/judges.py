@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lit_dpo import hub
 from lit_dpo.callbacks.texts import question
 from lit_dpo.data.formats import Message
+from lit_dpo.data.sandbox import apply_template
 from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.policy import checks
 from lit_dpo.policy.devices import default_dtype
@@ -195,7 +196,7 @@ class _Loaded(NamedTuple):
         else:
             said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             messages = [*said, {"role": "assistant", "content": completion}]
-            ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+            ids = apply_template(self.tokenizer, messages, tokenize=True, return_dict=False)
         cut = 0 if self.longest is None else max(0, len(ids) - self.longest)
         return list(ids)[cut:]
 
