@@ -48,7 +48,10 @@ def _header(lines: Iterator[str]) -> Iterator[str]:
 
 def _separator(header: str) -> str:
     """Find what separates names: the comma, unless it separates none."""
-    counts = {sign: len(next(_reader([header], sign), [])) for sign in _SEPARATORS}
+    try:
+        counts = {sign: len(next(_reader([header], sign), [])) for sign in _SEPARATORS}
+    except csv.Error as error:  # a line that ends within itself, as by a carriage return
+        raise DataError(f"line 1 is no CSV: {error}") from None
     return "," if counts[","] > 1 else max(counts, key=lambda sign: counts[sign])
 
 
