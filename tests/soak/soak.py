@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import socket
 import sys
 import time
@@ -97,6 +98,7 @@ class Soak:
             folder = self.work / "straight" / config.replace(", ", "-").replace(" ", "_")
             kept = folder.with_suffix(".json")
             if not kept.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a soak that was ended itself
                 folder.mkdir(parents=True)
                 ended = self.run(folder, self.words(command, config), self._count(config), None, None)
                 if any(ended.statuses):
