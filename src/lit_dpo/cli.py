@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from lit_dpo import tools
 from lit_dpo.commands import COMMANDS, TOOLS, first_settings, overview
-from lit_dpo.errors import LitDPOError, explanation
+from lit_dpo.errors import LitDPOError, explanation, printable
 from lit_dpo.names import did_you_mean, nearest
 from lit_dpo.writing import refusal
 
@@ -44,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         _run(given, args is None)
     except LitDPOError as error:
-        sys.stderr.write(f"lit-dpo: error: {error}\n")
+        sys.stderr.write(f"lit-dpo: error: {printable(str(error))}\n")
         raise SystemExit(1) from None
     except BrokenPipeError:  # `lit-dpo configs | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,7 +76,7 @@ def _run(given: list[str], from_shell: bool) -> None:
         return
     if name not in COMMANDS and not name.startswith("-"):
         guess = did_you_mean(nearest(name, [*COMMANDS, *TOOLS])) or ": `lit-dpo --help` lists the commands."
-        sys.stderr.write(f"lit-dpo: error: There is no command {name}{guess}\n")
+        sys.stderr.write(printable(f"lit-dpo: error: There is no command {name}{guess}\n"))
         raise SystemExit(2)
     _import_quickly()
     from lit_dpo.lightning_cli import LitDPOCLI

@@ -24,10 +24,12 @@ from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.monitor import HealthMonitor
 from lit_dpo.callbacks.out_of_memory import OutOfMemory
+from lit_dpo.callbacks.own_directory import OwnDirectory
 from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.quiet import Quiet
 from lit_dpo.callbacks.resume import ExactResume
 from lit_dpo.callbacks.steps import OptimizerSteps
+from lit_dpo.callbacks.stop import StopTogether
 from lit_dpo.callbacks.summary import RunSummary
 from lit_dpo.callbacks.together import PassesTogether
 from lit_dpo.checkpoint import (
@@ -65,7 +67,7 @@ from lit_dpo.passes import Passes, in_two_passes
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.base_model import BaseModel
 from lit_dpo.policy.devices import remark
-from lit_dpo.policy.sharding import leave_to_shards, make_mesh, parameter_counts
+from lit_dpo.policy.sharding import as_if_whole, leave_to_shards, make_mesh, parameter_counts
 from lit_dpo.policy.symmetry import agreed, idle
 from lit_dpo.references import Reference
 from lit_dpo.requirements import check_run, resolve_reference
@@ -79,6 +81,7 @@ _Made = TypeVar("_Made")
 
 _BROUGHT = (
     Quiet,
+    OwnDirectory,
     FaultNotes,
     PassesTogether,
     ExactResume,
@@ -91,6 +94,7 @@ _BROUGHT = (
     AdapterExport,
     RunSummary,
     PredictionWriter,
+    StopTogether,  # after those that note what a step was
 )
 
 
@@ -226,7 +230,8 @@ class DPOModule(pl.LightningModule):
             self.model = load(device, half.get(precision))
             if line := remark(device, precision, self.policy.torch_dtype(device, half.get(precision))):
                 rank_zero_info(line)
-            self.reference.attach(self.model, self.policy)
+            with as_if_whole(self.model):
+                self.reference.attach(self.model, self.policy)
             layout = choose_layout(self.model, self.policy.attention)
         leave_to_shards(self)
         trained, total = parameter_counts(self.model)
@@ -307,6 +312,9 @@ class DPOModule(pl.LightningModule):
         self.checked = True
         if self.trainer.is_global_zero:
             claim_versions(self._unnumbered)
+            for one in self.trainer.callbacks if self.trainer.state.fn == "fit" else ():
+                if isinstance(one, OwnDirectory):
+                    one.take(self.trainer)
             clear_runs(self.trainer)
 
     def training_step(self, batch: CompletionBatch, batch_idx: int) -> Tensor:
@@ -509,8 +517,7 @@ class DPOModule(pl.LightningModule):
         sums, records = self._gradient_sum(), []
         others = idle(self.model, parts)
         if agreed(self.model, self.needs_two_passes or not all(part.size for part in parts)):
-            passes = Passes(lambda: self._noted(parts, batch, others), self._losses_over_ranks, self._second_pass)
-            return in_two_passes(parts, passes, sums, others)
+            return self._in_two_passes(parts, batch, sums, others)
         for part in parts:
             pairs = self.pair_logps(part)
             sums.add(self.losses_of(pairs))
@@ -521,6 +528,16 @@ class DPOModule(pl.LightningModule):
             sums.leave([pairs.policy_chosen.total, pairs.policy_rejected.total])
             del pairs
         return sums.total(), sums.losses, join(records)
+
+    def _in_two_passes(
+        self,
+        parts: Sequence[CompletionBatch],
+        batch: CompletionBatch | None,
+        sums: GradientSum,
+        others: Sequence[CompletionBatch] = (),
+    ) -> tuple[Tensor, Tensor, PairLogps]:
+        passes = Passes(lambda: self._noted(parts, batch, others), self._losses_over_ranks, self._second_pass)
+        return in_two_passes(parts, passes, sums, others)
 
     def _gradient_sum(self) -> GradientSum:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self._attached is not None else None
@@ -537,7 +554,7 @@ class DPOModule(pl.LightningModule):
         if not (self.out_of_memory and self.out_of_memory.halvings) or self.why_whole is not None:
             return self._total(every, losses), losses, pairs.detach()
         sums = self._gradient_sum()  # the backward pass too happens here, where it can be begun again
-        sums.add(losses)
+        sums.add(every, own=losses)
         return sums.total(), sums.losses, pairs.detach()
 
     def _noted(
@@ -606,7 +623,7 @@ class DPOModule(pl.LightningModule):
             return None
         trainer = self._attached
         if trainer is None or trainer.world_size == 1:
-            rank_zero_info(f"policy.shard={self.policy.shard}: there is one process here, and the base is whole")
+            rank_zero_info(f"policy.shard={self.policy.shard}: the base is whole, for no trainer has several processes")
             return None
         device = trainer.strategy.root_device.type
         return make_mesh(self.policy.shard, device, trainer.world_size, trainer.num_nodes)
@@ -661,27 +678,36 @@ class DPOModule(pl.LightningModule):
 
     def _step_without(self, batch: CompletionBatch, *, training: bool) -> tuple[Tensor, Tensor]:
         """Make the passes, and wait for the other ranks, where this one has no share of a batch: see `Uncounted`."""
-        # of a sharded base also the passes that make up for others' micro-batches
-        others = idle(self.model, [batch]) if training and agreed(self.model, 1) > 1 else []
-        twice = bool(others and agreed(self.model, self.needs_two_passes))
-        sums = GradientSum([p for p in self.parameters() if p.requires_grad])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not twice):
-            for part in others:
+        if training and agreed(self.model, 1) > 1:
+            return self._passes_without(batch)
+        pairs = self.pair_logps(batch) if training else self.batch_logps(batch)
+        nothing = self._counted_nothing(pairs, training=training)
+        chosen, rejected = pairs.policy_chosen.total, pairs.policy_rejected.total
+        return chosen.sum() + rejected.sum(), nothing  # 0, whose gradients are 0
+
+    def _passes_without(self, batch: CompletionBatch) -> tuple[Tensor, Tensor]:
+        """Make the passes of `accumulate`, all of them for nothing: over a sharded base other ranks wait for them."""
+        parts, sums = [batch, *idle(self.model, [batch])], self._gradient_sum()
+        twice = agreed(self.model, self.needs_two_passes)
+        with torch.set_grad_enabled(not twice):
+            for part in parts:
                 pairs = self.pair_logps(part)
                 if not twice:
                     sums.leave([pairs.policy_chosen.total, pairs.policy_rejected.total])
-            pairs = self.pair_logps(batch) if training else self.batch_logps(batch)
+        nothing = self._counted_nothing(pairs, training=True)
+        for part in parts if twice else ():
+            sums.leave(differentiable(self._second_pass(part)))
+        return sums.total(), nothing
+
+    def _counted_nothing(self, pairs: PairLogps, *, training: bool) -> Tensor:
+        """Wait for the other ranks with a record and losses of no pairs."""
         nothing = nothing_of(pairs.detach())
         if training:
             nothing = self._remember(nothing)
         self._exchange(nothing)
-        ends = [pairs.policy_chosen.total, pairs.policy_rejected.total]
-        if twice:
-            for part in others:
-                sums.leave(differentiable(self._second_pass(part)))
-            ends = [self._second_pass(batch).total[:0]]
-        self.measured_batch = MeasuredBatch(nothing, nothing.policy_chosen.total, *[nothing.policy_chosen.total] * 2)
-        return torch.cat(ends).sum(), nothing.policy_chosen.total  # 0, whose gradients are 0
+        losses = nothing.policy_chosen.total
+        self.measured_batch = MeasuredBatch(nothing, losses, losses, losses)
+        return losses
 
     def _evaluate(self, batch: CompletionBatch, stage: str, loaders: Any, number: int) -> None:
         """Measure a batch; where there are several sets, each by itself. `OptimizerSteps` logs all of them together."""

@@ -28,22 +28,72 @@ _REMEDIES = {
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, *, new: bool = False) -> Iterator[Path]:
     """Give a name next to `path` to write to; what is there takes the place of `path` when it is whole, and flushed.
 
     Whatever happens before, `path` is as it was. The other name is gone then, or after a kill with the next call.
 
+    Args:
+        path: of a file or a folder.
+        new: it is a folder, and replaces none: of two processes that write one, the first that is ready has it.
+
     Raises:
-        TrainingError: if the disk refuses: which path, why, and what to do.
+        TrainingError: if the disk refuses: which path, why, and what to do; or if somebody else has made what is new.
     """
     with refusals(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_name(path, "tmp")
         try:
             yield temporary
-            put_in_place({path: temporary})
+            if new:
+                _flush(temporary)
+                _put_new(temporary, path)
+            else:
+                put_in_place({path: temporary})
         finally:
             remove(temporary)
+
+
+def _put_new(temporary: Path, path: Path) -> None:
+    try:
+        os.rename(temporary, path)  # no folder takes the place of one that has something in it
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        raise TrainingError(
+            f"Expected to make {path} but another process has made it meanwhile, which was left as it is: name another."
+        ) from error
+    _flush_entry(path.parent)
+
+
+def hold(folder: Path) -> int | None:
+    """Hold a folder, which is made if need be, against other processes, until `release` or the end of this one.
+
+    Returns:
+        What `release` takes; -1 where the system or the disk has no such locks. None if another process holds it.
+
+    Raises:
+        TrainingError: if the folder cannot be made.
+    """
+    with refusals(folder / "held"):
+        folder.mkdir(parents=True, exist_ok=True)
+    if os.name == "nt":
+        return -1
+    import fcntl
+
+    number = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)  # on the folder itself: no file is left
+    except OSError as error:
+        os.close(number)
+        return None if isinstance(error, BlockingIOError) else -1
+    return number
+
+
+def release(held: int) -> None:
+    """Let go of what `hold` has taken."""
+    if held >= 0:
+        os.close(held)
 
 
 def put_in_place(made: dict[Path, Path]) -> None:

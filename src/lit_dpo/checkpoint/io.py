@@ -15,15 +15,12 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO, TorchC
 
 from lit_dpo.checkpoint.identity import check_readable
 from lit_dpo.errors import ResumeError, TrainingError, first_line
+from lit_dpo.policy.adapter_checks import RECORD
 from lit_dpo.writing import put_in_place, refusals, remove, temporary_name, written_whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
-
-
-RECORD = "lit_dpo.json"
-"""What an adapter's folder says of its run: the base's content, its quantisation, the loss, measures. No row's text."""
 
 
 class AdapterCheckpointIO(CheckpointIO):

@@ -132,10 +132,10 @@ class GradientSum:
             self._add(torch.autograd.grad(outputs, self._parameters, gradients, allow_unused=True))
 
     def leave(self, outputs: Sequence[Tensor]) -> None:
-        """Run backward through what a micro-batch computes, for nothing: as other ranks do, with theirs."""
+        """Run backward through what a micro-batch computes, for gradients of 0: as other ranks do, with theirs."""
         nothing = [torch.zeros_like(one) for one in outputs]
         with torch.autocast(outputs[0].device.type, enabled=False):
-            torch.autograd.grad(outputs, self._parameters, nothing, allow_unused=True)
+            self._add(torch.autograd.grad(outputs, self._parameters, nothing, allow_unused=True))
 
     def _add(self, found: Sequence[Tensor | None]) -> None:
         for place, (before, new) in enumerate(zip(self._sums, found, strict=True)):
@@ -149,10 +149,11 @@ class GradientSum:
 
     def total(self) -> Tensor:
         """Return the sum of all losses, to run backward from, once."""
-        value = torch.stack([losses.sum() for losses in self._losses]).sum()
+        sums = [losses.sum() for losses in self._losses]
+        value = torch.stack(sums).sum() if sums else self._parameters[0].new_zeros(())
         # no second reference: the backward pass frees one after another
-        sums, self._sums = self._sums, []
-        found: Tensor = _Summed.apply(value, sums, self._scale, *self._parameters)  # type: ignore[no-untyped-call]
+        gradients, self._sums = self._sums, []
+        found: Tensor = _Summed.apply(value, gradients, self._scale, *self._parameters)  # type: ignore[no-untyped-call]
         return found
 
 

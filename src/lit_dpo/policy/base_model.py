@@ -19,7 +19,7 @@ from lit_dpo.policy.devices import default_dtype
 from lit_dpo.policy.digests import sampled_digest, whole_digest
 from lit_dpo.policy.heap import returned_at_once
 from lit_dpo.policy.layerwise import NotInLayersError, load_in_layers
-from lit_dpo.policy.sharding import shard
+from lit_dpo.policy.sharding import as_if_whole, shard
 from lit_dpo.policy.shared import base_of
 
 if TYPE_CHECKING:
@@ -130,7 +130,8 @@ class BaseModel(ABC):
         with checks.default_dtype(torch.float32):
             model = self.load_base(torch.device(device), self.torch_dtype(torch.device(device)), mesh)
             if self.adapter_path is not None:
-                model = self.load_adapter(model, trainable=False)
+                with as_if_whole(model):
+                    model = self.load_adapter(model, trainable=False)
         checks.check_quantized(model, self.quantization)
         model.requires_grad_(False).eval()
         if mesh is not None:
@@ -210,10 +211,11 @@ class BaseModel(ABC):
         if self.adapter_path is not None:
             adapter = self.adapter_place.folder
             if (adapter / "tokenizer_config.json").is_file():
-                return AutoTokenizer.from_pretrained(adapter, trust_remote_code=self.trust_remote_code)
+                with checks.as_policy_error(f"the tokenizer of the adapter {self.adapter_path!r}"):
+                    return AutoTokenizer.from_pretrained(adapter, trust_remote_code=self.trust_remote_code)
         try:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a stranger's file meets any line of a library
             checks.check_weights(self.place)  # a directory that is no model is a clearer message
             raise PolicyError(f"No tokenizer for {self.model!r}: {first_line(error)}") from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +95,8 @@ def load_in_layers(
                 part, of_part = load(numbers)
                 layers: Any = base.get_submodule(path)
                 for number in numbers:
-                    layers[number] = _whole(part.get_submodule(path)[number], f"{path}.{number}").requires_grad_(False)
+                    layer = _whole(part.get_submodule(path)[number], f"{path}.{number}").requires_grad_(False)
+                    layers[number] = _configured_as(layers[number], layer)
                     shard_module(layers[number], mesh, set())
                 for name in ("missing_keys", "mismatched_keys"):
                     info[name] = set(info[name]) & set(of_part[name])
@@ -154,6 +156,14 @@ def _without_hooks(model: PreTrainedModel) -> None:
         vars(model).pop(name, None)
 
 
+def _configured_as(empty: Any, layer: Any) -> Any:
+    """Give a layer the configuration of the model that it comes into, through which attention is switched."""
+    for old, new in zip(empty.modules(), layer.modules(), strict=True):
+        if "config" in vars(old):
+            new.config = old.config
+    return layer
+
+
 def _whole(module: Any, name: str) -> Any:
     """See that nothing of a module was left nowhere."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
@@ -171,7 +181,9 @@ def _quietly() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what looks at every attribute of the model
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

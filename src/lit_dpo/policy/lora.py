@@ -12,7 +12,7 @@ from lit_dpo.errors import PolicyError
 from lit_dpo.policy import checks, lora_options
 from lit_dpo.policy.base_model import BaseModel
 from lit_dpo.policy.kernels import use_kernels
-from lit_dpo.policy.sharding import shard
+from lit_dpo.policy.sharding import as_if_whole, shard
 
 if TYPE_CHECKING:
     import torch
@@ -163,7 +163,8 @@ class LoRAPolicy(BaseModel):
         base = self.load_base(device, dtype, mesh)
         if self.kernels == "auto":
             use_kernels(base)
-        model = self.put_adapters(base)
+        with as_if_whole(base):
+            model = self.put_adapters(base)
         checks.check_quantized(model, self.quantization)
         # an exported adapter names what it was trained on, at the commit: AutoPeftModel loads that
         model.peft_config["default"].base_model_name_or_path = self.place.name

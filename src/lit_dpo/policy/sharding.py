@@ -10,6 +10,7 @@ A gather is a conversation of all ranks: each must run the same passes of the ba
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lit_dpo import compat
@@ -114,15 +115,36 @@ def shards(model: nn.Module) -> Iterator[Any]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
+@contextmanager
+def as_if_whole(model: nn.Module) -> Iterator[None]:
+    """Show sharded weights in their whole shape, without memory: of a shard PEFT takes the shape for the layer's."""
+    from torch import nn
+
+    shown = []
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if hasattr(p, "to_local"):
+                whole = nn.Parameter(p.to_local().new_empty(1).expand(p.shape), requires_grad=False)
+                vars(whole).update({said: getattr(p, said) for said in _OF_PACKED if hasattr(p, said)})
+                setattr(module, name, whole)
+                shown.append((module, name, p))
+    try:
+        yield
+    finally:
+        for module, name, p in shown:
+            setattr(module, name, p)
+
+
 def leave_to_shards(module: nn.Module) -> None:
     """Have `DistributedDataParallel` not touch the sharded parameters of a module: no rank has another's."""
-    from torch.distributed.tensor import DTensor
-
-    compat.leave_out_of_ddp(module, [name for name, p in module.named_parameters() if isinstance(p, DTensor)])
+    if names := [name for name, p in module.named_parameters() if hasattr(p, "to_local")]:
+        compat.leave_out_of_ddp(module, names)
 
 
 def gathered_bytes(model: PeftModel | PreTrainedModel) -> int:
     """Bytes that are gathered at once besides the shards: what is outside the layers, and two layers."""
+    if mesh_of(model) is None:
+        return 0
     sizes: list[int] = [
         sum(p.numel() * p.element_size() for p in _own(module)) for module in shards(model)
     ]  # the decoder's is the first

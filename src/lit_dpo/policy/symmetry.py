@@ -36,7 +36,7 @@ def agreed(model: PeftModel | PreTrainedModel, number: int) -> int:
     import torch
     from torch import distributed
 
-    largest = torch.tensor(number, device=mesh.device_type)
+    largest = torch.tensor(int(number), device=mesh.device_type)
     distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=mesh.get_group())
     return int(largest)
 
