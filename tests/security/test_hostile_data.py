@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -84,10 +85,8 @@ def test_types_of_an_arrow_file_run_nothing(read, tmp_path):
         )
         with pa.ipc.new_stream(stream, schema) as writer:
             writer.write_batch(pa.record_batch([["a"], ["b"], ["c"]], schema=schema))
-        try:
+        with suppress(DataError):
             read(f"rows{number}.arrow", stream.getvalue().to_pybytes())
-        except DataError as error:
-            assert "cannot be read" in str(error)
     assert not marker.exists()
 
 
