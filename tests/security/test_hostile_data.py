@@ -68,6 +68,11 @@ def test_a_bomb_of_json_is_a_row_that_cannot_be_read_or_one_that_can(read, line)
     assert len(read("rows.jsonl", ROW + line + b"\n" + ROW)) == 3
 
 
+def test_a_key_of_its_own_in_each_row_is_not_a_table_of_all_of_them(read):
+    with pytest.raises(DataError, match="at most 1000 columns"):
+        read("rows.jsonl", b"".join(b'{"k%d": 1}\n' % number for number in range(20_000)))
+
+
 def test_types_of_an_arrow_file_run_nothing(read, tmp_path):
     """An extension type's description is bytes that old versions of Arrow unpickled."""
     marker = tmp_path / "marker"

@@ -142,8 +142,9 @@ def _saved(named: _Named, folder: Path, content: str) -> RowSource:
 
     try:
         for state in folder.rglob("state.json"):
-            files = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
-            _check_inside(state.parent, [state.parent / one["filename"] for one in files])
+            lists = (one for one in json.loads(state.read_text(encoding="utf-8")).values() if isinstance(one, list))
+            names = [one["filename"] for files in lists for one in files if isinstance(one, dict) and "filename" in one]
+            _check_inside(state.parent, [state.parent / name for name in names])
         if (splits := folder / "dataset_dict.json").is_file():
             _check_inside(folder, [folder / one for one in json.loads(splits.read_text(encoding="utf-8"))["splits"]])
         found = load_from_disk(str(folder))
