@@ -16,7 +16,7 @@ from limits import bounded
 from lit_dpo import DPOModule, PreferenceDataModule
 from lit_dpo.checkpoint import read_checkpoint
 from lit_dpo.cli import main
-from lit_dpo.errors import ResumeError
+from lit_dpo.errors import LitDPOError, ResumeError
 from training import data, module, trainer
 
 CODE = """
@@ -135,7 +135,7 @@ def test_neither_does_a_file_of_hyper_parameters(saved, tmp_path):
     with bounded(), pytest.raises(ResumeError, match="more than any run"):
         DPOModule.load_from_checkpoint(saved, hparams_file=str(tmp_path / "hparams.yaml"))
     (tmp_path / "hparams.yaml").write_text(yaml.dump({"policy": Path}))
-    with pytest.raises(ResumeError):
+    with pytest.raises(LitDPOError):
         DPOModule.load_from_checkpoint(saved, hparams_file=str(tmp_path / "hparams.yaml"))
 
 
