@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cuda",
         help="where tests marked `gpu` run; `cpu` rehearses them, with an emulation of the variable-length kernel",
     )
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtestloop() -> Iterator[Any]:
+    """Fork the server of processes, if a test may ask for one, before the first test has started anything."""
+    if "ranks" in sys.modules:
+        import forking
+
+        forking.serve()
+    return (yield)
 
 
 @pytest.hookimpl(trylast=True)
@@ -155,11 +166,14 @@ def quickstart() -> Path:
 
 
 @pytest.fixture(scope="session")
-def quickstart_run(tmp_path_factory: pytest.TempPathFactory, quickstart: Path) -> Path:
-    """The folder of a short run of `lit-dpo fit`: the quickstart in NF4, quicker than it comes."""
+def quickstart_run(once: Callable[[str, Callable[[Path], None]], Path], quickstart: Path) -> Path:
+    """The folder of a short run of `lit-dpo fit`: the quickstart in NF4, quicker than it comes. It is read only."""
+    return once("quickstart-run", _train_quickstart) / "version_0"
+
+
+def _train_quickstart(root: Path) -> None:
     from lit_dpo.cli import main
 
-    root = tmp_path_factory.mktemp("quickstart")
     config = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
     changes = {
         "max_epochs": "1",
@@ -170,7 +184,6 @@ def quickstart_run(tmp_path_factory: pytest.TempPathFactory, quickstart: Path) -
     }
     typed = [word for name, value in changes.items() for word in (f"--trainer.{name}", value)]
     main(["fit", "--config", str(config), "--model.optimizer.lr", "3e-3", *typed])
-    return root / "version_0"
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Processes in a second each: forked from a server that has imported everything, and started nothing.
+"""Processes in a second each: forked from a server that has imported everything, and started nothing (`forking.py`).
 
 `run` has some ranks do the same work and gives what each returned; `command` starts `lit-dpo` with its own working
 directory, environment and output, to be sent signals. What libraries read from the environment when they are imported
@@ -149,6 +149,15 @@ class Command:
         """What it has written so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
+    def wait_for(self, text: str, seconds: float = 120) -> None:
+        """Wait until it has written something."""
+        end = time.monotonic() + seconds
+        while text not in self.output():
+            if self.process.exitcode is not None or time.monotonic() > end:
+                self.kill()
+                raise RankError(f"The command did not write {text!r}.\n{self.output()[-6000:]}")
+            time.sleep(0.02)
+
     def wait(self, seconds: float = 120) -> int:
         """Wait for its end, and return its exit status, minus the signal if one ended it."""
         self.process.join(seconds)
@@ -209,7 +218,7 @@ def _command(
         before(*given)
     status = 0
     try:
-        main(list(words))
+        main()
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
         if isinstance(error.code, str):
@@ -222,6 +231,7 @@ def _command(
 
 def _become(log: Path, variables: Mapping[str, str], cwd: Path | None) -> None:
     """Take over an environment, a directory, and a file for what is written; and default signals."""
+    multiprocessing.set_start_method(None, force=True)  # the system's, not that of this server
     os.environ.clear()
     os.environ.update(variables)
     if cwd is not None:
@@ -230,5 +240,6 @@ def _become(log: Path, variables: Mapping[str, str], cwd: Path | None) -> None:
     for output in (1, 2):
         os.dup2(file, output)
     os.close(file)
+    multiprocessing.set_start_method("fork", force=True)  # of its own children, not the one by which it came
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import ranks
 from lit_dpo.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -224,14 +225,14 @@ def test_a_random_seed_is_saved_as_the_one_that_was_used(tiny_model, pairs_file,
 def test_a_downstream_package_adds_one_of_each_kind(tiny_model, pairs_file, here, monkeypatch):
     """As a user would: from the project's folder, by class path, nothing registered."""
     project = Path(__file__).parent / "downstream"
-    command = [sys.executable, "-m", "lit_dpo", *_arguments(tiny_model, pairs_file)]
-    command[4:4] = ["--model=my_lab.WatchedDPO", "--model.length_penalty=0.5"]
+    command = _arguments(tiny_model, pairs_file)
+    command[1:1] = ["--model=my_lab.WatchedDPO", "--model.length_penalty=0.5"]
     command += ["--model.policy=my_lab.FrozenA", "--model.policy.a_scale=2"]
     command += ["--model.loss=my_lab.GradedHingeLoss", "--model.loss.target=2", f"--data.val={pairs_file}"]
     command += ["--model.reference=my_lab.WeakerReference", "--data.format=my_lab.Graded", "--data.format.hardest=2"]
     command += [*EPOCH, f"--trainer.logger.save_dir={here / 'runs'}"]
-    run = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
+    running = ranks.command(command, log=here / "log.txt", cwd=project)
+    assert running.wait() == 0, running.output()[-3000:]
     config = yaml.safe_load((here / "runs" / "version_0" / "config.yaml").read_text())
     assert config["model"]["class_path"] == "my_lab.WatchedDPO"
     assert config["model"]["init_args"]["policy"]["class_path"] == "my_lab.FrozenA"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import ranks
 from lit_dpo.cli import main
 from lit_dpo.commands import COMMANDS, FIRST, TOOLS, first_settings, overview
 from lit_dpo.errors import LitDPOError
@@ -250,7 +251,7 @@ def test_the_script_is_there_at_once_and_names_what_there_is():
 @pytest.fixture(scope="module")
 def run(tiny_model, pairs_file, tmp_path_factory):
     """Runs the command; what was written, by the columns of the terminal, or by 0 to a file."""
-    command = [sys.executable, "-m", "lit_dpo", "fit", f"--model.policy.model={tiny_model}"]
+    command = ["fit", f"--model.policy.model={tiny_model}"]
     command += ["--model.policy.quantization=none", f"--data.train={pairs_file}", f"--data.val={pairs_file}"]
     command += ["--data.batch_size=4", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
     command += ["--trainer.val_check_interval=3", "--trainer.num_sanity_val_steps=0"]
@@ -258,14 +259,15 @@ def run(tiny_model, pairs_file, tmp_path_factory):
     def made(columns):
         folder = tmp_path_factory.mktemp("run")
         if columns == 0:
-            done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True)
-            return done.stdout
+            running = ranks.command(command, log=folder / "log.txt", cwd=folder)
+            assert running.wait() == 0, running.output()
+            return (folder / "log.txt").read_bytes()
         process, terminal = pty.fork()
         if process == 0:
             os.chdir(folder)
             os.environ.pop("COLUMNS", None)
             os.environ["TERM"] = "xterm-256color"
-            os.execv(command[0], command)
+            os.execv(sys.executable, [sys.executable, "-m", "lit_dpo", *command])
         ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 60, columns, 0, 0))
         found, end = b"", time.monotonic() + 300
         while time.monotonic() < end:

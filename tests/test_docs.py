@@ -7,13 +7,12 @@ import importlib
 import pkgutil
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import lit_dpo
+import ranks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,10 +53,8 @@ def test_the_subclassing_example_trains_through_the_command(quickstart, tmp_path
     arguments = command.split()[1:]
     arguments[arguments.index("configs/quickstart.yaml")] = str(ROOT / "configs" / "quickstart.yaml")
     short = ["--trainer.max_steps=2", "--trainer.callbacks=[]", "--trainer.limit_val_batches=0"]
-    run = subprocess.run(
-        [sys.executable, "-m", "lit_dpo", *arguments, *short], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    running = ranks.command([*arguments, *short], log=tmp_path / "log.txt", cwd=tmp_path)
+    assert running.wait() == 0, running.output()[-3000:]
     assert (tmp_path / "runs" / "version_0" / "adapter").is_dir()
 
 

@@ -9,8 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -18,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import load_file, save_file
 
+import ranks
 import tiny
 from lit_dpo.callbacks import AdapterExport, LastCheckpoint, TrainingHealth
 from lit_dpo.cli import main
@@ -170,21 +169,17 @@ def straight(tiny_model, pairs_file, tmp_path_factory):
 def test_a_signal_saves_and_the_same_command_goes_on_from_last(
     tiny_model, pairs_file, tmp_path, monkeypatch, straight, number
 ):
-    """In a process of its own; SIGTERM ends with 143, and the adapter is that of a run that was not stopped."""
+    """Sent to its loader's worker too, as batch systems do; the adapter is that of a run that was not stopped."""
     monkeypatch.chdir(tmp_path)
     command = _command(tiny_model, pairs_file)
-    slow = ["--trainer.callbacks=test_ends.Slow"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    process = subprocess.Popen([sys.executable, "-m", "lit_dpo", *command, *slow], env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-    for line in process.stdout:
-        if line.strip() == "step 3":
-            process.send_signal(number)
-            break
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == (143 if number == signal.SIGTERM else 1), errors[-2000:]
+    slow = ["--trainer.callbacks=test_ends.Slow", "--data.num_workers=1"]
+    running = ranks.command([*command, *slow], log=tmp_path / "log.txt", cwd=tmp_path)
+    running.wait_for("step 3\n")
+    os.killpg(running.pid, number)
+    status, said = running.wait(), running.output()
+    assert status == 128 + number, said[-2000:]
     run = tmp_path / "runs" / "version_0"
-    assert "to go on, repeat it with --ckpt_path runs/version_0/last.ckpt" in errors
+    assert "to go on, repeat it with --ckpt_path runs/version_0/last.ckpt" in said
     saved = torch.load(run / "last.ckpt", weights_only=True)
     assert 3 <= saved["global_step"] <= 5
     assert (run / "last" / "adapter_config.json").is_file()

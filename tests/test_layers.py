@@ -18,13 +18,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up; the longest name that fits decides. Rooms of one layer may import each other in one direction.
 LAYERS = {
     "lit_dpo.errors": 0,
+    "lit_dpo.environment": 0,
     "lit_dpo.commands": 0,
     "lit_dpo.compat": 0,
     "lit_dpo.hub": 0,
     "lit_dpo.names": 0,
     "lit_dpo.progress": 0,
     "lit_dpo.quiet": 0,
+    "lit_dpo.seals": 0,
     "lit_dpo.shipped": 0,
+    "lit_dpo.versions": 0,
     "lit_dpo.writing": 0,
     "lit_dpo.quickstart": 0,  # needs nothing of the package; imported inside functions only
     "lit_dpo.policy": 1,
@@ -36,6 +39,7 @@ LAYERS = {
     "lit_dpo.references": 3,
     "lit_dpo.memory": 3,
     "lit_dpo.requirements": 4,
+    "lit_dpo.passes": 4,
     "lit_dpo.window": 4,
     "lit_dpo.schedules": 4,
     "lit_dpo.callbacks": 5,

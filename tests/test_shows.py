@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
+import ranks
 import tiny
 from lit_dpo import PreferenceDataModule
 from lit_dpo.callbacks import AdapterExport, SampleCompletions
@@ -76,21 +75,29 @@ def test_text_is_shown_as_it_is_in_any_encoding_and_steers_nothing(tiny_model, t
     assert [row["prompt"] for row in rows] == STRANGE[:-1]
 
 
+def _ascii() -> None:
+    sys.stdout = open(1, "w", encoding="ascii", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="ascii", errors="backslashreplace", closefd=False)  # noqa: SIM115
+
+
 def test_the_command_ends_well_where_the_output_is_ascii(tiny_model, tmp_path):
-    done = subprocess.run(
+    running = ranks.command(
         [
-            *(sys.executable, "-m", "lit_dpo", "fit", f"--model.policy.model={tiny_model}"),
+            *(
+                "fit",
+                f"--model.policy.model={tiny_model}",
+                f"--data.train={_pairs(tmp_path / 'pairs.jsonl', STRANGE[:-1])}",
+            ),
             *("--model.policy.quantization=none", "--trainer.callbacks=SampleCompletions", "--trainer.accelerator=cpu"),
-            f"--data.train={_pairs(tmp_path / 'pairs.jsonl', STRANGE[:-1])}",
             *("--trainer.max_steps=1", "--trainer.enable_progress_bar=false"),
         ],
+        log=tmp_path / "log.txt",
         cwd=tmp_path,
-        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
-        capture_output=True,
+        before=_ascii,
     )
-    assert done.returncode == 0, done.stderr.decode(errors="replace")
-    assert rb"\[/INST]" in done.stdout
-    assert b"goes on without it" not in done.stderr
+    assert running.wait() == 0, running.output()
+    assert r"\[/INST]" in running.output()
+    assert "goes on without it" not in running.output()
     assert (tmp_path / "runs" / "version_0" / "adapter").is_dir()
 
 

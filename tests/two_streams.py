@@ -1,11 +1,10 @@
-"""Train on streams and mixtures: in a test's own process, or on two of it as `python two_streams.py FOLDER`."""
+"""Train on streams and mixtures: in a test's own process, or on two ranks with `of_rank`."""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +62,9 @@ def _of_all_ranks(mine: Any, devices: int) -> list[Any]:
     return everybody
 
 
-if __name__ == "__main__":
+def of_rank(folder: Path) -> None:
+    """What this rank makes of each case in the folder, one after another."""
     os.environ.pop("PL_GLOBAL_SEED", None)  # of a run before this: DDP would take it
-    folder = Path(sys.argv[1])
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         found = train(root=folder / name, devices=2, **case)
         if torch.distributed.get_rank() == 0:

@@ -31,12 +31,33 @@ class ResumeError(LitDPOError, RuntimeError):
     """A checkpoint that does not continue the run it is given to."""
 
 
+class VersionError(LitDPOError, RuntimeError):
+    """A file of a format that a newer release has made."""
+
+
 class AblationError(LitDPOError, ValueError):
     """An ablation that cannot be made as it is asked for."""
 
 
 class UnsupportedAttentionError(LitDPOError, NotImplementedError):
     """An attention argument that the pair attention does not implement, and will not ignore."""
+
+
+class Explanation(str):
+    """A sentence about an error that a library raised, as the error's note: the command prints it alone."""
+
+
+def explanation(error: BaseException) -> str | None:
+    """Return the sentence that was noted on an error, if there is one.
+
+    Example:
+        >>> error = RuntimeError("code 12")
+        >>> error.add_note(Explanation("The memory is used up."))
+        >>> explanation(error)
+        'The memory is used up.'
+    """
+    found = [note for note in getattr(error, "__notes__", ()) if isinstance(note, Explanation)]
+    return str(found[-1]) if found else None
 
 
 def first_line(error: BaseException) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -17,15 +17,21 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from lit_dpo.callbacks.export import AdapterExport, claim_versions, unnumbered
+from lit_dpo.callbacks.environment import RunEnvironment
+from lit_dpo.callbacks.export import AdapterExport, claim_versions, clear_runs, unnumbered
+from lit_dpo.callbacks.faults import FaultNotes
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.monitor import HealthMonitor
+from lit_dpo.callbacks.out_of_memory import OutOfMemory
+from lit_dpo.callbacks.own_directory import OwnDirectory
 from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.quiet import Quiet
 from lit_dpo.callbacks.resume import ExactResume
 from lit_dpo.callbacks.steps import OptimizerSteps
+from lit_dpo.callbacks.stop import StopTogether
 from lit_dpo.callbacks.summary import RunSummary
+from lit_dpo.callbacks.together import PassesTogether
 from lit_dpo.checkpoint import (
     Standing,
     adapter_state,
@@ -38,45 +44,57 @@ from lit_dpo.checkpoint import (
     only_known_classes,
     random_state,
     read_checkpoint,
-    restore_random_state,
     untrusting,
 )
 from lit_dpo.data.batch import CompletionBatch
 from lit_dpo.errors import PolicyError, TrainingError
+from lit_dpo.logps.coupling import Others, meet, nothing_of
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.microbatch import (
     MICROBATCH_TOKENS,
     GradientSum,
     concatenate,
-    cut_off,
     differentiable,
     join,
     microbatches,
-    shares,
     why_whole,
 )
 from lit_dpo.logps.records import CompletionLogps, PairLogps, SequenceLogps
 from lit_dpo.logps.score import FrozenStates, choose_layout, completion_logps, frozen_logps
 from lit_dpo.losses import DPOLoss, PreferenceLoss
 from lit_dpo.metrics.collections import of_set, preference_metrics
+from lit_dpo.passes import Passes, in_two_passes
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.base_model import BaseModel
 from lit_dpo.policy.devices import remark
+from lit_dpo.policy.sharding import as_if_whole, leave_to_shards, make_mesh, parameter_counts
+from lit_dpo.policy.symmetry import agreed, idle
 from lit_dpo.references import Reference
 from lit_dpo.requirements import check_run, resolve_reference
 from lit_dpo.schedules import check_schedule, make_schedule, steps_of_run
 from lit_dpo.window import MeasuredBatch, Window
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_Made = TypeVar("_Made")
+
 _BROUGHT = (
     Quiet,
+    OwnDirectory,
+    FaultNotes,
+    PassesTogether,
     ExactResume,
     TrainingHealth,
     MemoryEstimate,
+    OutOfMemory,
     OptimizerSteps,
     HealthMonitor,
+    RunEnvironment,
     AdapterExport,
     RunSummary,
     PredictionWriter,
+    StopTogether,  # after those that note what a step was
 )
 
 
@@ -136,6 +154,8 @@ class DPOModule(pl.LightningModule):
     """Whether what is loaded may be of a run with another loss or reference."""
 
     loss_state: Tensor | None
+    others: Others | None = None
+    """What the other ranks have measured of the batch, where the loss couples pairs."""
     _said_whole = False
     _frozen: FrozenStates | None = None  # of the reference, while `forward` runs
     _draws: list[dict[str, Any]] | None = None  # random states before each `forward`, while they are noted
@@ -190,6 +210,7 @@ class DPOModule(pl.LightningModule):
         self.asked: dict[str, Tensor] = {}  # what callbacks want to know too: the check of gradients fetches it
         self.schedule_steps: int | None = None  # of a learning rate that changes, by `configure_optimizers`
         self.standing: Standing | None = None  # after the last step
+        self.out_of_memory: OutOfMemory | None = None  # begins a batch again that was too large
         self.configured = False  # until the policy has loaded
         self.checked = False  # until `prepare_data` has looked at this run
 
@@ -204,12 +225,16 @@ class DPOModule(pl.LightningModule):
         precision = str(self.trainer.precision) if self._attached is not None else ""
         half = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "16-mixed": torch.float16}
         with torch.device("cpu"):  # Lightning makes its device the default here; a CPU's generator draws no GPU tensors
-            self.model = self.policy.load(device, half.get(precision))
+            mesh = self._mesh()
+            load = self.policy.load if mesh is None else partial(self.policy.load, mesh=mesh)
+            self.model = load(device, half.get(precision))
             if line := remark(device, precision, self.policy.torch_dtype(device, half.get(precision))):
                 rank_zero_info(line)
-            self.reference.attach(self.model, self.policy)
+            with as_if_whole(self.model):
+                self.reference.attach(self.model, self.policy)
             layout = choose_layout(self.model, self.policy.attention)
-        trained, total = self.model.get_nb_trainable_parameters()
+        leave_to_shards(self)
+        trained, total = parameter_counts(self.model)
         rank_zero_info(f"{trained} of {total} parameters train; {layout} layout; reference {self.reference}")
 
     def configure_metrics(self) -> MetricCollection:
@@ -287,6 +312,10 @@ class DPOModule(pl.LightningModule):
         self.checked = True
         if self.trainer.is_global_zero:
             claim_versions(self._unnumbered)
+            for one in self.trainer.callbacks if self.trainer.state.fn == "fit" else ():
+                if isinstance(one, OwnDirectory):
+                    one.take(self.trainer)
+            clear_runs(self.trainer)
 
     def training_step(self, batch: CompletionBatch, batch_idx: int) -> Tensor:
         """Return a batch's mean loss, before Lightning divides it for accumulation; see `Window` for its gradient."""
@@ -414,6 +443,15 @@ class DPOModule(pl.LightningModule):
 
     def batch_logps(self, batch: CompletionBatch) -> PairLogps:
         """`pair_logps` of a batch of any size, without gradients and dropout, one micro-batch at a time."""
+        return self._again(lambda: self._batch_logps(batch), batch)
+
+    def _again(self, run: Callable[[], _Made], batch: CompletionBatch) -> _Made:
+        """Run what takes the memory of a batch; where it runs out, `OutOfMemory` may run it again in smaller pieces."""
+        if self.out_of_memory is None:
+            return run()
+        return self.out_of_memory.again(self, run, lambda: self._cut(batch))
+
+    def _batch_logps(self, batch: CompletionBatch) -> PairLogps:
         training = self.model.training
         if training:
             self.model.eval()
@@ -421,7 +459,11 @@ class DPOModule(pl.LightningModule):
             with torch.no_grad():
                 # a loss that couples pairs is no reason here: it sees the joined record
                 whole = self._may_couple("forward", "completion_logps", "pair_logps")
-                return self._record([batch] if whole else self._cut(batch), batch)
+                parts = [batch] if whole else self._cut(batch)
+                others = idle(self.model, parts)
+                record = self._record(parts, batch)
+                self.score_for_nothing(others)
+                return record
         finally:
             if training:
                 self.model.train()
@@ -441,6 +483,14 @@ class DPOModule(pl.LightningModule):
         scored = [self.completion_logps(part) for part in parts]
         policy, reference = (concatenate([one[side] for one in scored]) for side in (0, 1))
         return CompletionLogps.of(batch, policy, reference).pairs(batch.columns, self.loss_state)
+
+    def score_for_nothing(self, parts: Sequence[CompletionBatch]) -> None:
+        """Run the passes of `_record`, for nothing: see `lit_dpo.policy.symmetry`."""
+        for part in parts:
+            if part.size:
+                self.pair_logps(part)
+            else:  # of a part of a prompt
+                self.completion_logps(part)
 
     def _microbatches(self, batch: CompletionBatch) -> list[CompletionBatch]:
         """Cut a training batch; or leave it whole where it must be, in a line that says so once."""
@@ -464,52 +514,119 @@ class DPOModule(pl.LightningModule):
             parts: micro-batches.
             batch: of which they are. Needed where a prompt is in several of them.
         """
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self._attached is not None else None
-        trained = [p for p in self.parameters() if p.requires_grad]
-        # not `get_scale`, which waits for the device
-        scale = scaler.scale(torch.ones((), device=self.device)) if scaler else 1.0
-        sums, records = GradientSum(trained, scale), []
-        if self.needs_two_passes or not all(part.size for part in parts):
-            return self._in_two_passes(parts, batch, sums)
+        sums, records = self._gradient_sum(), []
+        others = idle(self.model, parts)
+        if agreed(self.model, self.needs_two_passes or not all(part.size for part in parts)):
+            return self._in_two_passes(parts, batch, sums, others)
         for part in parts:
             pairs = self.pair_logps(part)
             sums.add(self.losses_of(pairs))
             records.append(pairs.detach())
             del pairs  # or it stays until the next one is there
+        for part in others:
+            pairs = self.pair_logps(part)
+            sums.leave([pairs.policy_chosen.total, pairs.policy_rejected.total])
+            del pairs
         return sums.total(), sums.losses, join(records)
 
     def _in_two_passes(
-        self, parts: Sequence[CompletionBatch], batch: CompletionBatch | None, sums: GradientSum
+        self,
+        parts: Sequence[CompletionBatch],
+        batch: CompletionBatch | None,
+        sums: GradientSum,
+        others: Sequence[CompletionBatch] = (),
     ) -> tuple[Tensor, Tensor, PairLogps]:
+        passes = Passes(lambda: self._noted(parts, batch, others), self._losses_over_ranks, self._second_pass)
+        return in_two_passes(parts, passes, sums, others)
+
+    def _gradient_sum(self) -> GradientSum:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self._attached is not None else None
+        trained = [p for p in self.parameters() if p.requires_grad]
+        # not `get_scale`, which waits for the device
+        return GradientSum(trained, scaler.scale(torch.ones((), device=self.device)) if scaler else 1.0)
+
+    def _losses_to_train(self, batch: CompletionBatch) -> tuple[Tensor, Tensor, PairLogps]:
+        """Return the sum of a batch's losses, to run backward from, the losses and the record."""
+        if agreed(self.model, len(parts := self._microbatches(batch))) > 1:
+            return self.accumulate(parts, batch)
+        pairs = self._remember(self.pair_logps(batch))
+        every, losses = self._losses_over_ranks(pairs)
+        if not (self.out_of_memory and self.out_of_memory.halvings) or self.why_whole is not None:
+            return self._total(every, losses), losses, pairs.detach()
+        sums = self._gradient_sum()  # the backward pass too happens here, where it can be begun again
+        sums.add(every, own=losses)
+        return sums.total(), sums.losses, pairs.detach()
+
+    def _noted(
+        self, parts: Sequence[CompletionBatch], batch: CompletionBatch | None, others: Sequence[CompletionBatch]
+    ) -> tuple[PairLogps, list[dict[str, Any]]]:
+        """Score the parts of a training batch, and note the random state before each."""
         draws: list[dict[str, Any]] = []
         self._draws = draws
         try:
-            with torch.no_grad():
-                record = self._remember(self._record(parts, batch))
+            record = self._record(parts, batch)
         finally:
             self._draws = None
-        assert record.completions is not None
-        leaves = cut_off(record.completions)
-        sums.add(self.losses_of(leaves.record.pairs(record.columns, record.state)), leaves.tensors)
-        after = random_state()
-        for part, draw, gradients in zip(parts, draws, shares(sums.of_leaves, parts), strict=True):
-            frozen = self._reference_logps(part)[0] if Field.KL in self.loss.requires else None
-            restore_random_state([draw], 0)
-            logps = self._policy_logps(part, frozen)
-            sums.follow(differentiable(logps), gradients)
-            del logps  # or they stay until the next ones are there
-        restore_random_state([after], 0)
-        return sums.total(), sums.losses, record
+        self.score_for_nothing(others)
+        return self._remember(record), draws
+
+    def _second_pass(self, part: CompletionBatch) -> SequenceLogps:
+        frozen = self._reference_logps(part)[0] if Field.KL in self.loss.requires else None
+        return self._policy_logps(part, frozen)
 
     def _remember(self, pairs: PairLogps) -> PairLogps:
         """Let a loss with a memory see a training batch, on all ranks together, before that batch's losses read it."""
         if self.loss_state is None:
             return pairs
-        added = self.trainer.strategy.reduce(self.loss.sums(pairs.detach()), reduce_op="sum")
+        # a loss of one's own may not take a mean of no pairs
+        mine = self.loss.sums(pairs.detach()) if _count(pairs) else torch.zeros_like(self.loss_state)
+        added = self.trainer.strategy.reduce(mine, reduce_op="sum")
         self.loss_state = self.loss.next_state(self.loss_state, added)
         return pairs._replace(state=self.loss_state)
 
+    # ---- losses over ranks ----
+
+    def losses_among(self, pairs: PairLogps) -> Tensor:
+        """`losses_of` the pairs of all ranks, of which others are without gradients; or of these, if none couple."""
+        return self.losses_of(pairs if self.others is None else self.others.around(pairs))
+
+    def _losses_over_ranks(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
+        """All losses that depend on these pairs, and these pairs' own; ranks exchange records if the loss couples."""
+        self._exchange(pairs)
+        losses = self.losses_among(pairs)
+        return losses, losses if self.others is None else self.others.own(losses, pairs)
+
+    def _total(self, every: Tensor, own: Tensor) -> Tensor:
+        """Sum this rank's losses, with the gradient of what its pairs do to the losses of all."""
+        total = own.sum()
+        return total if self.others is None else every.sum() + (total - every.sum()).detach()
+
+    def _exchange(self, pairs: PairLogps) -> None:
+        self.others = meet(pairs) if self.loss.couples_pairs and self._ranks > 1 else None
+
+    @property
+    def _ranks(self) -> int:
+        return int(self.trainer.world_size) if self._attached is not None else 1
+
+    def _parts_of_losses(self, pairs: PairLogps) -> dict[str, Tensor]:
+        """Parts of a composed loss, of this rank's pairs."""
+        if self.others is None:
+            return self.loss.parts(pairs)
+        found = self.loss.parts(self.others.around(pairs))
+        return {name: self.others.own(values, pairs) for name, values in found.items()}
+
     # ---- helpers ----
+
+    def _mesh(self) -> DeviceMesh | None:
+        """Make the ranks that share a base by `policy.shard`; where there is one rank, it is whole, in a line."""
+        if self.policy.shard == "none":
+            return None
+        trainer = self._attached
+        if trainer is None or trainer.world_size == 1:
+            rank_zero_info(f"policy.shard={self.policy.shard}: the base is whole, for no trainer has several processes")
+            return None
+        device = trainer.strategy.root_device.type
+        return make_mesh(self.policy.shard, device, trainer.world_size, trainer.num_nodes)
 
     @property
     def _attached(self) -> pl.Trainer | None:
@@ -545,18 +662,52 @@ class DPOModule(pl.LightningModule):
         self, batch: CompletionBatch, *measured: MetricCollection, training: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Measure a batch; the sum of its losses, and the losses."""
-        if training and len(parts := self._microbatches(batch)) > 1:
-            total, losses, seen = self.accumulate(parts, batch)
+        if not batch.size:
+            return self._step_without(batch, training=training)
+        if training:
+            total, losses, seen = self._again(lambda: self._losses_to_train(batch), batch)
         else:
-            pairs = self._remember(self.pair_logps(batch)) if training else self.batch_logps(batch)
-            seen = pairs.detach()
-            losses = self.losses_of(pairs)
-            total = losses.sum()
+            seen = self.batch_logps(batch).detach()
+            every, losses = self._losses_over_ranks(seen)
+            total = self._total(every, losses)
         self.measured_batch = MeasuredBatch(seen, losses.detach(), *self.loss.rewards(seen))
-        measures = {**self.measured_batch._asdict(), "parts": self.loss.parts(seen)}
+        measures = {**self.measured_batch._asdict(), "parts": self._parts_of_losses(seen)}
         for collection in measured:
             collection.update(**measures)
         return total, losses
+
+    def _step_without(self, batch: CompletionBatch, *, training: bool) -> tuple[Tensor, Tensor]:
+        """Make the passes, and wait for the other ranks, where this one has no share of a batch: see `Uncounted`."""
+        if training and agreed(self.model, 1) > 1:
+            return self._passes_without(batch)
+        pairs = self.pair_logps(batch) if training else self.batch_logps(batch)
+        nothing = self._counted_nothing(pairs, training=training)
+        chosen, rejected = pairs.policy_chosen.total, pairs.policy_rejected.total
+        return chosen.sum() + rejected.sum(), nothing  # 0, whose gradients are 0
+
+    def _passes_without(self, batch: CompletionBatch) -> tuple[Tensor, Tensor]:
+        """Make the passes of `accumulate`, all of them for nothing: over a sharded base other ranks wait for them."""
+        parts, sums = [batch, *idle(self.model, [batch])], self._gradient_sum()
+        twice = agreed(self.model, self.needs_two_passes)
+        with torch.set_grad_enabled(not twice):
+            for part in parts:
+                pairs = self.pair_logps(part)
+                if not twice:
+                    sums.leave([pairs.policy_chosen.total, pairs.policy_rejected.total])
+        nothing = self._counted_nothing(pairs, training=True)
+        for part in parts if twice else ():
+            sums.leave(differentiable(self._second_pass(part)))
+        return sums.total(), nothing
+
+    def _counted_nothing(self, pairs: PairLogps, *, training: bool) -> Tensor:
+        """Wait for the other ranks with a record and losses of no pairs."""
+        nothing = nothing_of(pairs.detach())
+        if training:
+            nothing = self._remember(nothing)
+        self._exchange(nothing)
+        losses = nothing.policy_chosen.total
+        self.measured_batch = MeasuredBatch(nothing, losses, losses, losses)
+        return losses
 
     def _evaluate(self, batch: CompletionBatch, stage: str, loaders: Any, number: int) -> None:
         """Measure a batch; where there are several sets, each by itself. `OptimizerSteps` logs all of them together."""
@@ -601,6 +752,10 @@ class DPOModule(pl.LightningModule):
         if Field.KL in self.loss.requires:
             return frozen_logps(self.model, batch, self.reference.activated)
         return None, self.reference.logps(self.model, batch)
+
+
+def _count(pairs: PairLogps) -> int:
+    return len(pairs.policy_chosen.total)
 
 
 def _which(batch: CompletionBatch) -> dict[str, Tensor]:

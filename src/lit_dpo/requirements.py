@@ -79,23 +79,84 @@ def check_columns(loss: PreferenceLoss, columns: Mapping[str, frozenset[str]]) -
             rank_zero_info(f"{split}: {name} does not read the rows' {', '.join(unread)}")
 
 
-def check_strategy(strategy: Strategy) -> None:
-    """Gradients are brought together over ranks, and parameters are whole.
+_INSTEAD = "To spread a base over devices, take `ddp` and `policy.shard: node` or `all`: adapters stay whole."
+_REFUSED = {
+    "DeepSpeedStrategy": (
+        "it keeps gradients to itself, out of reach of the mean over a step's pairs, and its checkpoints are pickles "
+        "without the run's identity. Stages 1 and 2 would spread the adapters' optimizer state alone, which is small; "
+        "stage 3 makes parameters of size 0, which weights cannot be read into"
+    ),
+    "FSDPStrategy": (
+        "it flattens adapters and base into one tensor, so that adapters have neither gradients nor files of their own"
+    ),
+    "ModelParallelStrategy": (
+        "it leaves sharding to the module and its checkpoints to itself: adapters that are sharded are neither "
+        "exported nor resumed exactly, and each batch must run in one piece"
+    ),
+}
+_TENSOR_PARALLEL = (
+    "the devices of a tensor group compute one batch together, but each would be given a batch of its own, and PEFT's "
+    "adapters on row-wise layers (`o_proj`, `down_proj`) fail on it. A group must be of one device"
+)
+
+
+def check_strategy(strategy: Strategy | str) -> None:
+    """Gradients are brought together over ranks, and what trains is whole on each.
 
     Args:
-        strategy: the trainer's.
+        strategy: the trainer's, or the name that one is asked for by.
 
     Raises:
-        TrainingError: for a strategy that shards, or leaves synchronising gradients to the module.
+        TrainingError: for a strategy that shards, or leaves synchronising gradients to the module; it says why, and
+            what to take.
+
+    Example:
+        >>> check_strategy("ddp")
+        >>> check_strategy("deepspeed_stage_3")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        lit_dpo.errors.TrainingError: Expected a strategy with whole adapters on every rank ... but got ...
     """
     from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
+    if isinstance(strategy, str):
+        names = {"deepspeed": "DeepSpeedStrategy", "fsdp": "FSDPStrategy"}
+        kind = next((name for start, name in names.items() if strategy.startswith(start)), None)
+        if kind is None:
+            return
     # DeepSpeed's is a subclass of DDP's, and shards
-    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    elif isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy):
+        return
+    else:
+        kind = next((base.__name__ for base in type(strategy).__mro__ if base.__name__ in _REFUSED), "")
+    reason = _TENSOR_PARALLEL if _is_tensor_parallel(strategy) else _REFUSED.get(kind)
+    reason = reason or "it shards parameters, or leaves it to the module to bring gradients together"
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    raise TrainingError(
+        f"Expected a strategy with whole adapters on every rank (`auto`, `ddp`) but got {name}: {reason}. {_INSTEAD}"
+    )
+
+
+def _is_tensor_parallel(strategy: Strategy | str) -> bool:
+    """Whether groups of several devices share each matrix; known once a strategy has met its processes."""
+    try:
+        mesh = getattr(strategy, "device_mesh", None)
+    except RuntimeError:  # not yet
+        return False
+    names = getattr(mesh, "mesh_dim_names", None) or ()
+    return mesh is not None and "tensor_parallel" in names and mesh["tensor_parallel"].size() > 1
+
+
+def check_wrapped(trainer: pl.Trainer) -> None:
+    """See that what the strategy has made of the module can do what the trainer will ask of it.
+
+    Raises:
+        TrainingError: for a static graph with accumulation, which PyTorch's DDP ends in an internal error.
+    """
+    if trainer.accumulate_grad_batches > 1 and getattr(trainer.strategy.model, "static_graph", False):
         raise TrainingError(
-            f"Expected a strategy with whole parameters on every rank (`auto`, `ddp`) but got "
-            f"{type(strategy).__name__}: it shards them, or leaves it to the module to bring gradients together, and "
-            "adapters would differ from rank to rank."
+            "Expected `static_graph` to be left out of DDPStrategy with `accumulate_grad_batches` "
+            f"{trainer.accumulate_grad_batches}: PyTorch fails on the second batch of a step. Or accumulate within a "
+            "batch: a larger `data.batch_size`, with `model.microbatch_tokens`."
         )
 
 

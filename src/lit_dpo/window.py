@@ -55,7 +55,7 @@ class Window:
 
         Args:
             total: the sum of the batch's losses, with gradients.
-            pairs: how many they are.
+            pairs: how many they are; 0 on a rank without a share of the batch.
             batch_idx: of the batch. Some optimizers ask for the same batch several times in a step; it counts once.
             trainer: knows the step, the ranks, and by how much it will divide.
             parameters: all that train. Their gradients of earlier batches of the step are scaled, in place.
@@ -79,7 +79,7 @@ class Window:
                 if parameter.grad is not None:
                     parameter.grad.mul_(share)
         divisor = trainer.accumulate_grad_batches  # undoes Lightning's division, which counts batches
-        found: Tensor = _Weighed.apply(total, divisor / pairs, divisor / after)  # type: ignore[no-untyped-call]
+        found: Tensor = _Weighed.apply(total, divisor / max(pairs, 1), divisor / after)  # type: ignore[no-untyped-call]
         return found
 
     def note(self, batch_idx: int, indices: Tensor, losses: Tensor) -> None:

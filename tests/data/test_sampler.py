@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from collections import Counter
-from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from lit_dpo.data.sampler import PromptSampler
+from lit_dpo.data.position import first_position
+from lit_dpo.data.sampler import PromptSampler, Uncounted
+from lit_dpo.errors import ResumeError
 
 CASES = [(rows, batch, ranks) for rows in (4, 7, 24, 101) for batch in (1, 3, 8) for ranks in (1, 2, 4)]
 
@@ -22,38 +23,32 @@ def per_rank(rows: int, batch: int, ranks: int, epoch: int = 0, **options) -> li
 
 
 def flat(passes: list[list[list[int]]]) -> list[int]:
-    return list(chain.from_iterable(chain.from_iterable(passes)))
+    """The rows that are counted."""
+    return [row for batches in passes for share in batches for row in share if not isinstance(share, Uncounted)]
 
 
 @pytest.mark.parametrize(("rows", "batch", "ranks"), CASES)
-def test_training_sees_each_row_at_most_once_and_ranks_step_together(rows: int, batch: int, ranks: int) -> None:
+def test_training_sees_each_row_once_and_ranks_step_together(rows: int, batch: int, ranks: int) -> None:
     passes = per_rank(rows, batch, ranks)
-    seen = Counter(flat(passes))
-    left_out = rows % (batch * ranks) if rows % (batch * ranks) < ranks else 0
-    assert max(seen.values()) == 1
-    assert len(seen) == rows - left_out
+    assert sorted(flat(passes)) == list(range(rows))
     assert len({len(batches) for batches in passes}) == 1
     for step in zip(*passes, strict=True):
-        sizes = [len(share) for share in step]
-        assert min(sizes) >= 1
+        sizes = [len(share) * (not isinstance(share, Uncounted)) for share in step]
         assert max(sizes) - min(sizes) <= 1
-        assert max(sizes) <= batch
+        assert 1 <= max(sizes) <= batch
+        assert all(share for share in step), "a rank without a share runs something"
     assert all(len(share) == batch for batches in passes for share in batches[:-1])
 
 
 @pytest.mark.parametrize(("rows", "batch", "ranks"), CASES)
 def test_evaluation_sees_every_row_exactly_once(rows: int, batch: int, ranks: int) -> None:
-    assert sorted(flat(per_rank(rows, batch, ranks, shuffle=False))) == list(range(rows))
+    passes = per_rank(rows, batch, ranks, shuffle=False)
+    assert sorted(flat(passes)) == list(range(rows))
+    assert len({len(batches) for batches in passes}) == 1, "what ranks wait for each other in happens on all of them"
 
 
 def test_evaluation_keeps_the_order_of_the_file() -> None:
     assert flat(per_rank(10, 3, 1, shuffle=False)) == list(range(10))
-
-
-def test_rows_that_sit_out_differ_from_epoch_to_epoch() -> None:
-    left_out = {frozenset(range(9)) - set(flat(per_rank(9, 2, 4, epoch=epoch))) for epoch in range(8)}
-    assert all(len(rows) == 1 for rows in left_out)
-    assert len(left_out) > 1
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
@@ -63,10 +58,11 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     assert flat(per_rank(40, 4, 1, 1, seed=1)) == orders[3]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_rows_of_a_step_do_not_depend_on_how_they_are_shared(ranks: int) -> None:
-    steps = [sorted(chain(*step)) for step in zip(*per_rank(50, 8 // ranks, ranks), strict=True)]
-    assert steps == [sorted(batch) for batch in per_rank(50, 8, 1)[0]]
+@pytest.mark.parametrize("rows", [48, 49, 50, 54])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
+def test_the_rows_of_a_step_do_not_depend_on_how_they_are_shared(ranks: int, rows: int) -> None:
+    for step, alone in zip(zip(*per_rank(rows, 6 // ranks, ranks), strict=True), per_rank(rows, 6, 1)[0], strict=True):
+        assert sorted(flat([list(step)])) == sorted(alone)
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 12])
@@ -110,5 +106,20 @@ def test_a_million_rows_are_ordered_at_once() -> None:
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="batch_size"):
         PromptSampler([1, 2], 0)
-    with pytest.raises(ValueError, match="per rank"):
-        PromptSampler([1, 2], 1, num_replicas=3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_position_is_of_all_ranks_together(ranks: int) -> None:
+    """The same batches on another number of ranks, unless `max_tokens` fills those of each rank by themselves."""
+    there = {"pairs": 50, "batch_size": 6, "max_tokens": None, "ranks": 1, "seed": 0}
+    here = there | {"batch_size": 6 // ranks, "ranks": ranks}
+    trainer = SimpleNamespace(fit_loop=SimpleNamespace(restarting=True))
+    stands = {"epoch": 1, "batches": 3}
+    assert first_position(there | stands, trainer, None, here) == (1, 3)
+    if ranks == 1:
+        return
+    with pytest.raises(ResumeError, match=rf"ranks 1 -> {ranks}. .*all ranks together have 6 again"):
+        first_position(there | stands, trainer, None, here | {"batch_size": 6})
+    tokens = {"max_tokens": 90, "batch_size": None}
+    with pytest.raises(ResumeError, match=rf"ranks 1 -> {ranks}. With `max_tokens` each rank's"):
+        first_position(there | stands | tokens, trainer, None, here | tokens)

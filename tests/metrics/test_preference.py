@@ -17,6 +17,8 @@ from lit_dpo import metrics
 from lit_dpo.logps import PairLogps, SequenceLogps
 from lit_dpo.losses import DPOLoss
 from lit_dpo.metrics import KLEstimate, Mean, RewardAccuracy, RewardMargin
+from lit_dpo.metrics.collections import of_set, preference_metrics
+from lit_dpo.metrics.preference import _double, on_host
 from lit_dpo.references import BaseReference
 
 ALL = [getattr(metrics, name) for name in metrics.__all__ if name != "Mean"]
@@ -92,7 +94,8 @@ def test_it_is_nan_before_the_first_update_and_after_a_reset(kind):
 def test_states_stay_float64_and_long_under_a_cast_of_the_module_around_them(kind, cast):
     holder = torch.nn.Module()
     holder.metric = kind()
-    cast(holder)
+    assert cast(holder) is holder
+    assert holder.metric.to("cpu") is holder.metric
     _update(holder.metric, _pairs())
     assert holder.metric.total.dtype == torch.float64
     assert holder.metric.count.dtype == torch.long
@@ -218,6 +221,37 @@ def test_metrics_of_the_collection_do_not_share_states():
     collection.update(**_given(pairs))
     found = collection.compute()
     assert float(found["chosen_reward"]) != float(found["rejected_reward"])
+
+
+def test_a_set_of_several_is_measured_by_itself_and_what_all_measured_before_is_not_its():
+    sets, together = torch.nn.ModuleDict(), preference_metrics(["dpo"]).clone(prefix="val/").eval()
+    together.update(**_given(first := _pairs(5)))
+    key, mine = of_set(sets, together, "val", "a.b")
+    assert (key, next(iter(mine))) == ("val_a_b", "val/a.b/" + sorted(together.keys(keep_base=True))[0])
+    assert all(metric.training and metric.update_count == 0 for metric in mine.values())
+    mine.update(**_given(second := _pairs(7, seed=1)))
+    assert of_set(sets, together, "val", "a.b")[1] is mine
+    for name, given in (("val/", first), ("val/a.b/", second)):
+        found = (together if name == "val/" else mine).compute()
+        torch.testing.assert_close(float(found[f"{name}loss"]), float(LOSS(given).mean()))
+    key, numbered = of_set(sets, together, "test", 1)
+    assert (key, list(sets)) == ("test_1", ["val_a_b", "test_1"])
+    assert all(name.startswith("test/") and name.count("/") == 1 for name in numbered)
+
+
+def test_a_kl_is_measured_where_it_can_be_alone():
+    assert set(preference_metrics(kl=True)) - set(preference_metrics()) == {"kl"}
+
+
+def test_numbers_of_any_kind_come_to_the_cpu_as_they_are():
+    fine = 1 + 2.0**-40
+    given = {"b": torch.tensor([fine], dtype=torch.float64, requires_grad=True), "a": 3, "c": torch.tensor(True)}
+    found = on_host({**given, "d": torch.tensor(0.5, dtype=torch.bfloat16)})
+    assert {name: value.item() for name, value in found.items()} == {"b": fine, "a": 3.0, "c": 1.0, "d": 0.5}
+    assert list(found) == ["b", "a", "c", "d"]
+    assert all(one.dtype == torch.float64 and one.shape == () and not one.requires_grad for one in found.values())
+    assert on_host({}) == {}
+    assert [_double(torch.device(kind)) for kind in ("cuda", "mps")] == [torch.float64, torch.float32]  # what they have
 
 
 def test_a_metric_of_your_own_takes_what_it_names():

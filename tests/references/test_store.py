@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
+import shutil
+import zlib
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import tiny
 from lit_dpo.references.store import _ENTRY, LogpStore
 
 
@@ -120,20 +122,22 @@ def test_a_part_without_its_values_is_missing(tmp_path):
     assert not _has(LogpStore(tmp_path), 0)
 
 
+def _fill_without_end(folder: Path, end: Connection) -> None:
+    store = LogpStore(folder)
+    for number in range(10**6):
+        _fill(store, [number])
+        end.send(number)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_process_that_is_killed_leaves_what_it_has_put(tmp_path):
-    script = (
-        "import sys; from pathlib import Path\n"
-        "from lit_dpo.references.store import LogpStore; from test_store import _fill\n"
-        "store = LogpStore(Path(sys.argv[1]))\n"
-        "for number in range(10**6): _fill(store, [number]); print(number, flush=True)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        for line in process.stdout:
-            if int(line) >= 50:
-                process.send_signal(signal.SIGKILL)
-                break
+    context, (here, there) = multiprocessing.get_context("fork"), multiprocessing.Pipe()
+    process = context.Process(target=_fill_without_end, args=(tmp_path, there))
+    process.start()
+    while here.recv() < 50:
+        pass
+    process.kill()
+    process.join()
     store = LogpStore(tmp_path)
     assert all(_has(store, number) for number in range(51))
     assert store.damaged == 0
@@ -141,8 +145,58 @@ def test_a_process_that_is_killed_leaves_what_it_has_put(tmp_path):
     assert _has(LogpStore(tmp_path), 10**7)
 
 
-def test_an_entry_is_thirty_six_bytes():
-    assert _ENTRY.itemsize == 36
+def test_an_entry_is_forty_eight_bytes():
+    assert _ENTRY.itemsize == 48
+
+
+def _rewrite(path, change) -> None:
+    """Change entries as somebody would who knows the format: their own checksums are right."""
+    entries = np.frombuffer(path.read_bytes(), _ENTRY).copy()
+    change(entries)
+    for entry in entries:
+        entry["own_checksum"] = zlib.crc32(entry.tobytes()[:-4])
+    path.write_bytes(entries.tobytes())
+
+
+@pytest.mark.parametrize("way", ["values", "swapped", "renamed", "another model", "shorter"])
+def test_what_is_put_in_its_place_is_found(tmp_path, way):
+    """Other values, those of other tokens, of another reference, and a part of them: nothing of it is got."""
+    for seal in (b"one", b"two"):
+        store = LogpStore(tmp_path / seal.decode(), seal)
+        store.put({_key(number): _values(number) + len(seal) * (seal == b"two") for number in range(4)})
+    (index,), (values,) = ((tmp_path / "one").glob(f"*.{kind}") for kind in ("index", "logps"))
+    if way == "values":
+        values.write_bytes((np.frombuffer(values.read_bytes(), "<f4") + 1).tobytes())
+    elif way == "swapped":
+        _rewrite(index, lambda entries: entries.__setitem__("offset", np.roll(entries["offset"], 1)))
+    elif way == "renamed":
+        _rewrite(index, lambda entries: entries.__setitem__("key", np.roll(entries["key"], 1)))
+    elif way == "shorter":
+        _rewrite(index, lambda entries: entries.__setitem__("length", entries["length"] - 1))
+    else:
+        for path in (index, values):
+            (other,) = (tmp_path / "two").glob(f"*{path.suffix}")
+            path.write_bytes(other.read_bytes())
+    store = LogpStore(tmp_path / "one", b"one")
+    assert not any(_has(store, number) for number in range(4))
+    assert store.damaged == 4
+    _fill(store, range(4))
+    again = LogpStore(tmp_path / "one", b"one")
+    assert all(_has(again, number) for number in range(4))
+
+
+def test_a_folder_that_is_removed_in_use_is_made_again(tmp_path):
+    store = LogpStore(tmp_path / "cache")
+    _fill(store, range(3))
+    shutil.rmtree(tmp_path / "cache")
+    with tiny.records("lit_dpo.references.store") as lines:
+        for numbers in ((3, 4), (5, 6)):
+            _fill(store, numbers)
+    assert [line.getMessage() for line in lines] == [
+        f"Files of {tmp_path / 'cache'} were removed while it was in use; what they held is computed again."
+    ]
+    reader = LogpStore(tmp_path / "cache")
+    assert [_has(reader, number) for number in range(7)] == [False] * 3 + [True] * 4
 
 
 def test_what_is_put_again_replaces_what_was_there(tmp_path):

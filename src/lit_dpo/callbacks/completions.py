@@ -21,6 +21,7 @@ from lit_dpo.data.sandbox import apply_template
 from lit_dpo.errors import TrainingError
 from lit_dpo.logps.attention import plain_attention
 from lit_dpo.policy.limits import limits
+from lit_dpo.policy.sharding import mesh_of
 from lit_dpo.references import CachedReference, NoReference
 from lit_dpo.writing import written_whole
 
@@ -101,7 +102,8 @@ class SampleCompletions(pl.Callback):
         """Complete them with the policy as it comes."""
         self._before, self._reference, self._step = None, None, -1
         self._taken, self.lengths = {}, {}
-        if trainer.is_global_zero:
+        # a sharded base is run by all ranks, each of which completes all; the first one shows and writes them
+        if trainer.is_global_zero or mesh_of(pl_module.model) is not None:
             with alone("SampleCompletions"):
                 self._questions = self._prompts(trainer)
                 self._before = self._complete(trainer, pl_module.model)
@@ -139,6 +141,8 @@ class SampleCompletions(pl.Callback):
             after = self._taken.get(trainer.global_step) if trainer.global_step in list(self._taken)[1:] else None
             if after is None:
                 after = self._complete(trainer, pl_module.model)
+            if not trainer.is_global_zero:
+                return
             questions = [text for text, _ in self._questions]
             if self._on_the_way:
                 self._take(trainer.global_step, after)
@@ -164,6 +168,8 @@ class SampleCompletions(pl.Callback):
             return
         with alone("SampleCompletions"):
             self._take(step, self._complete(trainer, pl_module.model))
+            if not trainer.is_global_zero:
+                return
             self._write(self._file(trainer, directory))
             questions = [text for text, _ in self._questions]
             columns = {"prompt": questions} | ({"reference": self._reference} if self._reference else {})
@@ -288,6 +294,8 @@ def sample_completions(
     ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
     completions: list[str] = []
+    # ranks that share a base go on until the last one has ended: numbers that round otherwise end another row first
+    together = {"synced_gpus": True} if mesh_of(model) is not None else {}
     with left_as_it_is(model, device), plain_attention(model):
         model.eval()
         torch.manual_seed(seed)
@@ -304,6 +312,7 @@ def sample_completions(
                 top_k=0,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad,
+                **together,
             )
             written = [_until(ends, row) for row in out[:, width:].tolist()]
             completions += tokenizer.batch_decode(written, skip_special_tokens=True)

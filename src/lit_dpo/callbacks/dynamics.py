@@ -14,6 +14,7 @@ from lit_dpo.callbacks.export import data_of, run_directory
 from lit_dpo.checkpoint import KEY, gather
 from lit_dpo.data.batch import places
 from lit_dpo.logps.records import PairLogps, SequenceLogps
+from lit_dpo.versions import DYNAMICS
 from lit_dpo.writing import written_whole
 
 if TYPE_CHECKING:
@@ -156,6 +157,8 @@ def measured(module: DPOModule, batch: CompletionBatch, epoch: int, step: int) -
         step: optimizer steps before it.
     """
     assert module.measured_batch is not None
+    if not batch.size:  # a rank without a share of the batch
+        return Measured.none()
     pairs, losses = module.measured_batch.pairs, module.measured_batch.losses
     policy = pairs.policy_chosen.total - pairs.policy_rejected.total
     if pairs.reference_chosen is None or pairs.reference_rejected is None:
@@ -186,11 +189,11 @@ def gradient_sizes(module: DPOModule, pairs: PairLogps) -> Tensor:
     with torch.enable_grad(), torch.random.fork_rng(devices):  # a loss of one's own may draw
         if shared:
             policy = _leaves(pairs.lists.policy)
-            losses = module.losses_of(pairs.lists._replace(policy=policy).pairs(pairs.columns, pairs.state))
+            losses = module.losses_among(pairs.lists._replace(policy=policy).pairs(pairs.columns, pairs.state))
             return _shared_out(_sizes(losses, [policy])[0], pairs)
         sides = [_leaves(pairs.policy_chosen), _leaves(pairs.policy_rejected)]
         alone_ = pairs._replace(policy_chosen=sides[0], policy_rejected=sides[1], completions=None)
-        return torch.stack(_sizes(module.losses_of(alone_), sides)).sum(0)
+        return torch.stack(_sizes(module.losses_among(alone_), sides)).sum(0)
 
 
 def _leaves(side: SequenceLogps) -> SequenceLogps:
@@ -254,4 +257,4 @@ def table(rows: Measured, about: dict[str, Any]) -> pa.Table:
     numbers["confidence"] = torch.sigmoid(torch.from_numpy(numbers["reward_margin"])).numpy()
     order = np.lexsort((counts["rejected"], counts["chosen"], counts["index"], counts["step"]))
     made = pa.table({name: values[order] for name, values in {**counts, **numbers}.items()})
-    return made.replace_schema_metadata({"lit_dpo": json.dumps(about)})
+    return made.replace_schema_metadata({"lit_dpo": json.dumps({"version": DYNAMICS, **about})})

@@ -94,7 +94,7 @@ class TrainingHealth(pl.Callback):
             return
         with trainer.precision_plugin.train_step_context():
             pairs = pl_module.batch_logps(batch)
-        if pairs.reference_chosen is None or pairs.reference_rejected is None:
+        if pairs.reference_chosen is None or pairs.reference_rejected is None or not batch.size:
             return
         furthest = torch.cat([pairs.chosen_logratio / pairs.policy_chosen.length,
                               pairs.rejected_logratio / pairs.policy_rejected.length]).abs().max()  # fmt: skip
@@ -165,6 +165,8 @@ class TrainingHealth(pl.Callback):
             return  # float16: the scaler skips the step, and takes a smaller scale
         where = _places(trainer, pl_module.window.nonfinite() or pl_module.window.indices())
         what = "loss" if pl_module.window.nonfinite() else "gradient"
+        if what == "gradient" and trainer.world_size > 1:
+            where = f"{where}, or from rows of another rank, which then names them"
         if self.nonfinite == "stop":
             raise TrainingError(
                 f"The {what} of step {trainer.global_step + 1} is not finite, from {where}. Look at these rows, lower "

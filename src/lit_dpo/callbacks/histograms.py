@@ -51,7 +51,7 @@ class RewardHistograms(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Draw those of all ranks."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking or not self._kept:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not self._kept:  # each rank has some, or none has
             self._kept = []
             return
         mine = torch.stack([torch.cat(side) for side in zip(*self._kept, strict=True)]).double().cpu()

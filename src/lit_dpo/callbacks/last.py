@@ -67,6 +67,10 @@ class LastCheckpoint(pl.Callback):
             path = self._save(trainer)
             rank_zero_info(f"stopped after {trainer.global_step} steps: to go on, repeat it with --ckpt_path {path}")
 
+    def save_now(self, trainer: pl.Trainer) -> Path:
+        """Write it, on all ranks together, and return where."""
+        return self._save(trainer)
+
     def _save(self, trainer: pl.Trainer) -> Path:
         path = (Path(self.directory) if self.directory else run_directory(trainer)) / "last.ckpt"
         if not getattr(trainer, "fast_dev_run", False):

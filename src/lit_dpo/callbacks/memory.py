@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lit_dpo.callbacks.alone import alone
 from lit_dpo.logps.fields import Field
 from lit_dpo.memory import Lengths, StepMemory, estimate_step
+from lit_dpo.policy.sharding import mesh_of
 
 if TYPE_CHECKING:
     from lit_dpo.module import DPOModule
@@ -25,10 +26,14 @@ class MemoryEstimate(pl.Callback):
     It needs the lengths of all pairs, which `PreferenceDataModule` knows; with other loaders it says nothing.
     """
 
+    step: StepMemory | None = None
+    """What was said last."""
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Print the estimate; warn if it will not fit."""
         largest = getattr(trainer.train_dataloader, "largest_microbatches", None)
-        if largest is None or not trainer.is_global_zero:
+        # over a sharded base every rank makes the probes, which are the same on all, and the first one says what it saw
+        if largest is None or not (trainer.is_global_zero or mesh_of(pl_module.model)):
             return
         with alone("The estimate of a step's memory"):
             whole = pl_module.why_whole is not None
@@ -42,10 +47,11 @@ class MemoryEstimate(pl.Callback):
                 with_kl=Field.KL in pl_module.loss.requires,
                 context=trainer.precision_plugin.train_step_context,
             )
+            self.step = step
             room = _room(pl_module.device)
             rank_zero_info(f"a step needs about {step}" + (f"; the device has {room / 2**30:.2f} GiB" if room else ""))
             if room and step.total > room:
-                log.warning(_remedy(step, room, pl_module, one_pair=max(map(len, parts)) == 1))
+                rank_zero_only(log.warning)(_remedy(step, room, pl_module, one_pair=max(map(len, parts)) == 1))
 
 
 def _room(device: torch.device) -> int | None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -24,7 +26,7 @@ from lit_dpo.checkpoint import (
     describe_steps,
     gather,
     random_state,
-    remeasure,
+    remeasure_share,
     restore_random_state,
     rewind,
     save_adapter,
@@ -32,7 +34,7 @@ from lit_dpo.checkpoint import (
 )
 from lit_dpo.compat import number_rows_from
 from lit_dpo.errors import ResumeError
-from lit_dpo.requirements import check_run
+from lit_dpo.requirements import check_run, check_wrapped
 
 if TYPE_CHECKING:
     from lit_dpo.data.batch import CompletionBatch
@@ -111,6 +113,7 @@ class ExactResume(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Compare the optimizer and the schedule before a checkpoint's state is put into them."""
+        check_wrapped(trainer)
         here = self._belongs["steps"] = describe_steps(pl_module)
         # Lightning has loaded the weights by now, and the optimizers' state not yet
         there = self._loaded.get(KEY, {}).get("steps")
@@ -188,9 +191,12 @@ class ExactResume(pl.Callback):
             return
         if there.inside and there.loss_state is not None:
             checkpoint["state_dict"]["loss_state"] = there.loss_state
+        counted = move_data_to_device(there.measured, torch.device("cpu"))  # not from one rank's device to another's
+        mine = {"random": there.random if there.inside else random_state(), "measured": counted}
+        everybody = gather(mine, trainer.world_size)
         checkpoint[f"{KEY}_run"] = {
-            "random": gather(there.random if there.inside else random_state(), trainer.world_size),
-            "measured": there.measured,
+            "random": [one["random"] for one in everybody],
+            "measured": [one["measured"] for one in everybody],
             "row": there.row,
             "validated": self._validated == trainer.fit_loop.total_batch_idx,
             # an optimizer step was made, and `OptimizerSteps` has not noted it
@@ -204,9 +210,16 @@ class ExactResume(pl.Callback):
         """Take up random states, so that dropout masks are those of a run that did not stop, and what was measured."""
         if self._resumed is None:
             return
-        restore_random_state(self._resumed["random"], trainer.global_rank)
-        if self._resumed["measured"]:
-            remeasure(pl_module.train_metrics, self._resumed["measured"])
+        random, rank, ranks = self._resumed["random"], trainer.global_rank, trainer.world_size
+        restore_random_state(random, rank)
+        if len(random) != ranks:
+            masks = ", with other dropout masks" if pl_module.policy.dropout else ""
+            rank_zero_info(f"going on with {ranks} rank{'s' * (ranks > 1)} instead of {len(random)}{masks}")
+        shares = self._resumed["measured"]
+        shares = [shares] if isinstance(shares, dict) else shares  # as older files have it: of the first rank
+        if any(shares):
+            if unable := remeasure_share(pl_module.train_metrics, shares, rank, ranks):
+                rank_zero_info(f"until the next row these measure from here on only: {', '.join(unable)}")
             pl_module.unlogged = True
         # the number of the next row, which Lightning counts one short where no validation was due
         number_rows_from(trainer, trainer.global_step)

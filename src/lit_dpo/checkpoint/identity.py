@@ -11,6 +11,7 @@ import torch
 
 from lit_dpo.compat import CLASS_PATH, INSTANTIATOR
 from lit_dpo.errors import ResumeError
+from lit_dpo.versions import CHECKPOINT, check_version
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -49,7 +50,7 @@ TRUST = "trust_remote_code"
 
 # Fields of the policy that do not change what is computed, beyond rounding, or that its identity says better.
 _MAY_CHANGE = (
-    *("gradient_checkpointing", "attention", "kernels", TRUST),
+    *("gradient_checkpointing", "attention", "kernels", "shard", TRUST),
     *("model", "revision", "adapter_path", "adapter_base"),
 )
 
@@ -70,7 +71,7 @@ def describe(module: DPOModule, trainer: pl.Trainer | None = None) -> dict[str, 
     return {
         "training": schedule,
         "module": {name: value for name, value in configuration(module).items() if name not in _SAID_ELSEWHERE},
-        "version": 1,
+        "version": CHECKPOINT,
         "base": policy.checkpoint_identity(),
         "policy": _policy(policy),
         "loss": to_builtins(loss),
@@ -178,6 +179,17 @@ def check_belongs(
     if KEY not in checkpoint:
         raise ResumeError("Expected a checkpoint of lit_dpo but it does not say what its weights belong to.")
     compare(checkpoint[KEY], here, training=training, parts=parts)
+
+
+def check_readable(checkpoint: Mapping[str, Any], file: object) -> None:
+    """See that a file is of a format that is known here; one that is no checkpoint of ours is refused elsewhere.
+
+    Raises:
+        VersionError: for one that a newer release has written.
+    """
+    said = checkpoint.get(KEY)
+    if isinstance(said, Mapping):
+        check_version(said.get("version"), CHECKPOINT, file)
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

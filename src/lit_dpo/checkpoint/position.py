@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ class Standing:
         step: how many were made.
         random: this rank's random state.
         loss_state: what the loss remembers.
-        measured: what the training metrics have counted since the last logged row.
+        measured: what the training metrics of this rank have counted since the last logged row.
         row: the row that the step wrote, if it did.
         inside: whether a batch of the next step has begun.
     """
@@ -145,6 +146,35 @@ def remeasure(metrics: MetricCollection, states: dict[str, dict[str, Any]]) -> N
         for key, state in states.get(name, {}).items():
             # copies again: the same standing may be taken up twice
             setattr(metric, key, _copy(state, metric.device))
+
+
+def remeasure_share(
+    metrics: MetricCollection, shares: Sequence[dict[str, dict[str, Any]]], rank: int, ranks: int
+) -> list[str]:
+    """Go on counting from what the ranks of another run have counted, however many they were.
+
+    Each of the shares is taken up by one rank: by the same one where there are as many, else several by one, or none.
+
+    Args:
+        metrics: of this rank.
+        shares: of the ranks of then.
+        rank: of this process.
+        ranks: how many there are now.
+
+    Returns:
+        The names of metrics whose counts cannot be put together, which begin anew.
+    """
+    own = list(shares[rank::ranks])
+    remeasure(metrics, own[0] if own else {})
+    unable = []
+    for name, metric in metrics.items():
+        try:
+            for counted in (states[name] for states in own[1:] if name in states):
+                metric.merge_state({key: _copy(state, metric.device) for key, state in counted.items()})
+        except RuntimeError:  # torchmetrics, of one that says it cannot
+            metric.reset()
+            unable.append(name)
+    return unable
 
 
 def _copy(state: Tensor | list[Tensor], device: torch.device | None = None) -> Any:

@@ -10,7 +10,7 @@ import fsspec
 import torch
 from lightning.pytorch.core.saving import load_hparams_from_yaml
 
-from lit_dpo.checkpoint.identity import KEY, TRUST
+from lit_dpo.checkpoint.identity import KEY, TRUST, check_readable
 from lit_dpo.errors import ResumeError, first_line
 from lit_dpo.policy.adapters import DEFAULT, REFERENCE, adapter_parameters
 
@@ -127,16 +127,22 @@ def frozen_is_not_missing(module: torch.nn.Module, keys: Any) -> None:
 
 
 def read_checkpoint(path: Any) -> dict[str, Any]:
-    """Read a checkpoint from wherever Lightning can; see `loaded`."""
+    """Read a checkpoint from wherever Lightning can; see `loaded`.
+
+    Raises:
+        VersionError: if a newer release has written it.
+    """
     if hasattr(path, "read"):
         # Lightning reads the same stream too, before or after
         path.seek(0)
         found = loaded(path, "the checkpoint")
         path.seek(0)
-        return found
-    # on the CPU: the device that it was written on need not be here
-    with fsspec.open(str(path), "rb") as stream:
-        return loaded(stream, str(path))
+    else:
+        # on the CPU: the device that it was written on need not be here
+        with fsspec.open(str(path), "rb") as stream:
+            found = loaded(stream, str(path))
+    check_readable(found, "The checkpoint" if hasattr(path, "read") else path)
+    return found
 
 
 def loaded(stream: Any, name: str) -> dict[str, Any]:

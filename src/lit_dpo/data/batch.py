@@ -153,6 +153,16 @@ class CompletionBatch(NamedTuple):
             columns={name: column[:0] for name, column in self.columns.items()},
         )
 
+    def uncounted(self) -> CompletionBatch:
+        """Return the first completion alone: what a rank runs that has no share of a batch, and that compares nothing.
+
+        Example:
+            >>> batch = collate([EncodedPrompt([1, 2], [[3], [4], [5]])]).uncounted()
+            >>> batch.input_ids.tolist(), batch.size
+            ([[1, 2, 3]], 0)
+        """
+        return self.of_completions([0])
+
     def cut(self, tokens: float) -> list[CompletionBatch]:
         """Cut the batch into micro-batches of whole prompts, of at most `tokens` tokens; a longer one is alone.
 

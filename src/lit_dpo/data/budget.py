@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_dpo.data.sampler import PromptSampler
+from lit_dpo.data.sampler import PromptSampler, Uncounted
 
 _DRAWS = 8
 
@@ -26,11 +26,13 @@ class BudgetSampler(PromptSampler):
     Training: a new permutation per epoch. Permutations need more or fewer batches, but a trainer counts them once, for
     the end of an accumulation window and the course of the learning rate. So every epoch has the number that the worst
     of the first 8 permutations needs, rounded up to a multiple of the ranks: where there are fewer, the batches with
-    the most prompts are halved; a permutation that needs more is drawn again. If there are too few rows for that
-    multiple, fewer rows than ranks sit the epoch out. Of a mixture halves stay where they were, so that its proportions
-    hold.
+    the most prompts are halved; a permutation that needs more is drawn again. Of a mixture halves stay where they were,
+    so that its proportions hold.
 
-    Evaluation: file order, every row exactly once over all ranks, none twice.
+    Evaluation: file order.
+
+    Every row is once in an epoch, over all ranks. Where there are no more batches for all ranks, some get an
+    `Uncounted` one.
 
     Args:
         lengths: tokens per prompt with its completions.
@@ -54,23 +56,23 @@ class BudgetSampler(PromptSampler):
         if len(lengths) and self.lengths.max() > max_tokens:
             raise ValueError(f"Expected prompts of up to `max_tokens`={max_tokens} but one has {self.lengths.max()}.")
         self.max_tokens = max_tokens
-        self._rows_sit_out = False
+        # of all ranks: no more than rows, of which each batch has one at least
         self._epoch_batches = self._count_batches() if self.shuffle else len(self._batches())
 
     def __len__(self) -> int:
-        """Batches of this rank in a whole epoch, the same for every epoch."""
-        return len(range(self.rank, self._epoch_batches, self.num_replicas))
+        """Batches of a whole epoch, as many on every rank and in every epoch."""
+        return -(-self._epoch_batches // self.num_replicas)
 
     def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
         """Yield the batches of this epoch, from the loaded position on."""
-        for rows in self._batches()[self.rank :: self.num_replicas][self.start_batch :]:
-            yield rows.tolist()
+        batches = self._batches()
+        for place in range(self.start_batch * self.num_replicas, len(batches), self.num_replicas):
+            own = place + self.rank
+            yield batches[own].tolist() if own < len(batches) else Uncounted(batches[place][:1].tolist())
 
     def _count_batches(self) -> int:
         most = max(len(self._cut(next(self._permutations(epoch)))) for epoch in range(_DRAWS))
-        wanted = -(-most // self.num_replicas) * self.num_replicas
-        self._rows_sit_out = wanted > self.epoch_rows
-        return wanted - self.num_replicas * self._rows_sit_out
+        return min(-(-most // self.num_replicas) * self.num_replicas, self.epoch_rows)
 
     def _batches(self) -> list[NDArray[np.int64]]:
         """Those of all ranks in the present epoch."""
@@ -80,8 +82,6 @@ class BudgetSampler(PromptSampler):
             batches = self._cut(order)
             if len(batches) <= self._epoch_batches:
                 return _halve_largest(batches, self._epoch_batches - len(batches), in_place=self.mixture is not None)
-            if self._rows_sit_out:
-                return sorted(batches, key=len, reverse=True)[: self._epoch_batches]
         raise AssertionError("permutations never end")
 
     def _permutations(self, epoch: int) -> Iterator[NDArray[np.int64]]:

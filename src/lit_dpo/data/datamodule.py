@@ -233,7 +233,7 @@ class PreferenceDataModule(LightningDataModule):
         else:
             table = self._table("train")
             sampler = self._sampler(table, self.batch_size, shuffle=shuffle)
-            self._train_loader = PromptLoader(PromptDataset(table), sampler=sampler, **options)
+            self._train_loader = PromptLoader(self._dataset(table, "training_step"), sampler=sampler, **options)
         if trainer := self.trainer:
             self._train_loader.start = self._first_position
             self._train_loader.fetches_ahead = lambda: math.isinf(trainer.num_training_batches)
@@ -259,7 +259,7 @@ class PreferenceDataModule(LightningDataModule):
         loader = self._train_loader
         if self.trainer is None or loader is None:
             return {}
-        return position(self.trainer, loader) | self._order_facts()
+        return position(self.trainer, loader, self._resume) | self._order_facts()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue training there; evaluation does not care.
@@ -426,6 +426,13 @@ class PreferenceDataModule(LightningDataModule):
         assert batch_size is not None
         return PromptSampler(table.lengths, batch_size, **order)
 
+    def _dataset(self, table: PromptTable, step: str | None) -> PromptDataset:
+        """For a step of the module; one of one's own, which may take means, gets no batch without comparisons."""
+        if step is None:  # nothing is predicted twice
+            return PromptDataset(table)
+        of = getattr(type(self.trainer and self.trainer.lightning_module), step, None)
+        return PromptDataset(table, counts_all=not getattr(of, "__module__", "").startswith("lit_dpo."))
+
     def _loader_options(self) -> dict[str, Any]:
         """Pinned for the trainer's device, not for one that happens to be there: pinning opens a context on it."""
         device = self.trainer.strategy.root_device.type if self.trainer else "cpu"
@@ -475,4 +482,5 @@ class PreferenceDataModule(LightningDataModule):
     def _eval_loader(self, split: str) -> DataLoader[CompletionBatch]:
         table = self._table(split)
         sampler = self._sampler(table, self.eval_batch_size, shuffle=False)
-        return DataLoader(PromptDataset(table), sampler=sampler, **self._loader_options())
+        step = {"val": "validation_step", "test": "test_step"}.get(split.partition("/")[0])
+        return DataLoader(self._dataset(table, step), sampler=sampler, **self._loader_options())

@@ -20,11 +20,10 @@ from lit_dpo.data.grouping import merge_prompts
 from lit_dpo.data.sameness import repeated_rows
 from lit_dpo.data.sources import Rows, RowSource, Unread
 from lit_dpo.data.sources.base import OF_A_ROW, Parts, reason_of
-from lit_dpo.data.storage import features, laid_out, stored
+from lit_dpo.data.storage import features, laid_out, mapped, stored
 from lit_dpo.data.table import PromptTable
 from lit_dpo.data.truncation import Dropped
 from lit_dpo.errors import DataError
-from lit_dpo.writing import refusals
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -137,17 +136,16 @@ def _encode_source(
     fingerprint: str,
 ) -> Dataset:
     table, reader, name = source.rows.table, source.rows.reader, source.name
-    with refusals(source.cache):
-        return table.map(
-            lambda cells, numbers: encode_rows(reader(cells, numbers), name, format, encoder, comparing, names),
-            batched=True,
-            with_indices=True,
-            remove_columns=table.column_names,
-            features=features(names),
-            new_fingerprint=fingerprint,
-            cache_file_name=str(source.cache / f"{fingerprint}.arrow") if source.content else None,
-            desc=f"Encoding {source.name}",
-        )
+    return mapped(
+        table,
+        lambda cells, numbers: encode_rows(reader(cells, numbers), name, format, encoder, comparing, names),
+        source.cache / f"{fingerprint}.arrow" if source.content else None,
+        with_indices=True,
+        remove_columns=table.column_names,
+        features=features(names),
+        new_fingerprint=fingerprint,
+        desc=f"Encoding {source.name}",
+    )
 
 
 def encode_rows(

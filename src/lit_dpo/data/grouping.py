@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from lit_dpo.data.batch import EncodedPrompt
 from lit_dpo.data.digests import code_digest
 from lit_dpo.data.encode import PromptEncoder
-from lit_dpo.data.storage import ROW_NUMBERS, examples_of, features, laid_out, lists, stored
+from lit_dpo.data.storage import ROW_NUMBERS, examples_of, features, laid_out, lists, mapped, stored
 from lit_dpo.data.table import PromptTable
 from lit_dpo.data.truncation import Dropped, Fitted, merged
-from lit_dpo.writing import refusals
 
 if TYPE_CHECKING:
     from pyarrow import ChunkedArray, Table
@@ -64,17 +63,16 @@ def merge_prompts(
     groups = cache(lambda: _groups(table, without))  # not made if the result is in the cache
     # a row of this for every so many groups, of which there are fewer than rows
     parts = Dataset.from_dict({"part": range(-(-table.total // _AT_ONCE))})
-    with refusals(source.cache):
-        encoded = parts.map(
-            lambda cells: _merge(table, groups().part(cells["part"][0]), encoder, most),
-            batched=True,
-            batch_size=1,
-            remove_columns=["part"],
-            features=features(table.columns, **{ROW_NUMBERS: ListOf(Value("int64"))}),
-            new_fingerprint=fingerprint,
-            cache_file_name=str(source.cache / f"{fingerprint}.arrow") if on_disk else None,
-            desc="Merging rows by prompt",
-        )
+    encoded = mapped(
+        parts,
+        lambda cells: _merge(table, groups().part(cells["part"][0]), encoder, most),
+        source.cache / f"{fingerprint}.arrow" if on_disk else None,
+        batch_size=1,
+        remove_columns=["part"],
+        features=features(table.columns, **{ROW_NUMBERS: ListOf(Value("int64"))}),
+        new_fingerprint=fingerprint,
+        desc="Merging rows by prompt",
+    )
     return table._replace(encoded=encoded.with_format("arrow"))
 
 

@@ -13,21 +13,29 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lit_dpo.data.batch import CompletionBatch, completion_borders, microbatch_borders
-from lit_dpo.data.sampler import PromptSampler
+from lit_dpo.data.sampler import PromptSampler, Uncounted
 from lit_dpo.data.table import PromptTable
+from lit_dpo.data.workers import stopped_by_the_run_alone
 
 
 class PromptDataset(Dataset[CompletionBatch]):
-    """A `PromptTable` for a `DataLoader` with `batch_size=None`: an index is the list of prompts of one batch."""
+    """A `PromptTable` for a `DataLoader` with `batch_size=None`: an index is the list of prompts of one batch.
 
-    def __init__(self, table: PromptTable) -> None:
-        self.table = table
+    Args:
+        table: of the prompts.
+        counts_all: lay `Uncounted` rows out like others, for a step that does not know of them: they are then seen
+            twice, as torch's `DistributedSampler` does it.
+    """
+
+    def __init__(self, table: PromptTable, *, counts_all: bool = False) -> None:
+        self.table, self.counts_all = table, counts_all
 
     def __len__(self) -> int:
         return self.table.size
 
     def __getitem__(self, indices: Sequence[int]) -> CompletionBatch:
-        return self.table.batch(indices)
+        batch = self.table.batch(indices)
+        return batch.uncounted() if isinstance(indices, Uncounted) and not self.counts_all else batch
 
 
 class TrainLoader(DataLoader[Any], ABC):
@@ -167,6 +175,7 @@ def loader_options(num_workers: int, pin_memory: bool = False) -> dict[str, Any]
         # its own, or each new pass would draw from the global state, and a resumed run would draw at other times
         "generator": torch.Generator(),
         "num_workers": num_workers,
+        "worker_init_fn": stopped_by_the_run_alone,
         "persistent_workers": num_workers > 0,
         "pin_memory": pin_memory,
     }

@@ -13,13 +13,18 @@ if TYPE_CHECKING:
     from lit_dpo.data.loader import TrainLoader
 
 
-def position(trainer: pl.Trainer, loader: TrainLoader) -> dict[str, Any]:
+def position(trainer: pl.Trainer, loader: TrainLoader, resumed: Mapping[str, Any] | None) -> dict[str, Any]:
     """Say where a run stands, for its checkpoint.
 
     Args:
         trainer: of the run.
         loader: of the training data; it counts the batches that it has handed out.
+        resumed: the state that the run goes on from, as long as no batch has been asked for.
     """
+    if resumed is not None:  # only validation, or the end of an epoch, has come since: the loader knows of nothing yet
+        finished = resumed.get("finished", False)
+        epoch, batches = (resumed["epoch"] + 1, 0) if finished else (resumed["epoch"], resumed["batches"])
+        return {"epoch": epoch, "batches": batches, **loader.notes(trainer.accumulate_grad_batches)}
     in_hand = trainer.fit_loop.epoch_loop.batch_progress.current
     # An exception saves in the middle of a step: the batch in hand is not consumed.
     batches = loader.used - (in_hand.ready - in_hand.processed)  # type: ignore[attr-defined]
@@ -54,10 +59,21 @@ def first_position(
 
 
 def _check_same_batches(state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """In the middle of an epoch "the remaining batches" means something only for the same batches."""
-    changed = [f"{name} {state.get(name)} -> {value}" for name, value in facts.items() if state.get(name) != value]
+    """In the middle of an epoch "the remaining batches" means something only for the same batches of all ranks."""
+    changed = {
+        name: f"{name} {state.get(name)} -> {value}" for name, value in facts.items() if state.get(name) != value
+    }
+    remedy = "Restore these settings"
+    if "ranks" in changed and facts["max_tokens"] is not None:
+        remedy = "With `max_tokens` each rank's batches are filled by themselves. " + remedy
+    elif "ranks" in changed:
+        there, here = ((facts.get("batch_size") or 0) * facts["ranks"] for facts in (state, facts))
+        if there == here:  # the same rows, shared out among others
+            del changed["ranks"], changed["batch_size"]
+        else:
+            remedy += f", or give `--data.batch_size` so that all ranks together have {there} again"
     if changed:
         raise ResumeError(
             f"The checkpoint stopped after batch {state['batches']} of epoch {state['epoch']}, and the batches are "
-            f"others now: {', '.join(changed)}. Restore these settings, or resume from the end of an epoch."
+            f"others now: {', '.join(changed.values())}. {remedy}, or resume from the end of an epoch."
         )

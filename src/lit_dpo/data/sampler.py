@@ -12,6 +12,13 @@ from torch.utils.data import DistributedSampler, SequentialSampler
 from lit_dpo.data.mixture import Mixture
 
 
+class Uncounted(list[int]):
+    """Rows that a rank runs and does not count: its part of a batch that has fewer rows than there are ranks.
+
+    All ranks then make the same passes and the same steps, and what they wait for each other in happens on all of them.
+    """
+
+
 class PromptSampler(DistributedSampler[Any], SequentialSampler):
     """Yields the indices of one batch of this rank at a time: use it as `sampler` with `batch_size=None`.
 
@@ -19,11 +26,13 @@ class PromptSampler(DistributedSampler[Any], SequentialSampler):
 
     Training (`shuffle=True`): a new permutation per epoch. It is cut into runs of `bucket` global batches that are
     sorted by length, so that batches, and the ranks' shares of one batch, hold prompts of similar length; then the
-    batches are shuffled. A shorter last batch is shared as evenly as possible. If it has fewer rows than there are
-    ranks, those rows (others in each epoch) sit the epoch out, because every rank must make the same number of steps.
-    Of a mixture each source is sorted for itself, and each batch has its part of each source.
+    batches are shuffled. Of a mixture each source is sorted for itself, and each batch has its part of each source.
 
-    Evaluation (`shuffle=False`): file order, every row exactly once over all ranks, none twice.
+    Evaluation (`shuffle=False`): file order.
+
+    Every row is once in an epoch, over all ranks, and what a batch of all ranks holds does not depend on their number,
+    if `batch_size` times ranks is the same. A shorter last batch is shared as evenly as possible. If it has fewer rows
+    than there are ranks, the others get an `Uncounted` one, because every rank must make the same number of steps.
 
     It is a `DistributedSampler`, and for `overfit_batches` a `SequentialSampler`, so that Lightning puts none of its
     own in its place, and calls `set_epoch`.
@@ -39,7 +48,7 @@ class PromptSampler(DistributedSampler[Any], SequentialSampler):
         mixture: the rows' sources and their proportions, for training. None: each row comes once in an epoch.
 
     Raises:
-        ValueError: for a batch size below 1, or for training with fewer rows than ranks.
+        ValueError: for a batch size below 1.
 
     Example:
         >>> from lit_dpo.data.sampler import PromptSampler
@@ -61,8 +70,6 @@ class PromptSampler(DistributedSampler[Any], SequentialSampler):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"Expected `batch_size` >= 1 but got {batch_size}.")
-        if shuffle and len(lengths) < num_replicas:
-            raise ValueError(f"Expected at least one prompt per rank but got {len(lengths)} for {num_replicas} ranks.")
         self.lengths = np.asarray(lengths, dtype=np.int64)
         super().__init__(self.lengths, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
         self.batch_size = batch_size
@@ -81,16 +88,20 @@ class PromptSampler(DistributedSampler[Any], SequentialSampler):
         return self.batch_size * self.num_replicas
 
     def __len__(self) -> int:
-        """Batches of this rank in a whole epoch, wherever the next pass starts."""
-        full, tail = divmod(self.epoch_rows, self.global_batch_size)
-        return full + (tail >= self.num_replicas if self.shuffle else tail > self.rank)
+        """Batches of a whole epoch, as many on every rank, wherever the next pass starts."""
+        return -(-self.epoch_rows // self.global_batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
         """Yield the batches of this epoch, from the loaded position on."""
         order = self._order()
         for batch in range(self.start_batch, len(self)):
             rows = order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size]
-            yield rows[self.rank :: self.num_replicas].tolist()
+            yield self._share(rows)
+
+    def _share(self, rows: NDArray[np.int64]) -> list[int]:
+        """Take this rank's rows of a batch of all ranks."""
+        own: list[int] = rows[self.rank :: self.num_replicas].tolist()
+        return own or Uncounted([int(rows[self.lengths[rows].argmin()])])
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; another one than the present starts at its first batch."""

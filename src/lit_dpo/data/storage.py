@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,13 @@ from numpy.typing import NDArray
 
 from lit_dpo.data.batch import EncodedPrompt
 from lit_dpo.data.truncation import Dropped, Fitted
+from lit_dpo.seals import is_sealed, seal
+from lit_dpo.writing import refusals
 
 if TYPE_CHECKING:
-    from datasets import Features
+    from pathlib import Path
+
+    from datasets import Dataset, Features
     from pyarrow import Table
 
 EXAMPLE = ("prompt_ids", "completion_ids", "comparisons")
@@ -43,6 +47,28 @@ def features(columns: Sequence[str], **more: Any) -> Features:
             **more,
         }
     )
+
+
+def mapped(table: Dataset, function: Callable[..., Any], file: Path | None, **options: Any) -> Dataset:
+    """Return what a function makes of batches of rows, from a file where it is there as it was written.
+
+    Args:
+        table: of the rows.
+        function: of a batch.
+        file: where the result is, or goes; named by all that it depends on. None: it is made each time.
+        options: of `Dataset.map`.
+
+    Raises:
+        TrainingError: if the disk refuses.
+    """
+    if file is None:
+        return table.map(function, batched=True, **options)
+    there = is_sealed([file], file.stem)
+    with refusals(file):  # another process may read the file that is replaced: it keeps the one that it has opened
+        found = table.map(function, batched=True, cache_file_name=str(file), load_from_cache_file=there, **options)
+    if not there and file.is_file():
+        seal([file], file.stem)
+    return found
 
 
 def laid_out(results: Sequence[Fitted | Dropped], identical: Sequence[bool | None]) -> dict[str, list[Any]]:

@@ -101,14 +101,15 @@ class GradientSum:
         self._losses: list[Tensor] = []
         self.of_leaves: list[Tensor] = []
 
-    def add(self, losses: Tensor, leaves: Sequence[Tensor] = ()) -> None:
+    def add(self, losses: Tensor, leaves: Sequence[Tensor] = (), own: Tensor | None = None) -> None:
         """Take the gradients of losses, `(B,)` or `(P,)`, and free their graph.
 
         Args:
             losses: of a micro-batch, or of a batch whose log-probs are `leaves`.
             leaves: tensors whose gradients are wanted too; `of_leaves` has them then.
+            own: those of the losses that count on this rank. None: all of them.
         """
-        self._losses.append(losses.detach())
+        self._losses.append((losses if own is None else own).detach())
         scaled = losses.sum() * self._scale
         # as in Lightning's own backward pass, which does not run under autocast
         with torch.autocast(losses.device.type, enabled=False):
@@ -130,6 +131,12 @@ class GradientSum:
         with torch.autocast(outputs[0].device.type, enabled=False):
             self._add(torch.autograd.grad(outputs, self._parameters, gradients, allow_unused=True))
 
+    def leave(self, outputs: Sequence[Tensor]) -> None:
+        """Run backward through what a micro-batch computes, for gradients of 0: as other ranks do, with theirs."""
+        nothing = [torch.zeros_like(one) for one in outputs]
+        with torch.autocast(outputs[0].device.type, enabled=False):
+            self._add(torch.autograd.grad(outputs, self._parameters, nothing, allow_unused=True))
+
     def _add(self, found: Sequence[Tensor | None]) -> None:
         for place, (before, new) in enumerate(zip(self._sums, found, strict=True)):
             if new is not None:  # not in place: autograd may give one tensor to two parameters
@@ -142,10 +149,11 @@ class GradientSum:
 
     def total(self) -> Tensor:
         """Return the sum of all losses, to run backward from, once."""
-        value = torch.stack([losses.sum() for losses in self._losses]).sum()
+        sums = [losses.sum() for losses in self._losses]
+        value = torch.stack(sums).sum() if sums else self._parameters[0].new_zeros(())
         # no second reference: the backward pass frees one after another
-        sums, self._sums = self._sums, []
-        found: Tensor = _Summed.apply(value, sums, self._scale, *self._parameters)  # type: ignore[no-untyped-call]
+        gradients, self._sums = self._sums, []
+        found: Tensor = _Summed.apply(value, gradients, self._scale, *self._parameters)  # type: ignore[no-untyped-call]
         return found
 
 

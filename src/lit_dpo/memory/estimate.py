@@ -3,6 +3,7 @@
 `peak = weights + adapters + activations + max(head, backward)`, in bytes:
 
 - weights: all tensors of the policy and of a reference next to it, as they are stored (packed 4 bits and their scales);
+  of a base in shards this rank's, and what is gathered at once;
 - adapters: parameters, gradients (twice where there are several micro-batches), and what the optimizer keeps of them;
 - activations: what is alive after the forward of the backbone. Measured on probes, as the sum of a constant, a term per
   token of each part of a prompt and its completions, one per entry of an attention matrix, and one per prompt token
@@ -33,6 +34,7 @@ from lit_dpo.logps.attention import has_pair_attention
 from lit_dpo.logps.head import reference_kl, selected_logps
 from lit_dpo.logps.model_head import backbone, model_head
 from lit_dpo.memory.live import LiveBytes, stored_bytes
+from lit_dpo.policy.sharding import gathered_bytes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -173,6 +175,7 @@ class StepEstimate:
                 self._head = _head(base, one, with_kl)
         self._flat = has_pair_attention(base)
         self.frozen, self.trained = stored_bytes(model)
+        self.frozen += gathered_bytes(model)
         self._optimizer_bytes = optimizer_bytes
 
     def with_layers(self, more: StepEstimate, times: int, frozen: int, trained: int) -> StepEstimate:

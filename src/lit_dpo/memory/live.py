@@ -67,15 +67,21 @@ def stored_bytes(model: PeftModel | PreTrainedModel) -> tuple[int, int]:
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     sizes: dict[bool, dict[int, int]] = {False: {}, True: {}}
     for tensor in _tensors(model, set()):
-        storage = tensor.untyped_storage()
+        storage = _here(tensor).untyped_storage()
         sizes[id(tensor) in trained][id(storage)] = storage.nbytes()
     return sum(sizes[False].values()), sum(sizes[True].values())
+
+
+def _here(tensor: Tensor) -> Tensor:
+    """Of a tensor in shards the part of this rank; of any other the tensor."""
+    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return shard
 
 
 def _given(thing: object) -> Iterator[Tensor]:
     """Tensors of what an operation takes or gives."""
     if isinstance(thing, Tensor):
-        yield thing
+        yield _here(thing)
     elif isinstance(thing, list | tuple | dict):
         for one in thing.values() if isinstance(thing, dict) else thing:
             yield from _given(one)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
+from lit_dpo.compat import operation_mode
 from lit_dpo.data.batch import CompletionBatch, EncodedPrompt, collate
 from lit_dpo.logps import score
 from lit_dpo.logps.attention import has_pair_attention
@@ -84,12 +85,29 @@ def _summed(lengths: Lengths, flat: bool) -> NDArray[np.float64]:
 
 def _probe(base: PreTrainedModel, batch: CompletionBatch) -> tuple[int, int]:
     trained = [p for p in backbone(base).parameters() if p.requires_grad]
-    with FlopCounterMode(display=False) as forward:
+    with _Operations() as forward:
         hidden = score.run(base, batch).hidden
-    with FlopCounterMode(display=False) as backward:
+    with _Operations() as backward:
         if hidden.requires_grad:
             torch.autograd.grad(hidden, trained, torch.zeros_like(hidden), allow_unused=True)
-    return forward.get_total_flops(), backward.get_total_flops()
+    return forward.count, backward.count
+
+
+_Mode: Any = operation_mode()
+
+
+class _Operations(_Mode):
+    """Counts floating point operations by PyTorch's formulas; its own counter first takes every operation apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.count += formula(*args, **(kwargs or {}), out_val=made)
+        return made
 
 
 def measured_rate(

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_dpo.data.batch import microbatch_borders
 from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.errors import TrainingError
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.microbatch import MICROBATCH_TOKENS
-from lit_dpo.memory import Lengths, StepEstimate, StepMemory, optimizer_bytes, stored_bytes
+from lit_dpo.memory import Lengths, StepEstimate, StepMemory, optimizer_bytes
 from lit_dpo.plan.arithmetic import Arithmetic, count, measured_rate
-from lit_dpo.plan.cards import Card, card
+from lit_dpo.plan.cards import GIB, Device, device_of
+from lit_dpo.plan.mesh import NETWORK, Links, Mesh, Parts, Share, Traffic
 from lit_dpo.plan.skeleton import Skeleton, skeleton
-from lit_dpo.policy.devices import default_dtype
+from lit_dpo.plan.text import means, on_mesh, text_of
 from lit_dpo.references import AdapterReference, CachedReference, EMAReference, ModelReference, NoReference
 from lit_dpo.requirements import check_run
 
@@ -29,26 +31,14 @@ if TYPE_CHECKING:
 
     from lit_dpo.module import DPOModule
     from lit_dpo.policy.base_model import BaseModel
-    from lit_dpo.references.base import Reference
 
 
-GIB = 2.0**30
 _PROCESS = 0.5 * GIB
 """Python, PyTorch and the libraries on a CPU; on a GPU about the same is the device's context."""
 _USED = (0.2, 0.45)
 """Part of a card's arithmetic that training uses. Not measured on any card: what trainers of large models report."""
 _SPREAD = (0.6, 1.0)
 """Part of a measured layer's rate that whole steps reach, measured on CPUs."""
-
-
-class Device(NamedTuple):
-    """Where the run is planned for."""
-
-    name: str
-    memory: float
-    on_gpu: bool
-    dtype: torch.dtype
-    card: Card | None
 
 
 class Plan(NamedTuple):
@@ -70,7 +60,10 @@ class Plan(NamedTuple):
         fitting: the most `microbatch_tokens` whose step fits the device; None if none fits.
         checkpointing: whether that takes `gradient_checkpointing`.
         arithmetic: floating point operations of the whole run, on all devices.
-        seconds: from and to.
+        seconds: from and to, with what devices wait for each other.
+        mesh: the devices.
+        share: of the frozen weights on each of them.
+        traffic: of a micro-batch and a step, for each of them.
         text: all of it, for reading.
     """
 
@@ -89,6 +82,9 @@ class Plan(NamedTuple):
     checkpointing: bool
     arithmetic: float
     seconds: tuple[float, float]
+    mesh: Mesh
+    share: Share
+    traffic: Traffic
     text: str
 
     def __str__(self) -> str:
@@ -96,17 +92,27 @@ class Plan(NamedTuple):
         return self.text
 
 
-def plan(module: DPOModule, data: pl.LightningDataModule, trainer: pl.Trainer, device: str = "here") -> Plan:
+def plan(
+    module: DPOModule,
+    data: pl.LightningDataModule,
+    trainer: pl.Trainer,
+    device: str = "here",
+    network: float = NETWORK,
+) -> Plan:
     """Plan a run. Configuration, tokenizer and data are read (and encoded, for the run that follows); no weights.
+
+    `devices` and `num_nodes` are the trainer's, which needs none of them: see `lit_dpo.plan.elsewhere`.
 
     Args:
         module: a `DPOModule`.
         data: a `PreferenceDataModule`.
         trainer: of the run; it does not run.
         device: `here`, or a GPU by name, see `lit_dpo.plan.cards.CARDS`.
+        network: 10^9 bits a second of each device's own port to other nodes.
 
     Raises:
-        TrainingError: for another data module or a stream, whose lengths are not known, or an unknown name.
+        TrainingError: for another data module or a stream, whose lengths are not known, an unknown name, or a network
+            without a bandwidth.
         LitDPOError: for whatever the run itself would refuse before it loads weights.
     """
     if not isinstance(data, PreferenceDataModule):
@@ -115,7 +121,9 @@ def plan(module: DPOModule, data: pl.LightningDataModule, trainer: pl.Trainer, d
         raise TrainingError(
             "Expected data of a known length to plan with: `--data.streaming false`, or a file of some."
         )
-    target = _device(device, trainer)
+    if not network > 0:
+        raise TrainingError(f"Expected `network` > 0 (10^9 bits a second) but got {network}.")
+    target = device_of(device, trainer)
     trainer.strategy.connect(module)
     module.trainer = data.trainer = trainer
     data.setup("fit")
@@ -124,19 +132,29 @@ def plan(module: DPOModule, data: pl.LightningDataModule, trainer: pl.Trainer, d
     table = loader.dataset.table  # type: ignore[attr-defined]
     lengths = Lengths(table.prompt_lengths, table.completions_per_prompt, table.completion_lengths)
     steps, epochs = planned_steps(trainer, len(loader))
-    found = _Search(module, loader, target)
+    mesh = Mesh(trainer.num_nodes, trainer.num_devices, module.policy.shard)
+    found = Search(module, loader, target, mesh)
     step, (fitting, checkpointing) = found.step(found.wanted), found.fitting()
-    passes = epochs * loader.sampler.epoch_rows / table.size  # type: ignore[attr-defined] # a mixture repeats rows
-    arithmetic = _arithmetic(module, found.arithmetic(lengths), passes)
+    repeated = loader.sampler.epoch_rows / table.size  # type: ignore[attr-defined] # a mixture repeats rows
+    once = found.arithmetic(lengths)
+    arithmetic = arithmetic_of(module, once, epochs * repeated)
     tokens = min(found.wanted, int(lengths.tokens / table.size * (data.batch_size or math.inf)))
     rates, said = _rates(target, module.policy.quantization, found.skeleton, tokens)
-    ranks = trainer.world_size
-    seconds = (arithmetic / rates[1] / ranks, arithmetic / rates[0] / ranks)
+    mean = MeanStep.of(module, once, repeated / mesh.ranks / len(loader), found.microbatches(), trainer)
+    sizes = [found.parts.spread] * len(mean.passes)
+    if found.reference is not None and not isinstance(module.reference, CachedReference):
+        sizes[0] = found.reference.spread
+    links = Links.of(target.card, network) if target.card else None
+    traffic = Traffic.of(mesh, found.parts.trained, sizes, links)
+    waits = [mean.waiting(traffic, rate) * steps for rate in rates]
+    low, high = (
+        arithmetic / rate / mesh.ranks + wait for rate, wait in zip(reversed(rates), reversed(waits), strict=True)
+    )
     made = Plan(
         pairs=int(table.comparisons_per_prompt.sum()),
         prompts=table.size,
         completions=len(lengths.completion),
-        tokens=_means(lengths),
+        tokens=means(lengths),
         longest=int(table.lengths.max()),
         steps=steps,
         epochs=epochs,
@@ -147,35 +165,49 @@ def plan(module: DPOModule, data: pl.LightningDataModule, trainer: pl.Trainer, d
         fitting=fitting,
         checkpointing=checkpointing,
         arithmetic=arithmetic,
-        seconds=seconds,
+        seconds=(low, high),
+        mesh=mesh,
+        share=Share.of(mesh, found.parts, found.reference),
+        traffic=traffic,
         text="",
     )
-    return made._replace(text=_text(made, module, found.wanted, said, ranks))
+    of_mesh = on_mesh(made, mean, rates, network) if mesh.ranks > 1 else {}
+    return made._replace(text=text_of(made, module.policy, found.wanted, said, of_mesh))
 
 
-class _Search:
+class Search:
     """Steps of any size, on a skeleton that is made once."""
 
-    def __init__(self, module: DPOModule, loader: Any, device: Device) -> None:
-        self.module, self.loader, self.device = module, loader, device
+    def __init__(self, module: DPOModule, loader: Any, device: Device, mesh: Mesh) -> None:
+        self.module, self.loader, self.device, self.mesh = module, loader, device, mesh
         self.wanted = module.microbatch_tokens or MICROBATCH_TOKENS["cuda" if device.on_gpu else "cpu"]
         self.whole, self.of_one_prompt = module.why_whole is not None, module.prompt_limit
-        self.skeleton, self.estimate = self._measure(module.policy)
+        self.reference = _reference(module, device)
+        self.skeleton, self.parts, self.estimate = self._measure(module.policy)
 
     def context(self) -> AbstractContextManager[Any]:
         """Return what a step runs in: on a GPU autocast, for which that of a CPU stands."""
         return torch.autocast("cpu", dtype=torch.bfloat16) if self.device.on_gpu else nullcontext()
 
     def step(self, microbatch_tokens: int, estimate: StepEstimate | None = None) -> StepMemory:
+        """Estimate the largest step, if so many tokens run at once."""
         limits = (math.inf, math.inf) if self.whole else (microbatch_tokens, max(microbatch_tokens, self.of_one_prompt))
         largest, several = self.loader.largest_microbatches(*limits)
-        return (estimate or self.estimate).of([Lengths.of(part) for part in largest], several)
+        found = (estimate or self.estimate).of([Lengths.of(part) for part in largest], several)
+        return found._replace(adapters=found.adapters + Share.of(self.mesh, self.parts).buckets)
+
+    def microbatches(self) -> float:
+        """Count those of a batch, on the average; a prompt that runs in parts counts once."""
+        if self.whole:
+            return 1.0
+        lengths, batches = self.loader.dataset.table.lengths, list(self.loader.sampler)
+        return sum(len(microbatch_borders(lengths[batch], self.wanted)) - 1 for batch in batches) / len(batches)
 
     def fitting(self) -> tuple[int | None, bool]:
         """Find the most `microbatch_tokens` that fit, if need be with checkpoints; those of the run where they do."""
         if (found := self._most(self.estimate)) or self.module.policy.gradient_checkpointing:
             return found, False
-        _, estimate = self._measure(replace(self.module.policy, gradient_checkpointing=True))
+        *_, estimate = self._measure(replace(self.module.policy, gradient_checkpointing=True))
         return self._most(estimate), True
 
     def _most(self, estimate: StepEstimate) -> int | None:
@@ -183,17 +215,18 @@ class _Search:
         sizes = [self.wanted, *(2**power for power in range(16, 7, -1) if 2**power < self.wanted)]
         return next((size for size in sizes if self.step(size, estimate).total <= room), None)
 
-    def _measure(self, policy: BaseModel) -> tuple[Skeleton, StepEstimate]:
+    def _measure(self, policy: BaseModel) -> tuple[Skeleton, Parts, StepEstimate]:
         whole = self._skeleton(policy)
-        others = _other_models(self.module.reference.unwrapped, whole, self.device)
-        frozen, trained = stored_bytes(whole.model)
+        parts = Parts.of(whole.model)
         if (repeats := whole.repeats) is None:
             shallow = deep = self._estimate(whole)
             times = 0
         else:
             shallow, deep = (self._estimate(self._skeleton(policy, n)) for n in (repeats.shallow, repeats.deep))
             times = repeats.times
-        return whole, shallow.with_layers(deep, times, frozen + others, trained)
+        copies = parts.trained if isinstance(self.module.reference.unwrapped, AdapterReference | EMAReference) else 0
+        frozen = Share.of(self.mesh, parts, self.reference).frozen + copies
+        return whole, parts, shallow.with_layers(deep, times, frozen, parts.trained)
 
     def _estimate(self, made: Skeleton) -> StepEstimate:
         kept = optimizer_bytes(self.module.optimizer, torch.device("cpu"))
@@ -205,6 +238,7 @@ class _Search:
 
         return StepEstimate(made.model, kept, with_kl=Field.KL in self.module.loss.requires, context=context)
 
+    @cache  # noqa: B019 - it lives as long as the search
     def _skeleton(self, policy: BaseModel, layers: int | None = None) -> Skeleton:
         return skeleton(policy, self.device.dtype, on_gpu=self.device.on_gpu, layers=layers)
 
@@ -219,24 +253,13 @@ class _Search:
         return shallow.with_layers(deep, repeats.times)
 
 
-def _other_models(reference: Reference, made: Skeleton, device: Device) -> int:
-    """Bytes of a reference that is not the policy's own base."""
-    if isinstance(reference, ModelReference):
-        dtype = reference.torch_dtype(torch.device("cpu"), device.dtype)
-        return sum(stored_bytes(skeleton(reference, dtype, on_gpu=device.on_gpu).model))
-    return 4 * made.trained if isinstance(reference, AdapterReference | EMAReference) else 0
-
-
-def _device(name: str, trainer: pl.Trainer) -> Device:
-    if name != "here":
-        found = card(name)
-        return Device(name, found.memory * GIB, True, torch.bfloat16 if found.has_bfloat16 else torch.float16, found)
-    root = trainer.strategy.root_device
-    if root.type == "cuda":
-        name = torch.cuda.get_device_name(root)
-        return Device(name, float(torch.cuda.mem_get_info(root)[0]), True, default_dtype(root), None)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("this CPU", float(memory), False, torch.float32, None)
+def _reference(module: DPOModule, device: Device) -> Parts | None:
+    """Sort the tensors of a reference that is not the policy's own base."""
+    reference = module.reference.unwrapped
+    if not isinstance(reference, ModelReference):
+        return None
+    dtype = reference.torch_dtype(torch.device("cpu"), device.dtype)
+    return Parts.of(skeleton(reference, dtype, on_gpu=device.on_gpu).model)
 
 
 def planned_steps(trainer: pl.Trainer, batches: int) -> tuple[int, float]:
@@ -263,7 +286,29 @@ def planned_steps(trainer: pl.Trainer, batches: int) -> tuple[int, float]:
     return steps, steps / each
 
 
-def _arithmetic(module: DPOModule, one: Arithmetic, epochs: float) -> float:
+class MeanStep(NamedTuple):
+    """An optimizer step of the average: its micro-batches, and the operations of each pass of one over the base."""
+
+    microbatches: float
+    passes: tuple[float, ...]
+
+    @classmethod
+    def of(cls, module: DPOModule, once: Arithmetic, of_batch: float, each: float, trainer: pl.Trainer) -> MeanStep:
+        """Of a run: `of_batch` is the part of all pairs in a batch of a device, `each` its micro-batches."""
+        forward, backward = (operations * of_batch / each for operations in (once.forward, once.backward))
+        reference = 0 if isinstance(module.reference, CachedReference | NoReference) else 1
+        again = module.needs_two_passes and each > 1  # first without a graph, for the log-probs of all pairs
+        forwards = reference + again * (1 + reference * (Field.KL in module.loss.requires)) + 1
+        return cls(each * trainer.accumulate_grad_batches, (*[forward] * forwards, backward))
+
+    def waiting(self, traffic: Traffic, rate: float) -> float:
+        """Seconds that a device waits in a step, if it does `rate` operations a second while it does not."""
+        hidden = [operations / rate for operations in self.passes]
+        return self.microbatches * traffic.waiting(hidden) + (traffic.reducing or 0.0)
+
+
+def arithmetic_of(module: DPOModule, one: Arithmetic, epochs: float) -> float:
+    """Count the operations of a run: of policy and reference, whose passes `one` has once."""
     reference = module.reference
     if isinstance(reference, NoReference):
         passes = 0.0
@@ -288,54 +333,3 @@ def _rates(device: Device, quantization: str, made: Skeleton, tokens: int) -> tu
     low, high = _SPREAD
     unit = f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"
     return (low * rate, high * rate), f"{low:.0%} to {high:.0%} of the {unit} that one layer reaches here now"
-
-
-def _text(made: Plan, module: DPOModule, wanted: int, rate: str, ranks: int) -> str:
-    policy, device = module.policy, made.device
-    prompt, *completions = made.tokens
-    precision = str(device.dtype).removeprefix("torch.")
-    cluster = f" on {ranks} devices" if ranks > 1 else ""
-    lines = {
-        "data": f"{_counted(made)} of {sum(made.tokens):,.0f} tokens (prompt {prompt:,.0f}, completions "
-        f"{' and '.join(f'{mean:,.0f}' for mean in completions)}), the longest {made.longest:,}; {made.steps:,} steps, "
-        f"{made.epochs:.3g} epoch{'' if made.epochs == 1 else 's'}",
-        "model": f"{policy.model}: {made.parameters:,} parameters, {policy.quantization}, computing in {precision}; "
-        f"{made.trained:,} train",
-        "a step": str(made.step),
-        "fits": f"{device.name}, {device.memory / GIB:.1f} GiB: {_fits(made, wanted)}",
-        "time": f"{_span(*made.seconds)}{cluster}: {made.arithmetic:.3g} operations, at {rate}",
-    }
-    return "\n".join(
-        ["An estimate; no weights were read or downloaded.", *(f"{name:7} {said}" for name, said in lines.items())]
-    )
-
-
-def _means(lengths: Lengths) -> tuple[float, ...]:
-    if (lengths.completions_per_prompt == 2).all():
-        completions = [lengths.completion[place::2].mean() for place in (0, 1)]
-    else:
-        completions = [lengths.completion.sum() / len(lengths.prompt)]
-    return tuple(float(mean) for mean in (lengths.prompt.mean(), *completions))
-
-
-def _counted(made: Plan) -> str:
-    if len(made.tokens) == 3:
-        return f"{made.pairs:,} training pairs"
-    return f"{made.prompts:,} training prompts, with {made.completions:,} completions in {made.pairs:,} comparisons,"
-
-
-def _fits(made: Plan, wanted: int) -> str:
-    if made.fitting is None:
-        return (
-            "no, not even with gradient checkpointing, a pair at a time: lower `--data.max_length`, or take less model"
-        )
-    options = ["`--model.policy.gradient_checkpointing true`"] if made.checkpointing else []
-    options += [f"`--model.microbatch_tokens {made.fitting}`"] if made.fitting != wanted else []
-    return f"yes, with {' and '.join(options)}" if options else "yes"
-
-
-def _span(low: float, high: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if high >= 2 * size:
-            return f"{low / size:.2g} to {high / size:.2g} {unit}"
-    return f"{low:.2g} to {high:.2g} seconds"

@@ -139,17 +139,23 @@ def _base(policy: BaseModel, dtype: torch.dtype, layers: int | None) -> PreTrain
     return base
 
 
+def _stack(base: PreTrainedModel) -> list[nn.Module]:
+    """List a model's decoder layers; none, where they are not in a list of their own."""
+    count = base.config.get_text_config().num_hidden_layers
+    lists = (module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+    return list(next(lists, ()))
+
+
 def _repeats(base: PreTrainedModel) -> Repeats | None:
     """Find the shortest start and period of a model's layers, by their classes, shapes and kinds; None if none."""
-    config = base.config.get_text_config()
-    count, kinds = config.num_hidden_layers, getattr(config, "layer_types", None)
-    stacks = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    if not stacks:
+    kinds = getattr(base.config.get_text_config(), "layer_types", None)
+    if not (layers := _stack(base)):
         return None
+    count = len(layers)
     looks = [
         (kinds and kinds[place], [(name, type(part), *(p.shape for p in part.parameters(recurse=False)))
                                   for name, part in layer.named_modules()])
-        for place, layer in enumerate(stacks[0])
+        for place, layer in enumerate(layers)
     ]  # fmt: skip
     for period in range(1, count // 4 + 1):
         for start in range(count - 4 * period + 1):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -17,12 +18,17 @@ from lit_dpo.policy import adapter_checks, checks, files
 from lit_dpo.policy.devices import default_dtype
 from lit_dpo.policy.digests import sampled_digest, whole_digest
 from lit_dpo.policy.heap import returned_at_once
+from lit_dpo.policy.layerwise import NotInLayersError, load_in_layers
+from lit_dpo.policy.sharding import as_if_whole, shard
 from lit_dpo.policy.shared import base_of
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 QUICKSTART = "lit-dpo/quickstart"
 """The built-in model id: made on first use, see `lit_dpo.quickstart`."""
@@ -107,8 +113,12 @@ class BaseModel(ABC):
             targets = adapter_checks.check_adapter(self, self.adapter_place)
             checks.check_targets(config, targets, self.trust_remote_code)
 
-    def load_frozen(self, device: torch.device | str = "cpu") -> PreTrainedModel:
+    def load_frozen(self, device: torch.device | str = "cpu", mesh: DeviceMesh | None = None) -> PreTrainedModel:
         """Load the base, with the adapter of `adapter_path` if there is one, frozen and in evaluation mode.
+
+        Args:
+            device: where the weights go as they are read.
+            mesh: the ranks among which it is sharded, all of which load at the same time. None: it is whole.
 
         Raises:
             PolicyError: if the model or adapter cannot be loaded, or its layers are not quantised as asked.
@@ -118,14 +128,20 @@ class BaseModel(ABC):
         self.fetch()
         self.check_model()
         with checks.default_dtype(torch.float32):
-            model = self.load_base(torch.device(device), self.torch_dtype(torch.device(device)))
+            model = self.load_base(torch.device(device), self.torch_dtype(torch.device(device)), mesh)
             if self.adapter_path is not None:
-                model = self.load_adapter(model, trainable=False)
+                with as_if_whole(model):
+                    model = self.load_adapter(model, trainable=False)
         checks.check_quantized(model, self.quantization)
-        return model.requires_grad_(False).eval()
+        model.requires_grad_(False).eval()
+        if mesh is not None:
+            shard(model, mesh)
+        return model
 
-    def load_base(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    def load_base(self, device: torch.device, dtype: torch.dtype, mesh: DeviceMesh | None = None) -> PreTrainedModel:
         """Load the model alone: a transformers model on `device`, without dropout; see `lit_dpo.policy.shared`."""
+        if mesh is not None:
+            return self._load_base(device, dtype, mesh)
         return base_of(self._sharing_key(device, dtype), device, lambda: self._load_base(device, dtype))
 
     def _sharing_key(self, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...] | None:
@@ -136,24 +152,18 @@ class BaseModel(ABC):
         options = (self.quantization, self.double_quantization, self.attention, self.trust_remote_code)
         return (type(self), self.place, device, dtype, *options, *left)
 
-    def _load_base(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        from transformers import AutoModelForCausalLM
-
+    def _load_base(self, device: torch.device, dtype: torch.dtype, mesh: DeviceMesh | None = None) -> PreTrainedModel:
         config = self.config()
         checks.turn_off_dropout(config)
         quantization = self.quantization_config(dtype)
+        options = {
+            "dtype": dtype,
+            "quantization_config": None if checks.keep_quantized(config, dtype) else quantization,
+            **({} if self.attention in ("auto", "pairs") else {"attn_implementation": self.attention}),
+            "trust_remote_code": self.trust_remote_code,
+        }
         with checks.as_policy_error(f"the model {self.model!r}"), returned_at_once():
-            base, info = AutoModelForCausalLM.from_pretrained(
-                self.path,
-                config=config,
-                dtype=dtype,
-                device_map={"": device},
-                quantization_config=None if checks.keep_quantized(config, dtype) else quantization,
-                use_safetensors=True,
-                output_loading_info=True,
-                **({} if self.attention in ("auto", "pairs") else {"attn_implementation": self.attention}),
-                trust_remote_code=self.trust_remote_code,
-            )
+            base, info = self._read(config, device, mesh, options)
         checks.check_complete(info, self.model)
         checks.turn_off_dropout_layers(base)
         checks.keep_trainable(base)
@@ -163,6 +173,25 @@ class BaseModel(ABC):
             multiply_in_slices(base)
         base.name_or_path = base.config.name_or_path = self.place.name  # for model cards: not a folder of the cache
         return base
+
+    def _read(
+        self, config: PreTrainedConfig, device: torch.device, mesh: DeviceMesh | None, options: dict[str, Any]
+    ) -> tuple[PreTrainedModel, Any]:
+        """Read the weights: whole, or, where they are to be sharded, a few layers at a time."""
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        if mesh is not None:
+            try:
+                base, info = load_in_layers(self.place.folder, config, device, mesh, **options)
+            except NotInLayersError as error:
+                log.warning("%s is read whole before it is sharded, on every rank: %s", self.model, error)
+            else:
+                with suppress(OSError):  # else what the configuration says
+                    base.generation_config = GenerationConfig.from_pretrained(self.path)
+                return base, info
+        options = {"device_map": {"": device}, "use_safetensors": True, "output_loading_info": True, **options}
+        read: tuple[PreTrainedModel, Any] = AutoModelForCausalLM.from_pretrained(self.path, config=config, **options)
+        return read
 
     def load_adapter(self, base: PreTrainedModel, *, trainable: bool) -> PeftModel:
         """Put the adapter of `adapter_path` on the model: a `peft.PeftModel`."""

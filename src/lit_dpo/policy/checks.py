@@ -237,7 +237,8 @@ def as_policy_error(what: str) -> Iterator[None]:
 def _packed(base: PreTrainedModel, kind: Any, bnb: Any) -> bool:
     if kind is bnb.nn.Linear8bitLt:
         return str(base.weight.dtype) == "torch.int8"
-    state = getattr(base.weight, "quant_state", None)
+    # of a weight in shards the layer has it
+    state = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
     return state is not None and state.quant_type == "nf4"
 
 

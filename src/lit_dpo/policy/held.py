@@ -20,6 +20,7 @@ from lit_dpo.policy.lora import LoRAPolicy
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _SAYS_ITSELF = ("model", "quantization", "double_quantization", "adapter_path", "adapter_base", "dtype")
@@ -52,6 +53,11 @@ class HeldPolicy(LoRAPolicy):
         """See `LoRAPolicy.from_model`."""
         from peft import PeftModel
 
+        if options.get("shard", "none") != "none":
+            raise PolicyError(
+                "`shard` is for a base that is read in shards; a model that is loaded already is whole on every rank. "
+                "Give its name or directory: `LoRAPolicy(name, shard=…)`."
+            )
         if given := sorted({*_SAYS_ITSELF, "trust_remote_code"} & options.keys()):
             raise PolicyError(f"`{given[0]}` has no effect on a model that is loaded already: leave it out.")
         base, adapted = (model.get_base_model(), model) if isinstance(model, PeftModel) else (model, None)
@@ -133,7 +139,7 @@ class HeldPolicy(LoRAPolicy):
                 "`LoRAPolicy.from_model(model, tokenizer=tokenizer)`."
             ) from error
 
-    def load_base(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    def load_base(self, device: torch.device, dtype: torch.dtype, mesh: DeviceMesh | None = None) -> PreTrainedModel:
         """Return the model itself, once; without dropout, on `device`."""
         held = self._given()
         if held.loaded:
@@ -194,6 +200,7 @@ def _check_model(base: PreTrainedModel, adapted: Any) -> None:
     checks.check_causal(base.config, type(base).__name__)
     if len(places := {str(p.device) for p in base.parameters()}) > 1 or "meta" in places:
         raise PolicyError(f"Expected a model on one device but its weights are on {', '.join(sorted(places))}.")
+    _check_whole(base)
     layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
     if adapted is None:
         if layers:
@@ -207,6 +214,22 @@ def _check_model(base: PreTrainedModel, adapted: Any) -> None:
     adapter_checks.check_lora_config(adapted.peft_config["default"], "of the model")
     if any(layer.merged for layer in layers):
         raise PolicyError("The model's adapter is merged into its weights: `unmerge_adapter()` first.")
+
+
+def _check_whole(base: PreTrainedModel) -> None:
+    """See that this process has all of each weight."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):  # then none can be in pieces
+        return
+    from torch.distributed.tensor import DTensor
+
+    if sharded := next((name for name, p in base.named_parameters() if isinstance(p, DTensor)), None):
+        raise PolicyError(
+            f"Expected a model with whole weights but its {sharded!r} is spread over devices: was it loaded with "
+            "`tp_plan`? Devices of a tensor group would be given different batches, and adapters on row-wise layers "
+            'fail. Load it without; `LoRAPolicy(…, shard="node")` spreads a base that does not fit.'
+        )
 
 
 def _turn_off_dropout(base: PreTrainedModel) -> None:

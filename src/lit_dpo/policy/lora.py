@@ -12,10 +12,12 @@ from lit_dpo.errors import PolicyError
 from lit_dpo.policy import checks, lora_options
 from lit_dpo.policy.base_model import BaseModel
 from lit_dpo.policy.kernels import use_kernels
+from lit_dpo.policy.sharding import as_if_whole, shard
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
 
@@ -59,6 +61,9 @@ class LoRAPolicy(BaseModel):
         gradient_checkpointing: recompute each layer in the backward pass, for memory.
         kernels: `auto` takes Liger's on a CUDA device, where they are installed (the extra `kernels`), know the
             architecture and a start-up probe finds them exact; elsewhere it does nothing. `none` leaves them out.
+        shard: `all` keeps of every frozen layer a part on each rank, and gathers layers as they run; `node` does so
+            among the ranks of one machine; `none` keeps the base whole on every rank. Adapters and head are whole. For
+            strategy `ddp`; with one process it does nothing, in a line that says so.
 
     Raises:
         PolicyError: for a value outside its domain, or fields that contradict each other.
@@ -84,6 +89,7 @@ class LoRAPolicy(BaseModel):
     trainable_token_indices: list[int] | None = None
     gradient_checkpointing: bool = False
     kernels: Literal["auto", "none"] = "auto"
+    shard: Literal["none", "node", "all"] = "none"
 
     def __post_init__(self) -> None:
         """Check the fields against each other."""
@@ -129,12 +135,15 @@ class LoRAPolicy(BaseModel):
                 checks.check_targets(self.config(), self.target_modules, self.trust_remote_code)
             lora_options.check_choices(self, self.config())
 
-    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> PeftModel:
+    def load(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, mesh: DeviceMesh | None = None
+    ) -> PeftModel:
         """Load the policy with its adapters, in training mode, on `device`.
 
         Args:
             device: where the weights go as they are read.
             dtype: what `auto` means here, instead of the device's own.
+            mesh: the ranks among which the base is sharded, all of which load at the same time. None: it is whole.
 
         Returns:
             A `peft.PeftModel`; only its adapters, float32, require gradients.
@@ -148,19 +157,22 @@ class LoRAPolicy(BaseModel):
         self.check()  # with the weights there, their content can be compared with what an adapter names
         dtype = self.torch_dtype(torch.device(device), dtype)
         with checks.default_dtype(torch.float32):  # else new adapters would be rounded
-            return self._load(torch.device(device), dtype)
+            return self._load(torch.device(device), dtype, mesh)
 
-    def _load(self, device: torch.device, dtype: torch.dtype) -> PeftModel:
-        base = self.load_base(device, dtype)
+    def _load(self, device: torch.device, dtype: torch.dtype, mesh: DeviceMesh | None) -> PeftModel:
+        base = self.load_base(device, dtype, mesh)
         if self.kernels == "auto":
             use_kernels(base)
-        model = self.put_adapters(base)
+        with as_if_whole(base):
+            model = self.put_adapters(base)
         checks.check_quantized(model, self.quantization)
         # an exported adapter names what it was trained on, at the commit: AutoPeftModel loads that
         model.peft_config["default"].base_model_name_or_path = self.place.name
         model.peft_config["default"].revision = self.place.commit
         if self.gradient_checkpointing:
             checks.enable_checkpointing(base)
+        if mesh is not None:
+            shard(model, mesh)
         return model.train()
 
     def put_adapters(self, base: PreTrainedModel) -> PeftModel:

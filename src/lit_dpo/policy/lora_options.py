@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from lit_dpo.policy import LoRAPolicy
+    from lit_dpo.policy.base_model import BaseModel
 
 
 # Fields of the policy that are fields of PEFT's `LoraConfig`, by name.
@@ -67,6 +68,13 @@ def check_values(policy: LoRAPolicy) -> None:
         )
     if policy.layers_pattern is not None and policy.layers_to_transform is None:
         raise PolicyError("`layers_pattern` has no effect without `layers_to_transform`: leave it out.")
+    if policy.shard != "none":
+        whole = {"use_dora": policy.use_dora, "target_parameters": bool(policy.target_parameters)}
+        if given := [name for name, value in whole.items() if value]:
+            raise PolicyError(
+                f"`shard` does not go with `{given[0]}`, which reads whole weights where there are parts."
+            )
+        check_can_shard(policy)
     if policy.target_parameters:
         refused = {"dropout": policy.dropout, "use_dora": policy.use_dora}
         if given := [name for name, value in refused.items() if value]:
@@ -76,6 +84,19 @@ def check_values(policy: LoRAPolicy) -> None:
                 f"Expected quantization=none with `target_parameters` but got {policy.quantization}: only layers are "
                 "quantised, so these parameters would stay in 16 bits."
             )
+
+
+def check_can_shard(model: BaseModel) -> None:
+    """See that the weights of a model, a policy's or a reference's, can be sharded.
+
+    Raises:
+        PolicyError: for weights of LLM.int8(), whose scales would not be found again.
+    """
+    if model.quantization == "int8":
+        raise PolicyError(
+            f"`policy.shard` does not go with `{model.option}.quantization` int8: its weights do not come in parts. "
+            "Use nf4 or none."
+        )
 
 
 def check_choices(policy: LoRAPolicy, config: PreTrainedConfig) -> None:

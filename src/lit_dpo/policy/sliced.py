@@ -29,7 +29,7 @@ class SlicedLinear4bit(bnb.nn.Linear4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(…, in)` to `(…, out)`, in the layer's dtype of computation, given back in that of `x`."""
-        state = self.weight.quant_state
+        state = getattr(self.weight, "quant_state", None) or self.quant_state  # a gathered weight has none
         if x.device.type != "cpu" or not _fits(state) or x.numel() == 0:
             return super().forward(x)  # type: ignore[no-any-return]
         dtype = self.compute_dtype or x.dtype

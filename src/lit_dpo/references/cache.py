@@ -20,9 +20,12 @@ from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import SequenceLogps
 from lit_dpo.logps.score import base_model
 from lit_dpo.policy.kernels import kernels_of
+from lit_dpo.policy.symmetry import agreed
 from lit_dpo.references.adapter import NoReference, default_reference
 from lit_dpo.references.base import Reference, attached, keep_attached
+from lit_dpo.references.outdated import outdated
 from lit_dpo.references.store import LogpStore
+from lit_dpo.seals import key_of
 from lit_dpo.writing import written_whole
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 
     from lit_dpo.policy import LoRAPolicy
 
-_VERSION = 2  # of what is stored and of how log-probs are computed
+_VERSION = 3  # of what is stored and of how log-probs are computed
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,8 @@ class _Cache:
         keys = [key.tobytes() for key in batch.keys.numpy()]  # they stay on the CPU
         found = [store.get(key) for key in keys]
         missing = [place for place, one in enumerate(found) if one is None]
+        if agreed(model, bool(missing)) and not missing:  # another rank's are, and it cannot compute alone
+            self.reference.logps(model, batch.of_completions([0]))
         if missing:
             part = batch if len(missing) == len(keys) else batch.of_completions(missing)
             computed = self._compute(model, part)
@@ -191,11 +196,12 @@ class _Cache:
         text = json.dumps(identity, sort_keys=True, indent=1)
         if (store := self._stores.get(text)) is None:
             folder = Path(self.settings.directory) / hashlib.sha256(text.encode()).hexdigest()[:16]
-            store = self._stores[text] = LogpStore(folder)
+            store = self._stores[text] = LogpStore(folder, key_of(text))
             _describe(folder, text)
             from lightning.pytorch.utilities import rank_zero_info
 
-            rank_zero_info(f"reference cache: {len(store)} completions in {folder}")
+            more = "" if len(store) else outdated(folder, json.loads(text))
+            rank_zero_info(f"reference cache: {len(store)} completions in {folder}{more}")
         return store
 
 

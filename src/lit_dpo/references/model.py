@@ -11,6 +11,8 @@ from lit_dpo.errors import PolicyError
 from lit_dpo.logps.score import choose_layout
 from lit_dpo.policy.base_model import BaseModel
 from lit_dpo.policy.limits import Limits, policy_limits
+from lit_dpo.policy.lora_options import check_can_shard
+from lit_dpo.policy.sharding import mesh_of
 from lit_dpo.references.base import Reference, attached, keep_attached
 
 if TYPE_CHECKING:
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 class ModelReference(BaseModel, Reference):
     """Another checkpoint with the policy's vocabulary, frozen next to it: a larger model, or the one before its SFT.
 
-    Costs the memory of that model; `CachedReference` around it costs its passes once. At the first step policy and
+    Costs the memory of that model, on each rank a part of it with `policy.shard`; `CachedReference` around it costs its
+    passes once. At the first step policy and
     reference may differ, so that rewards do not start at 0.
 
     Args:
@@ -51,6 +54,8 @@ class ModelReference(BaseModel, Reference):
     def check(self, policy: LoRAPolicy) -> None:
         """See that it can be loaded, and reads the same tokens."""
         self.check_model()
+        if policy.shard != "none":
+            check_can_shard(self)
         ours, theirs = policy.load_tokenizer().get_vocab(), self.load_tokenizer().get_vocab()
         if different := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
             raise PolicyError(
@@ -59,8 +64,8 @@ class ModelReference(BaseModel, Reference):
             )
 
     def attach(self, model: PeftModel, policy: LoRAPolicy) -> None:
-        """Load it where the policy is."""
-        found = self.load_frozen(next(model.parameters()).device)
+        """Load it where the policy is, in shards if the policy's base is in shards."""
+        found = self.load_frozen(next(model.parameters()).device, mesh_of(model))
         choose_layout(found, self.attention)
         keep_attached(model, "reference", found)
 

@@ -3,13 +3,17 @@
 A folder holds parts. Every process that has something to add writes a part of its own, two files that only grow:
 `*.logps`, float32 values, and `*.index`, one `_ENTRY` per completion, written after its values. So processes never
 write the same file, one that is killed leaves at worst values without an entry, and whatever is torn or has changed is
-found by the checksums of entry and values, counts as missing, and is computed again. Values are read, not mapped: a
-mapped file that is cut short ends the process that reads it.
+found, counts as missing, and is computed again. A torn entry shows by its checksum; values by a digest that is keyed by
+the reference that computed them, and of their own key too: a record of another model, or of other tokens, in their
+place is found as a changed bit is. Values are read, not mapped: a mapped file that is cut short ends the process that
+reads it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import time
 import uuid
 import zlib
@@ -26,8 +30,8 @@ _ENTRY = np.dtype(
         ("key", "V16"),  # `CompletionBatch.keys`: 128 bits of BLAKE2b over the prompt's length and token ids
         ("offset", "<u8"),  # of the first value, in bytes
         ("length", "<u4"),  # values
-        ("checksum", "<u4"),  # CRC-32 of the values
-        ("own_checksum", "<u4"),  # of this entry up to here
+        ("digest", "V16"),  # 128 bits of BLAKE2b, keyed, over the key and the values
+        ("own_checksum", "<u4"),  # CRC-32 of this entry up to here
     ]
 )
 _OWN = _ENTRY.itemsize - 4  # bytes that `own_checksum` is of
@@ -41,10 +45,11 @@ class LogpStore:
 
     Args:
         folder: made when something is written.
+        seal: the key of digests, up to 64 bytes: `lit_dpo.seals.key_of` what computed the values.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, seal: bytes = b"") -> None:
+        self.folder, self._seal = folder, seal
         self.damaged = 0
         self._parts: list[Path] = []
         self._seen: dict[Path, int] = {}  # entries read of each part
@@ -72,13 +77,13 @@ class LogpStore:
         """Add values. What was there under the same keys is no longer found."""
         if not completions:
             return
-        values, index = self._writers or self._open_part()
+        values, index = self._part()
         offset, entries = values.tell(), np.zeros(len(completions), _ENTRY)
         content = []
         for entry, (key, one) in zip(entries, completions.items(), strict=True):
             piece = one.astype("<f4").tobytes()
-            entry["key"], entry["offset"], entry["checksum"] = np.void(key), offset, zlib.crc32(piece)
-            entry["length"] = len(one)
+            entry["key"], entry["offset"], entry["length"] = np.void(key), offset, len(one)
+            entry["digest"] = np.void(self._digest(key, piece))
             entry["own_checksum"] = zlib.crc32(entry.tobytes()[:_OWN])
             content.append(piece)
             offset += len(piece)
@@ -132,10 +137,14 @@ class LogpStore:
             content = self._readers[index].read(size) or b""
         except OSError:
             content = b""
-        if len(content) != size or zlib.crc32(content) != entry["checksum"]:
+        key, digest = entry["key"].tobytes(), entry["digest"].tobytes()
+        if len(content) != size or self._digest(key, content) != digest:
             self._damage(1, index)
             return None
         return np.frombuffer(content, "<f4")
+
+    def _digest(self, key: bytes, values: bytes) -> bytes:
+        return hashlib.blake2b(key + values, key=self._seal, digest_size=16).digest()
 
     def _new_entries(self, path: Path) -> NDArray[Any]:
         seen = self._seen.get(path, 0)
@@ -161,6 +170,17 @@ class LogpStore:
         if not self.damaged:
             log.warning("%s is damaged; what it held is computed again.", path.with_suffix(".logps"))
         self.damaged += count
+
+    def _part(self) -> tuple[BinaryIO, BinaryIO]:
+        """Return the files to write to; new ones if somebody has removed those that there were."""
+        if self._writers is None:
+            return self._open_part()
+        if all(os.fstat(file.fileno()).st_nlink for file in self._writers):
+            return self._writers
+        log.warning("Files of %s were removed while it was in use; what they held is computed again.", self.folder)
+        for file in self._writers:
+            file.close()
+        return self._open_part()
 
     def _open_part(self) -> tuple[BinaryIO, BinaryIO]:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.base_model import QUICKSTART
 from lit_dpo.policy.checks import as_policy_error
 from lit_dpo.policy.files import json_object
+from lit_dpo.versions import CHECKPOINT, check_version
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +128,7 @@ def find(name: str, given: argparse.Namespace, dtype: str | None = None) -> Trai
 def _of_run(folder: Path) -> Path:
     """Choose what a run's folder offers: the adapter of its end, or its last checkpoint."""
     adapters = sorted(one.parent for one in folder.glob(f"adapter*/{_ADAPTER}"))
-    checkpoints = sorted(folder.glob("checkpoints/*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+    checkpoints = sorted(folder.glob("checkpoints/*.ckpt"), key=_moment)
     last = [*checkpoints, *folder.glob("last.ckpt")]
     if not adapters and not last:
         held = ", ".join(sorted(one.name for one in folder.iterdir())[:12]) or "nothing"
@@ -241,7 +243,9 @@ def _said(folder: Path) -> dict[str, Any]:
         files = [folder.with_name(f"{folder.name}.ckpt"), folder.with_name("last.ckpt")]
         near = next((one for one in files[: 1 + folder.name.startswith("adapter")] if zipfile.is_zipfile(one)), None)
         return {} if near is None else dict(read_checkpoint(near).get(KEY, {}))
-    return _known(json_object(file))
+    found = json_object(file)
+    check_version(found.get("version"), CHECKPOINT, file)
+    return _known(found)
 
 
 def _known(found: dict[str, Any]) -> dict[str, Any]:
@@ -260,6 +264,12 @@ def _config_near(path: Path) -> Path | None:
         if (folder / "config.yaml").is_file():
             return folder / "config.yaml"
     return None
+
+
+def _moment(checkpoint: Path) -> tuple[int, int]:
+    """When a checkpoint was made: by the step in its name, as clocks may be changed; then by its time."""
+    step = re.search(r"step=(\d+)", checkpoint.stem)
+    return int(step.group(1)) if step else -1, checkpoint.stat().st_mtime_ns
 
 
 # --- loading -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lit_dpo.errors import DataError
+from lit_dpo.seals import is_sealed, seal
 from lit_dpo.writing import written_whole
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ class Stored(NamedTuple):
 
 
 def is_stored(folder: Path) -> bool:
-    """Whether the rows of a file are there."""
-    return (folder / "rows.arrow").is_file()
+    """Whether the rows of a file are there, as they were written."""
+    return is_sealed(_files(folder), folder.name)
 
 
 def store(folder: Path, lines: Iterable[Line], notes: list[str]) -> None:
@@ -70,6 +71,7 @@ def store(folder: Path, lines: Iterable[Line], notes: list[str]) -> None:
         names = _written(rows, lines)
         with written_whole(folder / "rows.json") as facts:  # in place before the rows are, which say that both are
             facts.write_text(json.dumps({"names": names, "notes": notes}), encoding="utf-8")
+    seal(_files(folder), folder.name)
 
 
 def stored(folder: Path) -> Stored:
@@ -79,6 +81,10 @@ def stored(folder: Path) -> Stored:
     facts = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     table = Dataset.from_file(str(folder / "rows.arrow"))
     return Stored(table, tuple(facts["names"]), tuple(facts["notes"]))
+
+
+def _files(folder: Path) -> list[Path]:
+    return [folder / "rows.arrow", folder / "rows.json"]
 
 
 def _written(path: Path, lines: Iterable[Line]) -> list[str]:

@@ -19,6 +19,7 @@ from lit_dpo.tools.ablate.pool import Pool, pool
 from lit_dpo.tools.ablate.preparing import Options, Prepared, prepare
 from lit_dpo.tools.ablate.records import Asked, Layout, Result
 from lit_dpo.tools.ablate.single import Work, read_result, write_result
+from lit_dpo.versions import ABLATION, check_version
 from lit_dpo.writing import written_whole
 
 log = logging.getLogger(__name__)
@@ -157,9 +158,10 @@ def _remember(prepared: Prepared, layout: Layout) -> None:
         AblationError: naming what differs.
     """
     options = prepared.options._asdict()
-    asked = {"lit_dpo": __version__, "options": options, "runs": prepared.configs}
+    asked = {"version": ABLATION, "lit_dpo": __version__, "options": options, "runs": prepared.configs}
     if layout.asked.is_file():
         before = json.loads(layout.asked.read_text(encoding="utf-8"))
+        check_version(before.get("version"), ABLATION, layout.asked)
         changed = [f"`--{key}` was {before['options'].get(key)} and is {now}" for key, now in options.items()]
         changed = [
             line for line, key in zip(changed, options, strict=True) if before["options"].get(key) != options[key]

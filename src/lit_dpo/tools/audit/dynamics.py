@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lit_dpo.callbacks.dynamics import FILE
 from lit_dpo.errors import LitDPOError
+from lit_dpo.versions import DYNAMICS, check_version
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,9 +31,14 @@ class Dynamics(NamedTuple):
     about: dict[str, Any]
 
     @classmethod
-    def of(cls, table: pa.Table) -> Dynamics:
-        """Take what was written; passes whose numbers are not finite say nothing."""
+    def of(cls, table: pa.Table, file: object = "The table of dynamics") -> Dynamics:
+        """Take what was written; passes whose numbers are not finite say nothing.
+
+        Raises:
+            VersionError: if a newer release has written it.
+        """
         about = json.loads((table.schema.metadata or {}).get(b"lit_dpo", b"{}"))
+        check_version(about.pop("version", None), DYNAMICS, file)
         columns = {name: table.column(name).to_numpy() for name in table.column_names}
         told = np.isfinite(columns["reward_margin"]) & np.isfinite(columns["loss"])
         return cls({name: values[told] for name, values in columns.items()}, about)
@@ -51,7 +57,7 @@ class Dynamics(NamedTuple):
                 f"Expected {file} but there is none. Train with `--trainer.callbacks+=TrainingDynamics`, which costs "
                 "no pass more, or measure the checkpoints that the run has left: `lit-dpo audit RUN --recompute`."
             )
-        return cls.of(pq.read_table(file))
+        return cls.of(pq.read_table(file), file)
 
 
 class Scores(NamedTuple):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pkgutil
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
+from lit_dpo.callbacks.alone import alone
+from lit_dpo.callbacks.environment import FILE, starts
 from lit_dpo.hub import looks_like_id
 from lit_dpo.tools.export.certificate import Certificate
 from lit_dpo.tools.trained import Trained
@@ -239,7 +242,29 @@ def _again(trained: Trained, certificate: Certificate | None) -> list[str]:
     if trained.config is not None:
         merged = "" if certificate is None else f" --merge --dtype {certificate.dtype}"
         lines += ["```bash", f"lit-dpo fit --config {CONFIG}", f"lit-dpo export runs/version_0 OUT{merged}", "```", ""]
-    return [*lines, ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)]
+    exported = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
+    if (said := _environment(trained)) is None:
+        return [*lines, exported]
+    return [*lines, f"Trained with {said}.", "", f"Exported with {exported}."]
+
+
+def _environment(trained: Trained) -> str | None:
+    """Say with which versions, at which commit and on what the run was made, by the last start of its training."""
+    with alone(f"The {FILE} of the run"):  # it only shows; a file of a stranger may hold anything
+        found = [] if trained.config is None else starts(trained.config.parent)
+        last = next((one for one in reversed(found) if one.get("stage") == "fit"), None)
+        if last is None:
+            return None
+        versions = {**last["packages"], "lit_dpo": last["lit_dpo"]["version"]}
+        commit, hardware = last["lit_dpo"]["commit"], last["hardware"]
+        changed = ", changed" if last["lit_dpo"]["changed"] else ""
+        gpus = Counter(one["name"] for one in hardware.get("gpus", ()))
+        said = [f"Python {last['python']}", *(f"{name} {versions[name]}" for name in _PACKAGES if name in versions)]
+        if commit:
+            said[1] += f" (commit {commit:.12}{changed})"
+        on = ", ".join(f"{count} × {name}" for name, count in gpus.items()) or hardware["processor"]
+        return plain_markdown(f"{', '.join(said)}; {hardware['ranks']} process(es) on {on}")
+    return None
 
 
 def _version(name: str) -> str:

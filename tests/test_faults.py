@@ -1,0 +1,134 @@
+"""Faults from outside, for real: processes that are killed, and what is left of the run then."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
+
+import ranks
+from lit_dpo.errors import TrainingError
+
+
+class Pace(Callback):
+    """Says when a step was made, and gives the test time to do something; the rank that is to fail does."""
+
+    def __init__(self, seconds: float = 0.1, fails: int = -1) -> None:
+        self.seconds, self.fails = seconds, fails
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        print("step", trainer.global_step, flush=True)
+        time.sleep(self.seconds)
+        if trainer.global_step == 3 and trainer.global_rank == self.fails:
+            raise TrainingError("This rank has found something.")
+
+
+def _command(model: Path, pairs: Path, *more: str, fails: int = -1) -> list[str]:
+    return [
+        "fit",
+        f"--model.policy.model={model}",
+        "--model.policy.quantization=none",
+        f"--data.train={pairs}",
+        "--data.batch_size=4",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_epochs=1",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.callbacks+=training.Unestimated",
+        *("--trainer.callbacks+=test_faults.Pace", f"--trainer.callbacks.fails={fails}"),
+        *more,
+    ]
+
+
+def _two_ranks(command: list[str], folder: Path) -> list[ranks.Command]:
+    """As under `torchrun`: something else starts each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    often = ["--trainer.callbacks+=LastCheckpoint", "--trainer.callbacks.every_n_steps=1"]
+    variables = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    return [
+        ranks.command(
+            [*command, *often, "--trainer.devices=2", "--trainer.strategy=ddp"],
+            log=folder / f"rank-{rank}",
+            cwd=folder,
+            environment=variables | {"LOCAL_RANK": str(rank), "RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+
+
+def _wait_for(run: ranks.Command, text: str, seconds: float = 90) -> None:
+    until = time.monotonic() + seconds
+    while text not in run.output():
+        assert run.process.is_alive(), run.output()[-5000:]
+        assert time.monotonic() < until, run.output()[-5000:]
+        time.sleep(0.05)
+
+
+def _ends(run: ranks.Command) -> str:
+    """See that a run ends within seconds, with one sentence; return that."""
+    begin = time.monotonic()
+    assert run.wait(60) == 1, run.output()[-3000:]
+    assert time.monotonic() - begin < 20  # on a busy machine
+    said = run.output()
+    assert "Traceback" not in said
+    (sentence,) = re.findall(r"lit-dpo: error: (.*)", said)
+    return str(sentence)
+
+
+def _nothing_half_written(folder: Path) -> None:
+    assert not [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".old"))]
+    assert not list(folder.glob("runs/*/adapter"))
+
+
+def _adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("way", ["killed 0", "fails 1"])
+def test_a_rank_that_is_gone_ends_the_others(tiny_model, pairs_file, tmp_path, way):
+    how, number = way.split()
+    gone = int(number)
+    both = _two_ranks(_command(tiny_model, pairs_file, fails=gone if how == "fails" else -1), tmp_path)
+    if how == "killed":
+        _wait_for(both[0], "step 2\n")
+        os.kill(both[gone].pid, signal.SIGKILL)
+    sentence = _ends(both[1 - gone])
+    assert f"Rank {1 - gone} stops, since another one of the 2 ranks does not answer" in sentence
+    if how == "fails":
+        assert _ends(both[gone]) == "This rank has found something."
+    assert both[gone].wait() == (1 if how == "fails" else -signal.SIGKILL)
+    checkpoint = re.search(r"To go on, repeat the command with --ckpt_path (\S+)", sentence).group(1)
+    assert torch.load(tmp_path / checkpoint, weights_only=True)["global_step"] >= 1, "whole"
+    assert not list(tmp_path.glob("runs/*/adapter"))
+    if how == "fails":  # a killed writer's temporary name goes with the next one's
+        _nothing_half_written(tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_worker_that_is_killed_ends_the_run_and_nothing_is_lost(tiny_model, pairs_file, tmp_path, streaming):
+    more = ["--data.num_workers=2", *(["--data.streaming=true", "--trainer.max_steps=6"] if streaming else [])]
+    run = ranks.command(_command(tiny_model, pairs_file, *more), log=tmp_path / "log", cwd=tmp_path)
+    _wait_for(run, "step 2\n")
+    workers = [int(one) for one in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+    os.kill(workers[-1], signal.SIGKILL)
+    sentence = _ends(run)
+    assert f"process {workers[-1]}: it is killed by signal: Killed. Most likely the system had no memory" in sentence
+    assert "--ckpt_path runs/version_0/last.ckpt" in sentence
+    _nothing_half_written(tmp_path)
+    if not streaming:  # in another order
+        again = _command(tiny_model, pairs_file, *more, "--ckpt_path=last")
+        assert ranks.command(again, log=tmp_path / "log", cwd=tmp_path).wait() == 0
+        assert ranks.command(_command(tiny_model, pairs_file), log=tmp_path / "log", cwd=tmp_path).wait() == 0
+        found, straight = (_adapter(tmp_path / "runs" / f"version_{number}") for number in (1, 2))
+        assert all(torch.equal(found[name], tensor) for name, tensor in straight.items())
