@@ -166,11 +166,14 @@ def quickstart() -> Path:
 
 
 @pytest.fixture(scope="session")
-def quickstart_run(tmp_path_factory: pytest.TempPathFactory, quickstart: Path) -> Path:
-    """The folder of a short run of `lit-dpo fit`: the quickstart in NF4, quicker than it comes."""
+def quickstart_run(once: Callable[[str, Callable[[Path], None]], Path], quickstart: Path) -> Path:
+    """The folder of a short run of `lit-dpo fit`: the quickstart in NF4, quicker than it comes. It is read only."""
+    return once("quickstart-run", _train_quickstart) / "version_0"
+
+
+def _train_quickstart(root: Path) -> None:
     from lit_dpo.cli import main
 
-    root = tmp_path_factory.mktemp("quickstart")
     config = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
     changes = {
         "max_epochs": "1",
@@ -181,7 +184,6 @@ def quickstart_run(tmp_path_factory: pytest.TempPathFactory, quickstart: Path) -
     }
     typed = [word for name, value in changes.items() for word in (f"--trainer.{name}", value)]
     main(["fit", "--config", str(config), "--model.optimizer.lr", "3e-3", *typed])
-    return root / "version_0"
 
 
 @pytest.fixture(scope="session")

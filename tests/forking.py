@@ -7,6 +7,7 @@ function, which a forked process can run as well.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import socket
@@ -42,6 +43,11 @@ def _loop(listener: int, ends: int) -> NoReturn:
         sys.stderr = sys.__stderr__ = open(  # noqa: SIM115
             2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
         )
+        # a library's has taken pytest's output when it was imported
+        for logger in [logging.getLogger(), *logging.getLogger().manager.loggerDict.values()]:
+            for handler in getattr(logger, "handlers", ()):
+                if type(handler) is logging.StreamHandler:
+                    handler.setStream(sys.stderr)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         gc.freeze()
         forkserver.main(listener, ends, ["preloaded"])

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pyarrow.parquet as pq
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 
+from lit_dpo import EMAReference
+from lit_dpo.callbacks import PredictionWriter, TrainingDynamics
 from lit_dpo.data.formats import Rankings, Triples
-from lit_dpo.losses import PreferenceLoss
+from lit_dpo.logps import CompletionLogps, PairLogps, SequenceLogps, coupling
+from lit_dpo.losses import BCOLoss, PreferenceLoss
 from training import adapter, data, module, trainer
 
 COLUMNS = Triples(score_margin="gap", probability="agreement", weight="weight")
@@ -79,7 +86,7 @@ class OneAfterAnother(Callback):
 def run_each(
     model: str, file: str, losses: Sequence[PreferenceLoss], root: Path, ranks: int, tokens: int, *, ranked: bool
 ) -> list[dict[str, Any]]:
-    """An epoch of each loss, in batches of six over all ranks; of rankings with a validation after it."""
+    """An epoch of each loss, in batches of six over all ranks; of rankings with a validation of two prompts."""
     dpo = module(
         model, optimizer=functools.partial(torch.optim.SGD, lr=0.01 if ranked else 0.1), microbatch_tokens=tokens
     )
@@ -89,10 +96,100 @@ def run_each(
         devices=ranks,
         strategy="ddp" if ranks > 1 else "auto",
         max_epochs=len(losses),
-        callbacks=[noting],
+        callbacks=[noting, PredictionWriter(str(root / "predictions.jsonl"))],
         num_sanity_val_steps=0,
     )
-    given = {"val": file, "format": Rankings()} if ranked else {"format": COLUMNS}
-    run.fit(dpo, data(file, batch_size=6 // ranks, **given))
+    few = str(Path(file).with_name("few.jsonl"))
+    given = {"val": few, "predict": few, "format": Rankings()} if ranked else {"format": COLUMNS}
+    rows = data(file, batch_size=6 // ranks, **given)
+    run.fit(dpo, rows)
     assert run.world_size == ranks
+    if ranked:
+        run.predict(dpo, rows)
+        if run.is_global_zero:
+            lines = (root / "predictions.jsonl").read_text().splitlines()
+            noting.found[-1]["predicted"] = [json.loads(line) for line in lines]
     return noting.found
+
+
+def exchange(cpu: bool) -> tuple[Any, Any]:
+    """Records of unequal sizes, as they are on a CPU, or as what is on a device goes: joined, and this rank's part."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    if not cpu:
+        coupling._leave = functools.partial(_as_on_a_device, coupling._OnDevice)
+    pairs = record(rank, 1 + 2 * rank)
+    joined = coupling.meet(pairs).around(pairs)
+    return joined, coupling.meet(pairs).own(joined.policy_chosen.total, pairs)
+
+
+def _as_on_a_device(stands: Any, tensor: torch.Tensor, mine: list[torch.Tensor]) -> Any:
+    mine.append(tensor)
+    return stands(tuple(tensor.shape), tensor.dtype)
+
+
+def record(seed: int, prompts: int) -> PairLogps:
+    """Of prompts with two or three completions of which each is compared with the next one, and a column in halves."""
+    random = torch.Generator().manual_seed(seed)
+    counts = 2 + torch.randint(2, (prompts,), generator=random)
+    lengths = 1 + torch.randint(3, (int(counts.sum()),), generator=random)
+    per_token = torch.randn(int(lengths.sum()), generator=random)
+    logps = SequenceLogps(torch.randn(len(lengths), generator=random), lengths, per_token)
+    compared = torch.cat([torch.stack([torch.arange(n - 1), torch.arange(1, n)], 1) for n in counts.tolist()])
+    lists = CompletionLogps(logps, logps._replace(per_token=None), lengths, counts, compared, counts - 1)
+    return lists.pairs({"agreement": torch.rand(len(compared), generator=random).half()}, torch.zeros(2))
+
+
+class Killed(Exception):
+    """As the process would be."""
+
+
+class Stop(Callback):
+    """Writes a checkpoint after the third step, and nothing else after that if it kills."""
+
+    def __init__(self, path: Path, *, kill: bool) -> None:
+        self.path, self.kill = path, kill
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 3 and batch_idx % 2:
+            trainer.save_checkpoint(self.path)
+            if self.kill:
+                raise Killed
+
+
+def go_on(
+    model: str, pairs: str, root: Path, ranks: int, *, kill: int = 0, ckpt: str | None = None, dropout: float = 0.0
+) -> dict[str, Any]:
+    """Two epochs of two steps of two batches of six, with all that a run carries on; or a part of them."""
+    dpo = module(
+        model,
+        loss=BCOLoss(),
+        reference=EMAReference(alpha=0.5, every=1),
+        lr_scheduler="linear",
+        policy={"dropout": dropout},
+    )
+    run = trainer(
+        root,
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        max_epochs=2,
+        accumulate_grad_batches=2,
+        log_every_n_steps=2,
+        logger=CSVLogger(root, name="", version=0),
+        callbacks=[TrainingDynamics(), *([] if ckpt else [Stop(root / "third.ckpt", kill=kill)])],
+        num_sanity_val_steps=0,
+    )
+    with suppress(Killed):
+        run.fit(dpo, data(pairs, val=pairs, batch_size=6 // ranks), ckpt_path=ckpt)
+    found = {"adapter": adapter(dpo), "state": dpo.loss_state, "steps": run.global_step}
+    if not kill and run.is_global_zero:
+        rows = list(csv.DictReader((root / "version_0" / "metrics.csv").open()))
+        found["rows"] = {
+            (row["step"], name): float(value)
+            for row in rows
+            for name, value in row.items()
+            if value and name not in ("step", "epoch")
+        }
+        noted = pq.read_table(next(root.rglob("dynamics.parquet")))
+        found["noted"] = {name: torch.tensor(values, dtype=torch.float64) for name, values in noted.to_pydict().items()}
+    return found

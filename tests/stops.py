@@ -22,10 +22,11 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer import Trainer
 
 from lit_dpo import EMAReference
+from lit_dpo.callbacks import LearningRate
 from lit_dpo.losses import BCOLoss
 from training import Trace, data, module, trainer
 
-WAYS = ("should_stop", "early_stopping", "max_time", "max_steps", "sigterm", "sigint", "killed")
+WAYS = ("should_stop", "early_stopping", "max_time", "max_steps", "sigterm", "sigint", "killed", "killed at the end")
 BATCHES = 6  # of an epoch: 21 pairs in batches of 4
 
 
@@ -58,6 +59,11 @@ class Stop(Callback):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.way == "killed at the end" and self.seen >= self.batches:  # the row of the epoch is not written
+            trainer.save_checkpoint(self.root / "stopped.ckpt")
+            raise Killed
+
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if self.way == "early_stopping" and not trainer.sanity_checking and self.seen >= self.batches:
             trainer.callback_metrics["stop"] = torch.tensor(1.0)
@@ -88,13 +94,13 @@ def run(
     """
     stream = {} if workers is None else {"streaming": True, "shuffle_buffer": 10, "num_workers": workers}
     stop, trace = Stop(way, batches, root), Trace()
-    callbacks: list[Any] = [stop, trace]
+    callbacks: list[Any] = [LearningRate(), stop, trace]
     if way in ("sigterm", "sigint"):
         callbacks.append(OnExceptionCheckpoint(root, "stopped"))
-    elif way != "killed":
+    elif not way.startswith("killed"):
         callbacks.append(ModelCheckpoint(root, filename="{epoch}", save_on_train_epoch_end=True, save_top_k=-1))
     if way == "early_stopping":
-        callbacks.insert(1, Patience())
+        callbacks.insert(2, Patience())
     if way == "max_time":
         callbacks.append(Timer({"seconds": 2}))
     steps = -(-batches // accumulate)
@@ -116,7 +122,7 @@ def run(
     try:
         made.fit(dpo, data(pairs, val=str(pairs), **stream), ckpt_path=ckpt_path)
     except (SystemExit, Killed):
-        assert way in ("sigterm", "sigint", "killed")
+        assert way in ("sigterm", "sigint", "killed", "killed at the end")
     file = Path(made.log_dir) / "metrics.csv"
     return made, dpo, list(csv.DictReader(file.open())) if file.exists() else []
 

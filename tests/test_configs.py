@@ -42,6 +42,9 @@ def _contains(found, given):
     for key, value in given.items():
         if isinstance(value, dict):
             _contains(found[key], value)
+        elif isinstance(value, list) and any(isinstance(one, dict) for one in value):
+            for there, said in zip(found[key], value, strict=True):
+                _contains(there, said)
         else:
             assert found[key] == value, key
 

@@ -40,8 +40,9 @@ def _command(model: Path, pairs: Path, *more: str, fails: int = -1) -> list[str]
         f"--data.train={pairs}",
         "--data.batch_size=4",
         "--trainer.accelerator=cpu",
-        "--trainer.max_epochs=2",
+        "--trainer.max_epochs=1",
         "--trainer.enable_progress_bar=false",
+        "--trainer.callbacks+=training.Unestimated",
         *("--trainer.callbacks+=test_faults.Pace", f"--trainer.callbacks.fails={fails}"),
         *more,
     ]
@@ -94,18 +95,8 @@ def _adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def straight(tiny_model, pairs_file, tmp_path_factory):
-    """What a run of one process, and one of two, train that nothing happens to."""
-    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    runs = [ranks.command(_command(tiny_model, pairs_file), log=one / "log", cwd=one)]
-    runs += _two_ranks(_command(tiny_model, pairs_file), two)
-    assert [run.wait() for run in runs] == [0, 0, 0], runs[-1].output()
-    return {1: _adapter(one / "runs" / "version_0"), 2: _adapter(two / "runs" / "version_0")}
-
-
-@pytest.mark.parametrize("way", ["killed 0", "killed 1", "fails 1"])
-def test_a_rank_that_is_gone_ends_the_others(tiny_model, pairs_file, tmp_path, straight, way):
+@pytest.mark.parametrize("way", ["killed 0", "fails 1"])
+def test_a_rank_that_is_gone_ends_the_others(tiny_model, pairs_file, tmp_path, way):
     how, number = way.split()
     gone = int(number)
     both = _two_ranks(_command(tiny_model, pairs_file, fails=gone if how == "fails" else -1), tmp_path)
@@ -118,19 +109,15 @@ def test_a_rank_that_is_gone_ends_the_others(tiny_model, pairs_file, tmp_path, s
         assert _ends(both[gone]) == "This rank has found something."
     assert both[gone].wait() == (1 if how == "fails" else -signal.SIGKILL)
     checkpoint = re.search(r"To go on, repeat the command with --ckpt_path (\S+)", sentence).group(1)
-    if how == "killed" and gone == 1:
+    assert torch.load(tmp_path / checkpoint, weights_only=True)["global_step"] >= 1, "whole"
+    assert not list(tmp_path.glob("runs/*/adapter"))
+    if how == "fails":  # a killed writer's temporary name goes with the next one's
         _nothing_half_written(tmp_path)
-        resumed = _two_ranks(_command(tiny_model, pairs_file, f"--ckpt_path={checkpoint}"), tmp_path)
-        assert [run.wait() for run in resumed] == [0, 0], resumed[0].output()[-3000:]
-        found = _adapter(tmp_path / "runs" / "version_1")
-        assert all(torch.equal(found[name], tensor) for name, tensor in straight[2].items())
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_worker_that_is_killed_ends_the_run_and_nothing_is_lost(
-    tiny_model, pairs_file, tmp_path, straight, streaming
-):
-    more = ["--data.num_workers=2", *(["--data.streaming=true", "--trainer.max_steps=12"] if streaming else [])]
+def test_a_worker_that_is_killed_ends_the_run_and_nothing_is_lost(tiny_model, pairs_file, tmp_path, streaming):
+    more = ["--data.num_workers=2", *(["--data.streaming=true", "--trainer.max_steps=6"] if streaming else [])]
     run = ranks.command(_command(tiny_model, pairs_file, *more), log=tmp_path / "log", cwd=tmp_path)
     _wait_for(run, "step 2\n")
     workers = [int(one) for one in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
@@ -142,5 +129,6 @@ def test_a_worker_that_is_killed_ends_the_run_and_nothing_is_lost(
     if not streaming:  # in another order
         again = _command(tiny_model, pairs_file, *more, "--ckpt_path=last")
         assert ranks.command(again, log=tmp_path / "log", cwd=tmp_path).wait() == 0
-        found = _adapter(tmp_path / "runs" / "version_1")
-        assert all(torch.equal(found[name], tensor) for name, tensor in straight[1].items())
+        assert ranks.command(_command(tiny_model, pairs_file), log=tmp_path / "log", cwd=tmp_path).wait() == 0
+        found, straight = (_adapter(tmp_path / "runs" / f"version_{number}") for number in (1, 2))
+        assert all(torch.equal(found[name], tensor) for name, tensor in straight.items())

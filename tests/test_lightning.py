@@ -159,9 +159,7 @@ def _subclass(name: str, **methods: Any) -> type[DPOModule]:
 # Hooks of stages that `fit` does not have: it calls none of them, so one class overrides all of a stage's.
 OTHER_STAGES = {stage: sorted(name for name in HOOKS - JOBS if stage in name) for stage in ("test", "predict")}
 IN_FIT = sorted((HOOKS - JOBS).difference(*OTHER_STAGES.values()))
-GROUPS_OF_HOOKS = (
-    8  # a run each; neighbours in the alphabet, such as start and end of the same thing, are in two of them
-)
+GROUPS_OF_HOOKS = 4  # a run each; neighbours in the alphabet, as start and end of one thing, are in two of them
 OVERRIDDEN = {
     " ".join(part): part for part in (IN_FIT[n::GROUPS_OF_HOOKS] for n in range(GROUPS_OF_HOOKS))
 } | OTHER_STAGES

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import ranks
+from lit_dpo.callbacks import LastCheckpoint
 from lit_dpo.callbacks.export import _unused, claim_versions, unnumbered
 from lit_dpo.errors import TrainingError
+from lit_dpo.writing import written_whole
 from test_writing import _read_only
 from training import data, module, trainer
 
@@ -88,3 +93,58 @@ def test_a_disk_that_takes_no_run_is_said_before_weights_load(tiny_model, pairs_
         with pytest.raises(TrainingError, match="read-only: name another place"):
             run.fit(dpo, data(pairs_file))
         assert dpo.model is None
+
+
+def _fit_in(model, pairs, root, version: int) -> None:
+    waits = Waits(root / "go")
+    run = trainer(root, logger=TensorBoardLogger(root, name="", version=version), callbacks=[LastCheckpoint(), waits])
+    run.fit(module(model), data(pairs))
+
+
+class Waits(Callback):
+    """Stops after the first step until a file is there."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        (self.path.parent / "begun").touch()
+        while not self.path.exists():
+            time.sleep(0.05)
+
+
+def test_of_two_runs_in_one_directory_the_second_stops_and_spoils_nothing(tiny_model, pairs_file, tmp_path):
+    """Though somebody gave both the same number; one that was killed is in nobody's way."""
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ranks.run, _fit_in, 1, tiny_model, pairs_file, tmp_path, 3, folder=tmp_path / "logs")
+        while not (tmp_path / "begun").exists():
+            assert not first.done(), first.result()
+            time.sleep(0.05)
+        before = sorted((tmp_path / "version_3").rglob("*"))
+        with pytest.raises(TrainingError, match=r"another process trains in .*version_3: let the logger number it"):
+            _fit_in(tiny_model, pairs_file, tmp_path, 3)
+        assert sorted((tmp_path / "version_3").rglob("*")) == before
+        (tmp_path / "go").touch()
+        first.result()
+    assert (tmp_path / "version_3" / "last.ckpt").is_file()
+    _fit_in(tiny_model, pairs_file, tmp_path, 3)
+
+
+def test_of_two_that_write_one_folder_the_first_that_is_ready_has_it(tmp_path):
+    def write(text: str, meanwhile=lambda: None) -> None:
+        with written_whole(tmp_path / "out", new=True) as fresh:
+            fresh.mkdir()
+            (fresh / "file").write_text(text)
+            meanwhile()
+
+    def quick() -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "file").write_text("quick")
+
+    with pytest.raises(TrainingError, match="another process has made it meanwhile, which was left as it is"):
+        write("slow", quick)
+    assert (tmp_path / "out" / "file").read_text() == "quick"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    shutil.rmtree(tmp_path / "out")
+    write("alone")
+    assert (tmp_path / "out" / "file").read_text() == "alone"

@@ -63,7 +63,7 @@ def _on_two(folder, tiny_model):
             cases[name]["cache"] = str(folder / "logps")
     cases["resumed"]["ckpt_path"] = str(folder / "stream" / f"step={two_streams.STEP}.ckpt")
     (folder / "cases.json").write_text(json.dumps(cases))
-    ranks.run(two_streams.of_rank, 2, folder, folder=folder, seconds=120)
+    ranks.run(two_streams.of_rank, 2, folder, folder=folder, seconds=300)
 
 
 def _steps(found):
@@ -119,6 +119,16 @@ def test_two_processes_go_on_to_the_bit(on_two):
     straight, resumed = on_two["stream"][1], on_two["resumed"][1]
     assert resumed["rows"] == [rows[two_streams.STEP :] for rows in straight["rows"]]
     assert all(torch.equal(straight["adapter"][name], p) for name, p in resumed["adapter"].items())
+
+
+def test_one_process_goes_on_where_two_stopped(on_two, tmp_path):
+    """In the middle of an epoch: where a step began is a place in the stream, whoever reads it."""
+    case, straight = on_two["stream"][0], on_two["stream"][1]
+    alone = {**case, "cache": str(tmp_path / "logps"), "ckpt_path": on_two["resumed"][0]["ckpt_path"]}
+    one = two_streams.train(root=tmp_path, **alone)
+    assert _steps(one) == _steps(straight)[two_streams.STEP :]
+    for name, expected in one["adapter"].items():
+        torch.testing.assert_close(straight["adapter"][name], expected, rtol=0, atol=1e-6, msg=name)
 
 
 def test_a_bad_row_stops_both_processes(on_two):

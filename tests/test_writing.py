@@ -7,8 +7,10 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors.torch import load_file
 
 from lit_dpo.callbacks import PredictionWriter
+from lit_dpo.callbacks.export import clear_runs
 from lit_dpo.checkpoint import AdapterCheckpointIO, save_adapter
 from lit_dpo.errors import TrainingError
 from lit_dpo.writing import written_whole
@@ -180,6 +184,46 @@ def test_what_is_written_is_flushed_before_it_has_its_name(tmp_path):
     said = subprocess.run(trace, capture_output=True, text=True, check=True).stderr
     calls = [line for line in said.splitlines() if str(tmp_path) in line]
     assert [call.partition("(")[0].split()[-1] for call in calls] == ["fsync", "rename", "fsync"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_whoever_may_read_a_new_file_may_read_what_is_written(policy, tmp_path, mask):
+    """safetensors makes files that their owner alone may read."""
+    before = os.umask(mask)
+    try:
+        save_adapter(policy[0].model, policy[1], tmp_path / "adapter")
+        _save(policy, 1, tmp_path / "a.ckpt")
+    finally:
+        os.umask(before)
+    written = [one for one in tmp_path.rglob("*") if one.is_file()]
+    assert {one.stat().st_mode & 0o777 for one in written} == {0o666 & ~mask}
+    assert sum(one.suffix == ".safetensors" for one in written) == 2
+
+
+def test_a_checkpoint_is_written_to_its_own_disk_alone(policy, tmp_path, monkeypatch):
+    """The system's folder for temporary files may be small, and a kill would leave the file there."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    _save(policy, 1, tmp_path / "a.ckpt")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["a", "a.ckpt"]
+
+
+def test_a_run_clears_away_what_killed_ones_left_next_to_it(tmp_path):
+    """What a process writes that runs, or runs elsewhere, stays; and so does whatever has another name."""
+    dead = os.fork()
+    if dead == 0:
+        os._exit(0)
+    os.waitpid(dead, 0)
+    host = socket.gethostname()
+    for folder in (tmp_path / "version_0", tmp_path / "version_0" / "checkpoints", tmp_path / "version_1"):
+        folder.mkdir()
+        for of, kind in ((dead, "tmp"), (dead, "old"), (os.getppid(), "tmp")):
+            (folder / f".last.ckpt.{host}-{of}.{kind}").mkdir()
+        for name in (f".last.ckpt.elsewhere-{dead}.tmp", f"mine.{host}-{dead}.tmp", ".hidden"):
+            (folder / name).touch()
+    clear_runs(trainer(tmp_path, logger=CSVLogger(tmp_path, name="")))
+    kept = {f".last.ckpt.{host}-{os.getppid()}.tmp", f".last.ckpt.elsewhere-{dead}.tmp", f"mine.{host}-{dead}.tmp"}
+    for folder in (tmp_path / "version_0", tmp_path / "version_0" / "checkpoints", tmp_path / "version_1"):
+        assert {one.name for one in folder.iterdir()} - {"checkpoints"} == kept | {".hidden"}
 
 
 def test_processes_that_write_the_same_path_do_not_meet(tmp_path):

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 from lit_dpo import tools
 from lit_dpo.commands import COMMANDS, TOOLS, first_settings, overview
-from lit_dpo.errors import LitDPOError, explanation
+from lit_dpo.errors import LitDPOError, explanation, printable
 from lit_dpo.names import did_you_mean, nearest
+from lit_dpo.writing import refusal
 
 _LIGHT = ("configs", "completion")  # these need neither torch nor Lightning
 
@@ -23,7 +24,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run `lit-dpo`; tests call it with a list of arguments.
 
     Exits with 1 after an error that the user can put right, printed without a traceback, with 2 after a mistake in the
-    arguments, and with 143 after SIGTERM, as a shell says it.
+    arguments, and as a shell says it after a signal: with 143 after SIGTERM, with 130 after Ctrl-C.
     """
     given = list(sys.argv[1:] if args is None else args)
     if not given or given[0] in ("-h", "--help"):
@@ -41,17 +42,23 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         _run(given, args is None)
     except LitDPOError as error:
-        sys.stderr.write(f"lit-dpo: error: {error}\n")
+        sys.stderr.write(f"lit-dpo: error: {printable(str(error))}\n")
         raise SystemExit(1) from None
     except BrokenPipeError:  # `lit-dpo configs | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
-    except SystemExit as stop:  # Lightning's for SIGTERM has no status, and would look like success
+    except KeyboardInterrupt:
+        sys.stderr.write("lit-dpo: interrupted\n")
+        raise SystemExit(128 + signal.SIGINT) from None
+    except SystemExit as stop:  # Lightning's for SIGTERM has no status, and would look like success; for Ctrl-C it is 1
         if type(stop).__name__ == "SIGTERMException":
             raise SystemExit(128 + signal.SIGTERM) from None
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise SystemExit(128 + signal.SIGINT) from None
         raise
-    except Exception as error:  # of a library, about something outside that a callback has put into words
-        if (said := explanation(error)) is None:
+    except Exception as error:
+        # of a library, about something outside that a callback has put into words; of a disk, wherever it came up
+        if not (said := explanation(error) or refusal(error)):
             raise
         sys.stderr.write(f"lit-dpo: error: {said}\n")
         raise SystemExit(1) from None
@@ -66,7 +73,7 @@ def _run(given: list[str], from_shell: bool) -> None:
         return
     if name not in COMMANDS and not name.startswith("-"):
         guess = did_you_mean(nearest(name, [*COMMANDS, *TOOLS])) or ": `lit-dpo --help` lists the commands."
-        sys.stderr.write(f"lit-dpo: error: There is no command {name}{guess}\n")
+        sys.stderr.write(printable(f"lit-dpo: error: There is no command {name}{guess}\n"))
         raise SystemExit(2)
     _import_quickly()
     from lit_dpo.lightning_cli import LitDPOCLI

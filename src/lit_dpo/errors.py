@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
+# C0 but for tab and newline, DEL, C1, marks that turn the direction of text, separators, and letters that do not show
+STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+"""What text of data, models and files could do to a terminal, or hide in one."""
+
 
 class LitDPOError(Exception):
     """Something the user can put right. The command line prints it without a traceback and exits with 1."""
@@ -55,3 +63,8 @@ def explanation(error: BaseException) -> str | None:
 def first_line(error: BaseException) -> str:
     """Return what a library's error begins with."""
     return str(error).strip().split("\n")[0]
+
+
+def printable(text: str) -> str:
+    """Return text, which may be a stranger's, without what steers a terminal: a file's name and an error hold some."""
+    return STEERING.sub("", text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ _DEFAULTS = {
     "--trainer.logger": "lightning.pytorch.loggers.TensorBoardLogger",
 }
 """Of what `--….help` is, where no class is named."""
+
+_SKEW = 60  # seconds that clocks of machines with one disk may differ
 
 _LOGGER = {
     "class_path": "lit_dpo.callbacks.tensorboard.RunLogger",
@@ -217,7 +220,7 @@ class LitDPOCLI(LightningCLI):
             callbacks = [*callbacks, LastCheckpoint()]
         if config.get("logger") is not False and not config.get("barebones"):
             own = (kind for kind in (LearningRate, Throughput) if not any(isinstance(c, kind) for c in callbacks))
-            callbacks = [*callbacks, *(kind() for kind in own)]
+            callbacks = [*(kind() for kind in own), *callbacks]  # a checkpoint of a step has their part of its row
         return super().instantiate_trainer(**{**kwargs, **self._elsewhere(config), "callbacks": callbacks})
 
     def _elsewhere(self, config: Any) -> dict[str, Any]:
@@ -265,12 +268,29 @@ def _root(trainer: Namespace) -> Path:
 
 
 def _last(root: Path) -> Path:
-    """Find the newest `last.ckpt` of any run.
+    """Find the newest `last.ckpt` of any run, by the files' times; where a clock was changed these may be wrong.
 
     Raises:
-        ResumeError: if there is none.
+        ResumeError: if there is none, or the newest of several is dated in the future.
     """
     found = [*root.glob("last.ckpt"), *root.glob("*/last.ckpt"), *root.glob("*/*/last.ckpt")]
     if not found:
         raise ResumeError(f"Expected a run with a `last.ckpt` in {root.absolute()} but there is none.")
-    return max(found, key=lambda file: file.stat().st_mtime_ns)
+    times = {file: file.stat().st_mtime for file in found}
+    newest = max(found, key=times.__getitem__)
+    if len(found) > 1 and times[newest] > time.time() + _SKEW:
+        others = ", ".join(str(file) for file in sorted(found)[:5])
+        raise ResumeError(
+            f"Expected to find the last of {len(found)} runs by the times of their files but {newest} is dated in the "
+            f"future, as after a change of the clock: name one with `--ckpt_path`, of {others}."
+        )
+    last = max((file for file in found if file.parent.parent == newest.parent.parent), key=_number)
+    if _number(last) > _number(newest) >= 0:  # an older run may have been resumed; or a clock was changed
+        rank_zero_info(f"by the files' times {newest} is newer than {last}, of a run with a higher number")
+    return newest
+
+
+def _number(file: Path) -> int:
+    """Return the number of the run that a file is of, or -1."""
+    digits = file.parent.name.removeprefix("version_")
+    return int(digits) if digits.isdecimal() and digits != file.parent.name else -1

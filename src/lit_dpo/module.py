@@ -18,16 +18,18 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from lit_dpo.callbacks.environment import RunEnvironment
-from lit_dpo.callbacks.export import AdapterExport, claim_versions, unnumbered
+from lit_dpo.callbacks.export import AdapterExport, claim_versions, clear_runs, unnumbered
 from lit_dpo.callbacks.faults import FaultNotes
 from lit_dpo.callbacks.health import TrainingHealth
 from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.monitor import HealthMonitor
 from lit_dpo.callbacks.out_of_memory import OutOfMemory
+from lit_dpo.callbacks.own_directory import OwnDirectory
 from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.quiet import Quiet
 from lit_dpo.callbacks.resume import ExactResume
 from lit_dpo.callbacks.steps import OptimizerSteps
+from lit_dpo.callbacks.stop import StopTogether
 from lit_dpo.callbacks.summary import RunSummary
 from lit_dpo.callbacks.together import PassesTogether
 from lit_dpo.checkpoint import (
@@ -79,6 +81,7 @@ _Made = TypeVar("_Made")
 
 _BROUGHT = (
     Quiet,
+    OwnDirectory,
     FaultNotes,
     PassesTogether,
     ExactResume,
@@ -91,6 +94,7 @@ _BROUGHT = (
     AdapterExport,
     RunSummary,
     PredictionWriter,
+    StopTogether,  # after those that note what a step was
 )
 
 
@@ -307,6 +311,10 @@ class DPOModule(pl.LightningModule):
         self.checked = True
         if self.trainer.is_global_zero:
             claim_versions(self._unnumbered)
+            for one in self.trainer.callbacks if self.trainer.state.fn == "fit" else ():
+                if isinstance(one, OwnDirectory):
+                    one.take(self.trainer)
+            clear_runs(self.trainer)
 
     def training_step(self, batch: CompletionBatch, batch_idx: int) -> Tensor:
         """Return a batch's mean loss, before Lightning divides it for accumulation; see `Window` for its gradient."""
@@ -508,8 +516,7 @@ class DPOModule(pl.LightningModule):
         sums, records = self._gradient_sum(), []
         others = idle(self.model, parts)
         if agreed(self.model, self.needs_two_passes or not all(part.size for part in parts)):
-            passes = Passes(lambda: self._noted(parts, batch, others), self._losses_over_ranks, self._second_pass)
-            return in_two_passes(parts, passes, sums, others)
+            return self._in_two_passes(parts, batch, sums, others)
         for part in parts:
             pairs = self.pair_logps(part)
             sums.add(self.losses_of(pairs))
@@ -520,6 +527,16 @@ class DPOModule(pl.LightningModule):
             sums.leave([pairs.policy_chosen.total, pairs.policy_rejected.total])
             del pairs
         return sums.total(), sums.losses, join(records)
+
+    def _in_two_passes(
+        self,
+        parts: Sequence[CompletionBatch],
+        batch: CompletionBatch | None,
+        sums: GradientSum,
+        others: Sequence[CompletionBatch] = (),
+    ) -> tuple[Tensor, Tensor, PairLogps]:
+        passes = Passes(lambda: self._noted(parts, batch, others), self._losses_over_ranks, self._second_pass)
+        return in_two_passes(parts, passes, sums, others)
 
     def _gradient_sum(self) -> GradientSum:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self._attached is not None else None
@@ -536,7 +553,7 @@ class DPOModule(pl.LightningModule):
         if not (self.out_of_memory and self.out_of_memory.halvings) or self.why_whole is not None:
             return self._total(every, losses), losses, pairs.detach()
         sums = self._gradient_sum()  # the backward pass too happens here, where it can be begun again
-        sums.add(losses)
+        sums.add(every, own=losses)
         return sums.total(), sums.losses, pairs.detach()
 
     def _noted(

@@ -25,6 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.compat import on_another_class
+from lit_dpo.errors import printable
 from lit_dpo.mistakes import arguments, explain
 from lit_dpo.policy import LoRAPolicy
 
@@ -114,7 +115,7 @@ def refuse(message: str) -> NoReturn:
         message = _REQUIRED.sub(f"Expected `--{'.'.join([*keys, required])}` but it was not given.", message)
         message = message[max(0, message.find("Expected `--")) :]
     wanted = [line.strip().removeprefix("- ") for line in message.splitlines() if not any(n in line for n in _NOISE)]
-    sys.stderr.write("lit-dpo: error: " + "\n".join(line for line in wanted if line) + "\n")
+    sys.stderr.write(printable("lit-dpo: error: " + "\n".join(line for line in wanted if line) + "\n"))
     raise SystemExit(2)
 
 

@@ -50,7 +50,15 @@ def test_each_run_leaves_what_fit_leaves_and_its_result_last(straight):
     for name in NAMES:
         folder = layout.run(name)
         there = {path.name for path in folder.iterdir()}
-        assert {"config.yaml", "last.ckpt", "adapter", "log.txt", "pairs.parquet", "result.json"} <= there
+        assert {
+            "config.yaml",
+            "environment.json",
+            "last.ckpt",
+            "adapter",
+            "log.txt",
+            "pairs.parquet",
+            "result.json",
+        } <= there
         assert any(one.startswith("events.out.tfevents") for one in there)
         result = read_result(folder)
         assert result is not None

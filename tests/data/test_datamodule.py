@@ -15,6 +15,8 @@ from recorder import Recorder, trainer
 from lit_dpo.data.batch import CompletionBatch
 from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.data.formats import Preference, Triples
+from lit_dpo.data.loader import PromptDataset
+from lit_dpo.data.sampler import Uncounted
 from lit_dpo.errors import DataError, ResumeError
 
 
@@ -238,6 +240,19 @@ def test_a_dataset_object_stays_out_of_checkpoints(data, tmp_path: Path) -> None
         "seed": 3,
     }
     assert not any("datamodule" in key for key in saved)
+
+
+def test_only_our_steps_get_batches_that_compare_nothing(data) -> None:
+    """A rank without a share of a batch runs one of another's rows; a step of one's own may take a mean over it."""
+    module = data()
+    module.setup("fit")
+    table = module._tables["train"]
+    assert module._dataset(table, "training_step").counts_all
+    assert PromptDataset(table, counts_all=True)[Uncounted([3])].size == 1
+    nothing = PromptDataset(table)[Uncounted([3])]
+    assert nothing.size == 0
+    assert len(nothing.completion_lengths) == 1
+    assert not module._dataset(table, None).counts_all, "nothing is predicted twice"
 
 
 def test_a_token_budget_decides_the_batches_in_training_and_outside(data, jsonl) -> None:

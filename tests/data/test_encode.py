@@ -268,6 +268,29 @@ def test_the_fingerprint_changes_with_all_that_changes_ids(tokenizer) -> None:
     assert PromptEncoder(tokenizer).fingerprint == before
 
 
+def test_the_order_of_the_template_s_arguments_does_not_count(chat_tokenizer) -> None:
+    one, other = ({"a": 1, "b": 2}, {"b": 2, "a": 1})
+    found = {PromptEncoder(chat_tokenizer, chat_template_kwargs=given).fingerprint for given in (one, other)}
+    assert len(found) == 1
+
+
+def test_an_argument_that_the_template_does_not_read_is_refused_before_a_row(chat_tokenizer) -> None:
+    encoder = PromptEncoder(chat_tokenizer, chat_template_kwargs={"no_such": 1})
+    user, said = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": "a"}]
+    for call in (encoder.check_template, lambda: encoder([Preference(user, said, said)])):
+        with pytest.raises(DataError, match="no_such"):
+            call()
+
+
+def test_a_part_without_a_token_makes_a_bad_row(chat_tokenizer) -> None:
+    tokenizer = byte_level()
+    tokenizer.bos_token = None
+    rows = [Preference("q", "", " a"), Preference("q", " a", ""), Preference("", " a", " b")]
+    for found, part in zip(PromptEncoder(tokenizer)(rows), ("`chosen`", "`rejected`", "the prompt"), strict=True):
+        assert found.fatal
+        assert found.reason.startswith(f"{part} encodes to no token")
+
+
 # --- against others -------------------------------------------------------------------------------------------------
 
 

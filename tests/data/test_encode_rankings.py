@@ -53,6 +53,15 @@ def test_one_header_holds_for_all_completions() -> None:
     ]
 
 
+def test_a_ranking_that_is_too_long_is_dropped_as_its_pair_is(tokenizer) -> None:
+    pair, ranking = (
+        Preference("q" * 40, " a", " b"),
+        Ranking("q" * 40, [" a", " b", " c"], comparisons=[(0, 1), (0, 2)]),
+    )
+    one, many = PromptEncoder(tokenizer, max_length=20)([pair, ranking])
+    assert one == many == Dropped("longer than max_length=20")
+
+
 def test_completions_that_nothing_is_compared_with_are_not_encoded(tokenizer) -> None:
     many, alone = PromptEncoder(tokenizer)(
         [Ranking("q", TEXTS, comparisons=[(3, 1)]), Ranking("q", [TEXTS[1], TEXTS[3]], comparisons=[(1, 0)])]

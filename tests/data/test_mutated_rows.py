@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from layout_table import FOLDER
 from mutations import mutated
 
+import ranks
 from lit_dpo import PreferenceDataModule
 from lit_dpo.data.comparisons import Comparing
 from lit_dpo.data.encoding import _spread, read_checked
@@ -106,18 +106,16 @@ def test_broken_cells(tmp_path: Path) -> None:
             assert isinstance(row, Unread) or (len(row) == 3 and all(isinstance(cell, str) for cell in row.values()))
 
 
-DEEP = """
-import json, sys
-from lit_dpo.data.sources import load_rows
-from lit_dpo.errors import DataError
-import datasets
-datasets.config.HF_DATASETS_CACHE = sys.argv[2]
-for path in sys.argv[3:]:
-    try:
-        print(len(load_rows(path, None, keep_bad=True)[0].head(9)))
-    except DataError as error:
-        print("refused")
-"""
+def _deep(cache, paths):
+    """How many rows each file has, or that it is refused."""
+    datasets.config.HF_DATASETS_CACHE = cache
+    found = []
+    for path in paths:
+        try:
+            found.append(str(len(load_rows(str(path), None, keep_bad=True)[0].head(9))))
+        except DataError:
+            found.append("refused")
+    return found
 
 
 def test_deep_rows_do_not_end_the_process(tmp_path: Path) -> None:
@@ -140,14 +138,8 @@ def test_deep_rows_do_not_end_the_process(tmp_path: Path) -> None:
                 path = tmp_path / f"{levels}-{number}{suffix}"
                 path.write_text(content)
                 files.append(path)
-    done = subprocess.run(
-        [sys.executable, "-c", DEEP, "-", str(tmp_path / "cache"), *map(str, files)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = dict(zip([file.name for file in files], done.stdout.split(), strict=True))
+    (counts,) = ranks.run(_deep, 1, tmp_path / "cache", files, folder=tmp_path / "log", seconds=300)
+    found = dict(zip([file.name for file in files], counts, strict=True))
     for name, count in found.items():
         shallow, kind = name.startswith("150-"), name.partition("-")[2][1:]
         wanted = {"open.json": "refused", "open.jsonl": "2", ".csv": "2"}.get(kind, "3" if shallow else "2")

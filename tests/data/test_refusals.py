@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import datasets
@@ -14,6 +15,7 @@ from lit_dpo.data.comparisons import Comparing
 from lit_dpo.data.doctor.examine import examine
 from lit_dpo.data.doctor.findings import percent
 from lit_dpo.data.doctor.shortcuts import wilson
+from lit_dpo.data.encoding import read_checked
 from lit_dpo.data.formats import ImplicitPrompt, Preference, Triples
 from lit_dpo.data.formats.ranked import RankedObjects
 from lit_dpo.data.sources import load_rows
@@ -86,7 +88,7 @@ def test_a_stream_is_known_by_its_first_rows_and_a_row_beyond_its_end_is_none(to
     with pytest.raises(IndexError, match="it has none of the number 4"):
         one.preference("train", 4)
     bad = _streamed([*ROWS, "no row"], tokenizer_folder, on_bad_row="drop")
-    with pytest.raises(LookupError, match="Expected a row that is used but .*row 4 .* is not"):
+    with pytest.raises(LookupError, match=r"Expected a row that is used but .*row 4 .* is not"):
         bad.preference("train", 4)
 
 
@@ -106,7 +108,7 @@ def test_several_tables_are_no_rows():
 def test_a_split_without_data_is_named_by_its_option(tokenizer_folder):
     found = PreferenceDataModule(train=ROWS, tokenizer=tokenizer_folder)
     found.setup("fit")
-    with pytest.raises(LitDPOError, match="Expected `val` data but there are none: set `--data.val`"):
+    with pytest.raises(LitDPOError, match=r"Expected `val` data but there are none: set `--data.val`"):
         found.preference("val", 0)
     with pytest.raises(IndexError, match=r"Expected a row in \[0, 4\) but got 4"):
         found.preference("train", 4)
@@ -153,5 +155,63 @@ def test_shares_at_their_edges():
 
 
 def test_there_is_something_to_inspect(tokenizer_folder):
-    with pytest.raises(DataError, match="Expected training data to inspect: name a file with `--data.train`"):
+    with pytest.raises(DataError, match=r"Expected training data to inspect: name a file with `--data.train`"):
         examine({}, None, Comparing())
+
+
+PAIR = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("names.csv", '"prompt"x,chosen\n1,2\n', "line 1 is no CSV: "),
+        ("twice.csv", "a,a\n1,2\n", "columns of different names but `a` is there more than once"),
+        ("empty.csv", "", "is empty"),
+        ("five.json", "5", "row 0 .*expected an object .* but got int"),
+        ("key.json", "{1: 2}", "row 0 .*line 1 is no JSON: Expecting property name"),
+        ("colon.json", '{"m" 1}', "row 0 .*line 1 is no JSON: Expecting ':'"),
+        ("bracket.json", '{"a": [1}', "line 1 is no JSON: what begins here does not end"),
+        ("comma.json", f"[{PAIR}\n{PAIR}]", "line 2 is no JSON: expected `,` or `]` after an element of the list"),
+        ("end.json", f"[{PAIR}", "line 1 is no JSON: expected `,` or `]` after an element of the list"),
+        ("after.json", f"[{PAIR}] x", "line 1 is no JSON: expected nothing after the list"),
+        ("several.json", f'{{"a": [{PAIR}], "b": [{PAIR}]}}', "several keys hold a list of objects, `a`, `b`"),
+        ("value.json", '{"a": [1e9x], "b": [2]}', "row 0 .*line 1 is no JSON: Expecting ','"),
+    ],
+)
+def test_a_file_that_breaks_its_grammar_names_the_line_and_what_is_missing(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=rf"{name}.*{said}"):
+        load_rows(str(tmp_path / name), ["prompt"])
+
+
+def test_names_as_long_as_a_file_are_names(tmp_path):
+    """`csv` stops at 131072 characters unless it is told otherwise, in the header as in the rows."""
+    (tmp_path / "long.csv").write_text("x" * 200_000 + ",b\n1," + "y" * 200_000 + "\n")
+    (found,) = load_rows(str(tmp_path / "long.csv"), None)
+    assert found.rows.column_names == ["x" * 200_000, "b"]
+    assert found.head(1) == [{"x" * 200_000: "1", "b": "y" * 200_000}]
+
+
+@pytest.mark.parametrize("columns", [{"a": {"0": "q"}, "b": {"0": "r"}}, {"a": ["q"], "b": ["r"]}])
+def test_columns_of_one_length_are_rows_and_others_a_row(tmp_path, columns):
+    (tmp_path / "columns.json").write_text(json.dumps(columns))
+    (found,) = load_rows(str(tmp_path / "columns.json"), None)
+    assert found.head(9) == [{"a": "q", "b": "r"}]
+    other = {"a": columns["a"], "b": type(columns["b"])()}
+    (tmp_path / "row.json").write_text(json.dumps(other))
+    (found,) = load_rows(str(tmp_path / "row.json"), None)
+    assert found.head(9) == [other]
+
+
+class Huge(Triples):
+    """Its pairs have a weight of hundreds of digits."""
+
+    def read(self, row):
+        return super().read(row)._replace(columns={"weight": 10**400})
+
+
+def test_a_format_that_returns_no_finite_number_makes_a_bad_row():
+    found = read_checked(ROW, Huge(), Comparing())
+    assert found.fatal
+    assert "weight" in found.reason

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from lit_dpo.data.position import first_position
 from lit_dpo.data.sampler import PromptSampler, Uncounted
+from lit_dpo.errors import ResumeError
 
 CASES = [(rows, batch, ranks) for rows in (4, 7, 24, 101) for batch in (1, 3, 8) for ranks in (1, 2, 4)]
 
@@ -102,3 +106,20 @@ def test_a_million_rows_are_ordered_at_once() -> None:
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="batch_size"):
         PromptSampler([1, 2], 0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_position_is_of_all_ranks_together(ranks: int) -> None:
+    """The same batches on another number of ranks, unless `max_tokens` fills those of each rank by themselves."""
+    there = {"pairs": 50, "batch_size": 6, "max_tokens": None, "ranks": 1, "seed": 0}
+    here = there | {"batch_size": 6 // ranks, "ranks": ranks}
+    trainer = SimpleNamespace(fit_loop=SimpleNamespace(restarting=True))
+    stands = {"epoch": 1, "batches": 3}
+    assert first_position(there | stands, trainer, None, here) == (1, 3)
+    if ranks == 1:
+        return
+    with pytest.raises(ResumeError, match=rf"ranks 1 -> {ranks}. .*all ranks together have 6 again"):
+        first_position(there | stands, trainer, None, here | {"batch_size": 6})
+    tokens = {"max_tokens": 90, "batch_size": None}
+    with pytest.raises(ResumeError, match=rf"ranks 1 -> {ranks}. With `max_tokens` each rank's"):
+        first_position(there | stands | tokens, trainer, None, here | tokens)

@@ -14,10 +14,10 @@ _LOGPS = (
 _REFERENCES = ("references", "cache", "store", "ema", "model")
 _ENCODED = ("encode", "encode_rankings", "encoding_costs", "properties", "cuts", "tool_calls", "prompt_parts")
 _WIDE = {
-    "losses": ["losses/test_contract", "losses/test_lists", "test_loss_inputs", "test_rankings"],
+    "losses": ["test_edges", "losses/test_contract", "losses/test_lists", "test_loss_inputs", "test_rankings"],
     "logps": [*(f"logps/test_{one}" for one in _LOGPS), "losses/test_contract", "test_loss_inputs", "test_module"],
-    "references": [*(f"references/test_{one}" for one in _REFERENCES), "test_module", "test_stops"],
-    "metrics": ["test_ends", "test_rankings", "test_module", "test_lightning", "callbacks/test_callbacks_monitor"],
+    "references": [*(f"references/test_{one}" for one in _REFERENCES), "policy/test_held", "test_module", "test_stops"],
+    "metrics": ["test_ends", "test_rankings", "callbacks/test_callbacks_monitor", "test_lightning", "test_module"],
     "data": [*(f"data/test_{one}" for one in _ENCODED), "data/test_datamodule", "data/test_other_models"],
     "checkpoint": ["test_checkpoint", "test_stops", "test_ends", "test_lightning", "test_fork"],
 }
@@ -33,10 +33,12 @@ _NEAR = {
     "logps/model_head": ["logps/test_head"],
     "logps/score": ["logps/test_flat_row", "logps/test_training_mode", "logps/test_probe"],
     "references/base": ["references/test_references"],
-    "references/adapter": ["references/test_references"],
+    "references/adapter": ["references/test_references", "policy/test_held"],
     "data/encode": ["data/test_encode", "data/test_encode_rankings"],
+    "data/truncation": ["data/test_encode"],
     "data/encoding": ["data/test_encoding_costs", "data/test_encode"],
 }
+_SOME = "MixtureLoss or BCOLoss or TDPOLoss or SimPOLoss or LiPOLoss or test_loss_inputs"
 _HEAVY = "not two_processes and not signal_saves and not on_two"
 
 
@@ -45,11 +47,12 @@ def related(module: Path, *, wide: bool) -> list[list[str]]:
     room, name = module.parts[0], module.stem
     key = f"{room}/{name}"
     own = {"metrics": "metrics/test_preference", "checkpoint": "test_checkpoint"}.get(room, f"{room}/test_{name}")
-    sessions = [[*_there(own, *_NEAR.get(key, [])), "-k", _HEAVY]]
+    some = _SOME if key in ("losses/__init__", "losses/checks", "losses/base") else _HEAVY
+    sessions = [[*(_there(own, *_NEAR.get(key, [])) or _there(*_WIDE[room])), "-k", some]]
     if room == "losses" and key not in _NEAR:
         *_, kind = re.findall(r"^class (\w+Loss)\(", (ROOT / "src" / "lit_dpo" / module).read_text(), re.MULTILINE)
         sessions.append(["tests/losses/test_contract.py", "-k", kind])
-    return [[*_there(*_WIDE[room]), "-k", _HEAVY]] if wide else sessions
+    return [*sessions, [*_there(*_WIDE[room]), "-k", _HEAVY]] if wide else sessions
 
 
 def _there(*files: str) -> list[str]:

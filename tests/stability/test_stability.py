@@ -26,6 +26,7 @@ from lit_dpo.data.batch import EncodedPrompt, collate
 from lit_dpo.errors import LitDPOError, VersionError
 from lit_dpo.logps.score import choose_layout
 from lit_dpo.references.store import LogpStore
+from lit_dpo.seals import key_of
 from lit_dpo.tools.ablate.preparing import Options, Prepared
 from lit_dpo.tools.ablate.records import Layout
 from lit_dpo.tools.ablate.running import _remember
@@ -173,6 +174,11 @@ def test_the_kept_adapter_is_continued(kept):
     assert all(p.equal(there[name.replace(".default.", ".")]) for name, p in here.items())
 
 
+def _opened(folder: Path) -> LogpStore:
+    """As `CachedReference` does: its seal is of what the folder belongs to."""
+    return LogpStore(folder, key_of((folder / "reference.json").read_text(encoding="utf-8").removesuffix("\n")))
+
+
 def test_the_kept_cache_is_read_where_its_versions_are_those_of_here(walked):
     root = walked.folder / "reference-cache"
     (name,) = (path.name for path in (KEPT / "reference-cache").iterdir())
@@ -180,8 +186,8 @@ def test_the_kept_cache_is_read_where_its_versions_are_those_of_here(walked):
     same = all(said[one] == version(one) for one in ("torch", "transformers", "peft", "bitsandbytes"))
     folders = {path.name for path in root.iterdir()}
     assert folders == {name} if same else len(folders) == 2
-    before = LogpStore(KEPT / "reference-cache" / name)
-    now = LogpStore(next(root / one for one in folders if same or one != name))
+    before = _opened(KEPT / "reference-cache" / name)
+    now = _opened(next(root / one for one in folders if same or one != name))
     assert len(before) == len(now) == 42, "nothing was computed that was there"
     keys = [entry["key"].tobytes() for entry in before._entries]
     assert all(now.get(key) == pytest.approx(before.get(key), rel=1e-6, abs=1e-5) for key in keys)

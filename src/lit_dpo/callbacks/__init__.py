@@ -11,10 +11,12 @@ from lit_dpo.callbacks.last import LastCheckpoint
 from lit_dpo.callbacks.memory import MemoryEstimate
 from lit_dpo.callbacks.monitor import HealthMonitor
 from lit_dpo.callbacks.out_of_memory import OutOfMemory
+from lit_dpo.callbacks.own_directory import OwnDirectory
 from lit_dpo.callbacks.predictions import PredictionWriter
 from lit_dpo.callbacks.quiet import Quiet
 from lit_dpo.callbacks.resume import ExactResume
 from lit_dpo.callbacks.steps import OptimizerSteps
+from lit_dpo.callbacks.stop import StopTogether
 from lit_dpo.callbacks.summary import RunSummary
 from lit_dpo.callbacks.tensorboard import RunLogger
 from lit_dpo.callbacks.throughput import LearningRate, Throughput
@@ -30,6 +32,7 @@ __all__ = [
     "MemoryEstimate",
     "OptimizerSteps",
     "OutOfMemory",
+    "OwnDirectory",
     "PassesTogether",
     "PredictionWriter",
     "Quiet",
@@ -38,6 +41,7 @@ __all__ = [
     "RunLogger",
     "RunSummary",
     "SampleCompletions",
+    "StopTogether",
     "Throughput",
     "TrainingDynamics",
     "TrainingHealth",

@@ -13,7 +13,7 @@ from lit_dpo.callbacks.alone import alone
 from lit_dpo.checkpoint import check_finite, check_writable, describe, save_adapter
 from lit_dpo.compat import is_numbered, number
 from lit_dpo.policy.adapters import adapter_parameters
-from lit_dpo.writing import refusals
+from lit_dpo.writing import clear_away, refusals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,6 +157,18 @@ def claim_versions(loggers: list[Any]) -> None:
             while not _made(root / f"version_{version}"):
                 version += 1
         number(logger, version)
+
+
+def clear_runs(trainer: pl.Trainer) -> None:
+    """Remove what killed processes left half-written in the folders of runs next to this one, and in its own.
+
+    Nobody writes into the folder of a run that was killed any more: the one that goes on has another number.
+    """
+    for root in {Path(found) for logger in trainer.loggers if (found := getattr(logger, "root_dir", None))}:
+        with suppress(OSError):
+            for run in (root, *(one for one in root.iterdir() if one.is_dir())):
+                for folder in (run, run / "checkpoints"):
+                    clear_away(folder)
 
 
 def _made(directory: Path) -> bool:

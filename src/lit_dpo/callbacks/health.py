@@ -165,6 +165,8 @@ class TrainingHealth(pl.Callback):
             return  # float16: the scaler skips the step, and takes a smaller scale
         where = _places(trainer, pl_module.window.nonfinite() or pl_module.window.indices())
         what = "loss" if pl_module.window.nonfinite() else "gradient"
+        if what == "gradient" and trainer.world_size > 1:
+            where = f"{where}, or from rows of another rank, which then names them"
         if self.nonfinite == "stop":
             raise TrainingError(
                 f"The {what} of step {trainer.global_step + 1} is not finite, from {where}. Look at these rows, lower "

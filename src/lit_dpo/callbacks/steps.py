@@ -80,11 +80,14 @@ class OptimizerSteps(pl.Callback):
         if not trainer.is_last_batch and there is not None and there.inside:  # batches of a step that was not made
             remeasure(pl_module.train_metrics, there.measured)
             pl_module.unlogged = bool(there.measured)
+        row = {}
         if pl_module.unlogged:
-            _log(pl_module, pl_module.train_metrics, on_step=False, on_epoch=True)
+            values = _log(pl_module, pl_module.train_metrics, on_step=False, on_epoch=True)
+            row = {name: float(value) for name, value in values.items()} | {"epoch": trainer.current_epoch}
         if trainer.is_last_batch:  # an epoch that was stopped may go on, with the row that it had begun
             _reset(pl_module)
-            pl_module.standing = standing(trainer, pl_module, {})
+            # Lightning writes the row after all callbacks: a checkpoint of this moment brings it along
+            pl_module.standing = standing(trainer, pl_module, row)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Of several validation sets, log all pairs together too."""

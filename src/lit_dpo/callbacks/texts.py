@@ -11,17 +11,14 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from lit_dpo.data.formats import Message
-from lit_dpo.errors import TrainingError
-
-# C0 but for tab and newline, DEL, C1, and marks that turn the direction of text
-_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+from lit_dpo.errors import TrainingError, printable
 
 
 def shown(text: str, encoding: str) -> Any:
     """Text for a terminal as it is: no markup, nothing that steers the terminal, only what its encoding has."""
     from rich.text import Text
 
-    return Text(_STEERING.sub("", text).encode(encoding, "replace").decode(encoding))
+    return Text(printable(text).encode(encoding, "replace").decode(encoding))
 
 
 def question(prompt: str | list[Message]) -> str:
@@ -116,5 +113,5 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 def _escaped(text: str) -> str:
     """Text for a cell: each mark that may mean something in Markdown or HTML as a number, each line by itself."""
-    plain = _STEERING.sub("", text).encode("utf-8", "replace").decode("utf-8").replace("\t", " ")
+    plain = printable(text).encode("utf-8", "replace").decode("utf-8").replace("\t", " ")
     return re.sub(r"[^\w\s]", lambda mark: f"&#{ord(mark[0])};", plain).replace("_", "&#95;").replace("\n", "<br>")

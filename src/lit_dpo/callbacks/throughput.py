@@ -102,7 +102,11 @@ class LearningRate(pl.Callback):
             return
         self._step = trainer.global_step
         for number, rate in enumerate(self._rates):
-            pl_module.log("train/learning_rate" + (f"_{number}" if number else ""), float(rate))
+            name = "train/learning_rate" + (f"_{number}" if number else "")
+            value = torch.tensor(float(rate))  # as loggers get it: rounded
+            pl_module.log(name, value)
+            if pl_module.standing is not None and pl_module.standing.row:  # of a run that goes on from this step
+                pl_module.standing.row[name] = float(value)
 
 
 def peak_memory(device: torch.device) -> float | None:

@@ -13,7 +13,7 @@ from lit_dpo.checkpoint.identity import (
     flatten,
     to_builtins,
 )
-from lit_dpo.checkpoint.io import RECORD, AdapterCheckpointIO, check_finite, check_writable, save_adapter
+from lit_dpo.checkpoint.io import AdapterCheckpointIO, check_finite, check_writable, save_adapter
 from lit_dpo.checkpoint.position import Standing, remeasure, remeasure_share, rewind, standing, take_settings
 from lit_dpo.checkpoint.random import gather, random_state, restore_random_state
 from lit_dpo.checkpoint.state import (
@@ -24,6 +24,7 @@ from lit_dpo.checkpoint.state import (
     read_checkpoint,
     untrusting,
 )
+from lit_dpo.policy.adapter_checks import RECORD
 
 __all__ = [
     "KEY",

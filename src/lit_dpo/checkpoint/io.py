@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import shutil
@@ -10,19 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 
 from lit_dpo.checkpoint.identity import check_readable
 from lit_dpo.errors import ResumeError, TrainingError, first_line
+from lit_dpo.policy.adapter_checks import RECORD
 from lit_dpo.writing import put_in_place, refusals, remove, temporary_name, written_whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
-
-
-RECORD = "lit_dpo.json"
-"""What an adapter's folder says of its run: the base's content, its quantisation, the loss, measures. No row's text."""
 
 
 class AdapterCheckpointIO(CheckpointIO):
@@ -71,11 +69,21 @@ class AdapterCheckpointIO(CheckpointIO):
             scratch = temporary_name(path, "tmp")
             try:
                 self.export(checkpoint, scratch / folder.name)
-                self.inner.save_checkpoint(checkpoint, scratch / path.name, storage_options)
+                self._write(checkpoint, scratch / path.name, storage_options)
                 # the file, which is all that a run needs, is there at any moment; its folder only when it is its own
                 put_in_place({path: scratch / path.name, folder: scratch / folder.name})
             finally:
                 remove(scratch)
+
+    def _write(self, checkpoint: dict[str, Any], path: Path, storage_options: Any) -> None:
+        if type(self.inner) is not TorchCheckpointIO or storage_options is not None:
+            self.inner.save_checkpoint(checkpoint, path, storage_options)
+            return
+        # as Lightning does, but for its detour over the system's folder for temporary files: another disk, which may be
+        # small, and on which a kill would leave the whole file for good
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        path.write_bytes(content.getbuffer())
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
         """Load; nothing but tensors and builtins is ever in it."""

@@ -259,7 +259,7 @@ class PreferenceDataModule(LightningDataModule):
         loader = self._train_loader
         if self.trainer is None or loader is None:
             return {}
-        return position(self.trainer, loader) | self._order_facts()
+        return position(self.trainer, loader, self._resume) | self._order_facts()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue training there; evaluation does not care.

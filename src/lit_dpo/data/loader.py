@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from lit_dpo.data.batch import CompletionBatch, completion_borders, microbatch_borders
 from lit_dpo.data.sampler import PromptSampler, Uncounted
 from lit_dpo.data.table import PromptTable
+from lit_dpo.data.workers import stopped_by_the_run_alone
 
 
 class PromptDataset(Dataset[CompletionBatch]):
@@ -174,6 +175,7 @@ def loader_options(num_workers: int, pin_memory: bool = False) -> dict[str, Any]
         # its own, or each new pass would draw from the global state, and a resumed run would draw at other times
         "generator": torch.Generator(),
         "num_workers": num_workers,
+        "worker_init_fn": stopped_by_the_run_alone,
         "persistent_workers": num_workers > 0,
         "pin_memory": pin_memory,
     }

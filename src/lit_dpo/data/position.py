@@ -13,13 +13,18 @@ if TYPE_CHECKING:
     from lit_dpo.data.loader import TrainLoader
 
 
-def position(trainer: pl.Trainer, loader: TrainLoader) -> dict[str, Any]:
+def position(trainer: pl.Trainer, loader: TrainLoader, resumed: Mapping[str, Any] | None) -> dict[str, Any]:
     """Say where a run stands, for its checkpoint.
 
     Args:
         trainer: of the run.
         loader: of the training data; it counts the batches that it has handed out.
+        resumed: the state that the run goes on from, as long as no batch has been asked for.
     """
+    if resumed is not None:  # only validation, or the end of an epoch, has come since: the loader knows of nothing yet
+        finished = resumed.get("finished", False)
+        epoch, batches = (resumed["epoch"] + 1, 0) if finished else (resumed["epoch"], resumed["batches"])
+        return {"epoch": epoch, "batches": batches, **loader.notes(trainer.accumulate_grad_batches)}
     in_hand = trainer.fit_loop.epoch_loop.batch_progress.current
     # An exception saves in the middle of a step: the batch in hand is not consumed.
     batches = loader.used - (in_hand.ready - in_hand.processed)  # type: ignore[attr-defined]

@@ -103,7 +103,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.concat = _concat
+        self.concat = _concat  # type: ignore[method-assign]
         for name in _NEVER:
             self.filters.pop(name, None)
             self.globals.pop(name, None)
@@ -142,7 +142,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         _check_operator(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
-    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Call, if the result may be as large as it would be.
 
         Raises:
@@ -175,13 +175,13 @@ def apply_template(tokenizer: Any, messages: Any, **options: Any) -> Any:
 class _Counting(NodeTransformer):
     """Lets loops and macros count, and texts be joined and lists be made by filters, which look at their sizes."""
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - as Jinja names them
+    def visit_For(self, node: nodes.For) -> Any:  # noqa: N802 - as Jinja names them
         return self._counted(node)
 
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
+    def visit_Macro(self, node: nodes.Macro) -> Any:  # noqa: N802
         return self._counted(node)
 
-    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:  # noqa: N802
+    def visit_CallBlock(self, node: nodes.CallBlock) -> Any:  # noqa: N802
         return self._counted(node)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
@@ -204,12 +204,12 @@ class _Counting(NodeTransformer):
         self.generic_visit(node)
         return _filtered(node, "sized")
 
-    def _counted(self, node: Any) -> nodes.Node:
+    def _counted(self, node: Any) -> Any:
         steps = 1 + sum(1 for _ in node.find_all(nodes.Stmt))
         self.generic_visit(node)
         call = nodes.Call(nodes.EnvironmentAttribute("tick"), [nodes.Const(steps)], [], None, None)
         node.body.insert(0, nodes.Output([call]).set_lineno(node.lineno, override=True))
-        return node  # type: ignore[no-any-return]
+        return node
 
 
 def _filtered(node: Any, name: str) -> nodes.Node:

@@ -21,8 +21,9 @@ class AOTLoss(PreferenceLoss):
 
     The pair that holds a quantile gets its loss, so losses follow the order of pairs; but they depend on the batch
     mates (`couples_pairs`), and on one pair alone the loss is cDPO, or DPO without smoothing. The batch is that of
-    one forward on one device. At δ = 0 it is log 2 and its slope in δ is −β(1−2ε)/2. Of many completions of one prompt,
-    the pairs that are sorted share completions, so that they are not independent samples of the distribution.
+    all ranks, in training and in evaluation. At δ = 0 it is log 2 and its slope in δ is −β(1−2ε)/2. Of many completions
+    of one prompt, the pairs that are sorted share completions, so that they are not independent samples of the
+    distribution.
 
     Args:
         beta: inverse temperature.

@@ -51,7 +51,8 @@ class PreferenceLoss(ABC):
 
     couples_pairs: ClassVar[bool] = False
     """True for losses in which a pair's loss depends on pairs of other prompts, so on what else is in the batch. One
-    that depends on the completions of its own prompt does not couple: micro-batches are whole prompts."""
+    that depends on the completions of its own prompt does not couple: micro-batches are whole prompts. Such a loss is
+    called with the batch's pairs of all ranks; the losses of this rank's count, and its gradients are of all."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """See that what a loss declares exists."""

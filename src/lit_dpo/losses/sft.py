@@ -22,9 +22,9 @@ class SFTLoss(PreferenceLoss):
 
     The references disagree on the mean, so it is an argument. `"sequence"` is the mean over each completion's tokens,
     so that all completions count alike, as in LLaMA-Factory and OpenRLHF; `"token"` is B·(−ℓ_w)/Σn_w over the batch of
-    B pairs, whose mean over pairs is the mean over tokens, as in TRL and Liger: long completions count more, and a
-    pair's loss depends on its batch mates' lengths. For one pair it is −ℓ_w/n_w either way and its slope in ℓ_w is
-    −1/n_w.
+    B pairs of all ranks, whose mean over pairs is the mean over tokens, as in TRL and Liger: long completions count
+    more, and a pair's loss depends on its batch mates' lengths. For one pair it is −ℓ_w/n_w either way and its slope in
+    ℓ_w is −1/n_w.
 
     Of many completions of one prompt, a good one is chosen in one pair and rejected in another: in a ranking of four
     the first is chosen three times, the second twice, the third once. `of="best"` takes each prompt's best alone, once:

@@ -133,11 +133,11 @@ def plan(
     lengths = Lengths(table.prompt_lengths, table.completions_per_prompt, table.completion_lengths)
     steps, epochs = planned_steps(trainer, len(loader))
     mesh = Mesh(trainer.num_nodes, trainer.num_devices, module.policy.shard)
-    found = _Search(module, loader, target, mesh)
+    found = Search(module, loader, target, mesh)
     step, (fitting, checkpointing) = found.step(found.wanted), found.fitting()
     repeated = loader.sampler.epoch_rows / table.size  # type: ignore[attr-defined] # a mixture repeats rows
     once = found.arithmetic(lengths)
-    arithmetic = _arithmetic(module, once, epochs * repeated)
+    arithmetic = arithmetic_of(module, once, epochs * repeated)
     tokens = min(found.wanted, int(lengths.tokens / table.size * (data.batch_size or math.inf)))
     rates, said = _rates(target, module.policy.quantization, found.skeleton, tokens)
     mean = MeanStep.of(module, once, repeated / mesh.ranks / len(loader), found.microbatches(), trainer)
@@ -175,7 +175,7 @@ def plan(
     return made._replace(text=text_of(made, module.policy, found.wanted, said, of_mesh))
 
 
-class _Search:
+class Search:
     """Steps of any size, on a skeleton that is made once."""
 
     def __init__(self, module: DPOModule, loader: Any, device: Device, mesh: Mesh) -> None:
@@ -190,6 +190,7 @@ class _Search:
         return torch.autocast("cpu", dtype=torch.bfloat16) if self.device.on_gpu else nullcontext()
 
     def step(self, microbatch_tokens: int, estimate: StepEstimate | None = None) -> StepMemory:
+        """Estimate the largest step, if so many tokens run at once."""
         limits = (math.inf, math.inf) if self.whole else (microbatch_tokens, max(microbatch_tokens, self.of_one_prompt))
         largest, several = self.loader.largest_microbatches(*limits)
         found = (estimate or self.estimate).of([Lengths.of(part) for part in largest], several)
@@ -306,7 +307,8 @@ class MeanStep(NamedTuple):
         return self.microbatches * traffic.waiting(hidden) + (traffic.reducing or 0.0)
 
 
-def _arithmetic(module: DPOModule, one: Arithmetic, epochs: float) -> float:
+def arithmetic_of(module: DPOModule, one: Arithmetic, epochs: float) -> float:
+    """Count the operations of a run: of policy and reference, whose passes `one` has once."""
     reference = module.reference
     if isinstance(reference, NoReference):
         passes = 0.0

@@ -38,7 +38,7 @@ def on_mesh(made: Plan, mean: MeanStep, rates: Sequence[float], network: float) 
     if mesh.spread > 1:
         found["gather"] = (
             f"{_bytes(sum(traffic.gathered))} of the base a micro-batch and device, in {len(mean.passes)} passes; "
-            f"{mean.microbatches:.3g} micro-batches a step{_hides(made, mean, rates)}"
+            f"{mean.microbatches:.3g} a step{_hides(made, mean, rates)}"
         )
     if made.device.card is not None:
         links = Links.of(made.device.card, network)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from contextlib import suppress
 from dataclasses import MISSING, fields
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+
+RECORD = "lit_dpo.json"
+"""What an adapter's folder says of its run: the base's content, its quantisation, the loss, measures. No row's text."""
 
 
 # Of PEFT's `LoraConfig`: what names and describes, and features of a layer, which act wherever it is called and are off
@@ -161,7 +165,10 @@ def check_base(policy: BaseModel, adapter: LoraConfig, place: Place) -> None:
     check_embeddings(policy, place)
     same: bool | None
     named, revision, mine = adapter.base_model_name_or_path, adapter.revision, policy.place
-    if policy.adapter_base == "any" or (named, revision) == (mine.name, mine.commit):
+    if policy.adapter_base == "any":
+        return
+    if (named, revision) == (mine.name, mine.commit):
+        _check_unchanged(policy, place)
         return
     if not named or not (Path(named).expanduser().is_dir() or hub.looks_like_id(named)):
         base = named or "a base that it does not name"
@@ -179,6 +186,8 @@ def check_base(policy: BaseModel, adapter: LoraConfig, place: Place) -> None:
         theirs, same = hub.Place(Path(), named, revision, place.option), False
     else:
         same = _same_base(mine, theirs)
+        if mine.folder == theirs.folder:
+            _check_unchanged(policy, place)
     if same is None:
         if hub.has_weights(mine.folder):
             _say(f"the adapter {place} names {theirs} as its base, whose weights are not here to compare")
@@ -189,6 +198,26 @@ def check_base(policy: BaseModel, adapter: LoraConfig, place: Place) -> None:
             f"The adapter at `{place.option}`, {place}, was trained on another base: {theirs}; the policy is {mine}. "
             f"Set `{policy.option}.model` and `{policy.option}.revision` to its base, or "
             f"`{policy.option}.adapter_base` to any to put it onto this one all the same."
+        )
+
+
+def _check_unchanged(policy: BaseModel, place: Place) -> None:
+    """See that a folder still holds the base that an adapter was trained on, if the adapter's record says which."""
+    mine = policy.place
+    if mine.commit is not None or not (place.folder / RECORD).is_file():
+        return
+    try:
+        base = json.loads((place.folder / RECORD).read_text(encoding="utf-8"))["base"]
+        theirs = str(base["fingerprint"])
+    except (ValueError, LookupError, TypeError):  # a stranger's
+        return
+    if not theirs.startswith("sha256 ") or not hub.has_weights(mine.folder):
+        return
+    if (here := sampled_digest(mine.folder)) != theirs:
+        raise PolicyError(
+            f"The adapter at `{place.option}`, {place}, was trained on {mine}, which has other weights now: the "
+            f"content was {theirs} and is {here}. Restore them, or set `{policy.option}.adapter_base` to any to put it "
+            "onto these all the same."
         )
 
 

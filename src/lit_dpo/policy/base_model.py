@@ -217,10 +217,11 @@ class BaseModel(ABC):
         if self.adapter_path is not None:
             adapter = self.adapter_place.folder
             if (adapter / "tokenizer_config.json").is_file():
-                return AutoTokenizer.from_pretrained(adapter, trust_remote_code=self.trust_remote_code)
+                with checks.as_policy_error(f"the tokenizer of the adapter {self.adapter_path!r}"):
+                    return AutoTokenizer.from_pretrained(adapter, trust_remote_code=self.trust_remote_code)
         try:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a stranger's file meets any line of a library
             checks.check_weights(self.place)  # a directory that is no model is a clearer message
             raise PolicyError(f"No tokenizer for {self.model!r}: {first_line(error)}") from error
 

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lit_dpo.errors import LitDPOError, PolicyError, first_line
-from lit_dpo.hub import Place, listing
+from lit_dpo.hub import Place, listing, weight_names
 from lit_dpo.policy.settings import settings
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 def check_weights(place: Place) -> None:
     """See that a directory has safetensors weights; of a hub id `locate_weights` has seen to it."""
     folder = place.folder
+    weight_names(folder)  # an index names files of its folder alone
     if place.commit is not None or any(folder.glob("*.safetensors")):
         return
     pickled = sorted(found.name for found in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])

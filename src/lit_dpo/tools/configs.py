@@ -70,7 +70,7 @@ def copy_to(directory: Path) -> None:
     """
     if directory.exists():
         raise LitDPOError(f"Expected a new folder to copy `configs` to but {directory} is there: name another.")
-    with written_whole(directory) as fresh:
+    with written_whole(directory, new=True) as fresh:
         shutil.copytree(folder(), fresh)
 
 

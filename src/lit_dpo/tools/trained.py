@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +16,8 @@ from lit_dpo import hub
 from lit_dpo.errors import LitDPOError, PolicyError, ResumeError, first_line
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.base_model import QUICKSTART
+from lit_dpo.policy.checks import as_policy_error
+from lit_dpo.policy.files import json_object
 from lit_dpo.versions import CHECKPOINT, check_version
 
 if TYPE_CHECKING:
@@ -126,7 +128,7 @@ def find(name: str, given: argparse.Namespace, dtype: str | None = None) -> Trai
 def _of_run(folder: Path) -> Path:
     """Choose what a run's folder offers: the adapter of its end, or its last checkpoint."""
     adapters = sorted(one.parent for one in folder.glob(f"adapter*/{_ADAPTER}"))
-    checkpoints = sorted(folder.glob("checkpoints/*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+    checkpoints = sorted(folder.glob("checkpoints/*.ckpt"), key=_moment)
     last = [*checkpoints, *folder.glob("last.ckpt")]
     if not adapters and not last:
         held = ", ".join(sorted(one.name for one in folder.iterdir())[:12]) or "nothing"
@@ -142,7 +144,7 @@ def _of_run(folder: Path) -> Path:
 
 def _adapter(name: str, folder: Path, given: argparse.Namespace, dtype: str | None) -> Trained:
     said = _said(folder)
-    theirs = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))
+    theirs = json_object(folder / _ADAPTER)
     base, revision = str(theirs.get("base_model_name_or_path") or ""), theirs.get("revision")
     known = said.get("base", {})
     if known.get("model") == QUICKSTART:
@@ -241,12 +243,7 @@ def _said(folder: Path) -> dict[str, Any]:
         files = [folder.with_name(f"{folder.name}.ckpt"), folder.with_name("last.ckpt")]
         near = next((one for one in files[: 1 + folder.name.startswith("adapter")] if zipfile.is_zipfile(one)), None)
         return {} if near is None else dict(read_checkpoint(near).get(KEY, {}))
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PolicyError(f"Expected JSON in {file} but it cannot be read: {error}.") from error
-    if not isinstance(found, dict):
-        return {}
+    found = json_object(file)
     check_version(found.get("version"), CHECKPOINT, file)
     return _known(found)
 
@@ -267,6 +264,12 @@ def _config_near(path: Path) -> Path | None:
         if (folder / "config.yaml").is_file():
             return folder / "config.yaml"
     return None
+
+
+def _moment(checkpoint: Path) -> tuple[int, int]:
+    """When a checkpoint was made: by the step in its name, as clocks may be changed; then by its time."""
+    step = re.search(r"step=(\d+)", checkpoint.stem)
+    return int(step.group(1)) if step else -1, checkpoint.stat().st_mtime_ns
 
 
 # --- loading -------------------------------------------------------------------------------------------------------
@@ -327,10 +330,11 @@ def tokenizer(trained: Trained) -> PreTrainedTokenizerBase:
 
     folder = trained.path.with_suffix("") if trained.kind == "checkpoint" else trained.path
     if trained.has_reference and (folder / "tokenizer_config.json").is_file():  # without asking where the base is
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trained.policy.trust_remote_code
-        )
-        return found
+        with as_policy_error(f"the tokenizer in {folder}"):
+            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trained.policy.trust_remote_code
+            )
+            return found
     return trained.policy.load_tokenizer()
 
 

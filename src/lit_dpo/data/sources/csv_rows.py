@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from typing import Any
 
 from lit_dpo.data.sources.columns import is_index, quoted
 from lit_dpo.data.sources.store import Line
@@ -47,13 +48,20 @@ def _header(lines: Iterator[str]) -> Iterator[str]:
 
 def _separator(header: str) -> str:
     """Find what separates names: the comma, unless it separates none."""
-    counts = {sign: len(next(csv.reader([header], delimiter=sign), [])) for sign in _SEPARATORS}
+    try:
+        counts = {sign: len(next(_reader([header], sign), [])) for sign in _SEPARATORS}
+    except csv.Error as error:  # a line that ends within itself, as by a carriage return
+        raise DataError(f"line 1 is no CSV: {error}") from None
     return "," if counts[","] > 1 else max(counts, key=lambda sign: counts[sign])
 
 
-def _rows(lines: Iterable[str], separator: str) -> Iterator[Line]:
+def _reader(lines: Iterable[str], separator: str, *, strict: bool = False) -> Any:
     csv.field_size_limit(sys.maxsize)  # of this process; 131072 characters without
-    reader = csv.reader(lines, delimiter=separator, strict=True)
+    return csv.reader(lines, delimiter=separator, strict=strict)
+
+
+def _rows(lines: Iterable[str], separator: str) -> Iterator[Line]:
+    reader = _reader(lines, separator, strict=True)
     names = _names(reader)
     kept = [place for place, name in enumerate(names) if not is_index(name)]
     while True:

@@ -32,6 +32,41 @@ _OPENERS: dict[str, Any] = {".gz": gzip.open, ".zst": _zstandard, ".bz2": bz2.op
 COMPRESSIONS = tuple(_OPENERS)
 
 
+LONGEST_LINE = 1 << 27
+"""Characters of one line, which is in memory several times while it is read."""
+
+_MUCH = 1 << 25  # bytes: what is less than this may come of any file
+_MOST_BLANK = 1_000_000  # lines in a row, which cost time and hold nothing
+_MOST_TIMES = {False: 100, True: 20}  # as long as it was, by whether the whole of it is in memory while it is read
+
+
+class _Unpacked(io.RawIOBase):
+    """The bytes of a compressed file, of which only so many come as any text compresses to."""
+
+    def __init__(self, file: Any, path: Path) -> None:
+        self.file, self.path, self.count = file, path, 0
+        self.times = _MOST_TIMES[".json" in path.suffixes]
+        self.most = max(_MUCH, self.times * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self.file.read(len(buffer))
+        buffer[: len(content)] = content
+        self.count += len(content)
+        if self.count > self.most:
+            raise DataError(
+                f"`{self.path}` unpacks to more than {self.times} times its size, as no text does; unpack it yourself "
+                "if it is meant to."
+            )
+        return len(content)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
 def lines_of(path: Path, encoding: str | None, newline: str) -> Iterator[str]:
     """Read a file line by line; bytes that are no text stay in it as lone surrogates, which `flaw` finds.
 
@@ -47,7 +82,7 @@ def lines_of(path: Path, encoding: str | None, newline: str) -> Iterator[str]:
     try:
         found = _encoding(path, encoding)
         with _bytes(path) as file, io.TextIOWrapper(file, found, errors="surrogateescape", newline=newline) as text:
-            yield from _watched(path, text, found.removesuffix("-sig").upper())
+            yield from _watched(path, _limited(path, text), found.removesuffix("-sig").upper())
     except LookupError:
         raise DataError(f"Expected an encoding that Python knows, such as `cp1252`, but got `{encoding}`.") from None
     except UnicodeError as error:
@@ -58,8 +93,9 @@ def lines_of(path: Path, encoding: str | None, newline: str) -> Iterator[str]:
 
 
 def _bytes(path: Path) -> io.BufferedReader:
-    opener = _OPENERS.get(path.suffix.lower(), lambda file: file.open("rb"))
-    return io.BufferedReader(opener(path))
+    if (opener := _OPENERS.get(path.suffix.lower())) is None:
+        return path.open("rb")
+    return io.BufferedReader(_Unpacked(opener(path), path), 1 << 16)
 
 
 def _encoding(path: Path, given: str | None) -> str:
@@ -76,6 +112,17 @@ def _encoding(path: Path, given: str | None) -> str:
         except UnicodeDecodeError:
             return given
     return found
+
+
+def _limited(path: Path, text: io.TextIOWrapper) -> Iterator[str]:
+    number = blank = 0
+    while line := text.readline(LONGEST_LINE + 1):
+        number, blank = number + 1, 0 if len(line) > 2 else blank + 1
+        if blank > _MOST_BLANK:
+            raise DataError(f"`{path}`, line {number}: Expected rows but there are {blank} empty lines in a row.")
+        if len(line) > LONGEST_LINE:
+            raise DataError(f"`{path}`, line {number}: Expected at most {LONGEST_LINE} characters in a line.")
+        yield line
 
 
 def _watched(path: Path, lines: Iterable[str], encoding: str) -> Iterator[str]:

@@ -5,7 +5,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_dpo.errors import LitDPOError
+from lit_dpo import hub
+from lit_dpo.errors import LitDPOError, PolicyError, ResumeError
 from lit_dpo.tools import trained
 from lit_dpo.tools.export.card import write_card
 from lit_dpo.tools.export.certificate import MAX_DRIFT, MAX_GAP, Certificate
@@ -44,16 +45,15 @@ def main(args: Sequence[str]) -> None:
     set_template(tokenizer, given.chat_template)
     device = trained.device_of(given.device)
     certificate, data = None, {}
-    with written_whole(out) as fresh:
+    with written_whole(out, new=True) as fresh:
         if given.merge:
             pairs = probe(found, tokenizer, given.probe, given.probe_pairs)
             data = pairs.data if given.probe is None else {}
             certificate = merge(found, tokenizer, pairs, given, fresh, device)
         else:
+            _say_if_changed(found)
             write_adapter(found, tokenizer, fresh, device)
         write_card(fresh, found, data, certificate)
-        for weights in fresh.glob("*.safetensors"):  # which come readable for their owner alone
-            weights.chmod((fresh / "README.md").stat().st_mode)
     if certificate is not None:
         print(table(certificate))
         _say_turned(certificate)
@@ -123,6 +123,17 @@ def _check(given: argparse.Namespace) -> None:
         raise LitDPOError(f"Expected a new folder to export to but {given.out} is there: name another.")
     if given.push:
         check_push(given.push)
+
+
+def _say_if_changed(found: trained.Trained) -> None:
+    """Say that the base on this machine is no longer the one that was trained on; the adapter is right all the same."""
+    try:
+        if hub.has_weights(found.policy.place.folder):
+            trained.check_base(found)
+    except ResumeError as error:
+        log.warning("%s", error)
+    except PolicyError:  # it is not on this machine, and is not needed
+        pass
 
 
 def _say_turned(c: Certificate) -> None:

@@ -1,0 +1,168 @@
+"""Checkpoints of strangers: tensors and builtins, no code, no class that is not there, nothing that is larger than it is."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from limits import bounded
+
+from lit_dpo import DPOModule, PreferenceDataModule
+from lit_dpo.checkpoint import read_checkpoint
+from lit_dpo.cli import main
+from lit_dpo.errors import ResumeError
+from training import data, module, trainer
+
+CODE = """
+import torch
+open({marker!r}, "w")
+class Own(torch.optim.SGD): pass
+def make(parameters): return Own(parameters)
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_model, pairs_file, tmp_path_factory):
+    root = tmp_path_factory.mktemp("saved")
+    run = trainer(root, max_steps=1)
+    run.fit(module(tiny_model), data(pairs_file))
+    run.save_checkpoint(root / "x.ckpt")
+    return root / "x.ckpt"
+
+
+@pytest.fixture
+def changed(saved, tmp_path):
+    """Makes a checkpoint with other hyper-parameters."""
+
+    def changed(**changes: object) -> Path:
+        content = torch.load(saved, weights_only=True)
+        content["hyper_parameters"] |= changes
+        torch.save(content, tmp_path / "changed.ckpt")
+        return tmp_path / "changed.ckpt"
+
+    return changed
+
+
+@pytest.fixture
+def stranger(tmp_path, monkeypatch):
+    """A module that nobody has imported, and the file that it makes when somebody does."""
+    marker = tmp_path / "marker"
+    (tmp_path / "stranger_code.py").write_text(CODE.format(marker=str(marker)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield marker
+    sys.modules.pop("stranger_code", None)
+
+
+def _named(path: str, as_text: bool) -> object:
+    return path if as_text else {"class_path": path, "init_args": {"lr": 1e-3}}
+
+
+@pytest.mark.parametrize("part", ["policy", "loss", "reference", "optimizer", "lr_scheduler"])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_no_module_is_imported_because_a_file_names_it(changed, stranger, part, as_text):
+    path = changed(**{part: _named("stranger_code.Own", as_text)})
+    with pytest.raises(ResumeError, match=r"names `stranger_code.Own`, which is not imported.*import the module"):
+        DPOModule.load_from_checkpoint(path)
+    assert not stranger.exists()
+
+
+@pytest.mark.parametrize("path", ["subprocess.Popen", "os.system", "builtins.exec", "pathlib.Path", "torch.load"])
+@pytest.mark.parametrize("part", ["optimizer", "reference", "extra"])
+def test_nothing_is_called_because_a_file_names_it(changed, path, part, tmp_path):
+    arguments = {"args": f"touch {tmp_path}/ran", "shell": True}
+    given = changed(**{part: {"class_path": path, "init_args": arguments}})
+    with pytest.raises(ResumeError, match="which is (not imported|no policy, loss)"):
+        DPOModule.load_from_checkpoint(given)
+    with pytest.raises(ResumeError, match="which is (not imported|no policy, loss)"):
+        DPOModule.load_from_checkpoint(changed(**{part: [path]}))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_the_program_has_imported_loads_and_so_does_what_it_gives(changed, stranger):
+    path = changed(optimizer={"class_path": "stranger_code.Own", "init_args": {"lr": 1e-3}})
+    assert DPOModule.load_from_checkpoint(path, optimizer=torch.optim.SGD).optimizer is torch.optim.SGD
+    assert not stranger.exists()
+    import stranger_code
+
+    loaded = DPOModule.load_from_checkpoint(path)
+    assert type(loaded.optimizer([torch.nn.Parameter(torch.ones(1))])) is stranger_code.Own
+
+
+@pytest.mark.parametrize("name", ["torch.optim.SGD", "torch.optim.rprop.Rprop", "bitsandbytes.optim.adamw.AdamW8bit"])
+def test_optimizers_of_known_libraries_load(changed, name):
+    path = changed(optimizer={"class_path": name, "init_args": {"lr": 1e-3}})
+    assert DPOModule.load_from_checkpoint(path).optimizer is not None
+
+
+def test_the_commands_that_read_a_checkpoint_take_no_class_from_it(changed, stranger, capsys):
+    path = changed(policy={"class_path": "stranger_code.Own", "init_args": {}}, loss="stranger_code.make")
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", str(path), "--prompt", "a", "--device", "cpu"])
+    assert stop.value.code == 1
+    assert "Or give the adapter's folder" in capsys.readouterr().err
+    assert not stranger.exists()
+
+
+def _laughs() -> object:
+    found: object = ["ha"]
+    for _ in range(60):
+        found = [found, found]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["hyper-parameters", "identity", "not an object", "not a checkpoint"])
+def test_a_short_file_does_not_become_endless(saved, tmp_path, kind):
+    content = torch.load(saved, weights_only=True)
+    if kind == "hyper-parameters":
+        content["hyper_parameters"]["a"] = _laughs()
+    elif kind == "identity":
+        content["lit_dpo"]["base"] = _laughs()
+    content = {"not an object": {**content, "hyper_parameters": [1]}, "not a checkpoint": [1]}.get(kind, content)
+    torch.save(content, tmp_path / "x.ckpt")
+    with bounded(), pytest.raises(ResumeError):
+        DPOModule.load_from_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_neither_does_a_file_of_hyper_parameters(saved, tmp_path):
+    lines = ["a0: &a0 [ha, ha]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60))]
+    (tmp_path / "hparams.yaml").write_text("\n".join(lines))
+    with bounded(), pytest.raises(ResumeError, match="more than any run"):
+        DPOModule.load_from_checkpoint(saved, hparams_file=str(tmp_path / "hparams.yaml"))
+    (tmp_path / "hparams.yaml").write_text(yaml.dump({"policy": Path}))
+    with pytest.raises(ResumeError):
+        DPOModule.load_from_checkpoint(saved, hparams_file=str(tmp_path / "hparams.yaml"))
+
+
+def test_tensors_are_as_large_as_their_numbers(saved, tmp_path):
+    content = torch.load(saved, weights_only=True)
+    name = next(iter(content["state_dict"]))
+    content["state_dict"][name] = torch.zeros(1).expand(10**6, 10**6)
+    torch.save(content, tmp_path / "x.ckpt")
+    with bounded(), pytest.raises(ResumeError, match="larger than its numbers"):
+        DPOModule.load_from_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_an_archive_that_is_compressed_is_not_unpacked(saved, tmp_path):
+    """torch reads what is compressed, and never writes it: zeros would be a thousand times their size."""
+    with zipfile.ZipFile(saved) as there, zipfile.ZipFile(tmp_path / "x.ckpt", "w", zipfile.ZIP_DEFLATED) as made:
+        for one in there.infolist():
+            made.writestr(one.filename, there.read(one))
+    with pytest.raises(ResumeError, match="compresses"):
+        read_checkpoint(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x05\x06" + bytes(18), pickle.dumps({"a": 1}), b"\x80\x02cos\nsystem\n."])
+def test_what_is_no_checkpoint_is_a_sentence(content):
+    with pytest.raises(ResumeError, match="Expected a checkpoint"):
+        read_checkpoint(io.BytesIO(content))
+
+
+def test_the_data_of_a_run_are_not_in_question():
+    """A data module is never built from a checkpoint by a command; its state is numbers."""
+    assert "load_from_checkpoint" not in vars(PreferenceDataModule)
