@@ -67,7 +67,7 @@ from lit_dpo.passes import Passes, in_two_passes
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.base_model import BaseModel
 from lit_dpo.policy.devices import remark
-from lit_dpo.policy.sharding import as_if_whole, leave_to_shards, make_mesh, parameter_counts
+from lit_dpo.policy.sharding import leave_to_shards, make_mesh, parameter_counts
 from lit_dpo.policy.symmetry import agreed, idle
 from lit_dpo.references import Reference
 from lit_dpo.requirements import check_run, resolve_reference
@@ -77,7 +77,7 @@ from lit_dpo.window import MeasuredBatch, Window
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_Made = TypeVar("_Made")
+Made = TypeVar("Made")
 
 _BROUGHT = (
     Quiet,
@@ -230,8 +230,7 @@ class DPOModule(pl.LightningModule):
             self.model = load(device, half.get(precision))
             if line := remark(device, precision, self.policy.torch_dtype(device, half.get(precision))):
                 rank_zero_info(line)
-            with as_if_whole(self.model):
-                self.reference.attach(self.model, self.policy)
+            self.reference.attach(self.model, self.policy)
             layout = choose_layout(self.model, self.policy.attention)
         leave_to_shards(self)
         trained, total = parameter_counts(self.model)
@@ -445,7 +444,7 @@ class DPOModule(pl.LightningModule):
         """`pair_logps` of a batch of any size, without gradients and dropout, one micro-batch at a time."""
         return self._again(lambda: self._batch_logps(batch), batch)
 
-    def _again(self, run: Callable[[], _Made], batch: CompletionBatch) -> _Made:
+    def _again(self, run: Callable[[], Made], batch: CompletionBatch) -> Made:
         """Run what takes the memory of a batch; where it runs out, `OutOfMemory` may run it again in smaller pieces."""
         if self.out_of_memory is None:
             return run()

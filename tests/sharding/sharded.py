@@ -60,8 +60,6 @@ def run(folder: Path, files: dict[str, Path], models: dict[str, Path], case: str
         options |= {"loss": PlackettLuceLoss()}
     elif case == "adapter":  # continued, next to a frozen copy of it
         options["policy"] = {"adapter_path": str(folder.parent / "first-none-1" / "adapter")}
-    elif case == "tokens":
-        options["policy"] = {"trainable_token_indices": [37, 38]}
     elif case == "first":  # an epoch, with a checkpoint at its end
         given |= {"enable_checkpointing": True}
     elif case in ("second", "both"):  # the next one, on other ranks than the first; and both at once

@@ -97,6 +97,7 @@ def test_one_process_says_that_its_base_is_whole(tiny_model: Path, caplog: pytes
         ({"quantization": "int8"}, "`policy.shard` does not go with `policy.quantization` int8"),
         ({"use_dora": True}, "`shard` does not go with `use_dora`"),
         ({"target_parameters": ["mlp.gate_up_proj"]}, "`shard` does not go with `target_parameters`"),
+        ({"trainable_token_indices": [3]}, "`shard` does not go with `trainable_token_indices`"),
         ({"shard": "some"}, "Expected `shard` among none, node, all but got 'some'"),
     ],
 )

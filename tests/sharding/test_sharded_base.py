@@ -13,7 +13,7 @@ from sharded import runs
 
 import ranks
 
-CASES = ["nf4", "kl", "coupled", "lists"]
+CASES = ["nf4", "kl", "coupled", "lists", "adapter"]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def one(files: dict[str, Path], models: dict[str, Path], tmp_path_factory: pytes
     ranks.run(runs, 1, folder, files, models, ["fill"], "none", folder=folder / "logs")
     for run in ("nf4-none-1", "nf4-all-2"):
         shutil.copytree(folder / "fill-none-1" / "cache", folder / run / "cache")
-    (found,) = ranks.run(runs, 1, folder, files, models, [*CASES, "first", "both"], "none", folder=folder / "logs")
+    (found,) = ranks.run(runs, 1, folder, files, models, ["first", *CASES, "both"], "none", folder=folder / "logs")
     return found, folder
 
 

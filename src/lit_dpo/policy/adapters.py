@@ -63,7 +63,10 @@ def copy_adapter(model: PeftModel) -> None:
     training = model.training
     config = copy.deepcopy(model.peft_config[DEFAULT])
     config.init_lora_weights = True  # its weights are copied below; some initialisations would change the base
-    model.add_adapter(REFERENCE, config)
+    from lit_dpo.policy.sharding import as_if_whole
+
+    with as_if_whole(model):
+        model.add_adapter(REFERENCE, config)
     freeze_second_adapter(model, training)
     for mine, policys in adapter_pairs(model):
         mine.requires_grad_(False)

@@ -130,8 +130,7 @@ class BaseModel(ABC):
         with checks.default_dtype(torch.float32):
             model = self.load_base(torch.device(device), self.torch_dtype(torch.device(device)), mesh)
             if self.adapter_path is not None:
-                with as_if_whole(model):
-                    model = self.load_adapter(model, trainable=False)
+                model = self.load_adapter(model, trainable=False)
         checks.check_quantized(model, self.quantization)
         model.requires_grad_(False).eval()
         if mesh is not None:
@@ -195,11 +194,18 @@ class BaseModel(ABC):
 
     def load_adapter(self, base: PreTrainedModel, *, trainable: bool) -> PeftModel:
         """Put the adapter of `adapter_path` on the model: a `peft.PeftModel`."""
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel, get_peft_model
 
         folder = self.adapter_place.folder
         with checks.as_policy_error(f"the adapter {self.adapter_path!r}"):
-            model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+            if any(hasattr(p, "to_local") for p in base.parameters()):  # in shards: shapes first, and then the numbers
+                described = PeftConfig.from_pretrained(folder)
+                described.inference_mode = not trainable
+                with as_if_whole(base):
+                    model = get_peft_model(base, described)
+                model.load_adapter(folder, "default", is_trainable=trainable)
+            else:
+                model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
         adapter_checks.check_adapter_keys(model, folder)
         return model
 

@@ -104,7 +104,6 @@ def load_in_layers(
         except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
             raise NotInLayersError(first_line(error)) from error
     _whole(base, type(base).__name__)
-    base.hf_device_map = {"": device}
     return base.requires_grad_(False), info
 
 
@@ -152,7 +151,7 @@ def _without_hooks(model: PreTrainedModel) -> None:
     remove_hook_from_module(model, recurse=True)
     for module in model.modules():
         vars(module).pop("forward", None)  # which it puts back as the instance's own
-    for name in ("to", "cuda"):
+    for name in ("to", "cuda", "hf_device_map"):
         vars(model).pop(name, None)
 
 

@@ -163,8 +163,7 @@ class LoRAPolicy(BaseModel):
         base = self.load_base(device, dtype, mesh)
         if self.kernels == "auto":
             use_kernels(base)
-        with as_if_whole(base):
-            model = self.put_adapters(base)
+        model = self.put_adapters(base)
         checks.check_quantized(model, self.quantization)
         # an exported adapter names what it was trained on, at the commit: AutoPeftModel loads that
         model.peft_config["default"].base_model_name_or_path = self.place.name
@@ -181,7 +180,8 @@ class LoRAPolicy(BaseModel):
 
         if self.adapter_path is not None:
             return self.load_adapter(base, trainable=True)
-        return get_peft_model(base, self.lora_config())
+        with as_if_whole(base):
+            return get_peft_model(base, self.lora_config())
 
     @property
     def starts_from_adapter(self) -> bool:

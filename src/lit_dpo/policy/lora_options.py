@@ -69,8 +69,8 @@ def check_values(policy: LoRAPolicy) -> None:
     if policy.layers_pattern is not None and policy.layers_to_transform is None:
         raise PolicyError("`layers_pattern` has no effect without `layers_to_transform`: leave it out.")
     if policy.shard != "none":
-        whole = {"use_dora": policy.use_dora, "target_parameters": bool(policy.target_parameters)}
-        if given := [name for name, value in whole.items() if value]:
+        whole = ("use_dora", "target_parameters", "trainable_token_indices")
+        if given := [name for name in whole if getattr(policy, name)]:
             raise PolicyError(
                 f"`shard` does not go with `{given[0]}`, which reads whole weights where there are parts."
             )

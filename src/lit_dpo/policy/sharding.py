@@ -120,7 +120,13 @@ def as_if_whole(model: nn.Module) -> Iterator[None]:
     """Show sharded weights in their whole shape, without memory: of a shard PEFT takes the shape for the layer's."""
     from torch import nn
 
+    if not any(hasattr(p, "to_local") for p in model.parameters()):
+        yield
+        return
     shown = []
+    kinds = [(module, type(module)) for module in shards(model)]
+    for module, kind in kinds:  # which would look for its shards where PEFT moves the module
+        module.__class__ = kind.__bases__[1]
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             if hasattr(p, "to_local"):
@@ -133,6 +139,8 @@ def as_if_whole(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, p in shown:
             setattr(module, name, p)
+        for module, kind in kinds:
+            module.__class__ = kind
 
 
 def leave_to_shards(module: nn.Module) -> None:

@@ -15,6 +15,7 @@ from lit_dpo.logps.fields import Field
 from lit_dpo.policy.adapter_checks import check_adapter_keys, check_base, check_lora
 from lit_dpo.policy.adapters import REFERENCE, active_adapter, adapters_off, copy_adapter, freeze_second_adapter
 from lit_dpo.policy.digests import sampled_digest
+from lit_dpo.policy.sharding import as_if_whole, mesh_of
 from lit_dpo.references.base import Reference
 
 if TYPE_CHECKING:
@@ -74,6 +75,9 @@ class AdapterReference(Reference):
         place = self._checked(policy)
         training = model.training
         try:
+            if mesh_of(model) is not None:  # shapes first, and then the numbers
+                with as_if_whole(model):
+                    model.add_adapter(REFERENCE, check_lora(place))
             model.load_adapter(place.folder, adapter_name=REFERENCE, is_trainable=False)
         except (OSError, ValueError, RuntimeError) as error:
             raise PolicyError(f"No adapter for the reference at {place}: {error}") from error
