@@ -141,7 +141,8 @@ def _here(parameter: Any) -> Any:
 
 
 def _print(found: dict[str, Any]) -> None:
-    print("| | largest difference of a measure | of an adapter weight, of the largest | frozen weights per rank |\n|---|---|---|---|")  # fmt: skip
+    print("| | largest difference of a measure | of an adapter weight, of the largest | frozen weights per rank |")
+    print("|---|---|---|---|")
     for quantization in QUANTIZATIONS:
         alone = found["one process"][quantization]
         for side, both in found.items():
@@ -152,10 +153,7 @@ def _print(found: dict[str, Any]) -> None:
             ]
             apart, size = max(abs(a - b) for a, b in pairs), max(abs(a) for a, _ in pairs)
             kind = "float32" if quantization == "none" else "NF4"
-            print(
-                f"| {kind}, {side} | {measured:.1g} | {apart:.1g} of {size:.2g} | {this['held'] / 1e6:.1f} MB | "
-                f"{this['peak'] / 1e6:.0f} MB |"
-            )
+            print(f"| {kind}, {side} | {measured:.1g} | {apart:.1g} of {size:.2g} | {this['held'] / 1e6:.1f} MB |")
 
 
 if __name__ == "__main__":
