@@ -74,7 +74,7 @@ def _private(source: str, ours: set[str]) -> set[str]:
         ):  # getattr, keys of what others have saved
             found.add(node.value)
     names = {name for name in found if PRIVATE.fullmatch(name)}
-    return names - {"_replace", "_asdict", "_fields", "_make"}  # public: of every NamedTuple
+    return names - {"_replace", "_asdict", "_fields", "_make", "_exit"}  # public: of every NamedTuple, and of `os`
 
 
 @pytest.mark.parametrize(

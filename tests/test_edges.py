@@ -19,6 +19,7 @@ from lit_dpo.callbacks import HealthMonitor, LastCheckpoint, SampleCompletions, 
 from lit_dpo.callbacks.texts import prompts_of_file
 from lit_dpo.cli import main
 from lit_dpo.errors import AblationError, LitDPOError
+from lit_dpo.logps import Field
 from lit_dpo.losses import MixtureLoss, checks
 from lit_dpo.plan.cards import card
 from lit_dpo.references.base import Reference
@@ -185,6 +186,14 @@ def test_a_reference_that_is_none_has_no_model_and_one_that_does_not_say_what_it
         NoReference().activated(None)
     with pytest.raises(LitDPOError, match="does not say what its log-probs depend on"):
         Reference.cache_identity(AdapterReference("x"), policy())
+
+
+def test_a_reference_declares_fields_and_nothing_else():
+    for wrong in ({Field.KL}, frozenset({"kl"}), frozenset({Field.KL, "no"}), "kl"):
+        with pytest.raises(TypeError, match=r"Expected `provides` of Mine to be a frozenset of Field\..* but got"):
+            type("Mine", (Reference,), {"provides": wrong})
+    for right in ({"provides": frozenset({Field.KL})}, {"provides": frozenset()}, {}, {"provides": property(set)}):
+        type("Mine", (Reference,), right)
 
 
 def test_quantiles_and_shares_are_each_other_s_inverse():

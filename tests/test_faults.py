@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -16,7 +17,9 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
 import ranks
+from lit_dpo.callbacks import LastCheckpoint
 from lit_dpo.errors import TrainingError
+from training import adapter, data, module, trainer
 
 
 class Pace(Callback):
@@ -132,3 +135,39 @@ def test_a_worker_that_is_killed_ends_the_run_and_nothing_is_lost(tiny_model, pa
         assert ranks.command(_command(tiny_model, pairs_file), log=tmp_path / "log", cwd=tmp_path).wait() == 0
         found, straight = (_adapter(tmp_path / "runs" / f"version_{number}") for number in (1, 2))
         assert all(torch.equal(found[name], tensor) for name, tensor in straight.items())
+
+
+class Halfway(torch.optim.Optimizer):
+    """Gradient descent that somebody stops with Ctrl-C when half of the weights have moved."""
+
+    def __init__(self, params: Any, lr: float = 0.5, at: int = 0) -> None:
+        super().__init__(params, {"lr": lr})
+        self.at, self.steps = at, 0
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        self.steps += 1
+        parameters = self.param_groups[0]["params"]
+        for number, parameter in enumerate(parameters):
+            if self.steps == self.at and number == len(parameters) // 2:
+                signal.raise_signal(signal.SIGINT)
+            parameter.data.add_(parameter.grad, alpha=-self.param_groups[0]["lr"])
+        return loss
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_interrupt_within_an_optimizer_step_waits_for_its_end(tiny_model, pairs_file, tmp_path, accumulate):
+    def fit(at: int = 0, **given: Any) -> dict[str, torch.Tensor]:
+        dpo = module(tiny_model, optimizer=functools.partial(Halfway, at=at))
+        run = trainer(tmp_path, callbacks=[LastCheckpoint()], accumulate_grad_batches=accumulate)
+        try:
+            run.fit(dpo, data(pairs_file), **given)
+        except SystemExit:
+            assert run.global_step == at == 2
+        return adapter(dpo)
+
+    before = signal.getsignal(signal.SIGINT)
+    straight, _ = fit(), fit(at=2)
+    signal.signal(signal.SIGINT, before)  # Lightning has it ignored from there on
+    resumed = fit(ckpt_path=tmp_path / "last.ckpt")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())

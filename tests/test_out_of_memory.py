@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import re
 import resource
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -19,6 +21,7 @@ from lit_dpo import DPOModule
 from lit_dpo.callbacks import OutOfMemory
 from lit_dpo.errors import TrainingError, explanation
 from lit_dpo.losses import BCOLoss
+from lit_dpo.memory.room import is_out_of_memory
 from training import Trace, adapter, data, module, trainer
 
 MIB = 2**20
@@ -71,7 +74,9 @@ class Limit(Callback):
     on_train_end = on_exception = _lift
 
 
-def _fit(model, pairs, root, *callbacks, halvings=1, dropout=0.0, loss=None, accumulate=1, ckpt_path=None, **given):
+def _fit(
+    model, pairs, root, *callbacks, halvings=1, dropout=0.0, loss=None, accumulate=1, ckpt_path=None, epochs=1, **given
+):
     sgd = functools.partial(torch.optim.SGD, lr=0.5)
     policy = {"dropout": dropout}
     dpo = module(model, kind=Hungry, policy=policy, optimizer=sgd, **({"loss": loss} if loss else {}), **given)
@@ -81,6 +86,7 @@ def _fit(model, pairs, root, *callbacks, halvings=1, dropout=0.0, loss=None, acc
         callbacks=[*callbacks, trace, OutOfMemory(halvings)],
         accumulate_grad_batches=accumulate,
         log_every_n_steps=50,
+        max_epochs=epochs,
     )
     run.fit(dpo, data(pairs), ckpt_path=ckpt_path)
     measured = {name: float(value) for name, value in run.callback_metrics.items()}
@@ -113,6 +119,8 @@ def survives(model: Path, pairs: Path, root: Path) -> None:
             found["run"].save_checkpoint(root / "found.ckpt")
             saved = torch.load(root / "found.ckpt", weights_only=True)
             assert saved["callbacks"]["OutOfMemory"] == {"microbatch_tokens": size}
+            more = _fit(model, pairs, root, ckpt_path=root / "found.ckpt", epochs=2, **given)
+            assert more["dpo"].microbatch_tokens == size
         else:  # without dropout the size is rounding alone
             _same(found, _fit(model, pairs, root, halvings=0, microbatch_tokens=size), 1e-5)
 
@@ -172,6 +180,17 @@ def test_the_command_says_what_takes_less_and_loses_nothing(tiny_model, pairs_fi
     status, said = fit("--ckpt_path=last", limit, *halve)
     assert status == 0, said
     assert len(re.findall("the batch is computed again", said)) == 1
+
+
+def test_whoever_says_that_there_is_no_more_is_understood():
+    for run_out in (lambda: bytearray(2**62), lambda: np.empty(2**58), lambda: torch.empty(2**58)):
+        with pytest.raises((MemoryError, RuntimeError)) as refused:
+            run_out()
+        assert is_out_of_memory(refused.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."))
+    assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert not is_out_of_memory(OSError(errno.ENOSPC, "No space left on device"))
+    assert not is_out_of_memory(RuntimeError("The memory of the loss is of another shape"))
 
 
 def test_several_ranks_are_refused_before_weights_load(tiny_model, pairs_file, tmp_path):

@@ -299,13 +299,12 @@ def _big(folder):
 def test_eight_billion_parameters_on_a_cluster_are_planned_from_a_configuration(
     tiny_model, pairs_file, tmp_path, capsys
 ):
-    """On a machine without a GPU, outside of SLURM, and with weights that nobody could read."""
+    """On a machine without a GPU, outside of SLURM, and without weights."""
     big = tmp_path / "big"
     big.mkdir()
     for file in tiny_model.glob("tokenizer*"):
         (big / file.name).write_bytes(file.read_bytes())
     _big(big)
-    (big / "model.safetensors").write_bytes(b"not weights")
     configs = Path(__file__).parents[1] / "configs"
     given = ["fit", "--trainer", str(configs / "trainers" / "slurm.yaml"), "--model.policy.model", str(big)]
     given += ["--model.policy.shard", "node", "--data.train", str(pairs_file), "--trainer.max_epochs", "1"]

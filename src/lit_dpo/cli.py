@@ -9,7 +9,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from lit_dpo import tools
 from lit_dpo.commands import COMMANDS, TOOLS, first_settings, overview
@@ -69,7 +71,8 @@ def _run(given: list[str], from_shell: bool) -> None:
     if name in TOOLS and importlib.util.find_spec(f"{tools.__name__}.{name}") is not None:
         if name not in _LIGHT:
             _import_quickly()
-        importlib.import_module(f"{tools.__name__}.{name}").main(given[1:])
+        with _sigterm_ends():
+            importlib.import_module(f"{tools.__name__}.{name}").main(given[1:])
         return
     if name not in COMMANDS and not name.startswith("-"):
         guess = did_you_mean(nearest(name, [*COMMANDS, *TOOLS])) or ": `lit-dpo --help` lists the commands."
@@ -79,6 +82,23 @@ def _run(given: list[str], from_shell: bool) -> None:
     from lit_dpo.lightning_cli import LitDPOCLI
 
     LitDPOCLI(args=None if from_shell else given)
+
+
+@contextmanager
+def _sigterm_ends() -> Iterator[None]:
+    """Let a tool clear away what is half-written after SIGTERM, as after Ctrl-C; Lightning has a way of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _import_quickly() -> None:

@@ -158,7 +158,7 @@ def _index_names(index: Path) -> list[str]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise PolicyError(f"Expected an index of weights in {index} but it cannot be read: {error}.") from error
     for name in names:
-        if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name:
+        if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name or Path(name).name != name:
             raise PolicyError(f"Expected {index} to name files of its folder but it names {name!r}.")
     return sorted(set(names))
 

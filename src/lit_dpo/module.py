@@ -77,7 +77,7 @@ from lit_dpo.window import MeasuredBatch, Window
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_Made = TypeVar("_Made")
+Made = TypeVar("Made")
 
 _BROUGHT = (
     Quiet,
@@ -444,7 +444,7 @@ class DPOModule(pl.LightningModule):
         """`pair_logps` of a batch of any size, without gradients and dropout, one micro-batch at a time."""
         return self._again(lambda: self._batch_logps(batch), batch)
 
-    def _again(self, run: Callable[[], _Made], batch: CompletionBatch) -> _Made:
+    def _again(self, run: Callable[[], Made], batch: CompletionBatch) -> Made:
         """Run what takes the memory of a batch; where it runs out, `OutOfMemory` may run it again in smaller pieces."""
         if self.out_of_memory is None:
             return run()

@@ -67,6 +67,10 @@ class Parser(LightningArgumentParser):
         token = _TYPED.set(list(sys.argv[1:] if args is None else args))
         try:
             return self._parse_typed(args, namespace, env, defaults, **kwargs)
+        except UnicodeDecodeError as error:
+            refuse(f"Expected a configuration file in UTF-8 but: {error}.")
+        except RecursionError:
+            refuse("Expected a configuration file that can be read, but it is nested too deep.")
         finally:
             _TYPED.reset(token)
 

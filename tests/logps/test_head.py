@@ -76,12 +76,24 @@ def test_values_without_gradients_are_the_same():
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_a_frozen_head_gets_no_gradient_and_hidden_states_do():
+def test_a_frozen_head_gets_no_gradient_and_hidden_states_get_the_dense_one():
     hidden, targets = _inputs()
     head = nn.Linear(WIDTH, VOCABULARY).requires_grad_(False)
-    selected_logps(head, hidden, targets, VOCABULARY).sum().backward()
+    tiny.weighted(selected_logps(head, hidden, targets, VOCABULARY)).backward()
     assert head.weight.grad is None
-    assert hidden.grad is not None
+    (dense,) = torch.autograd.grad(tiny.weighted(_dense(head, hidden, targets)), hidden)
+    torch.testing.assert_close(hidden.grad, dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_the_divergence_of_two_heads_is_the_dense_one_over_the_tokens_that_both_have():
+    (hidden, _), (other, _) = _inputs(), _inputs()
+    head, wider = nn.Linear(WIDTH, VOCABULARY), nn.Linear(WIDTH, VOCABULARY + 3)
+    found = head_module.reference_kl(head, hidden, wider, other, VOCABULARY)
+    theirs = wider(other)[:, :VOCABULARY].log_softmax(-1).detach()
+    dense = (theirs.exp() * (theirs - head(hidden).log_softmax(-1))).sum(-1)
+    assert found.shape == (TOKENS,)
+    torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("small_chunks")

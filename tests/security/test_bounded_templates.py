@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+from datetime import datetime
 from typing import Any
 
 import pytest
-from chats import TEMPLATES
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from limits import bounded
@@ -15,9 +14,27 @@ from limits import bounded
 from lit_dpo.data import sandbox
 from lit_dpo.data.sandbox import BoundedSandbox, OutOfBounds, bound
 from lit_dpo.errors import DataError
+from ranks import run
 from training import data
 
 MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]
+TEMPLATES = {
+    "chatml": "{% for m in messages %}{{'<|' + m['role'] + '|>\n' + m['content'] + '<|end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+    "alternating": "{{ bos_token }}\n{%- for m in messages %}\n  {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ nothing.at.all }}{%- endif %}\n  {{- '[' ~ m.role|upper ~ '] ' ~ m.content | trim }}\n{%- endfor %}\n",
+    "thinking": "{%- set ns = namespace(last=0, done=false) %}{%- for m in messages[::-1] %}"
+    "{%- if not ns.done and m.role == 'user' %}{%- set ns.done = true %}"
+    "{%- set ns.last = messages|length - loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for m in messages %}{%- if 'e' in m.content %}{%- set c = m.content.split('e')[-1].lstrip('\n') %}"
+    "{%- else %}{%- set c = m.content %}{%- endif %}{{- c }}{{ ns.last }}{%- endfor %}",
+    "tools": "{%- macro kind(t) -%}{%- if t is mapping -%}{{ t.type }}{% for k, v in t.items() %}{{ k }}{{ kind(v) }}"
+    "{% endfor %}{%- endif -%}{%- endmacro -%}{% for t in tools or [{'type': 'a', 'b': {'type': 'c'}}] %}"
+    "{{ kind(t) }}{{ t|tojson(indent=2) }}{% endfor %}{{ {'a': [1, 2]}|tojson }}"
+    "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+    "blocks": "{% set x %}a{% for i in [1, 2] %}{{ i }}{% endfor %}{% endset %}{{ x }}"
+    "{% filter upper %}b{{ x }}{% endfilter %}",
+}
 LOOPS = {
     "rounds": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "conditions": "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
@@ -58,7 +75,7 @@ BOMBS = {
     "tabs": "{{ ('\t' * 1000000).expandtabs(1000000) }}",
     "table": "{{ ('a' * 1000000).translate({97: 'x' * 1000000}) }}",
     "time": "{{ strftime_now('%1000000000Y') }}",
-    "keeps": "{% set n = namespace(x=[]) %}{% for i in range(99999) %}{% set n.x = n.x + ['a' * 1000000] %}{% endfor %}",
+    "keeps": "{% set n = namespace(x=[]) %}{% for i in range(999) %}{% set n.x = n.x + ['a' * 999999] %}{% endfor %}",
     "html": "{% autoescape true %}{{ '&' * 1000000 * 90 }}{% endautoescape %}",
     "deep": "{{ " + "(" * 50000 + "1" + ")" * 50000 + " }}",
     "nested": "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
@@ -81,9 +98,13 @@ def soon(monkeypatch):
     monkeypatch.setattr(sandbox, "STEPS", 100_000)
 
 
+def strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
 def _rendered(template: str, kind: type[Any] = BoundedSandbox, **given: Any) -> str:
     made = kind(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    made.globals["strftime_now"] = lambda form: form
+    made.globals["strftime_now"] = strftime_now
     given = {"bos_token": "<s>", "eos_token": "</s>", "add_generation_prompt": True, "tools": None, **given}
     return made.from_string(template).render(messages=MESSAGES, **given)
 
@@ -109,7 +130,8 @@ def test_a_template_renders_to_the_letter_as_without_bounds(name):
         "{% macro m(x, y='z') %}{{ x }}{{ caller() if caller }}{% endmacro %}{{ m('q') }}{% call m(1) %}!{% endcall %}"
         "{% set n = namespace(a=[]) %}{% for i in 'abc' %}{% set n.a = n.a + [i] %}{% endfor %}{{ n.a|tojson }}"
         "{% set (x, y) = (1, 2) %}{{ x }}{{ y }}{{ 'a-b'.split('-')|reverse|list }}{{ {'b': 1}|dictsort }}"
-        "{{ 'x'|indent(2, true) }}{{ 'aXa'.replace('X', 'YY') }}{{ '{:>4}'.format('a') }}{{ messages|map(attribute='role')|join }}"
+        "{{ 'x'|indent(2, true) }}{{ 'aXa'.replace('X', 'YY') }}{{ '{:>4}'.format('a') }}"
+        "{{ messages|map(attribute='role')|join }}{{ messages|selectattr('role', 'equalto', 'user')|list|length }}"
     )
     wanted = [_outcome(text, ImmutableSandboxedEnvironment) for text in (TEMPLATES[name], TEMPLATES[name] + more)]
     assert [_outcome(text, BoundedSandbox) for text in (TEMPLATES[name], TEMPLATES[name] + more)] == wanted
@@ -123,15 +145,15 @@ def _outcome(template: str, kind: type[Any]) -> str:
 
 
 def test_transformers_renders_within_the_bounds_in_data_too(tiny_model, tmp_path, soon):
-    """In this process, and in one that is forked or spawned from it: nothing is a signal or a thread."""
+    """In this process, and in one that is forked: nothing is a signal or a thread."""
     (tmp_path / "bomb.jinja").write_text("{% for m in messages %}{{ 'a' * 10**10 }}{% endfor %}")
     rows = [{"chosen": MESSAGES, "rejected": [MESSAGES[0], {"role": "assistant", "content": "no"}]}] * 3
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     module = data(tmp_path / "rows.jsonl", tokenizer=str(tiny_model), chat_template=str(tmp_path / "bomb.jinja"))
     with bounded(), pytest.raises(DataError, match=r"not rendered further: the chat template makes texts .*--data\."):
         module.setup("fit")
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        assert "makes texts" in pool.apply(_in_a_worker)
+    (said,) = run(_in_a_worker, 1, folder=tmp_path / "worker")
+    assert "makes texts" in said
 
 
 def _in_a_worker() -> str:

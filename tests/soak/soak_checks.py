@@ -102,7 +102,8 @@ def _weights(straight: Path, resumed: Path) -> list[str]:
     if whole is None or other is None:
         return ["no last.ckpt"]
     one, two = (torch.load(file, weights_only=True) for file in (whole, other))
-    keys = ("global_step", "epoch", "state_dict", "optimizer_states", "lr_schedulers")
+    # not `epoch`: a file of the very end, after SIGTERM for instance, has counted the last one as over
+    keys = ("global_step", "state_dict", "optimizer_states", "lr_schedulers")
     found = [f"last.ckpt: {key}" for key in keys if not same(one[key], two[key])]
     adapters = [_exported(folder) for folder in (straight, resumed)]
     return [*found, *([] if same(*adapters) else ["the adapter"])]

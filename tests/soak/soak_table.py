@@ -10,6 +10,9 @@ from typing import NamedTuple
 from soak_cases import Case, Fault
 from soak_faults import FAULTS
 
+_WORDS = {"SIGINT": "Ctrl-C", "full": "the disk is full", "read-only": "the disk is read-only"}
+_WORDS |= {"SIGKILL": "SIGKILL", "SIGTERM": "SIGTERM"}
+
 
 class Outcome(NamedTuple):
     """Of a case."""
@@ -28,8 +31,7 @@ class Outcome(NamedTuple):
 
 def table(outcomes: Sequence[Outcome], seed: int) -> str:
     """Markdown: what happened, how often, and what was lost."""
-    lines = ["| fault | command | how often | at a write, at another moment | most steps lost | ended otherwise |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = ["| fault | how often | what was lost | command |", "|---|---|---|---|"]
     groups: dict[tuple[str, str], list[tuple[Outcome, str]]] = {}
     for one in outcomes:
         for hit in one.hit:
@@ -37,9 +39,13 @@ def table(outcomes: Sequence[Outcome], seed: int) -> str:
     order = {name: place for place, name in enumerate(FAULTS)}
     for (fault, command), found in sorted(groups.items(), key=lambda item: (order[item[0][0]], item[0][1])):
         writing = sum("os." in hit or "open " in hit for _, hit in found)
-        lost = max(one.lost for one, _ in found)
         wrong = sum(bool(one.wrong) for one, _ in found)
-        lines.append(f"| {fault} | `{command}` | {len(found)} | {writing}, {len(found) - writing} | {lost} | {wrong} |")
+        lost = max(one.lost for one, _ in found)
+        said = "nothing" if lost < 1 else f"at most {lost} step{'s' * (lost > 1)}, made again"
+        said = said if command in ("fit", "ablate") else "nothing that was there; its work is made again"
+        said += f"; {wrong} ended otherwise" if wrong else ""
+        times = f"{len(found)}, {writing} of them at a write"
+        lines.append(f"| {_WORDS[fault]}, `{command}` | {times} | {said} | `soak.py --seed {seed}` |")
     count = sum(len(one.hit) for one in outcomes)
     wrong = sum(bool(one.wrong) for one in outcomes)
     said = (

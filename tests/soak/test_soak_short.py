@@ -49,3 +49,13 @@ def test_a_run_that_everything_happens_to_ends_as_the_one_that_nothing_does(tmp_
     assert [hit.split()[0] for hit in found.hit] == [fault.name for fault in _FAULTS], found
     assert found.lost <= 2
     assert not found.traceback
+
+
+@pytest.mark.usefixtures("disks")
+def test_a_tool_clears_away_what_is_half_written_after_sigterm(tmp_path: Path) -> None:
+    soak = Soak(tmp_path / "work")
+    found = soak.do(Case(1, "inspect", "inspect", (Fault("SIGTERM", "writes", 0.99, "one"),)))
+    assert not found.wrong
+    assert found.statuses == (143, 0)
+    assert "/.report." in found.hit[0]
+    assert found.left == 0

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Cut = Callable[[], Sequence[CompletionBatch]]
 
-_Made = TypeVar("_Made")
+Made = TypeVar("Made")
 log = logging.getLogger(__name__)
 
 
@@ -54,7 +54,7 @@ class OutOfMemory(pl.Callback):
         self._left = self.halvings
         pl_module.out_of_memory = self
 
-    def again(self, pl_module: DPOModule, run: Callable[[], _Made], cut: Cut) -> _Made:
+    def again(self, pl_module: DPOModule, run: Callable[[], Made], cut: Cut) -> Made:
         """Run what takes memory; if that runs out, once more in smaller micro-batches.
 
         Args:

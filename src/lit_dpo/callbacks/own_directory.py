@@ -26,11 +26,11 @@ class OwnDirectory(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self._held: list[int] = []
+        self.held: list[int] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: DPOModule, stage: str) -> None:
         """Take the directory, if `DPOModule.prepare_data`, which comes before loggers write, is overridden."""
-        if stage == "fit" and trainer.is_global_zero and not self._held:
+        if stage == "fit" and trainer.is_global_zero and not self.held:
             self.take(trainer)
 
     def take(self, trainer: pl.Trainer) -> None:
@@ -52,7 +52,7 @@ class OwnDirectory(pl.Callback):
                     f"Expected a directory for this run alone but another process trains in {folder}: let the logger "
                     "number it (leave its `version` out), or name another."
                 )
-            self._held.append(held)
+            self.held.append(held)
 
     def teardown(self, trainer: pl.Trainer, pl_module: DPOModule, stage: str) -> None:
         """Let go of it."""
@@ -63,9 +63,9 @@ class OwnDirectory(pl.Callback):
         self._let_go()
 
     def _let_go(self) -> None:
-        while self._held:
-            release(self._held.pop())
+        while self.held:
+            release(self.held.pop())
 
     def __getstate__(self) -> dict[str, object]:
         """Let copies hold nothing."""
-        return {"_held": []}
+        return {"held": []}

@@ -9,6 +9,7 @@ a class of a kind that a module has, or of the same project as the module's own 
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -36,9 +37,11 @@ class _Blocked(MetaPathFinder):
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self.names = names
+        self.refused: str | None = None
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
         if fullname in self.names:
+            self.refused = self.names[fullname]
             raise ResumeError(_sentence(self.names[fullname], "which is not imported"))
 
 
@@ -72,6 +75,12 @@ def only_known_classes(stored: Mapping[str, Any], cls: type, kinds: tuple[type, 
     sys.meta_path.insert(0, finder)
     try:
         yield
+    except Exception as error:  # what was refused comes back within an error of the parser
+        if finder.refused is not None:
+            raise ResumeError(_sentence(finder.refused, "which is not imported")) from None
+        if isinstance(error, argparse.ArgumentError):
+            raise ResumeError(f"What the checkpoint says of its module does not build one: {error}") from error
+        raise
     finally:
         sys.meta_path.remove(finder)
 

@@ -78,9 +78,7 @@ _BUDGET: ContextVar[_Budget] = ContextVar("budget")
 
 
 def _budget() -> _Budget:
-    if (found := _BUDGET.get(None)) is None:  # while a template is compiled, which computes what is constant in it
-        _BUDGET.set(found := _Budget())
-    return found
+    return _BUDGET.get(None) or _Budget()
 
 
 class _Bounded(Template):
@@ -107,6 +105,11 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         for name in _NEVER:
             self.filters.pop(name, None)
             self.globals.pop(name, None)
+        self.check_filters()
+
+    def check_filters(self) -> None:
+        """Let each filter look at sizes, those too that were put in since."""
+        self.filters = {name: _checked(name, one) for name, one in self.filters.items()} | _OWN_FILTERS
 
     def from_string(self, source: Any, globals: Any = None, template_class: Any = None) -> Template:
         """Compile a template, with a count in each loop and macro.
@@ -116,7 +119,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         """
         if len(source) > LONGEST_TEMPLATE:
             raise OutOfBounds(f"the chat template has more than {LONGEST_TEMPLATE} characters")
-        self.filters = {name: _checked(name, one) for name, one in self.filters.items()} | _OWN_FILTERS
+        self.check_filters()
         token = _BUDGET.set(_Budget())
         try:
             tree = self.parse(source)

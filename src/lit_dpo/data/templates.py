@@ -110,10 +110,11 @@ def _variables(template: str) -> frozenset[str]:
 @lru_cache
 def _environment() -> Environment:
     """Return one that can read all that transformers can: its `{% generation %}` too."""
-    from jinja2 import Environment
     from jinja2.ext import Extension
     from jinja2.nodes import Node
     from jinja2.parser import Parser
+
+    from lit_dpo.data.sandbox import BoundedSandbox
 
     class Generation(Extension):
         tags = {"generation"}  # noqa: RUF012 - as in Jinja
@@ -122,7 +123,8 @@ def _environment() -> Environment:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    return Environment(extensions=[Generation, "jinja2.ext.loopcontrols"], autoescape=False)  # nothing is rendered
+    # nothing is rendered; but what is constant in a template is computed where its variables are looked for
+    return BoundedSandbox(extensions=[Generation, "jinja2.ext.loopcontrols"])
 
 
 @lru_cache

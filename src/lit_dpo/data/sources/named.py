@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -53,6 +54,7 @@ def load_named(name: str, encoding: str | None) -> list[RowSource]:
     folder, content, options = Path(named.path).expanduser(), "", {}
     if folder.is_dir():
         files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+        _check_inside(folder, files)
         content = content_digest(files)
         if any((folder / marker).is_file() for marker in _SAVED):
             return [_saved(named, folder, content)]
@@ -90,7 +92,11 @@ def stream_named(name: str) -> tuple[str, Callable[[], Iterable[Any]]]:
     named = _parse(name)
     _refuse_paths(name, named.path)
     try:
+        if (folder := Path(named.path).expanduser()).is_dir():
+            _check_inside(folder, [file for file in folder.rglob("*") if file.is_file()])
         named = _completed(named)
+        if folder.is_dir():
+            _text_files(named)  # what it names is in it
         found = load_dataset(
             named.path, named.configuration, split=named.split, revision=named.revision, streaming=True
         )
@@ -107,9 +113,27 @@ def _text_files(named: _Named) -> list[Path]:
     from datasets import load_dataset_builder
 
     config = load_dataset_builder(named.path, named.configuration).config
+    _check_inside(
+        Path(named.path).expanduser(), [file for files in (config.data_files or {}).values() for file in files]
+    )
     plain = type(config)(name=config.name, data_dir=config.data_dir, data_files=config.data_files)
     files = [Path(file) for file in (config.data_files or {}).get(named.split, ())]
     return files if config == plain and all(suffix_of(file) in TEXT for file in files) else []
+
+
+def _check_inside(folder: Path, files: Iterable[Any]) -> None:
+    """See that what a folder has and names is in it, or, of a commit in the hub's cache, among the cache's files.
+
+    Raises:
+        DataError: naming the first that is elsewhere.
+    """
+    place = folder.resolve()
+    for file in files:
+        found = Path(file).resolve()
+        if "://" in str(file) or not (found.is_relative_to(place) or found.parent == place.parent.parent / "blobs"):
+            raise DataError(
+                f"`{folder}` names `{file}`, which is outside of it: give that by its own name if it is meant."
+            )
 
 
 def _saved(named: _Named, folder: Path, content: str) -> RowSource:
@@ -117,7 +141,15 @@ def _saved(named: _Named, folder: Path, content: str) -> RowSource:
     from datasets import DatasetDict, load_from_disk
 
     try:
+        for state in folder.rglob("state.json"):
+            lists = (one for one in json.loads(state.read_text(encoding="utf-8")).values() if isinstance(one, list))
+            names = [one["filename"] for files in lists for one in files if isinstance(one, dict) and "filename" in one]
+            _check_inside(state.parent, [state.parent / name for name in names])
+        if (splits := folder / "dataset_dict.json").is_file():
+            _check_inside(folder, [folder / one for one in json.loads(splits.read_text(encoding="utf-8"))["splits"]])
         found = load_from_disk(str(folder))
+    except DataError:
+        raise
     except Exception as error:  # `datasets` and pyarrow, of many kinds
         raise DataError(f"`{folder}` cannot be read: {type(error).__name__}: {first_line(error)}") from error
     if isinstance(found, DatasetDict):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from lit_dpo.errors import DataError
 from lit_dpo.seals import is_sealed, seal
 from lit_dpo.writing import written_whole
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _ROWS, _CHARACTERS = 1000, 1 << 23  # of a batch: Arrow's offsets of text have 32 bits
+
+_MOST_COLUMNS = 1000
 
 
 class Line(NamedTuple):
@@ -93,6 +96,8 @@ def _written(path: Path, lines: Iterable[Line]) -> list[str]:
         for batch in _batches(lines):
             for one in batch:
                 names.update(dict.fromkeys(one.names))
+                if len(names) > _MOST_COLUMNS:  # each row has a cell of each
+                    raise DataError(f"Expected at most {_MOST_COLUMNS} columns but its rows have more different keys.")
             cells = [[one.text for one in batch], [one.line for one in batch], [one.reason for one in batch]]
             arrays = [pa.array(column, field.type) for column, field in zip(cells, schema, strict=True)]
             writer.write_batch(pa.record_batch(arrays, schema=schema))

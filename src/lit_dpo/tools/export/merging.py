@@ -7,7 +7,6 @@ import gc
 import json
 import logging
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from lit_dpo.tools import trained as trained_things
 from lit_dpo.tools.export.certificate import MAX_DRIFT, MAX_GAP, Certificate, Scores, check, drift, preferring, scores
 from lit_dpo.tools.export.probe import Probe
 from lit_dpo.tools.trained import Trained
+from lit_dpo.writing import remove
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,7 +71,7 @@ def merge(
     """
     base, same = merge_base(trained, given)
     _check_room(base, given.dtype, fresh)
-    with adapter_folder(trained, tokenizer, probe, device) as (folder, before):
+    with adapter_folder(trained, tokenizer, probe, device, fresh / ".adapter") as (folder, before):
         model = _on_the_base(base, folder, device)
         untied = untie(model)
         unmerged = scores(model, probe.batches)
@@ -157,22 +157,25 @@ def _revision_of(name: str) -> tuple[str, str | None]:
 
 @contextmanager
 def adapter_folder(
-    trained: Trained, tokenizer: PreTrainedTokenizerBase, probe: Probe, device: torch.device
+    trained: Trained, tokenizer: PreTrainedTokenizerBase, probe: Probe, device: torch.device, scratch: Path
 ) -> Iterator[tuple[Path, Before]]:
-    """Score what was trained, as it was trained, and give its adapter as a PEFT folder; a checkpoint's is made."""
+    """Score what was trained, as it was trained, and give its adapter as a PEFT folder; a checkpoint's is `scratch`."""
     known = trained_things.check_base(trained)
     model = trained_things.load(trained, device)
     policy = scores(model, probe.batches)
     with adapters_off(model):
         reference = scores(model, probe.batches)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = trained.path
-        if trained.kind == "checkpoint":
-            folder = Path(scratch) / "adapter"
-            save_adapter(model, tokenizer, folder)
-        del model
-        gc.collect()
+    folder = trained.path
+    if trained.kind == "checkpoint":
+        # inside what is written: a kill leaves nothing anywhere else
+        folder = scratch
+        save_adapter(model, tokenizer, folder)
+    del model
+    gc.collect()
+    try:
         yield folder, Before(policy, reference, known)
+    finally:
+        remove(scratch)
 
 
 def _on_the_base(base: LoRAPolicy, folder: Path, device: torch.device) -> Any:
