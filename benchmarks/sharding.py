@@ -5,8 +5,7 @@
 
 All train on the same 21 pairs of unequal lengths, in micro-batches of which one rank has more than the other, under a
 reference cache that has half of the completions, and measure 17 held-out pairs. Differences are from one process, after
-one epoch of AdamW. Memory is that of the frozen weights, and the most that a rank took while they were read: anonymous
-pages, seen every few milliseconds, above what was there before.
+one epoch of AdamW. Memory is that of the frozen weights, the head's too, which is whole.
 """
 
 from __future__ import annotations
@@ -20,9 +19,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +117,6 @@ def work(spec: dict[str, Any]) -> None:
             batch_size=8 // spec["world"],
             eval_batch_size=4 // spec["world"],
         )
-        load, peaks = policy.load, []
-        object.__setattr__(
-            policy, "load", lambda *a, load=load, peaks=peaks, **b: _watched(lambda: load(*a, **b), peaks)
-        )
         trainer.fit(module, datamodule=data)
         frozen = [p for p in module.model.parameters() if not p.requires_grad]
         found[quantization] = {
@@ -133,7 +125,6 @@ def work(spec: dict[str, Any]) -> None:
             },
             "measured": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "held": sum(p.numel() * p.element_size() for p in (_here(p) for p in frozen)),
-            "peak": peaks[0],
         }
     if os.environ.get("RANK", "0") == "0":
         (out / "found.json").write_text(json.dumps(found))
@@ -149,34 +140,9 @@ def _here(parameter: Any) -> Any:
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
-def _watched(load: Callable[[], Any], peaks: list[int]) -> Any:
-    """Note the most memory that something takes."""
-    before, most, done = _anonymous(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            most[0] = max(most[0], _anonymous())
-            time.sleep(0.002)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        return load()
-    finally:
-        done.set()
-        thread.join()
-        peaks.append(most[0] - before)
-
-
-def _anonymous() -> int:
-    """Bytes of this process that are in no file."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-
 def _print(found: dict[str, Any]) -> None:
-    print("| | largest difference of a measure | of an adapter weight, of the largest | frozen weights per rank | peak "
-          "while reading |\n|---|---|---|---|---|")  # fmt: skip
+    print("| | largest difference of a measure | of an adapter weight, of the largest | frozen weights per rank |")
+    print("|---|---|---|---|")
     for quantization in QUANTIZATIONS:
         alone = found["one process"][quantization]
         for side, both in found.items():
@@ -187,10 +153,7 @@ def _print(found: dict[str, Any]) -> None:
             ]
             apart, size = max(abs(a - b) for a, b in pairs), max(abs(a) for a, _ in pairs)
             kind = "float32" if quantization == "none" else "NF4"
-            print(
-                f"| {kind}, {side} | {measured:.1g} | {apart:.1g} of {size:.2g} | {this['held'] / 1e6:.1f} MB | "
-                f"{this['peak'] / 1e6:.0f} MB |"
-            )
+            print(f"| {kind}, {side} | {measured:.1g} | {apart:.1g} of {size:.2g} | {this['held'] / 1e6:.1f} MB |")
 
 
 if __name__ == "__main__":

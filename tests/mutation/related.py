@@ -23,22 +23,23 @@ _WIDE = {
 }
 _NEAR = {
     "losses/__init__": ["losses/test_contract"],
-    "losses/checks": ["test_loss_inputs", "losses/test_contract"],
+    "losses/checks": ["test_edges", "test_loss_inputs", "losses/test_contract"],
     "losses/order": ["losses/test_aot", "losses/test_aotunpaired", "losses/test_lists"],
     "losses/base": ["losses/test_contract"],
     "losses/composed": ["losses/test_humanline", "losses/test_lddpo", "losses/test_wpo"],
-    "logps/fields": ["logps/test_records"],
+    "logps/fields": ["logps/test_records", "test_edges"],
     "logps/last_layer": ["logps/test_head", "logps/test_microbatch"],
     "logps/layouts": ["logps/test_flat_row", "logps/test_many_completions"],
     "logps/model_head": ["logps/test_head"],
     "logps/score": ["logps/test_flat_row", "logps/test_training_mode", "logps/test_probe"],
     "references/base": ["references/test_references"],
+    "references/model": ["references/test_cache"],
     "references/adapter": ["references/test_references", "policy/test_held"],
     "data/encode": ["data/test_encode", "data/test_encode_rankings"],
     "data/truncation": ["data/test_encode"],
     "data/encoding": ["data/test_encoding_costs", "data/test_encode"],
 }
-_SOME = "MixtureLoss or BCOLoss or TDPOLoss or SimPOLoss or LiPOLoss or test_loss_inputs"
+_SOME = "checks_of or MixtureLoss or BCOLoss or TDPOLoss or SimPOLoss or LiPOLoss or test_loss_inputs"
 _HEAVY = "not two_processes and not signal_saves and not on_two"
 
 
