@@ -202,7 +202,11 @@ def test_batches_are_pinned_for_the_trainers_device_not_for_one_that_is_there(
     module.setup("fit")
     assert not module.train_dataloader().pin_memory, "without a trainer"
     module.trainer = types.SimpleNamespace(
-        strategy=SingleDeviceStrategy(torch.device(device)), global_rank=0, world_size=1, overfit_batches=0
+        strategy=SingleDeviceStrategy(torch.device(device)),
+        lightning_module=None,
+        global_rank=0,
+        world_size=1,
+        overfit_batches=0,
     )
     loaders = (module.train_dataloader(), module.val_dataloader())
     assert [loader.pin_memory for loader in loaders] == [pinned] * 2
