@@ -107,6 +107,8 @@ class BaseModel(ABC):
         checks.check_no_adapter_inside(self, self.place)
         checks.check_prequantized(self, config)
         checks.check_attention(self.attention)
+        if weights:
+            files.check_widths(config, self.place.folder, self.trust_remote_code)
         if self.quantization != "none":
             checks.check_bitsandbytes(self.quantization)
         if self.adapter_path is not None:

@@ -16,6 +16,7 @@ from lit_dpo.errors import LitDPOError, PolicyError, first_line
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from transformers import PreTrainedConfig
 
 LARGEST_FILE = 50_000_000
 """Bytes of a configuration of a model or an adapter."""
@@ -26,6 +27,7 @@ LARGEST_RANK = 1024
 MOST_LAYERS = 10_000
 """Of a model whose weights are not there to be counted."""
 
+_PACKED = 16  # numbers in one that is stored, at most: of 2 bits in 32
 _USUAL = 512  # layers, experts, heads: so many are built in no time
 _SECONDS = 5
 _MATCH = "import json, re, sys; p, n = json.load(sys.stdin); [re.fullmatch(one, name) for one in p for name in n]"
@@ -95,6 +97,37 @@ def check_size(config: Mapping[str, Any], folder: Path) -> None:
                         f"Expected `{path}{name}` in {folder / 'config.json'} to be at most {max(most, _USUAL)}, by "
                         f"what there is of its weights, but got {given}."
                     )
+
+
+def check_widths(config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> None:
+    """See that a model does not claim far more numbers than its weights have: what is missing there would be made.
+
+    Raises:
+        PolicyError: with both counts.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    shapes = [shape for file in folder.glob("*.safetensors") for _, shape in headers(file).values()]
+    widest = max((size for shape in shapes for size in shape), default=None)
+    if widest is None or max(_widths(config.to_dict()), default=0) <= widest:
+        return  # the usual case costs no skeleton
+    with refused(str(folder / "config.json")), torch.device("meta"):
+        claimed = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).num_parameters()
+    there = sum(math.prod(shape) for shape in shapes)
+    if claimed > _PACKED * there:
+        raise PolicyError(
+            f"Expected a model of about as many numbers as its weights have, {there:,}, but {folder / 'config.json'} "
+            f"claims {claimed:,}."
+        )
+
+
+def _widths(config: Mapping[str, Any]) -> Iterator[int]:
+    for name, given in config.items():
+        if isinstance(given, Mapping):
+            yield from _widths(given)
+        elif isinstance(given, int) and not re.search(r"position|window|context|length|token|theta", name):
+            yield given
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
