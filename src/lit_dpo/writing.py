@@ -46,6 +46,7 @@ def written_whole(path: Path, *, new: bool = False) -> Iterator[Path]:
         try:
             yield temporary
             if new:
+                _usual_mode(temporary)
                 _flush(temporary)
                 _put_new(temporary, path)
             else:

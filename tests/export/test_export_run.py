@@ -129,9 +129,12 @@ def test_text_of_others_is_text_in_the_card(tmp_path):
     base = tiny.directory(tmp_path / "base")
     tiny.lora(AutoModelForCausalLM.from_pretrained(base)).save_pretrained(tmp_path / "adapter")
     tiny.tokenizer().save_pretrained(tmp_path / "adapter")
-    for strange in ([], {"base": 3, "data": {"train": 4}, "measures": {"val/x": "y"}, "loss": [1], "policy": None}):
-        (tmp_path / "adapter" / "lit_dpo.json").write_text(json.dumps(strange))
-        export.main([str(tmp_path / "adapter"), str(tmp_path / f"strange-{len(strange)}")])
+    strange = {"base": 3, "data": {"train": 4}, "measures": {"val/x": "y"}, "loss": [1], "policy": None}
+    (tmp_path / "adapter" / "lit_dpo.json").write_text(json.dumps(strange))
+    export.main([str(tmp_path / "adapter"), str(tmp_path / "strange")])
+    (tmp_path / "adapter" / "lit_dpo.json").write_text("[]")
+    with pytest.raises(LitDPOError, match="Expected a JSON object"):
+        export.main([str(tmp_path / "adapter"), str(tmp_path / "list")])
     hostile = "a | b\n# c <script>alert(1)</script> [x](javascript:1) `d` \x1b[31m"
     said = {
         "base": {"model": hostile},

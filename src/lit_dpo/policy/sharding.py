@@ -47,7 +47,7 @@ def make_mesh(shard: str, device: str, world_size: int, nodes: int) -> DeviceMes
 def mesh_of(model: PeftModel | PreTrainedModel) -> DeviceMesh | None:
     """Return the ranks among which a model's base is sharded; None if it is whole."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found: DeviceMesh | None = vars(base).get("lit_dpo_mesh")
+    found: DeviceMesh | None = getattr(base, "lit_dpo_mesh", None)
     return found
 
 
