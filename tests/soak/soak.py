@@ -64,6 +64,7 @@ class Soak:
             (made / "whole").touch()
         self.made = made
         self._straight: dict[str, Straight] = {}
+        self._hopeless: dict[str, str] = {}
         self.configs: dict[str, Config] = cases.configurations(made / "model", made / "other", made / "adapter")
 
     # ---- what is started ----
@@ -195,7 +196,13 @@ class Soak:
 
     def do(self, case: Case, *, keep: bool = False) -> Outcome:
         """Carry it out."""
-        whole = self.straight(case.command, case.config)
+        try:
+            if case.config in self._hopeless:
+                raise SystemExit(self._hopeless[case.config])
+            whole = self.straight(case.command, case.config)
+        except SystemExit as error:
+            self._hopeless[case.config] = said = str(error)
+            return Outcome(case, (), (), 0, 0, False, (f"nothing happened to it, and {ending.said(said)}",))
         root = self.work / f"case-{case.number}"
         with faults.own_disk(root, _DISK):
             found = self._done(case, root, whole)
