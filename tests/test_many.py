@@ -131,3 +131,13 @@ def test_a_run_goes_on_with_another_number_of_ranks_in_the_middle_of_an_epoch(
         _close(straight["noted"], resumed[0]["noted"], what)
         said = (tmp_path / f"{before}-{after}" / "rank-0.log").read_text()
         assert ("going on with" in said) == (before != after)
+
+
+def test_a_rank_without_a_share_of_a_step_gathers_what_was_measured_with_the_others(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    file = str(many.pairs_with_columns(tmp_path / "rows.jsonl", 5))
+    found = ranks.run(many.tail, 2, str(tiny_model), file, tmp_path, folder=tmp_path / "two", seconds=40)
+    assert found[0] == found[1]
+    assert found[0][0] == 4
+    assert found[0][1]["train/loss"] > 0

@@ -62,7 +62,7 @@ from lit_dpo.logps.microbatch import (
 from lit_dpo.logps.records import CompletionLogps, PairLogps, SequenceLogps
 from lit_dpo.logps.score import FrozenStates, choose_layout, completion_logps, frozen_logps
 from lit_dpo.losses import DPOLoss, PreferenceLoss
-from lit_dpo.metrics.collections import of_set, preference_metrics
+from lit_dpo.metrics.collections import asked_together, of_set, preference_metrics
 from lit_dpo.passes import Passes, in_two_passes
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.base_model import BaseModel
@@ -198,9 +198,9 @@ class DPOModule(pl.LightningModule):
         self.model: Any = None
         self.register_buffer("loss_state", loss.initial_state())
         self.fresh = True  # until it has trained, or was loaded with a checkpoint's adapter
-        self.train_metrics = self.configure_metrics().clone(prefix="train/")
-        self.val_metrics = self.configure_metrics().clone(prefix="val/")
-        self.test_metrics = self.configure_metrics().clone(prefix="test/")
+        self.train_metrics = asked_together(self.configure_metrics().clone(prefix="train/"))
+        self.val_metrics = asked_together(self.configure_metrics().clone(prefix="val/"))
+        self.test_metrics = asked_together(self.configure_metrics().clone(prefix="test/"))
         self.eval_sets = torch.nn.ModuleDict()  # metrics of each validation or test set, where there are several
         self.register_load_state_dict_post_hook(frozen_is_not_missing)  # type: ignore[no-untyped-call]
         self.window = Window()

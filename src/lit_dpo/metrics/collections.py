@@ -47,6 +47,16 @@ def preference_metrics(parts: Iterable[str] = (), *, kl: bool = False) -> Metric
     return MetricCollection(measured, compute_groups=False)  # type: ignore[arg-type]
 
 
+def asked_together(measured: MetricCollection) -> MetricCollection:
+    """Let metrics remember no result: a rank that had no share of a batch would give its own again, and not gather.
+
+    The others, which have counted, would wait for it.
+    """
+    for metric in measured.values():
+        metric.compute_with_cache = False
+    return measured
+
+
 def of_set(
     sets: torch.nn.ModuleDict, together: MetricCollection, stage: str, name: str | int
 ) -> tuple[str, MetricCollection]:
