@@ -35,7 +35,7 @@ class OfOneStep(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 1:
-            self.microbatches = len(pl_module._cut(batch))
+            self.microbatches = len(pl_module.passes.cut(batch))
             self.counted = Collectives()
             self.counted.__enter__()
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import lightning.pytorch as pl
 import torch
@@ -42,33 +41,25 @@ from lit_dpo.checkpoint import (
     hyper_parameters,
     load_strictly,
     only_known_classes,
-    random_state,
     read_checkpoint,
     untrusting,
 )
 from lit_dpo.data.batch import CompletionBatch
 from lit_dpo.errors import PolicyError, TrainingError
-from lit_dpo.logps.coupling import Others, meet, nothing_of
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.microbatch import (
     MICROBATCH_TOKENS,
-    GradientSum,
-    concatenate,
-    differentiable,
-    join,
-    microbatches,
     why_whole,
 )
 from lit_dpo.logps.records import CompletionLogps, PairLogps, SequenceLogps
-from lit_dpo.logps.score import FrozenStates, choose_layout, completion_logps, frozen_logps
+from lit_dpo.logps.score import choose_layout, completion_logps
 from lit_dpo.losses import DPOLoss, PreferenceLoss
 from lit_dpo.metrics.collections import asked_together, of_set, preference_metrics
-from lit_dpo.passes import Passes, in_two_passes
+from lit_dpo.passes import BatchPasses, may_couple, overrides, trainer_of
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.base_model import BaseModel
 from lit_dpo.policy.devices import remark
 from lit_dpo.policy.sharding import leave_to_shards, make_mesh, parameter_counts
-from lit_dpo.policy.symmetry import agreed, idle
 from lit_dpo.references import Reference
 from lit_dpo.requirements import check_run, resolve_reference
 from lit_dpo.schedules import check_schedule, make_schedule, steps_of_run
@@ -76,8 +67,6 @@ from lit_dpo.window import MeasuredBatch, Window
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-Made = TypeVar("Made")
 
 _BROUGHT = (
     Quiet,
@@ -154,11 +143,6 @@ class DPOModule(pl.LightningModule):
     """Whether what is loaded may be of a run with another loss or reference."""
 
     loss_state: Tensor | None
-    others: Others | None = None
-    """What the other ranks have measured of the batch, where the loss couples pairs."""
-    _said_whole = False
-    _frozen: FrozenStates | None = None  # of the reference, while `forward` runs
-    _draws: list[dict[str, Any]] | None = None  # random states before each `forward`, while they are noted
 
     def __init__(
         self,
@@ -204,13 +188,13 @@ class DPOModule(pl.LightningModule):
         self.eval_sets = torch.nn.ModuleDict()  # metrics of each validation or test set, where there are several
         self.register_load_state_dict_post_hook(frozen_is_not_missing)  # type: ignore[no-untyped-call]
         self.window = Window()
+        self.passes = BatchPasses(self)
         self.unlogged = False  # whether the training metrics have counted something since the last row
         self.fetched: dict[str, Tensor] | None = None  # their values on the CPU, until they count the next batch
         self.measured_batch: MeasuredBatch | None = None  # the last one, for callbacks; not of a step of one's own
         self.asked: dict[str, Tensor] = {}  # what callbacks want to know too: the check of gradients fetches it
         self.schedule_steps: int | None = None  # of a learning rate that changes, by `configure_optimizers`
         self.standing: Standing | None = None  # after the last step
-        self.out_of_memory: OutOfMemory | None = None  # begins a batch again that was too large
         self.configured = False  # until the policy has loaded
         self.checked = False  # until `prepare_data` has looked at this run
 
@@ -221,8 +205,8 @@ class DPOModule(pl.LightningModule):
         if self.model is not None:  # Lightning asks before every stage, `load_state_dict` asks too
             return
         self.configured = True
-        device = self.trainer.strategy.root_device if self._attached is not None else torch.device("cpu")
-        precision = str(self.trainer.precision) if self._attached is not None else ""
+        device = self.trainer.strategy.root_device if trainer_of(self) is not None else torch.device("cpu")
+        precision = str(self.trainer.precision) if trainer_of(self) is not None else ""
         half = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "16-mixed": torch.float16}
         with torch.device("cpu"):  # Lightning makes its device the default here; a CPU's generator draws no GPU tensors
             mesh = self._mesh()
@@ -243,14 +227,13 @@ class DPOModule(pl.LightningModule):
     def forward(self, batch: CompletionBatch) -> SequenceLogps:
         """`(C,)` log-probs of the batch's completions under the policy."""
         collision = Field.COLLISION in self.loss.requires
-        return completion_logps(self.model, batch, collision=collision, frozen=self._frozen)
+        return completion_logps(self.model, batch, collision=collision, frozen=self.passes.frozen)
 
     def completion_logps(self, batch: CompletionBatch) -> CompletionLogps:
         """Score each completion once: under the policy, with gradients, and under the reference, without."""
-        frozen, reference = self._reference_logps(batch)
-        if self._draws is not None:
-            self._draws.append(random_state())
-        return CompletionLogps.of(batch, self._policy_logps(batch, frozen), reference)
+        frozen, reference = self.passes.reference_logps(batch)
+        self.passes.note_draw()
+        return CompletionLogps.of(batch, self.passes.policy_logps(batch, frozen), reference)
 
     def pair_logps(self, batch: CompletionBatch) -> PairLogps:
         """Make the record of `B` comparisons that losses and metrics read: `completion_logps`, and the data's columns.
@@ -319,7 +302,7 @@ class DPOModule(pl.LightningModule):
     def training_step(self, batch: CompletionBatch, batch_idx: int) -> Tensor:
         """Return a batch's mean loss, before Lightning divides it for accumulation; see `Window` for its gradient."""
         self.fetched = None
-        total, losses = self._step(batch, self.train_metrics, training=True)
+        total, losses = self.passes.step(batch, self.train_metrics, training=True)
         self.unlogged = True
         parameters = [p for p in self.parameters() if p.requires_grad]
         mean = self.window.loss(total, losses.numel(), batch_idx, self.trainer, parameters)
@@ -380,7 +363,7 @@ class DPOModule(pl.LightningModule):
             ResumeError: listing keys that are missing, unknown or of another shape.
         """
         self.configure_model()
-        training = self._attached is not None and self.trainer.state.fn == "fit" and not self.accepts_changes
+        training = trainer_of(self) is not None and self.trainer.state.fn == "fit" and not self.accepts_changes
         load_strictly(self.state_dict(keep_vars=True), dict(state_dict), training=training)
         self.fresh = False
         return torch.nn.Module().load_state_dict({})  # as it says that all keys matched
@@ -422,197 +405,31 @@ class DPOModule(pl.LightningModule):
     @property
     def why_whole(self) -> str | None:
         """Why a training batch must not be cut, or None."""
-        if self._may_couple("forward", "completion_logps", "pair_logps"):
+        if may_couple(self, "forward", "completion_logps", "pair_logps"):
             return f"{type(self).__name__} may couple pairs (`couples_pairs = False` in its class says it does not)"
-        if self._overrides("pair_logps") and self.needs_two_passes:
+        if overrides(self, "pair_logps") and self.needs_two_passes:
             return f"the losses couple pairs that {type(self).__name__} makes"
         return why_whole(self.trainer.strategy, self.parameters())
 
     @property
     def needs_two_passes(self) -> bool:
         """Whether all log-probs of a batch must be known before any gradient is: the loss looks at several pairs."""
-        return self.loss.couples_pairs or self.loss.initial_state() is not None or self._may_couple("compute_loss")
-
-    def _may_couple(self, *names: str) -> bool:
-        """Whether one of these methods is a subclass's own, which has not said that it takes pairs one by one."""
-        return self._overrides(*names) if self.couples_pairs is None else self.couples_pairs
-
-    def _overrides(self, *names: str) -> bool:
-        return any(not getattr(type(self), name).__module__.startswith("lit_dpo.") for name in names)
+        return self.loss.couples_pairs or self.loss.initial_state() is not None or may_couple(self, "compute_loss")
 
     def batch_logps(self, batch: CompletionBatch) -> PairLogps:
         """`pair_logps` of a batch of any size, without gradients and dropout, one micro-batch at a time."""
-        return self._again(lambda: self._batch_logps(batch), batch)
-
-    def _again(self, run: Callable[[], Made], batch: CompletionBatch) -> Made:
-        """Run what takes the memory of a batch; where it runs out, `OutOfMemory` may run it again in smaller pieces."""
-        if self.out_of_memory is None:
-            return run()
-        return self.out_of_memory.again(self, run, lambda: self._cut(batch))
-
-    def _batch_logps(self, batch: CompletionBatch) -> PairLogps:
-        training = self.model.training
-        if training:
-            self.model.eval()
-        try:
-            with torch.no_grad():
-                # a loss that couples pairs is no reason here: it sees the joined record
-                whole = self._may_couple("forward", "completion_logps", "pair_logps")
-                parts = [batch] if whole else self._cut(batch)
-                others = idle(self.model, parts)
-                record = self._record(parts, batch)
-                self.score_for_nothing(others)
-                return record
-        finally:
-            if training:
-                self.model.train()
-
-    def _cut(self, batch: CompletionBatch) -> list[CompletionBatch]:
-        """Cut a batch into what runs at once; pairs that a subclass makes are of whole prompts."""
-        if self._overrides("pair_logps"):
-            return batch.cut(self.microbatch_limit)
-        return microbatches(batch, self.microbatch_limit, self.prompt_limit)
-
-    def _record(self, parts: Sequence[CompletionBatch], batch: CompletionBatch | None) -> PairLogps:
-        """Score the parts of a batch, and put them together; parts of a prompt compare nothing, the batch does."""
-        if all(part.size for part in parts):
-            return join([self.pair_logps(part) for part in parts])
-        if batch is None:
-            raise TrainingError("Expected the batch of these parts, since a prompt is in several, but got none.")
-        scored = [self.completion_logps(part) for part in parts]
-        policy, reference = (concatenate([one[side] for one in scored]) for side in (0, 1))
-        return CompletionLogps.of(batch, policy, reference).pairs(batch.columns, self.loss_state)
-
-    def score_for_nothing(self, parts: Sequence[CompletionBatch]) -> None:
-        """Run the passes of `_record`, for nothing: see `lit_dpo.policy.symmetry`."""
-        for part in parts:
-            if part.size:
-                self.pair_logps(part)
-            else:  # of a part of a prompt
-                self.completion_logps(part)
-
-    def _microbatches(self, batch: CompletionBatch) -> list[CompletionBatch]:
-        """Cut a training batch; or leave it whole where it must be, in a line that says so once."""
-        parts = self._cut(batch)
-        if len(parts) == 1 or (reason := self.why_whole) is None:
-            return parts
-        if not self._said_whole:
-            rank_zero_info(f"training batches run in one piece, whatever `microbatch_tokens` is: {reason}")
-            self._said_whole = True
-        return [batch]
+        return self.passes.measure(batch)
 
     def accumulate(
         self, parts: Sequence[CompletionBatch], batch: CompletionBatch | None = None
     ) -> tuple[Tensor, Tensor, PairLogps]:
-        """Return the sum of a batch's losses, to run backward from, the losses and the record.
-
-        In one pass where each prompt's losses are its own. Else in two: all log-probs without a graph, the losses and
-        their gradients with respect to these, and then each part again, under the dropout masks that it had.
+        """Return the sum of a batch's losses, to run backward from, the losses and the record; see `BatchPasses`.
 
         Args:
             parts: micro-batches.
             batch: of which they are. Needed where a prompt is in several of them.
         """
-        sums, records = self._gradient_sum(), []
-        others = idle(self.model, parts)
-        if agreed(self.model, self.needs_two_passes or not all(part.size for part in parts)):
-            return self._in_two_passes(parts, batch, sums, others)
-        for part in parts:
-            pairs = self.pair_logps(part)
-            sums.add(self.losses_of(pairs))
-            records.append(pairs.detach())
-            del pairs  # or it stays until the next one is there
-        for part in others:
-            pairs = self.pair_logps(part)
-            sums.leave([pairs.policy_chosen.total, pairs.policy_rejected.total])
-            del pairs
-        return sums.total(), sums.losses, join(records)
-
-    def _in_two_passes(
-        self,
-        parts: Sequence[CompletionBatch],
-        batch: CompletionBatch | None,
-        sums: GradientSum,
-        others: Sequence[CompletionBatch] = (),
-    ) -> tuple[Tensor, Tensor, PairLogps]:
-        passes = Passes(lambda: self._noted(parts, batch, others), self._losses_over_ranks, self._second_pass)
-        return in_two_passes(parts, passes, sums, others)
-
-    def _gradient_sum(self) -> GradientSum:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None) if self._attached is not None else None
-        trained = [p for p in self.parameters() if p.requires_grad]
-        # not `get_scale`, which waits for the device
-        return GradientSum(trained, scaler.scale(torch.ones((), device=self.device)) if scaler else 1.0)
-
-    def _losses_to_train(self, batch: CompletionBatch) -> tuple[Tensor, Tensor, PairLogps]:
-        """Return the sum of a batch's losses, to run backward from, the losses and the record."""
-        if agreed(self.model, len(parts := self._microbatches(batch))) > 1:
-            return self.accumulate(parts, batch)
-        pairs = self._remember(self.pair_logps(batch))
-        every, losses = self._losses_over_ranks(pairs)
-        if not (self.out_of_memory and self.out_of_memory.halvings) or self.why_whole is not None:
-            return self._total(every, losses), losses, pairs.detach()
-        sums = self._gradient_sum()  # the backward pass too happens here, where it can be begun again
-        sums.add(every, own=losses)
-        return sums.total(), sums.losses, pairs.detach()
-
-    def _noted(
-        self, parts: Sequence[CompletionBatch], batch: CompletionBatch | None, others: Sequence[CompletionBatch]
-    ) -> tuple[PairLogps, list[dict[str, Any]]]:
-        """Score the parts of a training batch, and note the random state before each."""
-        draws: list[dict[str, Any]] = []
-        self._draws = draws
-        try:
-            record = self._record(parts, batch)
-        finally:
-            self._draws = None
-        self.score_for_nothing(others)
-        return self._remember(record), draws
-
-    def _second_pass(self, part: CompletionBatch) -> SequenceLogps:
-        frozen = self._reference_logps(part)[0] if Field.KL in self.loss.requires else None
-        return self._policy_logps(part, frozen)
-
-    def _remember(self, pairs: PairLogps) -> PairLogps:
-        """Let a loss with a memory see a training batch, on all ranks together, before that batch's losses read it."""
-        if self.loss_state is None:
-            return pairs
-        # a loss of one's own may not take a mean of no pairs
-        mine = self.loss.sums(pairs.detach()) if _count(pairs) else torch.zeros_like(self.loss_state)
-        added = self.trainer.strategy.reduce(mine, reduce_op="sum")
-        self.loss_state = self.loss.next_state(self.loss_state, added)
-        return pairs._replace(state=self.loss_state)
-
-    # ---- losses over ranks ----
-
-    def losses_among(self, pairs: PairLogps) -> Tensor:
-        """`losses_of` the pairs of all ranks, of which others are without gradients; or of these, if none couple."""
-        return self.losses_of(pairs if self.others is None else self.others.around(pairs))
-
-    def _losses_over_ranks(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
-        """All losses that depend on these pairs, and these pairs' own; ranks exchange records if the loss couples."""
-        self._exchange(pairs)
-        losses = self.losses_among(pairs)
-        return losses, losses if self.others is None else self.others.own(losses, pairs)
-
-    def _total(self, every: Tensor, own: Tensor) -> Tensor:
-        """Sum this rank's losses, with the gradient of what its pairs do to the losses of all."""
-        total = own.sum()
-        return total if self.others is None else every.sum() + (total - every.sum()).detach()
-
-    def _exchange(self, pairs: PairLogps) -> None:
-        self.others = meet(pairs) if self.loss.couples_pairs and self._ranks > 1 else None
-
-    @property
-    def _ranks(self) -> int:
-        return int(self.trainer.world_size) if self._attached is not None else 1
-
-    def _parts_of_losses(self, pairs: PairLogps) -> dict[str, Tensor]:
-        """Parts of a composed loss, of this rank's pairs."""
-        if self.others is None:
-            return self.loss.parts(pairs)
-        found = self.loss.parts(self.others.around(pairs))
-        return {name: self.others.own(values, pairs) for name, values in found.items()}
+        return self.passes.accumulate(parts, batch)
 
     # ---- helpers ----
 
@@ -620,19 +437,12 @@ class DPOModule(pl.LightningModule):
         """Make the ranks that share a base by `policy.shard`; where there is one rank, it is whole, in a line."""
         if self.policy.shard == "none":
             return None
-        trainer = self._attached
+        trainer = trainer_of(self)
         if trainer is None or trainer.world_size == 1:
             rank_zero_info(f"policy.shard={self.policy.shard}: the base is whole, for no trainer has several processes")
             return None
         device = trainer.strategy.root_device.type
         return make_mesh(self.policy.shard, device, trainer.world_size, trainer.num_nodes)
-
-    @property
-    def _attached(self) -> pl.Trainer | None:
-        """The trainer, or None where there is none, or Fabric's."""
-        with suppress(RuntimeError):
-            return self.trainer if self.fabric is None else None
-        return None
 
     @property
     def hparams_initial(self) -> AttributeDict:
@@ -657,57 +467,6 @@ class DPOModule(pl.LightningModule):
             )
         return pairs.lists.per_prompt(losses) if self.average_over == "prompt" and not of_prompts else losses
 
-    def _step(
-        self, batch: CompletionBatch, *measured: MetricCollection, training: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Measure a batch; the sum of its losses, and the losses."""
-        if not batch.size:
-            return self._step_without(batch, training=training)
-        if training:
-            total, losses, seen = self._again(lambda: self._losses_to_train(batch), batch)
-        else:
-            seen = self.batch_logps(batch).detach()
-            every, losses = self._losses_over_ranks(seen)
-            total = self._total(every, losses)
-        self.measured_batch = MeasuredBatch(seen, losses.detach(), *self.loss.rewards(seen))
-        measures = {**self.measured_batch._asdict(), "parts": self._parts_of_losses(seen)}
-        for collection in measured:
-            collection.update(**measures)
-        return total, losses
-
-    def _step_without(self, batch: CompletionBatch, *, training: bool) -> tuple[Tensor, Tensor]:
-        """Make the passes, and wait for the other ranks, where this one has no share of a batch: see `Uncounted`."""
-        if training and agreed(self.model, 1) > 1:
-            return self._passes_without(batch)
-        pairs = self.pair_logps(batch) if training else self.batch_logps(batch)
-        nothing = self._counted_nothing(pairs, training=training)
-        chosen, rejected = pairs.policy_chosen.total, pairs.policy_rejected.total
-        return chosen.sum() + rejected.sum(), nothing  # 0, whose gradients are 0
-
-    def _passes_without(self, batch: CompletionBatch) -> tuple[Tensor, Tensor]:
-        """Make the passes of `accumulate`, all of them for nothing: over a sharded base other ranks wait for them."""
-        parts, sums = [batch, *idle(self.model, [batch])], self._gradient_sum()
-        twice = agreed(self.model, self.needs_two_passes)
-        with torch.set_grad_enabled(not twice):
-            for part in parts:
-                pairs = self.pair_logps(part)
-                if not twice:
-                    sums.leave([pairs.policy_chosen.total, pairs.policy_rejected.total])
-        nothing = self._counted_nothing(pairs, training=True)
-        for part in parts if twice else ():
-            sums.leave(differentiable(self._second_pass(part)))
-        return sums.total(), nothing
-
-    def _counted_nothing(self, pairs: PairLogps, *, training: bool) -> Tensor:
-        """Wait for the other ranks with a record and losses of no pairs."""
-        nothing = nothing_of(pairs.detach())
-        if training:
-            nothing = self._remember(nothing)
-        self._exchange(nothing)
-        losses = nothing.policy_chosen.total
-        self.measured_batch = MeasuredBatch(nothing, losses, losses, losses)
-        return losses
-
     def _evaluate(self, batch: CompletionBatch, stage: str, loaders: Any, number: int) -> None:
         """Measure a batch; where there are several sets, each by itself. `OptimizerSteps` logs all of them together."""
         together: MetricCollection = getattr(self, f"{stage}_metrics")
@@ -716,9 +475,9 @@ class DPOModule(pl.LightningModule):
             name = list(loaders)[number] if isinstance(loaders, Mapping) else None
             key, measured = of_set(self.eval_sets, together, stage, number if name is None else name)
             home, numbered = f"eval_sets.{key}", name is None  # Lightning then adds the number
-            self._step(batch, measured, together)
+            self.passes.step(batch, measured, together)
         else:
-            self._step(batch, together)
+            self.passes.step(batch, together)
         for name, metric in measured.items():
             self.log(
                 name,
@@ -730,31 +489,6 @@ class DPOModule(pl.LightningModule):
                 add_dataloader_idx=numbered,
                 metric_attribute=home,
             )
-
-    def _policy_logps(self, batch: CompletionBatch, frozen: FrozenStates | None) -> SequenceLogps:
-        """Log-probs by `forward`, which compares with the reference's states where the loss asks for it."""
-        self._frozen = frozen
-        try:
-            scored = self(batch)
-        finally:
-            self._frozen = None
-        count = len(batch.completion_lengths)
-        if not isinstance(scored, SequenceLogps) or scored.total.shape != (count,):
-            raise TrainingError(
-                f"Expected `forward` to return `SequenceLogps` of the batch's {count} completions, in their order, but "
-                f"{type(self).__name__} gave {scored!r}."
-            )
-        return scored
-
-    def _reference_logps(self, batch: CompletionBatch) -> tuple[FrozenStates | None, SequenceLogps | None]:
-        """Hidden states of the reference, for a loss that reads how far whole distributions diverge, and log-probs."""
-        if Field.KL in self.loss.requires:
-            return frozen_logps(self.model, batch, self.reference.activated)
-        return None, self.reference.logps(self.model, batch)
-
-
-def _count(pairs: PairLogps) -> int:
-    return len(pairs.policy_chosen.total)
 
 
 def _which(batch: CompletionBatch) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def _columns(count):
 def _step(dpo, batch, parts=None):
     """Losses and gradients of a batch, whole or in parts."""
     if parts is None:
-        losses = dpo.losses_of(dpo._remember(dpo.pair_logps(batch)))
+        losses = dpo.losses_of(dpo.passes.remember(dpo.pair_logps(batch)))
         losses.sum().backward()
     else:
         total, losses, _ = dpo.accumulate(parts, batch)
@@ -133,7 +133,7 @@ def test_a_prompt_in_parts_has_the_dropout_masks_of_its_first_pass(tmp_path):
         dpo.accumulate(parts)
     trained = [p for p in dpo.model.parameters() if p.requires_grad]
     torch.manual_seed(3)
-    total, _, _ = dpo._in_two_passes(parts, batch, GradientSum(trained))
+    total, _, _ = dpo.passes.in_two_passes(parts, batch, GradientSum(trained))
     total.backward()
     found = tiny.gradients(dpo.model)
     torch.manual_seed(3)  # by hand: both parts with their graphs, under the same masks

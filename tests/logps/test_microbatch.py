@@ -294,11 +294,11 @@ def test_two_passes_give_the_gradients_of_the_whole_batch(kind, tmp_path):
             dpo = _with_loss(kind(**settings), tmp_path)
             trained = [p for p in dpo.model.parameters() if p.requires_grad]
             if len(parts) == 1:
-                record = dpo._remember(dpo.pair_logps(batch))
+                record = dpo.passes.remember(dpo.pair_logps(batch))
                 losses = dpo.losses_of(record)
                 total = losses.sum()
             else:
-                total, losses, record = dpo._in_two_passes(parts, batch, GradientSum(trained))
+                total, losses, record = dpo.passes.in_two_passes(parts, batch, GradientSum(trained))
             total.backward()
             found.append((tiny.gradients(dpo.model), losses.detach(), record.margin.detach() if record[2] else None))
         torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=2e-5)
@@ -313,7 +313,7 @@ def test_the_second_pass_draws_the_masks_of_the_first(tmp_path):
     batch = tiny.batch(*LENGTHS)
     parts = batch.cut(40)
     start = torch.get_rng_state()
-    dpo._in_two_passes(parts, batch, GradientSum([p for p in dpo.model.parameters() if p.requires_grad]))
+    dpo.passes.in_two_passes(parts, batch, GradientSum([p for p in dpo.model.parameters() if p.requires_grad]))
     first, second = seen[: len(parts)], seen[len(parts) :]
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one.per_token, other.per_token)
@@ -337,7 +337,7 @@ def test_a_loss_that_couples_pairs_needs_the_memory_of_one_microbatch(loss, tmp_
         batch = tiny.batch(*[(60, 40, 40)] * count)
         with LiveBytes() as memory:
             if limit == WHOLE:
-                dpo.losses_of(dpo._remember(dpo.pair_logps(batch))).sum().backward()
+                dpo.losses_of(dpo.passes.remember(dpo.pair_logps(batch))).sum().backward()
             else:
                 dpo.accumulate(batch.cut(limit))[0].backward()
         dpo.zero_grad()

@@ -189,11 +189,11 @@ def gradient_sizes(module: DPOModule, pairs: PairLogps) -> Tensor:
     with torch.enable_grad(), torch.random.fork_rng(devices):  # a loss of one's own may draw
         if shared:
             policy = _leaves(pairs.lists.policy)
-            losses = module.losses_among(pairs.lists._replace(policy=policy).pairs(pairs.columns, pairs.state))
+            losses = module.passes.losses_among(pairs.lists._replace(policy=policy).pairs(pairs.columns, pairs.state))
             return _shared_out(_sizes(losses, [policy])[0], pairs)
         sides = [_leaves(pairs.policy_chosen), _leaves(pairs.policy_rejected)]
         alone_ = pairs._replace(policy_chosen=sides[0], policy_rejected=sides[1], completions=None)
-        return torch.stack(_sizes(module.losses_among(alone_), sides)).sum(0)
+        return torch.stack(_sizes(module.passes.losses_among(alone_), sides)).sum(0)
 
 
 def _leaves(side: SequenceLogps) -> SequenceLogps:

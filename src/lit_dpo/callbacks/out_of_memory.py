@@ -52,7 +52,7 @@ class OutOfMemory(pl.Callback):
                 "ranks, which would wait for the one that begins a batch again: lower `--model.microbatch_tokens`."
             )
         self._left = self.halvings
-        pl_module.out_of_memory = self
+        pl_module.passes.out_of_memory = self
 
     def again(self, pl_module: DPOModule, run: Callable[[], Made], cut: Cut) -> Made:
         """Run what takes memory; if that runs out, once more in smaller micro-batches.

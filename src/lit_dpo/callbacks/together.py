@@ -63,7 +63,7 @@ class PassesTogether(pl.Callback):
             return
         with trainer.precision_plugin.val_step_context():
             while count := agreed(pl_module.model, 0):
-                pl_module.score_for_nothing([batch.uncounted()] * count)
+                pl_module.passes.score_for_nothing([batch.uncounted()] * count)
 
 
 def _is_last(trainer: pl.Trainer, batch_idx: int, dataloader_idx: int) -> bool:
