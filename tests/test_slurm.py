@@ -1,4 +1,4 @@
-"""Ranks as SLURM starts them: told to stop, they end after one batch, together, and go on to the bit."""
+"""Ranks as SLURM starts them: told to stop, they end after one batch, together."""
 
 from __future__ import annotations
 
