@@ -80,6 +80,8 @@ def _no_yaml(mistake: Mistake) -> str | None:
         except yaml.MarkedYAMLError as error:
             line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
             return f"{path}: {line}Expected YAML, but {error.problem}."
+        except yaml.reader.ReaderError as error:  # it has no line
+            return f"{path}: Expected YAML, but it holds the control character U+{error.character:04X}."
     return None
 
 
