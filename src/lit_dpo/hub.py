@@ -158,9 +158,15 @@ def _index_names(index: Path) -> list[str]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise PolicyError(f"Expected an index of weights in {index} but it cannot be read: {error}.") from error
     for name in names:
-        if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name or Path(name).name != name:
+        if not isinstance(name, str) or not _names_a_file(name):
             raise PolicyError(f"Expected {index} to name files of its folder but it names {name!r}.")
     return sorted(set(names))
+
+
+def _names_a_file(name: str) -> bool:
+    """It is a name of a file in a folder, in characters that UTF-8 has (JSON can hold half of a pair of surrogates)."""
+    whole = not any("\ud800" <= one <= "\udfff" for one in name)
+    return whole and name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
 
 
 def has_weights(folder: Path) -> bool:

@@ -101,6 +101,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.optimized = False  # what is computed while compiling is counted by nobody, and infinity is no Python name
         self.concat = _concat  # type: ignore[method-assign]
         for name in _NEVER:
             self.filters.pop(name, None)
@@ -190,6 +191,11 @@ class _Counting(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         return _filtered(nodes.List(node.nodes).set_lineno(node.lineno), "joined")
+
+    def visit_Const(self, node: nodes.Const) -> nodes.Node:  # noqa: N802
+        if isinstance(node.value, float) and not math.isfinite(node.value):
+            raise OutOfBounds("the chat template has a number in it that is larger than a float can be")
+        return node
 
     def visit_List(self, node: nodes.List) -> nodes.Node:  # noqa: N802
         return self._sized(node)
