@@ -164,7 +164,7 @@ def _index_names(index: Path) -> list[str]:
 
 
 def _names_a_file(name: str) -> bool:
-    """It is a name of a file in a folder, in characters that UTF-8 has (JSON can hold half of a pair of surrogates)."""
+    """Say if it names a file of a folder, in characters that UTF-8 has: JSON can hold half of a pair of surrogates."""
     whole = not any("\ud800" <= one <= "\udfff" for one in name)
     return whole and name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
 
