@@ -155,15 +155,41 @@ class Halfway(torch.optim.Optimizer):
         return loss
 
 
+class Counts(Callback):
+    """Counts optimizer steps, and keeps the count in checkpoints."""
+
+    seen = 0
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.seen = trainer.global_step
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+
+class Fails(Callback):
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 4:
+            raise TrainingError("Now.")
+
+
+def test_a_checkpoint_of_a_step_holds_what_each_callback_has_counted_of_it(tiny_model, pairs_file, tmp_path):
+    run = trainer(tmp_path, callbacks=[LastCheckpoint(every_n_steps=4), Counts(), Fails()])
+    with pytest.raises(TrainingError, match="Now"):
+        run.fit(module(tiny_model), data(pairs_file))
+    found = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert (found["global_step"], found["callbacks"]["Counts"]) == (4, {"seen": 4})
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_an_interrupt_within_an_optimizer_step_waits_for_its_end(tiny_model, pairs_file, tmp_path, accumulate):
     def fit(at: int = 0, **given: Any) -> dict[str, torch.Tensor]:
         dpo = module(tiny_model, optimizer=functools.partial(Halfway, at=at))
-        run = trainer(tmp_path, callbacks=[LastCheckpoint()], accumulate_grad_batches=accumulate)
+        run = trainer(tmp_path, callbacks=[LastCheckpoint(), counts := Counts()], accumulate_grad_batches=accumulate)
         try:
             run.fit(dpo, data(pairs_file), **given)
         except SystemExit:
-            assert run.global_step == at == 2
+            assert run.global_step == counts.seen == at == 2, "no callback is cut short"
         return adapter(dpo)
 
     before = signal.getsignal(signal.SIGINT)

@@ -16,21 +16,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from lit_dpo.callbacks.environment import RunEnvironment
-from lit_dpo.callbacks.export import AdapterExport, claim_versions, clear_runs, unnumbered
-from lit_dpo.callbacks.faults import FaultNotes
-from lit_dpo.callbacks.health import TrainingHealth
-from lit_dpo.callbacks.memory import MemoryEstimate
-from lit_dpo.callbacks.monitor import HealthMonitor
-from lit_dpo.callbacks.out_of_memory import OutOfMemory
+from lit_dpo.callbacks.brought import with_brought
+from lit_dpo.callbacks.export import claim_versions, clear_runs, unnumbered
 from lit_dpo.callbacks.own_directory import OwnDirectory
-from lit_dpo.callbacks.predictions import PredictionWriter
-from lit_dpo.callbacks.quiet import Quiet
-from lit_dpo.callbacks.resume import ExactResume
-from lit_dpo.callbacks.steps import OptimizerSteps
-from lit_dpo.callbacks.stop import StopTogether
-from lit_dpo.callbacks.summary import RunSummary
-from lit_dpo.callbacks.together import PassesTogether
 from lit_dpo.checkpoint import (
     Standing,
     adapter_state,
@@ -67,25 +55,6 @@ from lit_dpo.window import MeasuredBatch, Window
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-_BROUGHT = (
-    Quiet,
-    OwnDirectory,
-    FaultNotes,
-    PassesTogether,
-    ExactResume,
-    TrainingHealth,
-    MemoryEstimate,
-    OutOfMemory,
-    OptimizerSteps,
-    HealthMonitor,
-    RunEnvironment,
-    AdapterExport,
-    RunSummary,
-    PredictionWriter,
-    StopTogether,  # after those that note what a step was
-)
-
 
 NAMED_IN_FILES: tuple[type, ...] = (pl.LightningModule, BaseModel, PreferenceLoss, Reference)
 """What a checkpoint may name classes of, besides optimizers and schedules."""
@@ -279,13 +248,11 @@ class DPOModule(pl.LightningModule):
 
     @pl.LightningModule.trainer.setter  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
     def trainer(self, trainer: Any) -> None:
-        """Bring callbacks along, ahead of the trainer's; one of its own of the same class stands in their order."""
+        """Bring callbacks along: see `with_brought`."""
         # not in `configure_callbacks`, which a subclass may override without `super()`
         pl.LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         if trainer is not None and trainer.lightning_module is self:
-            own = trainer.callbacks
-            first = [next((one for one in own if isinstance(one, kind)), None) or kind() for kind in _BROUGHT]
-            trainer.callbacks = [*first, *(one for one in own if not any(one is other for other in first))]
+            trainer.callbacks = with_brought(trainer.callbacks)
             self._unnumbered = unnumbered(trainer)
 
     def prepare_data(self) -> None:

@@ -214,7 +214,8 @@ class Soak:
 
     def _done(self, case: Case, root: Path, whole: Straight) -> Outcome:
         hit, statuses, wrong = [], [], []
-        lost, left, traced, made = 0, 0, False, -1
+        lost, left, traced = 0, 0, False
+        made: dict[str, int] = {}
         progress = self.work / "notes" / "progress"
         for fault in (*case.faults, None):
             goes_on = case.command == "fit" and checks.last(root) is not None
@@ -226,11 +227,8 @@ class Soak:
             statuses += ended.statuses
             if fault is not None:
                 faults.mend(root)
-            begun, now = faults.steps(progress)
-            if made >= 0 and begun >= 0:
-                lost = max(lost, made - begun)
-                made = now
-            made = max(made, now)
+            for run, (begun, now) in faults.steps(progress).items():
+                lost, made[run] = max(lost, made.get(run, begun) - begun), now
             wrong += checks.torn(root) + ([ended.stuck] if ended.stuck else [])
             if fault is None or not ended.what:
                 if any(ended.statuses):

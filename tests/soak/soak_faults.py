@@ -34,13 +34,15 @@ class Steps(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """From where."""
         self._step = trainer.global_step
-        _say(f"from {self._step}")
+        folder = Path(getattr(trainer.loggers[0], "log_dir", None) or "").name
+        self._run = "fit" if folder.startswith("version_") else folder  # an ablation has several
+        _say(f"from {self._step} {self._run}")
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """One more."""
         if trainer.global_step != self._step and trainer.is_global_zero:
             self._step = trainer.global_step
-            _say(f"made {self._step}")
+            _say(f"made {self._step} {self._run}")
 
 
 def _say(line: str) -> None:
@@ -49,12 +51,14 @@ def _say(line: str) -> None:
     os.close(number)
 
 
-def steps(file: Path) -> tuple[int, int]:
-    """The step that a run began from, and the last one that it made; -1 where it did not come that far."""
-    lines = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
-    begun = [int(number) for word, number in lines if word == "from"]
-    made = [int(number) for word, number in lines if word == "made"]
-    return (begun[0] if begun else -1), max(made, default=begun[0] if begun else -1)
+def steps(file: Path) -> dict[str, tuple[int, int]]:
+    """Of each run: the step that it began from, and the last one that it made."""
+    found: dict[str, tuple[int, int]] = {}
+    for line in file.read_text().splitlines() if file.exists() else ():
+        word, number, run = line.split(maxsplit=2)
+        begun, made = found.get(run, (int(number), int(number)))
+        found[run] = (begun, made if word == "from" else max(made, int(number)))
+    return found
 
 
 class Fired(NamedTuple):

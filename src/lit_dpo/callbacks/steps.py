@@ -7,14 +7,11 @@ import lightning.pytorch as pl
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from lit_dpo.callbacks.interrupts import HeldInterrupt
 from lit_dpo.callbacks.tensorboard import describe_run, end_run, lay_out
 from lit_dpo.checkpoint import remeasure, standing
 from lit_dpo.metrics.preference import on_host
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
     from lit_dpo.data.batch import CompletionBatch
     from lit_dpo.module import DPOModule
 
@@ -25,8 +22,6 @@ class OptimizerSteps(pl.Callback):
     `train/*` are means over the pairs since the last logged row. Callbacks and schedulers find them after every step;
     loggers get a row every `log_every_n_steps` steps, and what is left at the end of each epoch.
     """
-
-    _interrupt = HeldInterrupt()  # one for the process, as its signals are
 
     def setup(self, trainer: pl.Trainer, pl_module: DPOModule, stage: str) -> None:
         """Tell loggers what is run, so that runs can be compared while they go on."""
@@ -57,10 +52,6 @@ class OptimizerSteps(pl.Callback):
             pl_module.standing = standing(trainer, pl_module, {})
         pl_module.standing.inside = True
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: DPOModule, optimizer: Optimizer) -> None:
-        """Have Ctrl-C wait until the step is made and noted."""
-        self._interrupt.hold()
-
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: DPOModule, outputs: object, batch: CompletionBatch, batch_idx: int
     ) -> None:
@@ -68,11 +59,6 @@ class OptimizerSteps(pl.Callback):
         _switch(trainer, "eval")
         if trainer.global_step != self._last:
             self._finish_step(trainer, pl_module)
-        self._interrupt.let_go()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: DPOModule, exception: BaseException) -> None:
-        """Let interrupts through."""
-        self._interrupt.let_go(forget=True)
 
     def _finish_step(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         self._last = trainer.global_step

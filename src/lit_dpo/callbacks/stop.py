@@ -12,7 +12,11 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_dpo.callbacks.interrupts import HeldInterrupt
+
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from lit_dpo.data.batch import CompletionBatch
     from lit_dpo.module import DPOModule
 
@@ -25,8 +29,11 @@ class StopTogether(pl.Callback):
     all of them wait for ever. So the signal is noted, the ranks agree once a batch, and then stop, or requeue. A signal
     that comes a second time, while a batch does not end, ends the process.
 
-    With one process only the requeue signal waits.
+    With one process only the requeue signal waits for the end of any batch, and Ctrl-C for that of one in which an
+    optimizer moves weights. It is the last callback of all: what others count in a batch is counted before it stops.
     """
+
+    _interrupt = HeldInterrupt()  # one for the process, as its signals are
 
     def __init__(self) -> None:
         self._noted: list[int] = []
@@ -40,6 +47,10 @@ class StopTogether(pl.Callback):
         """Take them, if there was nothing before."""
         self._take(trainer)
 
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: DPOModule, optimizer: Optimizer) -> None:
+        """Have Ctrl-C wait until the step is made and noted, by all who note it."""
+        self._interrupt.hold()
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: DPOModule, outputs: object, batch: CompletionBatch, batch_idx: int
     ) -> None:
@@ -48,8 +59,11 @@ class StopTogether(pl.Callback):
         Raises:
             SIGTERMException, KeyboardInterrupt: on all ranks.
         """
-        if not self._before:
-            return
+        if self._before:
+            self._act(trainer, pl_module)
+        self._interrupt.let_go()
+
+    def _act(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         number = max(self._noted, default=0)
         if trainer.world_size > 1:  # the largest: SIGUSR1 before SIGINT, and SIGTERM before both
             asked = torch.tensor(number, device=pl_module.device)
@@ -65,6 +79,7 @@ class StopTogether(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: DPOModule, exception: BaseException) -> None:
         """Let go, so that the next run of this trainer takes them anew."""
+        self._interrupt.let_go(forget=True)
         self._before.clear()
 
     def teardown(self, trainer: pl.Trainer, pl_module: DPOModule, stage: str) -> None:
