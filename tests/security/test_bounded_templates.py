@@ -11,8 +11,9 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from limits import bounded
 
-from lit_dpo.data import sandbox
-from lit_dpo.data.sandbox import BoundedSandbox, OutOfBounds, bound
+from lit_dpo.data import bounds
+from lit_dpo.data.bounds import OutOfBounds
+from lit_dpo.data.sandbox import BoundedSandbox, bound
 from lit_dpo.errors import DataError
 from ranks import run
 from training import data
@@ -94,8 +95,8 @@ ESCAPES = (
 @pytest.fixture
 def soon(monkeypatch):
     """The same limits, nearer, so that the suite does not wait for them."""
-    monkeypatch.setattr(sandbox, "SECONDS", 0.5)
-    monkeypatch.setattr(sandbox, "STEPS", 100_000)
+    monkeypatch.setattr(bounds, "SECONDS", 0.5)
+    monkeypatch.setattr(bounds, "STEPS", 100_000)
 
 
 def strftime_now(form: str) -> str:

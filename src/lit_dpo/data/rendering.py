@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lit_dpo.data.bounds import OutOfBounds
 from lit_dpo.data.formats.base import Message, Preference, Ranking
 from lit_dpo.data.formats.cells import without_nulls
-from lit_dpo.data.sandbox import OutOfBounds, apply_template
+from lit_dpo.data.sandbox import apply_template
 from lit_dpo.data.survival import lost_of_template, surviving, text_of
 from lit_dpo.data.templates import unread
 from lit_dpo.data.truncation import ALL_TIE, Dropped, used_places
