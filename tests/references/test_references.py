@@ -285,6 +285,47 @@ def test_resuming_stops_if_the_reference_is_another_and_not_if_it_moved(tiny_mod
 # ---- configuration ----
 
 
+def test_what_a_cache_is_of_is_all_that_its_numbers_come_from(folder, adapter, tmp_path):
+    """Two references with other numbers are known by other contents; the same one again is known by the same."""
+    tiny.lora(AutoModelForCausalLM.from_pretrained(folder), seed=4).save_pretrained(tmp_path / "other")
+    base = tiny.directory(tmp_path / "base", seed=1)
+
+    def copied(of, seed):
+        model = AutoModelForCausalLM.from_pretrained(of)
+        return AdapterReference(), LoRAPolicy.from_model(tiny.lora(model, seed=seed), tiny.tokenizer())
+
+    def contents():
+        both = [adapter, tmp_path / "other"]
+        adapted = [(AdapterReference(), _policy(folder, one)) for one in both]
+        named = [(AdapterReference(str(tmp_path / "other")), _policy(folder, adapter))]
+        plain = [(BaseReference(), _policy(of)) for of in (folder, base)]
+        models = [
+            ModelReference(str(of), quantization="none", dtype=dtype, adapter_path=with_adapter and str(with_adapter))
+            for of, dtype, with_adapter in [
+                (folder, "float32", None),
+                (folder, "bfloat16", None),
+                (base, "float32", None),
+                (folder, "float32", adapter),
+                (folder, "float32", tmp_path / "other"),
+            ]
+        ]
+        others = [(one, _policy(folder)) for one in models]
+        given = [copied(folder, 5), copied(folder, 6), copied(base, 5)]
+        return [one.cache_identity(policy) for one, policy in [*adapted, *named, *plain, *others, *given]]
+
+    first, again = contents(), contents()
+    assert first == again
+    (named,) = [place for place, one in enumerate(first) if one == first[1] and place != 1]
+    assert named == 2, "the same adapter, named twice"
+    left = [str(one) for place, one in enumerate(first) if place != named]
+    assert len(set(left)) == len(left)
+
+
+def test_whether_policy_and_reference_start_the_same():
+    same = {BaseReference(): True, AdapterReference(): True, AdapterReference("x"): False, ModelReference("m"): False}
+    assert {one: one.starts_at_policy for one in same} == same
+
+
 def test_no_reference_gives_nothing_and_losses_that_need_one_say_so(folder):
     model = _attached(NoReference(), _policy(folder))
     assert NoReference().logps(model, BATCH) is None
