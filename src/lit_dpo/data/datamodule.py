@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lit_dpo.data.bad_rows import OnBadRow
 from lit_dpo.data.batch import CompletionBatch
-from lit_dpo.data.budget import BudgetSampler
+from lit_dpo.data.batching import Batching
 from lit_dpo.data.comparisons import Choice, Comparing, Ties
 from lit_dpo.data.doctor import remembered
 from lit_dpo.data.encode import PromptEncoder
@@ -23,7 +23,6 @@ from lit_dpo.data.mixture import Mixture, names, weighted_sources
 from lit_dpo.data.position import first_position, position
 from lit_dpo.data.preparing import Preparation, load_tokenizer, make_encoder
 from lit_dpo.data.reports import Ask, warn
-from lit_dpo.data.sampler import PromptSampler
 from lit_dpo.data.sources import Source
 from lit_dpo.data.splits import Making, Splits, by_name
 from lit_dpo.data.stream import PromptStream
@@ -224,15 +223,15 @@ class PreferenceDataModule(LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """Shuffled batches, from the position of the checkpoint if one is resumed."""
         shuffle = not getattr(self.trainer, "overfit_batches", 0)
-        options = self._loader_options()
+        options, batching = self._loader_options(), self._batching(self.batch_size)
         if self._stream is not None:
             self._stream.order.shuffle = shuffle
-            rank, ranks = self._ranks
-            limits = StepLimits(ranks, self.batch_size, self.max_tokens)
-            self._train_loader = StreamLoader(self._stream, limits, rank, **options)
+            limits = StepLimits(batching.ranks, self.batch_size, self.max_tokens)
+            self._train_loader = StreamLoader(self._stream, limits, batching.rank, **options)
         else:
             table = self._table("train")
-            sampler = self._sampler(table, self.batch_size, shuffle=shuffle)
+            mixture = self._mixture(table, batching.multiple) if shuffle and self._shares else None
+            sampler = batching.sampler(table, shuffle=shuffle, mixture=mixture)
             self._train_loader = PromptLoader(self._dataset(table, "training_step"), sampler=sampler, **options)
         if trainer := self.trainer:
             self._train_loader.start = self._first_position
@@ -405,26 +404,15 @@ class PreferenceDataModule(LightningDataModule):
 
     # --- loaders ---------------------------------------------------------------------------------------------------
 
-    @property
-    def _ranks(self) -> tuple[int, int]:
-        """The rank of this process, and how many there are."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def _batching(self, batch_size: int | None) -> Batching:
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return Batching(batch_size, self.max_tokens, self.seed, rank, ranks)
 
     def _mixture(self, table: PromptTable, multiple: int) -> Mixture:
         """Return the order of the training data's sources, and say what an epoch is."""
         mixture = Mixture(self._splits.parts[table.rows], self._shares, multiple, names(self.sources["train"]))
         rank_zero_info(f"train: {mixture}")
         return mixture
-
-    def _sampler(self, table: PromptTable, batch_size: int | None, *, shuffle: bool) -> PromptSampler:
-        rank, ranks = self._ranks
-        order: dict[str, Any] = {"seed": self.seed, "shuffle": shuffle, "rank": rank, "num_replicas": ranks}
-        if shuffle and self._shares:
-            order["mixture"] = self._mixture(table, 1 if self.max_tokens is not None else (batch_size or 1) * ranks)
-        if self.max_tokens is not None:
-            return BudgetSampler(table.lengths, self.max_tokens, batch_size, **order)
-        assert batch_size is not None
-        return PromptSampler(table.lengths, batch_size, **order)
 
     def _dataset(self, table: PromptTable, step: str | None) -> PromptDataset:
         """For a step of the module; one of one's own, which may take means, gets no batch without comparisons."""
@@ -452,26 +440,8 @@ class PreferenceDataModule(LightningDataModule):
         return first_position(state, self.trainer, self._train_loader, self._order_facts())
 
     def _order_facts(self) -> dict[str, Any]:
-        """Say what decides which prompts the next batches hold."""
-        if self._stream is not None:
-            return self._stream.order.facts | self._batch_facts()
-        table = self._table("train")
-        counts: dict[str, Any] = {"pairs": table.size}
-        if not table.holds_pairs:
-            counts = {
-                "prompts": table.size,
-                "completions": len(table.completion_lengths),
-                "comparisons": table.comparisons_count,
-            }
-        return counts | ({"shares": self._shares} if self._shares else {}) | self._batch_facts()
-
-    def _batch_facts(self) -> dict[str, int | None]:
-        return {
-            "batch_size": self.batch_size,
-            "max_tokens": self.max_tokens,
-            "ranks": self._ranks[1],
-            "seed": self.seed,
-        }
+        rows = self._stream if self._stream is not None else self._table("train")
+        return self._batching(self.batch_size).facts(rows, self._shares)
 
     def _eval_loaders(self, split: str) -> DataLoader[CompletionBatch] | dict[str, DataLoader[CompletionBatch]]:
         sets = self._splits.sets(split)
@@ -481,6 +451,6 @@ class PreferenceDataModule(LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader[CompletionBatch]:
         table = self._table(split)
-        sampler = self._sampler(table, self.eval_batch_size, shuffle=False)
+        sampler = self._batching(self.eval_batch_size).sampler(table, shuffle=False)
         step = {"val": "validation_step", "test": "test_step"}.get(split.partition("/")[0])
         return DataLoader(self._dataset(table, step), sampler=sampler, **self._loader_options())
