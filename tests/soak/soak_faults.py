@@ -128,8 +128,12 @@ def _to_write(given: tuple[Any, ...]) -> bool:
 
 def strike(fault: str, root: str, *, rest: bool = False) -> bool:
     """Do a fault to this process, or to its disk; whether that was possible."""
+    if fault in SIGNALS and rest:  # by another process: whoever stops a group is seldom in it
+        sender = os.posix_spawn("/bin/kill", ["kill", f"-{SIGNALS[fault]:d}", "--", f"-{os.getpgrp()}"], os.environ)
+        os.waitpid(sender, 0)
+        return True
     if fault in SIGNALS:
-        (os.killpg if rest else os.kill)(os.getpgrp() if rest else os.getpid(), SIGNALS[fault])
+        os.kill(os.getpid(), SIGNALS[fault])
         return True
     if fault == "full":
         fill(Path(root))
