@@ -295,14 +295,14 @@ def pairs(source):
     except LitDPOError as error:
         noted[source] = str(error)
 
-def command(name, line):
+def command(name, line, more=FIT):
     output = io.StringIO()
     for logger in None, "lightning.pytorch", "lightning.fabric":
         for handler in logging.getLogger(logger).handlers:
             handler.setStream(output)
     with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
         try:
-            main([*line.split(), *FIT.split()])
+            main([*line.split(), *more.split()])
             code = 0
         except SystemExit as error:
             code = error.code

@@ -43,6 +43,9 @@ os.makedirs("folder")
 os.link(PAIRS, "folder/train.jsonl")
 pairs("folder:train")
 command("local predict", f"predict {files} --model.policy.model {MODEL} --ckpt_path {saved}")
+command("local inspect", f"inspect --data.train {PAIRS} --data.tokenizer {MODEL} --out report", "")
+command("local generate", "generate runs/version_0 --prompt yes --max_new_tokens 2", "")
+command("local export", "export runs/version_0 tuned --merge", "")
 noted["asked"], watching = asked, False
 """
 
@@ -86,11 +89,11 @@ def refused(hub, tiny_model, pairs_file, tmp_path_factory):
 
 
 def test_what_is_local_asks_no_network(refused):
-    """NF4, samples, checkpoints, export, references, predictions, in a process that may ask and has asked nothing."""
+    """NF4, samples, checkpoints, references, predictions, and the other commands, in a process that may ask and has asked nothing."""
     assert refused["asked"] == []
     local = {name: one["code"] for name, one in refused.items() if name.startswith("local")}
     assert local == dict.fromkeys(local, 0), refused
-    assert len(local) == 4
+    assert len(local) == 7
     assert refused["adapter that names a hub id"] is None
     assert refused["folder:train"] == " Exactly 0."
 
