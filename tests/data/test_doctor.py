@@ -21,6 +21,7 @@ from lit_dpo.data.doctor.texts import key, normalized, scripts, words_of
 from lit_dpo.data.formats import PreferenceFormat, Rankings, Triples
 from lit_dpo.errors import DataError
 from lit_dpo.quickstart import quickstart_tokenizer
+from lit_dpo.seals import seal
 from lit_dpo.tools.inspect import CHAT_TEMPLATE
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
@@ -346,10 +347,14 @@ def test_what_is_said_in_brief_is_kept_with_the_rows(tmp_path):
     (kept,) = files() - before
     assert json.loads(kept.read_text()) == first
     kept.write_text('["kept"]')
+    seal([kept], kept.stem)
     assert said(rows) == ["kept"]
+    kept.write_text('["poisoned"]')
+    assert said(rows) == first
     assert said(pairs()) == []
     assert said(rows, deduplicate=True) == []
     kept.write_text("{oops")
+    seal([kept], kept.stem)
     assert said(rows) == first
     kept.unlink()
 

@@ -17,6 +17,7 @@ from lit_dpo.data.doctor.findings import Example, Finding, found, percent
 from lit_dpo.data.doctor.shortcuts import rank_correlation, wilson
 from lit_dpo.data.sameness import completion_ids, same_examples, sides
 from lit_dpo.data.table import PromptTable
+from lit_dpo.seals import is_sealed, seal
 from lit_dpo.writing import written_whole
 
 if TYPE_CHECKING:
@@ -50,12 +51,14 @@ def remembered(table: PromptTable, tokenizer: PreTrainedTokenizerBase) -> list[s
     key = hashlib.blake2b(table.rows.tobytes(), digest_size=16)
     key.update(json.dumps([code_digest(brief), *(file.name for file in files)]).encode())
     path = files[0].with_name(f"brief-{key.hexdigest()}.json")
-    with suppress(OSError, ValueError):
-        lines: list[str] = json.loads(path.read_text(encoding="utf-8"))
-        return lines
+    if is_sealed([path], path.stem):  # what somebody else wrote there is not said
+        with suppress(OSError, ValueError):
+            kept: list[str] = json.loads(path.read_text(encoding="utf-8"))
+            return kept
     lines = brief(table, tokenizer)
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(lines), encoding="utf-8")
+    seal([path], path.stem)
     return lines
 
 
