@@ -89,7 +89,7 @@ def refused(hub, tiny_model, pairs_file, tmp_path_factory):
 
 
 def test_what_is_local_asks_no_network(refused):
-    """NF4, samples, checkpoints, references, predictions, other commands: the process may ask, and has asked nothing."""
+    """NF4, samples, checkpoints, references, predictions, other commands: it may ask and has asked nothing."""
     assert refused["asked"] == []
     local = {name: one["code"] for name, one in refused.items() if name.startswith("local")}
     assert local == dict.fromkeys(local, 0), refused
