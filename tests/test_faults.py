@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
 import ranks
-from lit_dpo.callbacks import LastCheckpoint
+from lit_dpo.callbacks import LastCheckpoint, TrainingDynamics
 from lit_dpo.errors import TrainingError
 from training import adapter, data, module, trainer
 
@@ -116,6 +116,28 @@ def test_a_rank_that_is_gone_ends_the_others(tiny_model, pairs_file, tmp_path, w
     assert not list(tmp_path.glob("runs/*/adapter"))
     if how == "fails":  # a killed writer's temporary name goes with the next one's
         _nothing_half_written(tmp_path)
+
+
+class Late(Callback):
+    """Ctrl-C on one rank, when nothing is left to train and so no batch to wait for."""
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_rank == 1:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _interrupted_late(model: Path, pairs: Path, folder: Path) -> str:
+    given = {"strategy": "ddp", "devices": 2, "callbacks": [Late(), LastCheckpoint(), TrainingDynamics()]}
+    try:
+        trainer(folder, **given).fit(module(model), data(pairs))
+    except BaseException as error:
+        return f"{type(error).__name__} after {type(error.__context__).__name__}"
+    return "ended"
+
+
+def test_a_rank_that_is_interrupted_alone_asks_the_others_for_nothing(tiny_model, pairs_file, tmp_path):
+    found = ranks.run(_interrupted_late, 2, tiny_model, pairs_file, tmp_path / "run", folder=tmp_path, seconds=60)
+    assert found == ["ended", "SystemExit after KeyboardInterrupt"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lit_dpo.callbacks.alone import alone
 from lit_dpo.callbacks.export import data_of, run_directory
+from lit_dpo.callbacks.stop import is_stop
 from lit_dpo.checkpoint import KEY, gather
 from lit_dpo.data.batch import places
 from lit_dpo.logps.records import PairLogps, SequenceLogps
@@ -105,8 +105,7 @@ class TrainingDynamics(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: DPOModule, exception: BaseException) -> None:
         """Write it if somebody stopped the run."""
-        stopped = isinstance(exception, SIGTERMException | KeyboardInterrupt)
-        if stopped and trainer.state.fn == "fit" and self._batch is not None:
+        if is_stop(trainer, exception) and trainer.state.fn == "fit" and self._batch is not None:
             self._write(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: DPOModule, checkpoint: dict[str, Any]) -> None:

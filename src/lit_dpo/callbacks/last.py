@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_dpo.callbacks.export import run_directory
+from lit_dpo.callbacks.stop import is_stop
 
 if TYPE_CHECKING:
     from lit_dpo.data.batch import CompletionBatch
@@ -61,9 +61,8 @@ class LastCheckpoint(pl.Callback):
         self._save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: DPOModule, exception: BaseException) -> None:
-        """Write it if somebody stopped the run, and say how to go on."""
-        stopped = isinstance(exception, SIGTERMException | KeyboardInterrupt)
-        if stopped and trainer.state.fn == "fit" and pl_module.standing is not None:
+        """Write it if somebody stopped the run, all ranks of it together, and say how to go on."""
+        if is_stop(trainer, exception) and trainer.state.fn == "fit" and pl_module.standing is not None:
             path = self._save(trainer)
             rank_zero_info(f"stopped after {trainer.global_step} steps: to go on, repeat it with --ckpt_path {path}")
 

@@ -21,6 +21,19 @@ if TYPE_CHECKING:
     from lit_dpo.module import DPOModule
 
 
+def is_stop(trainer: pl.Trainer, exception: BaseException) -> bool:
+    """Say whether somebody stopped a run in a way that lets all of its ranks write what they write together.
+
+    A rank that is stopped by itself, by a signal that comes twice or when there is no batch to wait for, finds the
+    others in another exchange than its own, or does not find them.
+    """
+    told = isinstance(exception, SIGTERMException | KeyboardInterrupt)
+    return told and (
+        trainer.world_size == 1
+        or any(isinstance(one, StopTogether) and one.agreed for one in getattr(trainer, "callbacks", ()))
+    )
+
+
 class StopTogether(pl.Callback):
     """Lets a signal wait for the end of a batch, and all ranks act on it there, whichever of them it reached.
 
@@ -38,6 +51,12 @@ class StopTogether(pl.Callback):
     def __init__(self) -> None:
         self._noted: list[int] = []
         self._before: dict[int, Any] = {}
+        self.agreed = False
+        """Whether all ranks of a run stop here, after the same batch."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: DPOModule, stage: str) -> None:
+        """Nobody has told this run to stop."""
+        self.agreed = False
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: DPOModule) -> None:
         """Take the signals: Lightning has its handlers by now."""
@@ -71,6 +90,7 @@ class StopTogether(pl.Callback):
         if not number:
             return
         self._noted = [other for other in self._noted if other != number]
+        self.agreed = number in (signal.SIGTERM, signal.SIGINT)
         if number == signal.SIGTERM:
             raise SIGTERMException
         if number == signal.SIGINT:
