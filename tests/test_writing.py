@@ -178,7 +178,7 @@ def test_what_is_written_is_flushed_before_it_has_its_name(tmp_path):
     if subprocess.run(["which", "strace"], capture_output=True).returncode:
         pytest.skip("no strace here")
     code = (
-        "from pathlib import Path\nfrom lit_dpo.writing import hold, put_in_place, refusal, refusals, release, written_whole\n"
+        "from pathlib import Path\nfrom lit_dpo.writing import written_whole\n"
         f"with written_whole(Path({str(tmp_path)!r}) / 'a') as new:\n    new.write_text('x')\n"
     )
     trace = ["strace", "-f", "-y", "-e", "trace=fsync,rename", sys.executable, "-c", code]
