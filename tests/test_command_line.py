@@ -23,13 +23,15 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.trainer.states import TrainerFn
 
+import lit_dpo
 import ranks
-from lit_dpo import __version__
+from lit_dpo import PreferenceDataModule, __version__
 from lit_dpo.cli import main
 from lit_dpo.commands import COMMANDS, FIRST, TOOLS, first_settings, overview
 from lit_dpo.config_files import dotted_values, file_with
 from lit_dpo.errors import LitDPOError
 from lit_dpo.mistakes import explain
+from lit_dpo.parser import _load, _no_value, _shared_arguments
 from lit_dpo.progress import Bar, Lines
 from lit_dpo.shipped import described, files, folder, fragment
 from lit_dpo.tools import configs
@@ -48,6 +50,7 @@ FILES = {
     "class.yaml": "class_path: IPOLos\n",
     "value.yaml": "class_path: SimPOLoss\ninit_args: {beta: 2.0, gamma: many}\n",
     "calls.yaml": "trainer:\n  callbacks:\n  - class_path: EarlyStopping\n    init_args: {monitor: x, patiense: 3}\n",
+    "deep.yaml": "[" * 9999,
     "open.yaml": "model:\n  policy: {model: x}\n  loss: [\n",
 }
 TYPOS = [
@@ -110,6 +113,7 @@ TYPOS = [
     ("--config=name.yaml", "name.yaml: Expected a subclass of PreferenceLoss but got IPOLos: did you mean IPOLoss"),
     ("--config=outer.yaml", "inner.yaml: IPOLoss has no argument `bta`: did you mean `beta`?"),
     ("--config=open.yaml", "open.yaml: line 4: Expected YAML"),
+    ("--config=deep.yaml", "a configuration file that can be read, but it is nested too deep."),
     # what is missing
     ("--model.reference=ModelReference", "Expected `--model.reference.model` but it was not given."),
 ]
@@ -150,6 +154,13 @@ class Unreadable:
 def test_a_message_of_no_known_kind_is_shown_as_it_is(message, typed):
     """Nothing is made up of it, nor of a class that cannot be looked into; and nothing stumbles."""
     assert explain(message, typed, {"a.B": Unreadable}.get) is None
+
+
+def test_what_cannot_be_imported_shares_no_arguments_and_a_value_that_is_there_is_not_asked_for():
+    assert _load("lit_dpo.nowhere.Class") == "lit_dpo.nowhere.Class"
+    assert _shared_arguments("lit_dpo.nowhere.Class", PreferenceDataModule) == set()
+    assert "val_split" in _shared_arguments(PreferenceDataModule, PreferenceDataModule)
+    assert _no_value("--x: expected one argument", ["--x=1", "--y", "2"]) is None
 
 
 def test_a_key_or_a_value_is_found_in_the_file_that_has_it(tmp_path):
@@ -254,6 +265,16 @@ def test_fragments_have_short_names_and_a_line_each(tmp_path, monkeypatch):
     said = {file: described(file) for file in files()}
     assert all(len(line) > 10 and "\n" not in line for line in said.values())
     assert said[folder() / "losses" / "ipo.yaml"].startswith("Identity Preference Optimization (arXiv 2310.12036, eq.")
+
+
+def test_a_file_is_described_by_its_comment_or_by_what_it_names(tmp_path):
+    for text, said in (
+        ("# Only a comment. And more.\n", "Only a comment."),
+        ("class_path: lit_dpo.losses.Nowhere\n", "Nowhere"),
+        ("a: 1\n", "a: 1"),
+    ):
+        (tmp_path / "a.yaml").write_text(text)
+        assert described(tmp_path / "a.yaml").rstrip(".") == said.rstrip(".")
 
 
 def test_configs_lists_shows_and_names_what_is_meant(capsys):
@@ -450,6 +471,7 @@ def test_a_tool_runs_in_a_thread_too_and_the_version_is_said(capsys):
     thread.start()
     thread.join()
     assert "losses/dpo" in capsys.readouterr().out
+    assert dir(lit_dpo) == sorted(lit_dpo.__all__)
     main(["--version"])
     assert capsys.readouterr().out == f"lit_dpo {__version__}\n"
 

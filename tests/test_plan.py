@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
@@ -269,6 +270,14 @@ def test_cards_are_known_by_name():
 def test_the_rate_of_this_machine_is_a_rate(quantization):
     rate = measured_rate((256, 256), 64, quantization, CPU, torch.float32, seconds=0.1)
     assert 1e8 < rate < 1e14
+
+
+def test_a_batch_that_is_not_cut_is_one_microbatch(searched):
+    found = copy.copy(searched)
+    found.wanted = 300
+    cut = found.microbatches()
+    found.whole = True
+    assert cut > found.microbatches() == 1.0
 
 
 def test_a_network_without_a_bandwidth_is_refused(small, pairs_file, tmp_path):

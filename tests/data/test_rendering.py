@@ -170,8 +170,9 @@ def test_a_template_that_is_too_large_is_refused_once_and_with_its_file(text: st
     (tmp_path / "large.jinja").write_text(text)
     with pytest.raises(DataError, match=f"large.jinja: .*{words}"):
         read_template(str(tmp_path / "large.jinja"))
-    with pytest.raises(DataError, match=words):
-        encode(byte_level(chat_template=text), pair(template={"style": "loud"}))
+    for row in (pair(), pair(template={"style": "loud"})):
+        with pytest.raises(DataError, match=f"{words}|more than 200000 characters"):
+            encode(byte_level(chat_template=text), row)
 
 
 def test_a_named_template_is_asked_where_it_is_taken() -> None:
