@@ -300,6 +300,7 @@ BAD = {
     "a broken expression": (["--model.policy.target_modules=(["], "regular expression", ""),
     "an attention that is not installed": (["--model.policy.attention=flash_attention_2"], "flash_attn", ""),
     "the directory next to a checkpoint": (["--ckpt_path=no_weights"], "no_weights.ckpt", ""),
+    "a network without a plan": (["--plan_network=100"], "`--plan_network` says something to `--plan`", ""),
     "a file that is no checkpoint": (["--ckpt_path=bad.jsonl"], "is not one", GOOD),
     "a checkpoint by a name": (["--ckpt_path=best"], "name one of", ""),
     "a checkpoint that is not there": (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt", ""),

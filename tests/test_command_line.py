@@ -16,9 +16,13 @@ from pathlib import Path
 import pytest
 
 import ranks
+from lit_dpo import PreferenceDataModule
 from lit_dpo.cli import main
 from lit_dpo.commands import COMMANDS, FIRST, TOOLS, first_settings, overview
+from lit_dpo.config_files import dotted_values, file_with
 from lit_dpo.errors import LitDPOError
+from lit_dpo.mistakes import explain
+from lit_dpo.parser import _load, _no_value, _shared_arguments
 from lit_dpo.shipped import described, files, folder, fragment
 from lit_dpo.tools import configs
 from lit_dpo.tools.completion import script
@@ -32,6 +36,11 @@ FILES = {
     "outer.yaml": "model:\n  policy: {model: x}\n  loss: inner.yaml\n",
     "inner.yaml": "class_path: IPOLoss\ninit_args: {bta: 0.1}\n",
     "trainer.yaml": "model:\n  policy: {model: x}\ntrainer: {max_epoch: 3}\n",
+    "list.yaml": "[1, 2]\n",
+    "class.yaml": "class_path: IPOLos\n",
+    "value.yaml": "class_path: SimPOLoss\ninit_args: {beta: 2.0, gamma: many}\n",
+    "calls.yaml": "trainer:\n  callbacks:\n  - class_path: EarlyStopping\n    init_args: {monitor: x, patiense: 3}\n",
+    "deep.yaml": "[" * 999,
     "open.yaml": "model:\n  policy: {model: x}\n  loss: [\n",
 }
 TYPOS = [
@@ -65,12 +74,24 @@ TYPOS = [
     ("--model.optimizer=torch.optim.Adammw", "did you mean AdamW"),
     ("--trainer.callbacks+=EarlyStoping", "a subclass of Callback but got EarlyStoping: did you mean EarlyStopping"),
     ("--data.format=Triple", "did you mean Triples?"),
+    ("--model=Nothing", "`--model`: Expected a subclass of LightningModule but got Nothing."),
+    ("--model.optimizer=AdamW", "several AdamW: name it torch.optim.AdamW or bitsandbytes.optim.AdamW."),
     # values
     ("--model.lr_scheduler=linaer", "one of linear, cosine, constant, wsd or a subclass of LRScheduler but got linaer"),
     ("--model.policy.quantization=nf5", "to be one of nf4, int8, none but got nf5: did you mean nf4?"),
     ("--trainer.precision=bf16mixed", "but got bf16mixed: did you mean bf16-mixed"),
     ("--data.batch_size=four", "Expected `--data.batch_size` to be int but got four."),
+    ("--model.optimizer=torch.optim.SGD --model.optimizer.lr=x", "`--model.optimizer.lr` to be float but got x"),
+    (
+        "--model.lr_scheduler=StepLR --model.lr_scheduler.gamma=x",
+        "Expected `--model.lr_scheduler.gamma` to be float but got x.",
+    ),
     # files
+    ("--config=tpo.yaml", "There is no file tpo.yaml: did you mean top.yaml"),
+    ("--model.loss=list.yaml", "list.yaml: Expected a class by `class_path` and `init_args`, but it holds no keys."),
+    ("--model.loss=class.yaml", "class.yaml: Expected a subclass of PreferenceLoss but got IPOLos: did you mean"),
+    ("--model.loss=value.yaml", "value.yaml: Expected `gamma` to be float but got many."),
+    ("--config=calls.yaml", "calls.yaml: EarlyStopping has no argument `trainer.callbacks.init_args.patiense`"),
     ("--config=configs/losses/ipp.yaml", "no file configs/losses/ipp.yaml: did you mean configs/losses/ipo.yaml"),
     ("--model.loss=configs/losses/ipp.yaml", "no file configs/losses/ipp.yaml: did you mean configs/losses/ipo.yaml"),
     ("--config=top.yaml", "top.yaml: there is no key `modle.policy.model`: did you mean `model.policy.model`?"),
@@ -82,6 +103,7 @@ TYPOS = [
     ("--config=name.yaml", "name.yaml: Expected a subclass of PreferenceLoss but got IPOLos: did you mean IPOLoss"),
     ("--config=outer.yaml", "inner.yaml: IPOLoss has no argument `bta`: did you mean `beta`?"),
     ("--config=open.yaml", "open.yaml: line 4: Expected YAML"),
+    ("--config=deep.yaml", "a configuration file that can be read, but it is nested too deep."),
     # what is missing
     ("--model.reference=ModelReference", "Expected `--model.reference.model` but it was not given."),
 ]
@@ -99,6 +121,49 @@ def test_a_mistake_is_met_with_what_was_meant_in_two_lines_at_most(typed, said, 
     assert first.startswith("lit-dpo: error: ")
     assert said in first
     assert len(more) <= 1
+
+
+class Unreadable:
+    """One whose annotations name what is not there."""
+
+    def __init__(self, words: Nowhere) -> None:  # noqa: F821
+        """Take anything."""
+
+
+@pytest.mark.parametrize(
+    ("message", "typed"),
+    [
+        ("Problems parsing config", ["--config=nowhere.yaml"]),
+        ("Option 'x' is not accepted\nParser key \"model\"", []),
+        ("Option 'x' is not accepted\nParser key \"model\": expects a function or a callable class", []),
+        ('Parser key "model": Problem with given class_path \'a.B\'\nParser key "words": not as it should be', []),
+        ('Parser key "model": Problem with given class_path \'a.B\'\nParser key "others": not as it should be', []),
+        ("anything else", ["--x=1"]),
+    ],
+)
+def test_a_message_of_no_known_kind_is_shown_as_it_is(message, typed):
+    """Nothing is made up of it, nor of a class that cannot be looked into; and nothing stumbles."""
+    assert explain(message, typed, {"a.B": Unreadable}.get) is None
+
+
+def test_what_cannot_be_imported_shares_no_arguments_and_a_value_that_is_there_is_not_asked_for():
+    assert _load("lit_dpo.nowhere.Class") == "lit_dpo.nowhere.Class"
+    assert _shared_arguments("lit_dpo.nowhere.Class", PreferenceDataModule) == set()
+    assert "val_split" in _shared_arguments(PreferenceDataModule, PreferenceDataModule)
+    assert _no_value("--x: expected one argument", ["--x=1", "--y", "2"]) is None
+
+
+def test_a_key_or_a_value_is_found_in_the_file_that_has_it(tmp_path):
+    """In one that another names too, and behind one that cannot be read."""
+    texts = {"bad": "a: [", "outer": "- {x: {y: inner.yaml}, z: gone.yaml}", "inner": "p: {q: [{r: worth}]}"}
+    files = {name: tmp_path / f"{name}.yaml" for name in texts}
+    for name, path in files.items():
+        path.write_text(texts[name])
+    typed = [f"--config={files['bad']}", "--config", str(files["outer"])]
+    assert file_with("y", typed) == (str(files["outer"]), "x.y")
+    assert file_with("r", typed) == (str(files["inner"]), "p.q.r")
+    assert file_with("worth", typed, dotted_values) == (str(files["inner"]), "worth")
+    assert file_with("s", typed) is None
 
 
 @pytest.mark.parametrize(
@@ -190,6 +255,16 @@ def test_fragments_have_short_names_and_a_line_each(tmp_path, monkeypatch):
     said = {file: described(file) for file in files()}
     assert all(len(line) > 10 and "\n" not in line for line in said.values())
     assert said[folder() / "losses" / "ipo.yaml"].startswith("Identity Preference Optimization (arXiv 2310.12036, eq.")
+
+
+def test_a_file_is_described_by_its_comment_or_by_what_it_names(tmp_path):
+    for text, said in (
+        ("# Only a comment. And more.\n", "Only a comment."),
+        ("class_path: lit_dpo.losses.Nowhere\n", "Nowhere"),
+        ("a: 1\n", "a: 1"),
+    ):
+        (tmp_path / "a.yaml").write_text(text)
+        assert described(tmp_path / "a.yaml").rstrip(".") == said.rstrip(".")
 
 
 def test_configs_lists_shows_and_names_what_is_meant(capsys):

@@ -20,6 +20,7 @@ LAYERS = {
     "lit_dpo.errors": 0,
     "lit_dpo.environment": 0,
     "lit_dpo.commands": 0,
+    "lit_dpo.config_files": 0,
     "lit_dpo.compat": 0,
     "lit_dpo.hub": 0,
     "lit_dpo.names": 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
@@ -16,14 +17,14 @@ from lit_dpo.cli import main
 from lit_dpo.errors import TrainingError
 from lit_dpo.logps.score import choose_layout
 from lit_dpo.losses import SFTLoss
-from lit_dpo.memory import Lengths, StepEstimate, estimate_step, optimizer_bytes
+from lit_dpo.memory import Lengths, StepEstimate, estimate_step, optimizer_bytes, step_features
 from lit_dpo.plan import plan
-from lit_dpo.plan.arithmetic import Arithmetic, count, measured_rate
+from lit_dpo.plan.arithmetic import Arithmetic, _summed, count, measured_rate
 from lit_dpo.plan.cards import CARDS, card, device_of
 from lit_dpo.plan.mesh import Mesh, Traffic
 from lit_dpo.plan.plan import MeanStep, Search, arithmetic_of, planned_steps
 from lit_dpo.plan.skeleton import Repeats, skeleton
-from lit_dpo.plan.text import text_of
+from lit_dpo.plan.text import means, on_mesh, text_of
 from training import data, module, trainer
 
 LONG = {"max_position_embeddings": 512, "vocab_size": 1500}
@@ -216,6 +217,8 @@ def test_a_reference_that_is_remembered_passes_once_and_none_never(small, tmp_pa
     once = Arithmetic(forward=100.0, backward=70.0, head=9.0)
     given = {"reference": CachedReference(directory=str(tmp_path / "cache"))}, {"loss": SFTLoss()}
     plain, cached, none = (arithmetic_of(module(small, **fields), once, 4) for fields in ({}, *given))
+    other = module(small, reference=ModelReference(str(small), quantization="none"))
+    assert arithmetic_of(other, once, 4) == plain, "counted as if it were as large as the policy"
     assert none == 4 * (100 + 70 + 2 * 9)
     assert plain == none + 4 * (100 + 9)
     assert cached == none + 100 + 9
@@ -267,6 +270,49 @@ def test_cards_are_known_by_name():
 def test_the_rate_of_this_machine_is_a_rate(quantization):
     rate = measured_rate((256, 256), 64, quantization, CPU, torch.float32, seconds=0.1)
     assert 1e8 < rate < 1e14
+
+
+def test_a_batch_that_is_not_cut_is_one_microbatch(searched):
+    found = copy.copy(searched)
+    found.wanted = 300
+    cut = found.microbatches()
+    found.whole = True
+    assert cut > found.microbatches() == 1.0
+
+
+def test_a_network_without_a_bandwidth_is_refused(small, pairs_file, tmp_path):
+    with pytest.raises(TrainingError, match="`network` > 0"):
+        plan(module(small), data(pairs_file), trainer(tmp_path), "H100", network=0.0)
+
+
+def test_the_arithmetic_of_padded_prompts_is_that_of_each_prompt_by_itself():
+    apart = sum(_summed(Lengths.of([part]), flat=False) for part in PARTS)
+    assert (_summed(LENGTHS, flat=False) == apart).all()
+    assert all((_summed(one, False) == step_features(one, False)).all() for one in map(Lengths.of, zip(PARTS)))
+
+
+def test_devices_that_share_nothing_have_no_gather_and_unknown_links_are_not_named(plain):
+    """A plan for several of this machine's devices, of which nobody knows how fast they talk."""
+    mean, rates = MeanStep(microbatches=4.0, passes=(10.0, 20.0)), (10.0, 20.0)
+    unknown = plain.device._replace(card=None)
+    traffic = Traffic(reduced=2e6, gathered=(1.0, 1.0))
+    copies = plain._replace(mesh=Mesh(1, 2), device=unknown, traffic=traffic)
+    found = on_mesh(copies, mean, rates, 400)
+    assert [*found] == ["devices", "reduce"]
+    assert found["devices"].startswith("2, 1 node of 2, ")
+    assert found["reduce"].startswith("2.00 MB of adapters' gradients a step and device, after")
+    shared = on_mesh(copies._replace(mesh=Mesh(1, 2, "node")), mean, rates, 400)
+    assert [*shared] == ["devices", "reduce", "gather"]
+    assert shared["gather"].endswith("4 a step"), "whether it hides is not known"
+
+
+def test_a_plan_says_days_and_counts_rankings_by_their_comparisons(plain, searched):
+    lengths = Lengths.of([(10, (5, 6, 7)), (20, (8, 9))])
+    assert means(lengths) == (15.0, (5 + 6 + 7 + 8 + 9) / 2)
+    ranked = plain._replace(tokens=means(lengths), prompts=2, completions=5, pairs=4, seconds=(86400.0, 3 * 86400.0))
+    said = text_of(ranked, searched.module.policy, searched.wanted, "", {})
+    assert "2 training prompts, with 5 completions in 4 comparisons, of 32 tokens (prompt 15, completions 18)" in said
+    assert "1 to 3 days: " in said
 
 
 def test_a_step_waits_for_what_its_arithmetic_does_not_hide_and_for_its_gradients():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -26,7 +27,7 @@ from lit_dpo.callbacks import PredictionWriter
 from lit_dpo.callbacks.export import clear_runs
 from lit_dpo.checkpoint import AdapterCheckpointIO, save_adapter
 from lit_dpo.errors import TrainingError
-from lit_dpo.writing import written_whole
+from lit_dpo.writing import hold, put_in_place, refusal, refusals, release, written_whole
 from training import data, module, trainer
 
 
@@ -214,16 +215,17 @@ def test_a_run_clears_away_what_killed_ones_left_next_to_it(tmp_path):
         os._exit(0)
     os.waitpid(dead, 0)
     host = socket.gethostname()
+    none = f".last.ckpt.{host}-{10**30}.tmp"  # the number of no process
     for folder in (tmp_path / "version_0", tmp_path / "version_0" / "checkpoints", tmp_path / "version_1"):
         folder.mkdir()
         for of, kind in ((dead, "tmp"), (dead, "old"), (os.getppid(), "tmp")):
             (folder / f".last.ckpt.{host}-{of}.{kind}").mkdir()
-        for name in (f".last.ckpt.elsewhere-{dead}.tmp", f"mine.{host}-{dead}.tmp", ".hidden"):
+        for name in (f".last.ckpt.elsewhere-{dead}.tmp", f"mine.{host}-{dead}.tmp", ".hidden", none):
             (folder / name).touch()
     clear_runs(trainer(tmp_path, logger=CSVLogger(tmp_path, name="")))
     kept = {f".last.ckpt.{host}-{os.getppid()}.tmp", f".last.ckpt.elsewhere-{dead}.tmp", f"mine.{host}-{dead}.tmp"}
     for folder in (tmp_path / "version_0", tmp_path / "version_0" / "checkpoints", tmp_path / "version_1"):
-        assert {one.name for one in folder.iterdir()} - {"checkpoints"} == kept | {".hidden"}
+        assert {one.name for one in folder.iterdir()} - {"checkpoints"} == kept | {".hidden", none}
 
 
 def test_processes_that_write_the_same_path_do_not_meet(tmp_path):
@@ -263,3 +265,56 @@ def test_a_failure_leaves_what_was_there(tmp_path):
                 pass
         assert (path if path.is_file() else path / "a").read_text() == "old"
     assert sorted(found.name for found in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_folders_of_which_one_cannot_be_placed_stay_as_they_were(tmp_path):
+    """The first of them has no place: what was moved out of the way for the second comes back."""
+    made = {tmp_path / "gone" / "x": tmp_path / "new-x", tmp_path / "folder": tmp_path / "new-folder"}
+    for path in (tmp_path / "folder", *made.values()):
+        path.mkdir()
+        (path / "name").write_text(path.name)
+    with pytest.raises(FileNotFoundError):
+        put_in_place(made)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["folder", "new-folder", "new-x"]
+    assert [(path / "name").read_text() for path in (tmp_path / "folder", *made.values())] == [
+        "folder",
+        "new-x",
+        "new-folder",
+    ]
+
+
+def test_a_new_folder_that_cannot_have_its_name_is_the_system_s_own_error(tmp_path):
+    """A disk has that name: nobody else has made it, so nothing is said of another process."""
+    with (
+        _disk(tmp_path / "folder") as taken,
+        pytest.raises(OSError, match="busy"),
+        written_whole(taken, new=True) as new,
+    ):
+        new.mkdir()
+    assert [one.name for one in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_is_not_the_disk_s_refusal_passes_as_it_is(tmp_path):
+    with pytest.raises(ValueError, match="mine"), refusals(tmp_path / "a"):
+        raise ValueError("mine")
+
+
+@pytest.mark.parametrize("link", ["__cause__", "__context__"])
+def test_a_disk_that_takes_nothing_is_found_behind_whatever_came_of_it(link):
+    disk = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/b")
+    above = RuntimeError("cannot write")
+    setattr(above, link, disk)
+    full = f"{os.strerror(errno.ENOSPC)}. The disk is full: make room."
+    assert refusal(above) == refusal(disk) == f"Cannot write to /a/b: {full}"
+    assert refusal(OSError(errno.ENOSPC, "")) == f"Cannot write: {full}"
+    assert refusal(FileNotFoundError(errno.ENOENT, "")) == refusal(ValueError()) == ""
+
+
+def test_a_folder_that_is_held_is_held_until_it_is_released(tmp_path):
+    held = hold(tmp_path / "folder")
+    assert hold(tmp_path / "folder") is None
+    release(-1)  # of a disk without locks: nothing to let go of
+    release(held)
+    again = hold(tmp_path / "folder")
+    assert again >= 0
+    release(again)

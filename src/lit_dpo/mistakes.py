@@ -12,8 +12,10 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import lightning.pytorch as pl
 import yaml
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lit_dpo.config_files import dotted_values, file_with, files_of
 from lit_dpo.names import did_you_mean, nearest
 from lit_dpo.shipped import files, folder
 
@@ -26,8 +28,10 @@ _UNKNOWN = re.compile(r"^unrecognized arguments: (.*)", re.DOTALL)
 _CLASS = re.compile(r"(?:dot import path string|import path format): ([^\s]+)|has no attribute '(\w+)'")
 _FILE = re.compile(r"Expected a path but (\S+\.ya?ml) |File does not exist: '(.+?)'")
 _CHOICES = re.compile(r"typing\.Literal\[(.*?)\]")
-_VALUE = re.compile(r"(?:Given value|Got value): ['\"]?(.*?)['\"]?$", re.MULTILINE)
+_VALUE = re.compile(r"(?:Given value|Got value): ['\"]?(.*?)['\"]?(?:\. Got value: .*)?$", re.MULTILINE)
 _TYPES = re.compile(r"Expected a <class '([\w.]+)'>")
+_SEVERAL = re.compile(r"Multiple subclasses with name ([\w.]+)\. .*: (.+?)\.?$", re.MULTILINE)
+_OF_CALLABLE = "expects a function or a callable class: Parser key"  # what follows is of an argument of it
 _LOOP = re.compile(r"Config file loop detected: .* -> (.+)")
 _ANCHORS = "A key that only holds an anchor starts with `x-`."
 
@@ -74,7 +78,7 @@ def explain(message: str, typed: Sequence[str], load: Callable[[str], Any]) -> s
 
 
 def _no_yaml(mistake: Mistake) -> str | None:
-    for path in _files(mistake.typed):
+    for path in files_of(mistake.typed):
         try:
             yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.MarkedYAMLError as error:
@@ -100,7 +104,7 @@ def _unknown_key(mistake: Mistake, load: Callable[[str], Any]) -> str | None:
         return None
     key = found[1]
     first = next((part for part in key.split(".") if part not in _TOP), key)
-    place = _file_with(first, mistake.typed)
+    place = file_with(first, mistake.typed)
     begin = f"{place[0]}: there is" if place else "There is"
     return f"{begin} no key `{key}`{_meant(key, load, '')}\n{_ANCHORS}"
 
@@ -127,13 +131,29 @@ def _bad_fragment(mistake: Mistake, load: Callable[[str], Any]) -> str | None:
         return None
     content = yaml.safe_load(Path(found[1]).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        return None
+        return f"{found[1]}: Expected a class by `class_path` and `init_args`, but it holds no keys."
     bases = _expected(mistake, load)[0]
     of = next((one for one in _all(bases) if one.__name__ == str(content.get("class_path")).rpartition(".")[2]), None)
     if of is None:
         return f"{found[1]}: {_no_class(str(content.get('class_path')), bases, ())}"
-    wrong = next((name for name in content.get("init_args") or {} if name not in arguments(of)), None)
-    return None if wrong is None else f"{found[1]}: {_no_argument(of, wrong, wrong, '')}"
+    given = content.get("init_args") or {}
+    said = (
+        _no_argument(of, name, name, "") if name not in arguments(of) else _refused(of, given, name) for name in given
+    )
+    wrong = next(filter(None, said), None)
+    return None if wrong is None else f"{found[1]}: {wrong}"
+
+
+def _refused(of: type, given: dict[str, Any], name: str) -> str | None:
+    """Say what a class has against the value of an argument that it has, if the value is plain."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(of, fail_untyped=False)
+    try:
+        parser.parse_object({name: given[name]}, defaults=False, with_meta=False)
+    except ArgumentError as error:
+        said = _wrong_value(Mistake(str(error), ()), lambda _: None)
+        return said and said.replace(f"`--{name}`", f"`{name}`")
+    return None
 
 
 def _unknown_argument(mistake: Mistake, load: Callable[[str], Any]) -> str | None:
@@ -147,7 +167,7 @@ def _unknown_argument(mistake: Mistake, load: Callable[[str], Any]) -> str | Non
     if not isinstance(of, type):
         return None
     full = ".".join([*keys, name])
-    if not any(one.startswith(f"--{full}") for one in mistake.typed) and (place := _file_with(name, mistake.typed)):
+    if not any(one.startswith(f"--{full}") for one in mistake.typed) and (place := file_with(name, mistake.typed)):
         return f"{place[0]}: {_no_argument(of, name, place[1].removeprefix('init_args.'), '')}"
     return _no_argument(of, name, f"--{full}", f"--{'.'.join(keys)}.")
 
@@ -162,18 +182,21 @@ def _no_argument(of: type, name: str, shown: str, before: str) -> str:
 def _wrong_value(mistake: Mistake, load: Callable[[str], Any]) -> str | None:
     """Explain a class, a choice or a number that is none."""
     option = f"--{'.'.join(mistake.keys)}"
-    value = next((one for one in _VALUE.findall(mistake.message) if one), "")
+    if several := _SEVERAL.search(mistake.message):
+        paths = " or ".join(several[2].split(", "))
+        return f"`{option}`: Expected one class but there are several {several[1]}: name it {paths}."
+    message = mistake.message[max(0, mistake.message.rfind(_OF_CALLABLE)) :]
+    value = next((one for one in _VALUE.findall(message) if one), "")
     classes, choices = _expected(mistake, load)
     if (named := _CLASS.search(mistake.message)) and (classes or choices):
         name = named[1] or named[2]
-        place = None if any(name in one for one in mistake.typed) else _file_with(name, mistake.typed, _dotted_values)
+        place = None if any(name in one for one in mistake.typed) else file_with(name, mistake.typed, dotted_values)
         return f"{place[0] if place else f'`{option}`'}: {_no_class(name, classes, choices)}"
-    found = (one.strip(" '\"") for found in _CHOICES.findall(mistake.message) for one in found.split(","))
+    found = (one.strip(" '\"") for found in _CHOICES.findall(message) for one in found.split(","))
     if written := [*dict.fromkeys(found)]:
         guess = did_you_mean(nearest(value, written)) or "."
         return f"Expected `{option}` to be one of {', '.join(written)} but got {value}{guess}"
-    if types := dict.fromkeys(_TYPES.findall(mistake.message)):
-        wanted = " or ".join(one for one in types if one != "NoneType")
+    if wanted := " or ".join(one for one in dict.fromkeys(_TYPES.findall(message)) if one != "NoneType"):
         return f"Expected `{option}` to be {wanted} but got {value or 'something else'}."
     return None
 
@@ -297,51 +320,3 @@ def _paths() -> tuple[str, ...]:
         "model.policy": LoRAPolicy,
     }
     return tuple(f"{room}.{name}" for room, of in rooms.items() for name in sorted(arguments(of)))
-
-
-# ---- where it stands ----
-
-
-def _file_with(
-    name: str, typed: Sequence[str], of: Callable[[Any], Iterator[str]] | None = None
-) -> tuple[str, str] | None:
-    """Find the file of the command line, or one that it names, that has a key or a value; and where in it."""
-    for path in _files(typed):
-        for key in (of or _dotted)(_content(path)):
-            if key == name or key.rpartition(".")[2] == name:
-                return str(path), key
-    return None
-
-
-def _files(typed: Sequence[str]) -> Iterator[Path]:
-    words = [part for one in typed for part in one.split("=", 1)]
-    todo = [Path(one) for one in words if one.endswith((".yaml", ".yml")) and Path(one).is_file()]
-    while todo:
-        path = todo.pop(0)
-        yield path
-        values = [one for one in _dotted_values(_content(path)) if one.endswith((".yaml", ".yml"))]
-        todo += [path.parent / one for one in values if (path.parent / one).is_file()]
-
-
-def _content(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-
-
-def _dotted(content: Any, before: str = "") -> Iterator[str]:
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield f"{before}{key}"
-            yield from _dotted(value, f"{before}{key}.")
-    elif isinstance(content, list):
-        for value in content:
-            yield from _dotted(value, before)
-
-
-def _dotted_values(content: Any) -> Iterator[str]:
-    if isinstance(content, str):
-        yield content
-    for one in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
-        yield from _dotted_values(one)

@@ -151,7 +151,7 @@ def _runs(process: int) -> bool:
         os.kill(process, 0)  # asks only
     except ProcessLookupError:
         return False
-    except OSError:
+    except (OSError, OverflowError):  # another's, or no number that a process can have
         return True
     return True
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from lit_dpo.data.cuts import last_cut
-from lit_dpo.data.tokens import Tokens
+from lit_dpo.data.tokens import Tokens, tokenizer_content
 from toy_tokenizers import TEXT, byte_level, sentencepiece_like
 
 LLAMA3 = (
@@ -148,6 +148,7 @@ BEFORE_TOKENS: dict[str, Maker] = {
     ),
 }
 NOWHERE: dict[str, Maker] = {
+    "digits alone": lambda: made(pre_tokenizers.Digits(True)),
     "signs to the left": lambda: made(stages(pre_tokenizers.Punctuation("merged_with_previous"), level())),
     "single word": lambda: made(level(), added=[*MARKED, token(" 7", single_word=True)]),
     "tokens that overlap": lambda: made(
@@ -313,3 +314,27 @@ def test_a_tokenizer_that_does_more_in_python_reads_whole_texts(kind: str) -> No
     backend = byte_level().backend_tokenizer
     given = Letters(eos_token="\n") if kind == "python" else Shouting(tokenizer_object=backend, eos_token="<eos>")
     assert share_cut(given, check(given, 60)) == 0
+
+
+class Halves:
+    """A pre-tokenizer that is written in Python."""
+
+    def pre_tokenize(self, given: Any) -> None:
+        given.split(lambda _, text: [text[: len(str(text)) // 2], text[len(str(text)) // 2 :]])
+
+
+def test_a_part_that_cannot_be_looked_into_has_whole_texts() -> None:
+    given = byte_level()
+    given.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Halves())
+    assert share_cut(given, check(given, 60)) == 0
+
+
+def test_the_content_of_a_tokenizer_in_python_is_its_code_its_words_and_its_options() -> None:
+    class Others(Letters):
+        def _tokenize(self, text, **options):
+            return [*text]
+
+    given = [Letters(eos_token="\n"), Letters(eos_token="\n"), Letters(eos_token="."), Others(eos_token="\n")]
+    one, same, *others = [str(tokenizer_content(one)) for one in given]
+    assert one == same
+    assert len({one, *others}) == 3

@@ -18,7 +18,9 @@ from lit_dpo.data.doctor.shortcuts import wilson
 from lit_dpo.data.encoding import read_checked
 from lit_dpo.data.formats import ImplicitPrompt, Preference, Triples
 from lit_dpo.data.formats.ranked import RankedObjects
-from lit_dpo.data.sources import load_rows
+from lit_dpo.data.sources import Unread, load_rows
+from lit_dpo.data.sources.base import typed
+from lit_dpo.data.stream_order import StreamOrder
 from lit_dpo.data.streaming import open_stream
 from lit_dpo.errors import DataError, LitDPOError
 
@@ -100,6 +102,93 @@ def test_a_stream_of_several_splits_gives_the_one_that_is_asked_for():
         open_stream(splits, "val")
 
 
+def test_what_cannot_be_read_row_by_row_says_why(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    text = str(tmp_path / "a.txt")
+    for source, said in ((3, "rows but got a int"), (text, "ends in one of .*jsonl.* but got .*a.txt")):
+        with pytest.raises(DataError, match=f"Expected a file.*{said}"):
+            open_stream(source)
+    (found,) = open_stream(lambda: (ROWS[number] if number < 2 else 1 // 0 for number in range(4)))
+    assert found.head(2) == ROWS[:2]
+    with pytest.raises(DataError, match=r"row 2 \(from 0\) cannot be read: .*by zero"):
+        found.head(3)
+
+
+def test_a_folder_is_streamed_by_its_split_as_it_is_read(tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (found,) = open_stream(f"{tmp_path}:train")
+    assert found.head(9) == load_rows(f"{tmp_path}:train", [*ROW])[0].rows.to_list() == ROWS
+
+
+def test_a_saved_table_that_is_damaged_is_named(tmp_path):
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(DataError, match="saved` cannot be read: "):
+        load_rows(str(tmp_path / "saved"), [*ROW])
+
+
+def test_rows_that_fail_while_a_table_is_made_of_them_and_tables_of_none():
+    with pytest.raises(DataError, match="cannot be read: "):
+        load_rows(datasets.IterableDataset.from_generator(lambda: (1 // 0 for _ in range(2))), [*ROW])
+    with pytest.raises(DataError, match="has no rows"):
+        load_rows(Dataset.from_dict({name: [] for name in ROW}), [*ROW])
+    with pytest.raises(DataError, match="Expected rows but x is a dict; choose one of its splits"):
+        typed("x", {})
+
+
+class Doubled(Triples):
+    """A row holds two examples, of which the second is its opposite."""
+
+    def examples(self, row):
+        return [row, {**row, "chosen": row["rejected"], "rejected": row["chosen"]}]
+
+
+def test_examples_of_a_row_are_streamed_one_by_one_and_a_bad_row_is_one_of_them():
+    given = open_stream([*ROWS[:2], {"prompt": "p"}])
+    order = StreamOrder(given, [Doubled()], [[0]], [1.0], 10)
+    first, second, third, fourth, bad = order.of_source(0)
+    places = [(one.row, one.part) for one in (first, second, third, fourth, bad)]
+    assert places == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+    assert (first.raw["chosen"], second.raw["chosen"]) == (ROW["chosen"], ROW["rejected"])
+    assert isinstance(bad.raw, Unread)
+
+
+def test_what_is_wrong_with_all_rows_stops_when_they_are_met(tokenizer_folder):
+    """The first rows of a stream may all be bad; or a tokenizer has no template for what they are."""
+    bad = _streamed([{**ROW, "chosen": None}] * 4, tokenizer_folder, format=Triples(), on_bad_row="drop")
+    with pytest.raises(DataError, match="no row of 4 is left"):
+        next(iter(bad.train_dataloader()))
+
+
+def test_a_prompt_of_more_rows_than_are_merged_at_once_keeps_all_comparisons(tokenizer_folder):
+    rows = [{**ROW, "chosen": f" {number}"} for number in range(1001)]
+    found = PreferenceDataModule(train=rows, tokenizer=tokenizer_folder, group_by_prompt=600, batch_size=1)
+    found.setup("fit")
+    table = found.train_dataloader().dataset.table
+    assert sorted(table.completions_per_prompt.tolist()) == [403, 600]
+    assert table.comparisons_per_prompt.sum() == 1001
+
+
+def test_a_prompt_of_which_every_row_is_too_long_is_left_out_alone(tokenizer_folder):
+    rows = [ROW, {**ROW, "prompt": "long", "chosen": " c" * 99}]
+    options = {"group_by_prompt": 2, "truncation": "error", "max_length": 20, "on_bad_row": "drop", "batch_size": 1}
+    found = PreferenceDataModule(train=rows, tokenizer=tokenizer_folder, **options)
+    found.setup("fit")
+    assert found.train_dataloader().dataset.table.size == 1
+
+
+def test_prompts_that_all_run_in_parts_are_the_largest_microbatches(tokenizer_folder):
+    rows = [{"prompt": "p", "completions": [" a", " bb", " ccc" * 9 * size], "scores": [3, 2, 1]} for size in (1, 2)]
+    found = PreferenceDataModule(train=rows, tokenizer=tokenizer_folder, batch_size=2)
+    found.setup("fit")
+    (flat, padded), several = found.train_dataloader().largest_microbatches(math.inf, 1)
+    longest = max(found.train_dataloader().dataset.table.side_lengths)
+    assert several
+    assert [prompt + max(lengths) for prompt, lengths in flat] == [longest]
+    assert [prompt + max(lengths) for prompt, lengths in padded] == [longest]
+
+
 def test_several_tables_are_no_rows():
     with pytest.raises(DataError, match=r"Expected a split|choose one of its splits"):
         load_rows(DatasetDict(one=Dataset.from_list(ROWS)), ["prompt"])
@@ -137,6 +226,7 @@ def test_a_system_turn_that_a_column_repeats_is_there_once():
     sides = {side: [*says, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
     read = ImplicitPrompt().read
     assert read({**sides, "system": "Be brief."}) == read(sides)
+    assert read({**sides, "prompt": says}) == read({**sides, "prompt": says[:1]}) == read(sides)
     assert read({**sides, "system": "Be long."}).prompt[0] == {"role": "system", "content": "Be long."}
 
 

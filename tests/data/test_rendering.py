@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from lit_dpo.data.encode import PromptEncoder
 from lit_dpo.data.formats import Preference, Ranking
 from lit_dpo.data.rendering import EQUAL_RENDERED, WITH_UNKNOWN, WITHOUT_HEADER, WITHOUT_THOUGHTS
+from lit_dpo.data.templates import read_template
 from lit_dpo.data.truncation import EQUAL_CUT, EQUAL_TOKENISED, SOME_EQUAL, Dropped, Fitted
 from lit_dpo.errors import DataError
 from toy_tokenizers import CHAT, byte_level
@@ -94,6 +95,8 @@ def test_what_an_earlier_turn_says_after_its_thought_has_to_stay() -> None:
     drops = "{% if m['role'] == 'assistant' and not loop.last %}{{ '<|assistant|>' }}{% else %}" + TURN + "{% endif %}"
     row = pair(user(), said("<think>2, 3</think> 4"), user("Sure?"))
     assert "the text (with its thought) of a message of `assistant` in the prompt" in refusal(template(drops), row)
+    plain = pair(user(), said("4"), user("Sure?"))
+    assert "the text of a message of `assistant` in the prompt" in refusal(template(drops), plain)
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
@@ -152,6 +155,24 @@ def test_an_argument_that_changes_nothing_is_refused(arguments: dict, words: str
     if "unheard" not in arguments:
         with pytest.raises(DataError, match=words.replace("the row's ", "").replace("`", ".")):
             PromptEncoder(tokenizer, chat_template_kwargs=arguments).check_template()
+
+
+def test_an_argument_without_which_the_template_fails_is_read() -> None:
+    tokenizer = template("{{ style + '' }}" + TURN)
+    assert decoded(tokenizer, pair(template={"style": "loud"}))[0].startswith("loud<|user|>")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("x" * 200_001, "at most 200000 characters but got 200"), ("{{ " + "(" * 9999 + ")" * 9999 + " }}", "too deep")],
+)
+def test_a_template_that_is_too_large_is_refused_once_and_with_its_file(text: str, words: str, tmp_path) -> None:
+    (tmp_path / "large.jinja").write_text(text)
+    with pytest.raises(DataError, match=f"large.jinja: .*{words}"):
+        read_template(str(tmp_path / "large.jinja"))
+    for row in (pair(), pair(template={"style": "loud"})):
+        with pytest.raises(DataError, match=f"{words}|more than 200000 characters"):
+            encode(byte_level(chat_template=text), row)
 
 
 def test_a_named_template_is_asked_where_it_is_taken() -> None:

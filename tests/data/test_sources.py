@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 
 from lit_dpo.data.sources import load_rows
+from lit_dpo.data.streaming import open_stream
 from lit_dpo.errors import DataError
 
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -127,3 +128,4 @@ def test_the_quickstart_is_train_and_val(tmp_path: Path, monkeypatch: pytest.Mon
         write(tmp_path / f"{name}.jsonl")
     for stage, name in (("train", "train"), ("val", "val"), ("test", "val"), ("predict", "val")):
         assert load_rows("lit-dpo/quickstart", COLUMNS, stage=stage)[0].name == str(tmp_path / f"{name}.jsonl")
+        assert [one.name for one in open_stream("lit-dpo/quickstart", stage)] == [str(tmp_path / f"{name}.jsonl")]

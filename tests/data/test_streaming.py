@@ -359,6 +359,16 @@ def test_a_stream_that_is_read_before_its_position_is_known_is_refused(data, tmp
         trainer(max_steps=4).fit(Counts(), data(), ckpt_path=tmp_path / "x.ckpt")
 
 
+def test_a_place_of_a_stream_that_nobody_noted_is_refused(data) -> None:
+    module = data()
+    module.setup("fit")
+    loader = module.train_dataloader()
+    loader.load_position(0, 3)
+    loader.start = None
+    with pytest.raises(ResumeError, match="where batch 3 of the stream began"):
+        next(iter(loader))
+
+
 # --- what a model or a loss cannot read -----------------------------------------------------------------------------
 
 

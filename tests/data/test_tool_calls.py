@@ -125,3 +125,11 @@ def test_documents_have_to_be_in_the_prompt() -> None:
     everywhere = {"tools": [{"type": "function", "function": {"name": "add"}}]}
     say = "{% if tools and false %}{% endif %}"
     assert "loses a tool in the prompt" in encode(template(before=say), pair(), chat_template_kwargs=everywhere).reason
+
+
+def test_calls_of_no_known_shape_are_given_as_they_are() -> None:
+    """Arguments that are no JSON, and a call that is a text."""
+    assert "a, b ]" in decoded(with_calls(PRINTED), pair(chosen=calls("a, b")))[1]
+    turn = TURN.replace("m['content']", "(m['content'] or '') + (m['tool_calls'] or []) | join(',')")
+    row = pair(chosen={"role": "assistant", "content": "Wait.", "tool_calls": ["add(1, 2)"]})
+    assert decoded(template(turn), row)[1].startswith("Wait.")

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger
@@ -138,6 +139,7 @@ def test_a_commit_is_that_of_git_and_changes_are_of_files_that_it_knows(reposito
 def test_no_repository_no_git_and_no_commit_are_nothing(tmp_path, monkeypatch):
     nothing = {"commit": None, "changed": None}
     assert code(tmp_path) == nothing
+    assert environment._names_programs(tmp_path), "of settings that cannot be read the worst is assumed"
     monkeypatch.setenv("PATH", "")
     assert code(Path(__file__).parent) == nothing
 
@@ -197,3 +199,10 @@ def test_a_run_without_a_directory_writes_none(tiny_model, pairs_file, tmp_path,
     monkeypatch.chdir(tmp_path)
     trainer(tmp_path, max_steps=1).fit(module(tiny_model), data(pairs_file))
     assert not list(tmp_path.rglob(FILE))
+
+
+def test_gpus_are_those_of_this_machine_and_of_a_run_that_uses_them():
+    assert environment.gpus("cpu") == {}
+    found = environment.gpus("cuda")
+    assert len(found["gpus"]) == torch.cuda.device_count()
+    assert found["cuda"] == torch.version.cuda

@@ -78,11 +78,9 @@ class BudgetSampler(PromptSampler):
         """Those of all ranks in the present epoch."""
         if not self.shuffle:
             return self._cut(np.arange(len(self.lengths)))
-        for order in self._permutations(self.epoch):
-            batches = self._cut(order)
-            if len(batches) <= self._epoch_batches:
-                return _halve_largest(batches, self._epoch_batches - len(batches), in_place=self.mixture is not None)
-        raise AssertionError("permutations never end")
+        drawn = map(self._cut, self._permutations(self.epoch))
+        batches = next(batches for batches in drawn if len(batches) <= self._epoch_batches)
+        return _halve_largest(batches, self._epoch_batches - len(batches), in_place=self.mixture is not None)
 
     def _permutations(self, epoch: int) -> Iterator[NDArray[np.int64]]:
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))

@@ -158,8 +158,6 @@ def _merge(table: PromptTable, groups: list[list[int]], encoder: PromptEncoder, 
 
 
 def _rows(table: PromptTable, numbers: list[int]) -> Iterator[_Row]:
-    if not numbers:
-        return
     cells: Table = table.encoded[numbers].combine_chunks()
     columns = [lists(cells.column(stored(name))) for name in table.columns]
     facts = [cells.column(name).to_pylist() for name in ("prompt_key", "ranked", "dropped", "bad", "remarks")]
