@@ -16,12 +16,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import tiny
 from lit_dpo.callbacks import LastCheckpoint, LearningRate, PredictionWriter, RewardHistograms, Throughput
+from lit_dpo.callbacks.completions import _ids
+from lit_dpo.callbacks.dynamics import Measured, _sizes, measured
 from lit_dpo.callbacks.environment import starts
 from lit_dpo.callbacks.own_directory import OwnDirectory
 from lit_dpo.callbacks.summary import _number
 from lit_dpo.callbacks.texts import log_table, markdown_table
 from lit_dpo.callbacks.together import _is_last
 from lit_dpo.cli import main
+from lit_dpo.logps import SequenceLogps
 from training import data, module, trainer
 
 
@@ -240,3 +243,20 @@ def test_the_last_batch_of_a_prediction_is_known(counts, batch, last):
         predict_loop=SimpleNamespace(batch_progress=SimpleNamespace(is_last_batch=True)),
     )  # fmt: skip
     assert _is_last(run, batch, 1) == last
+
+
+def test_dynamics_of_nothing_are_no_rows_and_a_flat_loss_has_no_gradient():
+    assert [len(one) for one in Measured.joined([])] == [0, 0]
+    nobody = measured(SimpleNamespace(measured_batch=object()), SimpleNamespace(size=0), 0, 0)
+    assert [tuple(one.shape) for one in nobody] == [(0, 5), (0, 5)]
+    sides = [SequenceLogps(torch.ones(3, requires_grad=True), torch.ones(3)) for _ in range(2)]
+    assert [size.tolist() for size in _sizes(torch.zeros(3), sides)] == [[0.0] * 3] * 2
+
+
+def test_a_prompt_of_text_is_what_a_user_says_where_data_are_conversations():
+    template = "{% for one in messages %}{{ one['role'][0] + ':' + one['content'] }}{% endfor %}{{ '>' }}"
+    tokenizer = tiny.tokenizer(chat_template=template)
+    said = _ids(tokenizer, "Hi", True, {})
+    assert tokenizer.decode(said).replace(" ", "") == "u:Hi>"
+    assert said == _ids(tokenizer, [{"role": "user", "content": "Hi"}], False, {})
+    assert tokenizer.decode(_ids(tokenizer, "Hi", False, {})).replace(" ", "") == "Hi"

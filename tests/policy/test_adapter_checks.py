@@ -18,7 +18,7 @@ from lit_dpo import AdapterReference, ModelReference
 from lit_dpo.errors import PolicyError
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.adapter_checks import RECORD, _say
-from lit_dpo.policy.checks import quantization_of
+from lit_dpo.policy.checks import check_targets, enable_checkpointing, quantization_of
 from lit_dpo.policy.files import LARGEST_FILE, check_patterns, json_object
 from lit_dpo.policy.heap import returned_at_once
 from lit_dpo.policy.layerwise import NotInLayersError, _find, _whole
@@ -235,3 +235,14 @@ def test_memory_is_left_alone_where_the_environment_says_how(monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     with returned_at_once():
         assert torch.ones(2**16).sum() == 2**16
+
+
+def test_layers_recompute_without_reentering_whatever_the_release_calls_it():
+    """The hook has another name from transformers 5.20 on; an adapter on parameters alone names no layers."""
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        asked = []
+        enable_checkpointing(
+            SimpleNamespace(**{name: lambda *one, asked=asked, **other: asked.append((*one, *other.values()))})
+        )
+        assert asked == [({"use_reentrant": False},)]
+    assert check_targets(tiny.config("llama"), None, trust_remote_code=False) is None
