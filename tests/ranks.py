@@ -87,7 +87,7 @@ def run(
         processes.append(job)
         ends[here] = rank
     try:
-        found = _collect(ends, time.monotonic() + seconds + 5)
+        found = _collect(ends, time.monotonic() + seconds + 2)
     finally:
         for job in processes:
             job.kill()
@@ -108,10 +108,10 @@ def _collect(ends: dict[Connection, int], until: float) -> dict[int, tuple[str, 
             try:
                 found[rank] = end.recv()  # type: ignore[union-attr]
             except EOFError:
-                found[rank] = ("ended", "without a result, or its time was up")
+                found[rank] = ("ended", "without a result")
         if any(kind == "raised" for kind, _ in found.values()):
             until = min(until, time.monotonic() + 5)  # the others may wait for it for ever
-    return found | dict.fromkeys(waiting.values(), ("was not done", "in the time that it had"))
+    return found | dict.fromkeys(waiting.values(), ("was not done", "and its time was up"))
 
 
 def _work(
@@ -123,7 +123,8 @@ def _work(
     given: Sequence[Any],
 ) -> None:
     _become(log, variables, None)
-    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    # and goes on: the first one to end would have the others say that it is gone, not where they wait
+    faulthandler.dump_traceback_later(seconds, file=sys.__stderr__)
     try:
         end.send(("returned", pickle.dumps(work(*given))))
     except BaseException as error:

@@ -311,10 +311,13 @@ def test_what_a_cache_is_of_is_all_that_its_numbers_come_from(folder, adapter, t
         ]
         others = [(one, _policy(folder)) for one in models]
         given = [copied(folder, 5), copied(folder, 6), copied(base, 5)]
-        return [one.cache_identity(policy) for one, policy in [*adapted, *named, *plain, *others, *given]]
+        every = [*adapted, *named, *plain, *others, *given]
+        of_run = [one.checkpoint_identity(policy) for one, policy in [*adapted, *others[2:], *given[:2]]]
+        return [one.cache_identity(policy) for one, policy in every], of_run
 
-    first, again = contents(), contents()
-    assert first == again
+    (first, of_run), again = contents(), contents()
+    assert (first, of_run) == again
+    assert len(set(map(str, of_run))) == len(of_run), "and a checkpoint is of"
     (named,) = [place for place, one in enumerate(first) if one == first[1] and place != 1]
     assert named == 2, "the same adapter, named twice"
     left = [str(one) for place, one in enumerate(first) if place != named]
