@@ -124,6 +124,8 @@ def exchange(cpu: bool) -> tuple[Any, Any]:
 
 
 def _as_on_a_device(stands: Any, tensor: torch.Tensor, mine: list[torch.Tensor]) -> Any:
+    if tensor.dtype == torch.int64 and tensor.ndim == 2:  # places of comparisons stay on the CPU
+        return tensor
     mine.append(tensor)
     return stands(tuple(tensor.shape), tensor.dtype)
 

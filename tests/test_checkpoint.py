@@ -7,18 +7,23 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torchmetrics import CatMetric, MeanMetric, Metric, MetricCollection
 
 import tiny
 from lit_dpo import CDPOLoss, DPOLoss, DPOModule, IPOLoss, LoRAPolicy
 from lit_dpo.callbacks import AdapterExport, ExactResume
+from lit_dpo.checkpoint.identity import check_belongs, check_readable, compare, compare_steps
+from lit_dpo.checkpoint.position import measured, remeasure_share, rewind, take_settings
 from lit_dpo.data.batch import EncodedPrompt, collate
-from lit_dpo.errors import ResumeError, TrainingError
+from lit_dpo.errors import ResumeError, TrainingError, VersionError
 from lit_dpo.logps.score import completion_logps
 from lit_dpo.policy.checks import keep_trainable
+from lit_dpo.versions import CHECKPOINT
 from training import Trace, adapter, data, module, trainer
 
 
@@ -472,3 +477,147 @@ def test_what_has_no_order_is_written_in_one():
 
     names = {f"name {number}" for number in range(50)}
     assert to_builtins(names) == to_builtins(frozenset(names)) == sorted(names)
+
+
+# ---- where a run stands, in numbers ----
+
+
+def _loops(epoch, batches, before, stepped, validations):
+    """Lightning's loops, inside an epoch: so many batches of it, after so many of earlier ones."""
+    loops = {"fit_loop": trainer(Path()).fit_loop.state_dict()}
+    fit = loops["fit_loop"]
+    for part, count in (("total", before + batches), ("current", batches)):
+        fit["epoch_loop.batch_progress"][part] = dict.fromkeys(("ready", "started", "processed", "completed"), count)
+        fit["epoch_progress"][part] = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
+    fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"] = stepped
+    fit["epoch_loop.val_loop.batch_progress"]["total"]["completed"] = validations
+    return loops
+
+
+@pytest.mark.parametrize(
+    ("batches", "validated", "completed", "again"),
+    [(3, True, 2, 0), (3, False, 3, 1), (6, True, 6, 0), (6, False, 6, 1)],
+)
+def test_loops_go_back_to_the_last_step_that_was_made(batches, validated, completed, again):
+    """Of an epoch of six batches, the second, of which Lightning had begun one more than went into steps."""
+    loops = _loops(1, batches + 1, before=6, stepped=9, validations=4)
+    rewind(loops, 1, batches, 6, validated=validated)
+    fit = loops["fit_loop"]
+    done, epochs = fit["epoch_loop.batch_progress"], fit["epoch_progress"]
+    for part, before in (("total", 6), ("current", 0)):
+        counts = dict.fromkeys(("ready", "started", "processed"), before + batches)
+        assert done[part] == {**counts, "completed": before + completed}
+        assert epochs[part] == {"ready": 2, "started": 2, "processed": 1, "completed": 1}
+    assert done["is_last_batch"] == (batches == 6)
+    assert fit["epoch_loop.state_dict"] == {"_batches_that_stepped": 8}
+    validation = fit["epoch_loop.val_loop.batch_progress"]
+    assert validation["total"] == {"ready": 4 + again, "started": 4 + again, "processed": 4, "completed": 4}
+    assert validation["current"] == {"ready": again, "started": again, "processed": 0, "completed": 0}
+
+
+def test_an_epoch_that_was_not_begun_begins():
+    loops, same = (_loops(1, 0, before=6, stepped=9, validations=4) for _ in range(2))
+    for one in (loops, same):  # Lightning has not begun it
+        for part in ("total", "current"):
+            one["fit_loop"]["epoch_progress"][part]["ready"] = 1
+    rewind(loops, 1, 0, 6, validated=True)
+    assert loops == same
+    begun = _loops(1, 2, before=6, stepped=9, validations=4)
+    rewind(begun, 1, 0, 6, validated=True)  # its first two batches went into no step: they come again
+    assert begun["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == 0
+    assert begun["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"] == 6
+    assert begun["fit_loop"]["epoch_progress"]["current"]["ready"] == 1
+
+
+def test_a_scheduler_of_another_kind_keeps_what_was_configured():
+    """Rates of ours are functions of the step; what another one does in so many steps is not known."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    run = SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=[SimpleNamespace(scheduler=scheduler)])
+    saved = optimizer.state_dict()
+    saved["param_groups"][0] |= {"lr": 0.25, "params": [7]}
+    checkpoint = {"optimizer_states": [saved], "lr_schedulers": [{"last_epoch": 5}]}
+    take_settings(checkpoint, run, same=True)
+    assert checkpoint["lr_schedulers"] == [scheduler.state_dict()]
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == 0.5
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["params"] == [7]
+
+
+class _Last(Metric):
+    """What was seen last: of two, nobody can say which."""
+
+    full_state_update = True
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("seen", torch.zeros(()), dist_reduce_fx=None)
+
+    def update(self, value):
+        self.seen = torch.as_tensor(value, dtype=torch.float32)
+
+    def compute(self):
+        return self.seen
+
+
+def _counted(*values):
+    metrics = MetricCollection({"mean": MeanMetric(), "all": CatMetric(), "last": _Last()})
+    for value in values:
+        metrics.update(float(value))
+    return metrics
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method:UserWarning")
+def test_ranks_take_up_what_those_of_another_run_have_counted_each_share_once():
+    """A sum and a list are put together; what cannot be is said, and begins anew."""
+    shares = [measured(_counted(1, 2)), measured(_counted(6)), measured(_counted(10))]
+    first, second = _counted(), _counted()
+    assert remeasure_share(first, shares, 0, 2) == ["last"]
+    assert remeasure_share(second, shares, 1, 2) == []
+    assert float(first["mean"].compute()) == pytest.approx(13 / 3)
+    assert sorted(first["all"].compute().tolist()) == [1.0, 2.0, 10.0]
+    assert float(first["last"].compute()) == 0.0
+    assert float(second["last"].compute()) == float(second["mean"].compute()) == 6.0
+    late = _counted()
+    assert remeasure_share(late, shares, 3, 4) == []
+    assert late["mean"].metric_state["weight"] == 0
+    # of a metric that was not there then there is nothing to take up
+    first = _counted()
+    assert remeasure_share(first, [shares[0], {"mean": shares[1]["mean"]}], 0, 1) == []
+    assert float(first["mean"].compute()) == 3.0
+    assert first["all"].compute().tolist() == [1.0, 2.0]
+    first.update(100.0)
+    assert [float(one) for one in shares[0]["all"]["value"]] == [1.0, 2.0], "copies"
+
+
+# ---- what a file belongs to ----
+
+
+def test_what_a_file_does_not_say_or_a_newer_release_says_is_refused():
+    with pytest.raises(ResumeError, match="does not say what its weights belong to"):
+        check_belongs({"state_dict": {}}, {}, training=False)
+    check_belongs({"lit_dpo": {"base": {"content": "1"}}}, {"base": {"content": "1"}}, training=False)
+    with pytest.raises(VersionError, match=r"last.ckpt was written by a newer lit_dpo"):
+        check_readable({"lit_dpo": {"version": CHECKPOINT + 1}}, "last.ckpt")
+    for known in ({}, {"lit_dpo": {}}, {"lit_dpo": {"version": CHECKPOINT}}, {"lit_dpo": "something else"}):
+        check_readable(known, "last.ckpt")
+
+
+def test_commits_are_compared_where_both_sides_are_of_a_hub():
+    here = {"base": {"model": "a", "content": {"commit": "1", "sha": "2"}}}
+    folder = {"base": {"model": "/b", "content": {"sha": "2"}}}
+    for one, other in ((here, folder), (folder, here), (here, here)):
+        compare(one, other, training=False)
+    with pytest.raises(ResumeError, match=r"base.content.commit: '1' in the checkpoint, '9' now"):
+        compare(here, {"base": {"content": {"commit": "9", "sha": "2"}}}, training=False)
+    for said, now in (("'2'", "None"), ("None", "'2'")):  # anything else that one side alone says is a difference
+        without = {"base": {"content": {"commit": "1"}}}
+        with pytest.raises(ResumeError, match=rf"base.content.sha: {said} in the checkpoint, {now} now"):
+            compare(*((here, without) if now == "None" else (without, here)), training=False)
+
+
+def test_another_number_of_groups_is_named():
+    saved = {"optimizer": "torch.optim.AdamW", "groups": [{"lr": 1.0}], "schedule": 5}
+    assert compare_steps(saved, saved) == []
+    assert compare_steps(saved, {**saved, "groups": [{"lr": 1.0}, {"lr": 2.0}]}) == [
+        "its optimizer had 1 groups but has 2 now"
+    ]

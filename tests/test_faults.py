@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -17,8 +18,10 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
 import ranks
+import tiny
 from lit_dpo.callbacks import LastCheckpoint, TrainingDynamics
-from lit_dpo.errors import TrainingError
+from lit_dpo.callbacks.interrupts import HeldInterrupt
+from lit_dpo.errors import TrainingError, explanation
 from training import adapter, data, module, trainer
 
 
@@ -219,3 +222,44 @@ def test_an_interrupt_within_an_optimizer_step_waits_for_its_end(tiny_model, pai
     signal.signal(signal.SIGINT, before)  # Lightning has it ignored from there on
     resumed = fit(ckpt_path=tmp_path / "last.ckpt")
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
+
+
+class _Fails(Callback):
+    """Something from outside, after two steps, when the folder for checkpoints is gone too; or in validation."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 2 and self.folder is not None:
+            shutil.rmtree(self.folder)
+            self.folder.write_text("a file in its place")
+            raise MemoryError("no more")
+
+    def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
+        raise MemoryError("no more")
+
+
+def test_a_fault_is_what_is_raised_where_no_checkpoint_of_it_can_be_written(tiny_model, pairs_file, tmp_path):
+    """Nor is there one from before; and in validation there is nothing to go on with."""
+    keeper, dpo = LastCheckpoint(directory=str(tmp_path / "kept")), module(tiny_model)
+    run = trainer(tmp_path, callbacks=[keeper, _Fails(tmp_path / "kept")])
+    with tiny.records("lit_dpo.callbacks.faults") as lines, pytest.raises(MemoryError, match="no more") as refused:
+        run.fit(dpo, data(pairs_file))
+    assert [line.getMessage().partition(":")[0] for line in lines] == ["No checkpoint of this moment could be written"]
+    assert "There is no checkpoint of this run yet" in explanation(refused.value)
+    with pytest.raises(MemoryError) as refused:
+        trainer(tmp_path, callbacks=[_Fails()]).validate(dpo, data(pairs_file, val=str(pairs_file)), verbose=False)
+    assert "MemoryError: no more" in explanation(refused.value)
+    assert "ckpt_path" not in explanation(refused.value)
+    assert "no checkpoint" not in explanation(refused.value)
+
+
+def test_a_second_interrupt_does_not_wait():
+    held = HeldInterrupt()
+    held.hold()
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    held.let_go(forget=True)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

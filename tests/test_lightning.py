@@ -39,12 +39,22 @@ from lit_dpo import (
     PreferenceDataModule,
     PreferenceLoss,
 )
-from lit_dpo.callbacks import AdapterExport, OptimizerSteps, TrainingHealth
+from lit_dpo.callbacks import (
+    AdapterExport,
+    ExactResume,
+    HealthMonitor,
+    OptimizerSteps,
+    PredictionWriter,
+    RewardHistograms,
+    Throughput,
+    TrainingDynamics,
+    TrainingHealth,
+)
 from lit_dpo.data.sampler import PromptSampler
 from lit_dpo.errors import DataError, ResumeError, TrainingError
 from lit_dpo.losses import BCOLoss
 from lit_dpo.requirements import check_strategy
-from training import adapter, data, trainer
+from training import adapter, data, module, trainer
 
 # What a hook of LightningModule does when nobody overrides it: overriding it with `pass` asks for something else.
 JOBS = {
@@ -367,6 +377,43 @@ def test_a_training_step_of_one_s_own_trains_with_the_mean_that_it_returns(tiny_
             torch.testing.assert_close(moved, other[name], rtol=0, atol=1e-6)
     assert all(torch.isfinite(p).all() for p in _exported(tmp_path / "own" / "adapter").values())
     assert "own" in run.callback_metrics
+
+
+def test_what_watches_a_run_makes_do_with_steps_of_one_s_own(tiny_model, pairs_file, tmp_path):
+    """None of it measures comparisons then: that is said once, and nothing of it ends the run."""
+
+    class Own(DPOModule):
+        def training_step(self, batch, batch_idx):
+            return self.compute_loss(self.pair_logps(batch)).mean() * (float("nan") if batch_idx == 2 else 1.0)
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val/own", float(batch_idx))
+
+        def predict_step(self, batch, batch_idx):
+            return batch.indices
+
+    health = TrainingHealth(nonfinite="skip")
+    own = [health, HealthMonitor(), TrainingDynamics(), Throughput(), RewardHistograms()]
+    run = trainer(tmp_path, callbacks=[*own, PredictionWriter(str(tmp_path / "rows.jsonl"))], limit_train_batches=4)
+    dpo, source = module(tiny_model, kind=Own), data(pairs_file, val=str(pairs_file), predict=str(pairs_file))
+    with tiny.records("lit_dpo.callbacks.alone") as lines, tiny.records("lit_dpo.callbacks.health") as skipped:
+        run.fit(dpo, source)
+    assert [line.getMessage() for line in lines if line.levelname == "WARNING"] == [
+        "TrainingDynamics failed, and the run goes on without it: TypeError: there is a `training_step` of one's own, "
+        "which measures no comparisons"
+    ]
+    assert health.skipped == 1
+    assert "from a batch of a `training_step` of one's own" in skipped[0].getMessage()
+    assert run.global_step == 4
+    assert not list(tmp_path.rglob("dynamics.parquet"))
+    assert torch.cat(run.predict(dpo, source)).tolist() == [*range(21)]
+    # a file inside a step, and one of a run with loaders of its own
+    resume = ExactResume()
+    with pytest.raises(ResumeError, match="was written inside an optimizer step"):
+        resume._go_back({"optimizer_states": [], "lit_dpo_run": {"torn": True}}, "PreferenceDataModule")
+    checkpoint = {"optimizer_states": [], "loops": {}, "lit_dpo_run": {"torn": False}}
+    resume._go_back(checkpoint, "NoneType")
+    assert checkpoint == {"optimizer_states": [], "loops": {}, "lit_dpo_run": {"torn": False}}
 
 
 # ---- shapes ----

@@ -15,6 +15,7 @@ import torch
 import lit_dpo.losses
 import many
 import ranks
+from lit_dpo.logps import coupling
 from lit_dpo.logps.microbatch import join
 from lit_dpo.losses import (
     AOTLoss,
@@ -97,6 +98,27 @@ def test_every_rank_has_the_record_of_all(tmp_path: Path, cpu: bool) -> None:
         size = len(many.record(rank, 1 + 2 * rank).policy_chosen.total)
         assert torch.equal(own, expected.policy_chosen.total[begin : begin + size])
         begin += size
+
+
+def test_values_are_of_all_pairs_or_of_all_prompts() -> None:
+    before, pairs, after = (many.record(seed, 2) for seed in range(3))
+    others = coupling.Others([before], [after])
+    prompts = torch.arange(6.0)
+    assert others.own(prompts, pairs).tolist() == [2.0, 3.0]
+    count = [len(one.policy_chosen.total) for one in (before, pairs, after)]
+    found = others.own(torch.arange(float(sum(count))), pairs)
+    assert found.tolist() == [*range(count[0], count[0] + count[1])]
+    with pytest.raises(ValueError, match="Expected values of all pairs or of all prompts but got 99"):
+        others.own(torch.zeros(99), pairs)
+
+
+def test_what_is_on_a_device_goes_by_itself_and_what_is_on_the_cpu_with_the_record() -> None:
+    mine: list[Any] = []
+    here, there = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.half, device="meta")
+    assert coupling._leave(here, mine) is here
+    stands = coupling._leave(there, mine)
+    assert mine == [there]
+    assert (stands.shape, stands.dtype, stands.bytes) == ((2, 3), torch.half, 12)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_in_the_middle_of_an_epoch(

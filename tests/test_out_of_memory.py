@@ -8,6 +8,7 @@ import re
 import resource
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -199,3 +200,72 @@ def test_several_ranks_are_refused_before_weights_load(tiny_model, pairs_file, t
         OutOfMemory(1).setup(run, module(tiny_model), "fit")
     with pytest.raises(TrainingError, match="Expected `halvings` >= 0 but got -1"):
         OutOfMemory(-1)
+
+
+def _again(halvings, room, *, whole=None):
+    """A batch of three prompts, of which a micro-batch may have so many tokens; what came, and what was tried."""
+    dpo = SimpleNamespace(microbatch_tokens=None, loss_state=None, why_whole=whole, device=torch.device("cpu"),
+                          trainer=SimpleNamespace(global_step=3))  # fmt: skip
+    guard, tried = OutOfMemory(halvings), []
+
+    def cut():
+        return tiny.batch().cut(dpo.microbatch_tokens or 10**6)
+
+    def run():
+        tried.append(max(part.input_ids.shape[1] for part in cut()))
+        if tried[-1] > room:
+            raise MemoryError(f"{tried[-1]} tokens")
+        return "made"
+
+    return guard, dpo, tried, lambda: guard.again(dpo, run, cut)
+
+
+def test_a_batch_is_made_smaller_as_often_as_that_is_allowed_and_helps():
+    whole = tiny.batch().input_ids.shape[1]
+    guard, dpo, tried, run = _again(5, room=whole // 2)
+    assert run() == "made"
+    assert tried[0] == whole
+    assert dpo.microbatch_tokens == whole // 2 == guard.state_dict()["microbatch_tokens"]
+    # one prompt is not cut: the limit is what it was, and the error is the last one
+    guard, dpo, tried, run = _again(5, room=0)
+    with pytest.raises(MemoryError) as refused:
+        run()
+    assert str(refused.value) == f"{tried[-1]} tokens"
+    assert len(tried) == len(set(tried)) < 6
+    assert dpo.microbatch_tokens == guard.state_dict()["microbatch_tokens"]
+    for halvings, reason in ((0, None), (3, "it stays whole")):
+        guard, dpo, tried, run = _again(halvings, room=0, whole=reason)
+        with pytest.raises(MemoryError, match=f"^{whole} tokens$"):
+            run()
+        assert (tried, dpo.microbatch_tokens, guard.state_dict()) == ([whole], None, {})
+    guard, dpo, tried, run = _again(1, room=0)
+    with pytest.raises(MemoryError):
+        run()
+    assert len(tried) == 2
+
+
+def test_a_size_that_was_found_is_taken_up_if_the_run_may_find_one():
+    for halvings, tokens in ((1, 10), (0, None)):
+        guard, dpo = OutOfMemory(halvings), SimpleNamespace(microbatch_tokens=None)
+        guard.load_state_dict({"microbatch_tokens": 10})
+        with tiny.records("lit_dpo.callbacks.out_of_memory") as lines:
+            for _ in range(2):
+                guard.on_train_batch_start(None, dpo, tiny.batch(), 0)
+        assert dpo.microbatch_tokens == tokens
+        assert len(lines) == halvings
+        assert guard.state_dict() == ({} if tokens is None else {"microbatch_tokens": 10})
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("spared", [True, False])
+def test_only_what_is_not_done_already_is_advised(loaded, spared):
+    policy = SimpleNamespace(gradient_checkpointing=spared, quantization="nf4" if spared else "none")
+    dpo = SimpleNamespace(policy=policy, model=object() if loaded else None, device=torch.device("cpu"))
+    dpo.why_whole, dpo.microbatch_limit = "so it is", 1024
+    run = SimpleNamespace(training=True, state=None, global_step=3, callbacks=[], world_size=1)
+    said = OutOfMemory().explain(run, dpo)
+    assert said.startswith("Out of memory in training, after step 3.")
+    assert ("Batches run in one piece" in said) == ("--data.batch_size" in said) == loaded
+    assert ("halvings=1" in said) == (not loaded)
+    assert ("gradient_checkpointing true" in said) == ("quantization nf4" in said) == (not spared)
+    assert "A training step needs" not in said

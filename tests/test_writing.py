@@ -20,13 +20,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from safetensors.torch import load_file
 
 from lit_dpo.callbacks import PredictionWriter
 from lit_dpo.callbacks.export import clear_runs
 from lit_dpo.checkpoint import AdapterCheckpointIO, save_adapter
-from lit_dpo.errors import TrainingError
+from lit_dpo.errors import ResumeError, TrainingError
 from lit_dpo.writing import hold, put_in_place, refusal, refusals, release, written_whole
 from training import data, module, trainer
 
@@ -206,6 +206,37 @@ def test_a_checkpoint_is_written_to_its_own_disk_alone(policy, tmp_path, monkeyp
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     _save(policy, 1, tmp_path / "a.ckpt")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["a", "a.ckpt"]
+
+
+class _Noted(TorchCheckpointIO):
+    """A plugin of one's own."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        super().save_checkpoint({**checkpoint, "by": "mine"}, path)
+
+
+@pytest.mark.parametrize("where", ["remote", "later", "mine", "bare"])
+def test_a_plugin_that_the_trainer_has_writes_the_file(policy, tmp_path, where):
+    """To a store elsewhere, where no folder can stand beside it; in its own time, with the folder; or as it likes."""
+    saver = _saver(policy)
+    saver.on_save = lambda checkpoint: checkpoint.update(lit_dpo={"version": 1})
+    path = "memory://kept/x.ckpt" if where == "remote" else tmp_path / "x.ckpt"
+    state = {name: torch.full_like(p, 3.0) for name, p in policy[0].state_dict().items()}
+    if where != "remote":
+        saver.inner = {"later": AsyncCheckpointIO(saver.inner), "mine": _Noted()}.get(where, saver.inner)
+    checkpoint = state if where == "bare" else {"state_dict": state, "epoch": 1}
+    saver.save_checkpoint(checkpoint, path)
+    saver.teardown()  # what writes later has written then
+    found = saver.load_checkpoint(path)
+    assert found.keys() == ({*checkpoint} | ({"by"} if where == "mine" else set()))
+    assert ("lit_dpo" in found) == (where != "bare")
+    assert (tmp_path / "x").exists() == (where in ("later", "mine"))
+    if where in ("later", "mine"):
+        assert _numbers(tmp_path / "x") == {3.0}
+    saver.remove_checkpoint(path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises((OSError, ResumeError)):
+        saver.load_checkpoint(path)
 
 
 def test_a_run_clears_away_what_killed_ones_left_next_to_it(tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import deque
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,10 +26,14 @@ from lit_dpo.callbacks.findings import (
     Overfitting,
     PairsSeen,
     Rule,
+    Saturated,
 )
+from lit_dpo.callbacks.monitor import _KEPT
 from lit_dpo.data.formats import Triples
 from lit_dpo.errors import TrainingError
+from lit_dpo.logps import PairLogps, SequenceLogps
 from lit_dpo.losses import HingeLoss, MixtureLoss, SFTLoss, SimPOLoss
+from lit_dpo.window import Window
 from test_stories import _continuations, _conversations
 from training import adapter, data, module, trainer
 
@@ -359,3 +365,123 @@ def test_first_pairs_are_enough_or_say_nothing():
     assert swapped(_seen(first=FirstPairs(32, 31, 0))) is not None
     assert swapped(_seen(first=FirstPairs(31, 31, 0))) is None
     assert swapped(_seen(first=FirstPairs(64, 40, 0))) is None
+
+
+# ---- what a callback does with what is not there, each by itself ----
+
+
+def _measured(size, reward=0.0):
+    side = SequenceLogps(torch.zeros(size), torch.ones(size))
+    return SimpleNamespace(pairs=PairLogps(side, side), chosen_rewards=torch.full((size,), reward),
+                           rejected_rewards=torch.zeros(size))  # fmt: skip
+
+
+def test_margins_are_kept_of_so_many_pairs_the_latest_ones():
+    monitor = HealthMonitor()
+    for reward in range(1, 7):
+        monitor._keep("train", SimpleNamespace(measured_batch=_measured(_KEPT // 4, reward)))
+    monitor._take_pairs("train")
+    assert sorted(set(monitor.seen.pairs.margins.tolist())) == [3.0, 4.0, 5.0, 6.0]
+    assert len(monitor.seen.pairs.margins) == _KEPT // 4 * 4
+
+
+def test_a_monitor_that_cannot_see_says_so_once_and_looks_no_more():
+    monitor, broken, looked = HealthMonitor(), SimpleNamespace(measured_batch=SimpleNamespace()), []
+    monitor._count_first(SimpleNamespace(measured_batch=None))  # a step of one's own measures nothing
+    with tiny.records("lit_dpo.callbacks.alone") as lines:
+        monitor._safely(monitor._keep, "train", broken)
+        monitor._safely(monitor._keep, "train", broken)
+        monitor._safely(looked.append, 1)
+    said = [line.getMessage() for line in lines if line.levelname == "WARNING"]
+    assert len(said) == 1
+    assert said[0].startswith("HealthMonitor failed, and the run goes on without it: AttributeError")
+    assert looked == []
+
+
+@pytest.mark.parametrize(
+    ("margin", "compared", "found"), [(10.0, True, False), (10.5, True, True), (99.0, False, False)]
+)
+def test_pairs_that_are_told_apart_too_far_are_a_finding(margin, compared, found):
+    seen = History()
+    seen.compared, seen.step = compared, 7
+    seen.recent.append({"reward_margin": margin})
+    finding = Saturated()(seen)
+    assert (finding is not None) == found
+    if found:
+        assert "the margin is 10.5 after 7 steps" in finding[0]
+        assert "is 3e-05" in finding[0]
+
+
+def _adapters(*, ends=2, dtype=torch.float32, trains=True):
+    model = torch.nn.Module()
+    for number in range(ends):
+        model.register_module(f"layer_{number}", part := torch.nn.Module())
+        part.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(2, 2, bias=False, dtype=dtype)})
+    return model.requires_grad_(trains)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (None, "Expected `configure_model` to load the policy"),
+        (_adapters(trains=False), "no parameter of the policy requires gradients"),
+        (_adapters(dtype=torch.bfloat16), r"Expected float32 adapters but layer_0.*is torch.bfloat16"),
+    ],
+    ids=["no model", "nothing trains", "16 bits"],
+)
+def test_what_trains_is_seen_before_the_first_step(model, said):
+    with pytest.raises(TrainingError, match=said):
+        TrainingHealth().on_train_start(None, SimpleNamespace(model=model))
+
+
+def _stuck(moves):
+    """A run whose first adapter moves, or none does."""
+    model = _adapters()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    health, run = TrainingHealth(), SimpleNamespace(optimizers=[optimizer], global_step=1, accumulate_grad_batches=1)
+    dpo = SimpleNamespace(model=model)
+    health._before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    health._start, health._seen = None, 0
+    for step in range(1, 12):
+        health._steps = step
+        if moves:
+            with torch.no_grad():
+                next(model.parameters()).add_(1.0)
+        health.on_train_batch_end(run, dpo, {"loss": 0.5}, None, step)
+    return health
+
+
+def test_adapters_that_do_not_move_stop_the_run():
+    with pytest.raises(TrainingError, match=r"1 of 2 adapters did not move in the first steps: layer_1.lora_B"):
+        _stuck(moves=True)
+    with pytest.raises(TrainingError, match=r"No adapter moved in 10 steps: learning rate \[0.1\], loss .*0.5"):
+        _stuck(moves=False)
+
+
+@pytest.mark.parametrize(
+    ("losses", "ranks", "place", "said"),
+    [
+        ([0.5, 0.5], 1, True, r"The gradient of step 4 is not finite, from data:3; data:9\. Look"),
+        ([0.5, 0.5], 2, False, r"The gradient of step 4 .* from row 3; row 9, or from rows of another rank"),
+        ([0.5, float("nan")], 2, False, r"The loss of step 4 is not finite, from row 9\. Look"),
+        (None, 1, False, r"from a batch of a `training_step` of one's own\. Look"),
+    ],
+)
+def test_a_step_that_is_not_finite_names_its_rows(losses, ranks, place, said):
+    window, weight = Window(), torch.nn.Parameter(torch.ones(1))
+    if losses is not None:
+        window.note(0, torch.tensor([3, 9]), torch.tensor(losses))
+    weight.grad = torch.tensor([float("inf")])
+    source = SimpleNamespace(place=lambda stage, row: f"data:{row}") if place else None
+    dpo = SimpleNamespace(window=window, fetched=None, asked={}, unlogged=False, train_metrics=None)
+    run = SimpleNamespace(precision_plugin=SimpleNamespace(), world_size=ranks, global_step=3, datamodule=source)
+    optimizer = torch.optim.SGD([weight])
+    with pytest.raises(TrainingError, match=said):
+        TrainingHealth()._check_finite(run, dpo, optimizer)
+    # float16: what the scaler is there for is left to it, and what no scale helps is not
+    run.precision_plugin.scaler = object()
+    if losses and all(loss == loss for loss in losses):
+        TrainingHealth()._check_finite(run, dpo, optimizer)
+    else:
+        with contextlib.nullcontext() if losses is None else pytest.raises(TrainingError, match=said):
+            TrainingHealth()._check_finite(run, dpo, optimizer)

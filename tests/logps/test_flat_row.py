@@ -12,6 +12,7 @@ import tiny
 from lit_dpo.data.batch import EncodedPrompt, collate
 from lit_dpo.errors import PolicyError, UnsupportedAttentionError
 from lit_dpo.logps.attention import PAIR_ATTENTION, has_pair_attention, plain_attention
+from lit_dpo.logps.last_layer import last_layer_on
 from lit_dpo.logps.layouts import padded_rows, segments
 from lit_dpo.logps.score import choose_layout, completion_logps
 
@@ -381,3 +382,51 @@ def test_two_models_do_not_share_their_attention():
     choose_layout(one)
     assert not has_pair_attention(other)
     other(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+class _Rows(torch.nn.Module):
+    """A part of a layer that writes down the rows it is given."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, states):
+        self.seen.append(states.shape[-2])
+        return 2 * states, "scores"
+
+
+def test_a_part_of_the_last_layer_transforms_the_rows_that_are_read_and_others_run_whole():
+    """What is given by keyword, or flattened already, is none of its rows."""
+    part, needed = _Rows([]), torch.tensor([1, 4])
+    layer = torch.nn.Module()
+    layer.mlp = part
+    decoder = torch.nn.Module()
+    decoder.layers = [layer]
+    states = torch.arange(12.0).reshape(1, 6, 2)
+    with last_layer_on(decoder, needed):
+        cut, scores = part(states)
+        assert scores == "scores"
+        assert torch.equal(cut[0, needed], 2 * states[0, needed])
+        assert int((cut != 0).any(-1).sum()) == 2
+        for whole in (part(states=states), part(states[0])):
+            assert torch.equal(whole[0].reshape(states.shape), 2 * states)
+    assert part.seen == [2, 6, 6]
+    decoder.layers = None
+    with last_layer_on(decoder, needed):  # nothing of it is known
+        assert torch.equal(part(states)[0], 2 * states)
+    assert not part._forward_hooks
+    assert not part._forward_pre_hooks
+
+
+def test_the_layout_knows_which_layer_is_the_last():
+    model, layouts = tiny.model(num_hidden_layers=3), []
+    choose_layout(model)
+    told = model.model.register_forward_pre_hook(
+        lambda _, __, given: layouts.append(given["pair_layout"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        completion_logps(model, collate(PAIRS))
+    told.remove()
+    assert [layout.last_layer for layout in layouts] == [2]
+    assert [layer.self_attn.layer_idx for layer in model.model.layers][-1] == 2

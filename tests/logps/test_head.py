@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from lit_dpo.logps import head as head_module
-from lit_dpo.logps.head import selected_logps
-from lit_dpo.logps.model_head import backbone, model_head
+from lit_dpo.logps.head import collision_logps, selected_logps
+from lit_dpo.logps.model_head import _output_type, _replace, backbone, model_head
 
 TOKENS, WIDTH, VOCABULARY = 200, 8, 97
 
@@ -150,6 +150,39 @@ def test_chunks_are_smaller_than_a_batch_of_any_vocabulary_that_matters():
     """fp32 logits of a chunk: 8 MiB on a CPU up to 16k tokens of vocabulary, then 128 rows."""
     rows = [head_module.chunk_rows(vocabulary, torch.device("cpu")) for vocabulary in (8192, 16384, 262144)]
     assert rows == [256, 128, 128]
+    on_a_gpu = [head_module.chunk_rows(vocabulary, torch.device("cuda")) for vocabulary in (8192, 16384, 262144)]
+    assert on_a_gpu == [4096, 2048, 256]
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_the_chance_that_two_samples_agree_is_the_dense_one():
+    """Also of logits whose squared probabilities no float32 holds: log Σ p², and p² of a sure token is 1."""
+    hidden, _ = _inputs()
+    head = nn.Linear(WIDTH, VOCABULARY)
+    dense = head(hidden.double().float()).double().log_softmax(-1).mul(2).logsumexp(-1)
+    found = collision_logps(head, hidden, VOCABULARY)
+    torch.testing.assert_close(found.double(), dense.detach(), rtol=0, atol=1e-5)
+    assert not found.requires_grad
+    assert collision_logps(nn.Identity(), torch.tensor([[300.0, 0.0, -300.0]]), 3).tolist() == [0.0]
+
+
+def test_what_a_head_reads_of_its_backbone_besides_the_states_is_not_there():
+    """Heads hand on caches and router scores; a protocol of Python's is not there either, rather than None."""
+    output = _output_type()(last_hidden_state=torch.ones(1))
+    assert output.router_logits is None
+    assert not hasattr(output, "__array__")
+    assert copy.copy(output).last_hidden_state is output.last_hidden_state
+
+
+def test_a_part_is_replaced_wherever_it_is_and_only_there():
+    old, new, other = nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1)
+    whole = nn.Sequential(other, nn.Sequential(nn.Identity(), old))
+    changed = _replace(whole, old, new)
+    assert changed[0] is other
+    assert changed[1][1] is new
+    assert whole[1][1] is old
+    with pytest.raises(ValueError, match="Sequential does not hold its decoder"):
+        _replace(whole, new, old)
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from contextlib import contextmanager
 
 import pytest
@@ -17,6 +18,7 @@ from lit_dpo.errors import PolicyError
 from lit_dpo.logps.layouts import segments
 from lit_dpo.logps.probe import probe_batch
 from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.policy.kernels import Kernels, kernels_of
 from lit_dpo.policy.limits import limits
 from lit_dpo.policy.settings import rope_limit
 
@@ -204,3 +206,93 @@ def test_such_an_implementation_is_refused_where_it_was_asked_for(name, why, sup
         with pytest.raises(PolicyError, match=rf"attention={name} {why}.*Gemma2ForCausalLM.*Use `eager` or `auto`"):
             choose_layout(model, name)
         assert _said(model, "eager") == ("padded", [])
+
+
+# ---- layers that hand nothing on, numbers that are never the same twice ----
+
+
+class _Deaf(nn.Module):
+    """A layer that does not hand on what it is told."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden, position_embeddings=None, attention_mask=None, **_):
+        return self.layer(hidden, position_embeddings=position_embeddings, attention_mask=attention_mask)
+
+
+def test_layers_that_hand_nothing_on_get_padded_rows():
+    model, plain = tiny.model(), tiny.model()
+    model.model.layers[1] = _Deaf(model.model.layers[1])
+    expected = "padded rows instead of the flat row: its layers do not hand what they are told on to their attention."
+    assert _said(model) == ("padded", [f"LlamaForCausalLM: {expected}"])
+    assert _said(plain) == _said(plain) == ("flat", []), "chosen again, it begins where it began"
+    torch.testing.assert_close(_tokens(model, tiny.pairs()), _tokens(plain, tiny.pairs()), rtol=0, atol=1e-4)
+
+
+def test_numbers_that_differ_a_little_each_time_are_no_dropout():
+    """As of kernels that add in any order: in evaluation mode they differ as much as in training mode."""
+    model, calls = tiny.model(), []
+
+    def waver(module, inputs, output):
+        calls.append(output)
+        return output + (-1) ** len(calls) * 3e-4 * torch.linspace(-1, 1, output.shape[-1])
+
+    model.model.norm.register_forward_hook(waver)
+    one, other = (_tokens(model, tiny.pairs()) for _ in range(2))
+    assert 1e-4 < float((one - other).abs().max()) < 1e-3
+    assert choose_layout(model, "eager") == "padded"
+
+
+# ---- kernels ----
+
+
+def _off(by, gradient=0.0):
+    """A norm's forward that is off by so much, and its gradient."""
+
+    def make(norm):
+        def forward(hidden):
+            found = type(norm).forward(norm, hidden)
+            return found * (1 + by) + gradient * (found - found.detach())
+
+        return forward
+
+    return make
+
+
+def _broken(norm):
+    def forward(hidden):
+        raise RuntimeError("no such instruction.\nOn line 7.")
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype", "said"),
+    [
+        (_off(0.0), torch.float32, "Liger's kernels in LlamaRMSNorm"),
+        (_off(0.1), torch.float32, r"no kernels of Liger: log-probs are off by .* nats per token \(tolerance 0.001\)"),
+        (_off(0.0, 0.1), torch.float32, r"no kernels of Liger: gradients are off by .* \(tolerance 0.01\)"),
+        (_off(0.0, 0.1), torch.bfloat16, "Liger's kernels in LlamaRMSNorm"),
+        (_off(0.0, 1.0), torch.bfloat16, r"no kernels of Liger: gradients are off by .* \(tolerance 0.2\)"),
+        (_off(float("nan")), torch.float32, "no kernels of Liger: log-probs are off by nan"),
+        (_broken, torch.float32, "no kernels of Liger: no such instruction"),
+    ],
+)
+def test_kernels_stay_on_where_numbers_and_gradients_are_the_models_own(make, dtype, said):
+    """Stand-ins for kernels, on the last norm, whose code is another one; measured by the probe as real ones are."""
+    model = tiny.lora(tiny.model(num_hidden_layers=1).to(dtype), targets=["q_proj"])
+    base = model.get_base_model()
+    base.lit_dpo_kernels = Kernels([(base.model.norm, {"forward": make(base.model.norm)})])
+    _, (line,) = _said(model)
+    assert re.fullmatch(rf"LlamaForCausalLM: {said}.*\.", line)
+    assert kernels_of(base).on == (not said.startswith("no"))
+    assert ("forward" in vars(base.model.norm)) == kernels_of(base).on
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_kernels_of_a_model_that_trains_nothing_are_held_to_its_numbers():
+    model = tiny.model(num_hidden_layers=1).requires_grad_(False)
+    model.lit_dpo_kernels = Kernels([(model.model.norm, {"forward": _off(0.0)(model.model.norm)})])
+    assert _said(model) == ("flat", ["LlamaForCausalLM: Liger's kernels in LlamaRMSNorm."])

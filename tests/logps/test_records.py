@@ -107,3 +107,52 @@ def test_a_column_that_is_not_there_is_an_error_with_its_remedy(name, remedy):
     pairs = PAIRS._replace(columns={"weight": torch.ones(2)})
     with pytest.raises(ValueError, match=rf"Expected a column `{name}` .* \(there: weight\).* {remedy}"):
         pairs.column(name)
+
+
+def _side(lengths, *, tokens=True, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    summands = [torch.randn(sum(lengths), generator=random) for _ in range(3)] if tokens else [None] * 3
+    return SequenceLogps(torch.randn(len(lengths), generator=random), torch.tensor(lengths), *summands)
+
+
+@pytest.mark.parametrize("reference", [True, False])
+@pytest.mark.parametrize("tokens", [(True, True), (True, False), (False, True)])
+def test_sides_are_lists_of_two_and_these_are_the_sides_again(reference, tokens):
+    chosen, rejected = _side([3, 1], tokens=tokens[0]), _side([2, 5], tokens=tokens[1], seed=1)
+    pairs = PairLogps(chosen, rejected, *((_side([3, 1], seed=2), _side([2, 5], seed=3)) if reference else ()))
+    lists = pairs.lists
+    assert lists.lengths.tolist() == [3, 2, 1, 5]
+    assert lists.completions_per_prompt.tolist() == [2, 2]
+    assert lists.policy.total.tolist() == [x for both in zip(chosen.total, rejected.total, strict=True) for x in both]
+    again = lists.pairs()
+    assert (again.reference_chosen is None) == (not reference)
+    both = tokens == (True, True)  # what one side lacks, a list of both lacks
+    for name in (
+        "policy_chosen",
+        "policy_rejected",
+        *(("reference_chosen", "reference_rejected") if reference else ()),
+    ):
+        given, found = getattr(pairs, name), getattr(again, name)
+        for field in SequenceLogps._fields:
+            mine, theirs = getattr(found, field), getattr(given, field)
+            whole = both or name.startswith("reference") or field in ("total", "length")
+            assert torch.equal(mine, theirs) if whole else mine is None, (name, field)
+
+
+def test_a_list_without_its_reference_on_one_side_says_so():
+    with pytest.raises(ValueError, match="Expected `reference_rejected` in the pairs"):
+        PAIRS._replace(reference_rejected=None).lists  # noqa: B018 - it raises
+
+
+def test_a_changed_view_is_of_policy_and_reference_of_the_same_completions():
+    """Whether a record was made of sides, or of lists."""
+
+    def doubled(policy, reference):
+        return policy._replace(total=2 * policy.total), reference._replace(total=policy.total - reference.total)
+
+    for pairs in (PAIRS, PAIRS.lists.pairs()):
+        changed = pairs.map_models(doubled)
+        assert changed.policy_chosen.total.tolist() == [-2.0, -4.0]
+        assert changed.policy_rejected.total.tolist() == [-6.0, -10.0]
+        assert changed.reference_chosen.total.tolist() == pairs.chosen_logratio.tolist()
+        assert changed.reference_rejected.total.tolist() == pairs.rejected_logratio.tolist()

@@ -62,3 +62,11 @@ def test_every_shard_counts(folder, digest):
     before = digest(folder)
     (folder / "model-00002-of-00002.safetensors").write_bytes(b"c")
     assert digest(folder) != before
+
+
+@pytest.mark.parametrize("digest", [sampled_digest, whole_digest])
+def test_weights_under_a_name_of_their_own_count(folder, digest):
+    (folder / "model.safetensors").rename(folder / "own.safetensors")
+    before = digest(folder)
+    (folder / "own.safetensors").write_bytes(b"other")
+    assert digest(folder) != before

@@ -19,6 +19,7 @@ from lit_dpo.logps.attention import plain_attention
 from lit_dpo.logps.score import choose_layout, completion_logps
 from lit_dpo.policy import HeldPolicy
 from lit_dpo.policy.checks import keep_trainable
+from lit_dpo.policy.held import _digest
 from training import adapter, data, trainer
 
 BATCH = tiny.batch()
@@ -229,3 +230,30 @@ def test_a_subclass_takes_a_model_if_it_is_one_of_held_policies(folder):
 def test_a_model_where_something_else_is_expected_is_told_where_it_goes(take, folder):
     with pytest.raises(PolicyError, match=r"but got a LlamaForCausalLM.*`LoRAPolicy.from_model\(model\)`"):
         take(_model(folder))
+
+
+def test_a_model_that_is_nowhere_is_refused_and_its_name_need_not_have_a_tokenizer(folder, tmp_path):
+    with torch.device("meta"):
+        nowhere = AutoModelForCausalLM.from_config(tiny.config("llama"))
+    with pytest.raises(PolicyError, match="Expected a model on one device but its weights are on meta"):
+        LoRAPolicy.from_model(nowhere)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config._name_or_path = model.name_or_path = str(tmp_path)
+    with pytest.raises(PolicyError, match=r"No tokenizer for .*from_model\(model, tokenizer=tokenizer\)"):
+        LoRAPolicy.from_model(model).load_tokenizer()
+
+
+def test_a_model_is_scored_by_the_attention_that_is_asked_for(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    policy = LoRAPolicy.from_model(model, attention="eager")
+    assert policy.load_base(torch.device("cpu"), torch.float32).config._attn_implementation == "eager"
+
+
+def test_a_large_weight_is_known_by_numbers_from_its_beginning_to_its_end():
+    weight = torch.zeros(2**15)
+    found = {_digest([("w", weight)], whole=False)}
+    for place in (0, -1):
+        weight[place] = 1.0
+        found.add(_digest([("w", weight)], whole=False))
+    assert len(found) == 3
+    assert _digest([("w", weight)], whole=True) not in found

@@ -12,6 +12,7 @@ from lit_dpo import LoRAPolicy
 from lit_dpo.logps.attention import plain_attention
 from lit_dpo.logps.score import choose_layout
 from lit_dpo.policy import shared
+from lit_dpo.policy.kernels import Kernels, kernels_of
 
 CPU = torch.device("cpu")
 
@@ -78,3 +79,17 @@ def test_a_base_that_its_adapters_have_changed_is_not_kept(tiny_model):
         base = policy.load_base(CPU, torch.float32)
         shared.give_back(get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="olora")))
         assert policy.load_base(CPU, torch.float32) is not base
+
+
+def test_kernels_do_not_stay_on_a_base_that_is_given_back(tiny_model):
+    policy = LoRAPolicy(str(tiny_model), quantization="none")
+    with shared.keeping():
+        model = policy.load()
+        base = model.get_base_model()
+        norm = base.model.norm
+        base.lit_dpo_kernels = Kernels([(norm, {"forward": type(norm).forward.__get__(norm)})])
+        base.lit_dpo_kernels.use(True)
+        shared.give_back(model)
+        assert "forward" not in vars(norm)
+        assert kernels_of(base) is None
+        assert policy.load().get_base_model() is base

@@ -52,6 +52,12 @@ def test_nothing_is_written_before_there_is_something(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_nothing_put_is_nothing_written(tmp_path):
+    store = LogpStore(tmp_path / "store")
+    store.put({})
+    assert not (tmp_path / "store").exists() or not list((tmp_path / "store").iterdir())
+
+
 def test_ten_thousand_pairs_put_in_batches_are_all_there(tmp_path):
     """More than are kept with the index, so that it is read again in between."""
     store = LogpStore(tmp_path)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import pickle
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -15,8 +17,12 @@ from limits import bounded
 
 from lit_dpo import DPOModule, PreferenceDataModule
 from lit_dpo.checkpoint import read_checkpoint
+from lit_dpo.checkpoint.classes import _resolve, only_known_classes
+from lit_dpo.checkpoint.state import check_parts, hyper_parameters
 from lit_dpo.cli import main
+from lit_dpo.compat import CLASS_PATH
 from lit_dpo.errors import LitDPOError, ResumeError
+from lit_dpo.module import NAMED_IN_FILES
 from training import data, module, trainer
 
 CODE = """
@@ -137,6 +143,9 @@ def test_neither_does_a_file_of_hyper_parameters(saved, tmp_path):
     (tmp_path / "hparams.yaml").write_text(yaml.dump({"policy": Path}))
     with pytest.raises(LitDPOError):
         DPOModule.load_from_checkpoint(saved, hparams_file=str(tmp_path / "hparams.yaml"))
+    (tmp_path / "hparams.yaml").write_text("policy: [")
+    with pytest.raises(ResumeError, match=r"Expected hyper-parameters in .*hparams.yaml"):
+        hyper_parameters(saved, "hyper_parameters", tmp_path / "hparams.yaml")
 
 
 def test_tensors_are_as_large_as_their_numbers(saved, tmp_path):
@@ -146,6 +155,82 @@ def test_tensors_are_as_large_as_their_numbers(saved, tmp_path):
     torch.save(content, tmp_path / "x.ckpt")
     with bounded(), pytest.raises(ResumeError, match="larger than its numbers"):
         DPOModule.load_from_checkpoint(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(2, 2).to_sparse(), torch.zeros(2, device="meta")], ids=["sparse", "meta"]
+)
+def test_tensors_have_their_numbers_one_after_another(tensor):
+    with pytest.raises(ResumeError, match="larger than its numbers"):
+        check_parts({"state_dict": [tensor]}, "x.ckpt")
+
+
+def _nested(depth):
+    found = {}
+    for _ in range(depth):
+        found = {"a": found}
+    return found
+
+
+def test_what_a_run_may_write_has_an_end():
+    """A hundred levels, in all that is read, and so many parts of hyper-parameters."""
+    check_parts(_nested(100), "x.ckpt")
+    with pytest.raises(ResumeError, match=r"x.ckpt holds more than any run writes"):
+        check_parts(_nested(101), "x.ckpt")
+    for many in ([0] * 99_998, _nested(99)):
+        with only_known_classes({"a": many}, DPOModule, NAMED_IN_FILES):
+            pass
+    for more in ([0] * 99_999, _nested(100)):
+        with (
+            pytest.raises(ResumeError, match="larger than any module has"),
+            only_known_classes({"a": more}, DPOModule, NAMED_IN_FILES),
+        ):
+            pass
+
+
+def test_a_stream_is_read_from_its_beginning_and_left_there(saved):
+    stream = io.BytesIO(saved.read_bytes())
+    stream.seek(7)
+    read_checkpoint(stream)
+    assert stream.tell() == 0
+
+
+# ---- which classes ----
+
+
+def _known(stored):
+    with only_known_classes(stored, DPOModule, NAMED_IN_FILES):
+        return True
+
+
+def test_the_project_of_the_module_s_own_class_is_known_and_no_other(monkeypatch):
+    """It was imported by whoever loads; what it holds need not be of a kind that has a name here."""
+    for project in ("my_lab", "elsewhere"):
+        code = types.ModuleType(project)
+        exec("import lit_dpo\nclass Mine(lit_dpo.DPOModule): pass\ndef make(parameters): pass", vars(code))
+        monkeypatch.setitem(sys.modules, project, code)
+    mine = {CLASS_PATH: "my_lab.Mine"}
+    assert _known({**mine, "optimizer": {"class_path": "my_lab.make"}})
+    for stored in ({**mine, "optimizer": "elsewhere.make"}, {"optimizer": "my_lab.make"}):
+        with pytest.raises(ResumeError, match="which is no policy, loss, reference, optimizer or schedule"):
+            _known(stored)
+
+
+def test_a_library_is_imported_as_far_as_it_is_there(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch.optim._multi_tensor", raising=False)
+    assert _resolve("torch.optim._multi_tensor.Adam")[0] is not None
+    assert _resolve("lit_dpo.nowhere.Loss") == (None, ["lit_dpo.nowhere", "lit_dpo.nowhere.Loss"])
+    for name in ("bitsandbytes", "bitsandbytes.optim"):  # as where it is not installed
+        monkeypatch.setitem(sys.modules, name, None)
+    assert _resolve("bitsandbytes.optim.AdamW8bit") == (None, ["bitsandbytes.optim.AdamW8bit"])
+
+
+def test_what_nobody_has_named_is_imported_as_ever():
+    with (
+        only_known_classes({"a": "stranger_code.Own"}, DPOModule, NAMED_IN_FILES),
+        pytest.raises(ModuleNotFoundError, match="no_such_module"),
+    ):
+        importlib.import_module("no_such_module")
 
 
 def test_an_archive_that_is_compressed_is_not_unpacked(saved, tmp_path):

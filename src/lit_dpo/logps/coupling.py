@@ -65,8 +65,8 @@ def meet(pairs: PairLogps) -> Others:
     if any(sizes):
         device = pairs.policy_chosen.total.device
         padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
-        if mine:
-            padded[: sizes[rank]] = torch.cat([one.contiguous().reshape(-1).view(torch.uint8) for one in mine])
+        # all ranks' records have the same fields, so that there is something of each
+        padded[: sizes[rank]] = torch.cat([one.contiguous().reshape(-1).view(torch.uint8) for one in mine])
         parts = [torch.empty_like(padded) for _ in range(ranks)]
         dist.all_gather(parts, padded)
         everybody = [_filled(one, part) for one, part in zip(everybody, parts, strict=True)]
