@@ -16,7 +16,7 @@ from lit_dpo.callbacks import ExactResume
 from lit_dpo.cli import main
 from lit_dpo.errors import LitDPOError
 from lit_dpo.losses import BCOLoss, BetaDPOLoss
-from lit_dpo.tools.fork import found, options_in
+from lit_dpo.tools.fork import check_changes, found, options_in
 from training import data, module, trainer
 
 STEP = 3  # inside the first epoch of six
@@ -99,6 +99,15 @@ def test_all_arms_are_compared(forked):
     assert {result["steps"] for result in results.values()} == {12}
     assert sorted(name.partition(",")[0] for name in results) == ["control", "loss=ipo"]
     assert (forked / "report.html").is_file()
+
+
+def test_what_of_the_data_changes_no_batch_may_change_and_numbers_are_looked_at(capsys):
+    check_changes(["data.val", "data.val.a", "data.eval_batch_size", "data.num_workers", "model.loss"])
+    for wrong, said in ((["--jobs", "0"], "but got 0 and 32"), (["--jobs", "two"], "invalid int"), (["x", "y"], "'x'")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["fork", "run@last", *wrong])
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
 
 
 def test_steps_that_are_not_there_are_said_with_those_that_are(run, tmp_path):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import re
+import signal
 
 import pytest
 from transformers import pipeline
 
 from lit_dpo.cli import main
 from lit_dpo.quickstart import quickstart_directory
+from lit_dpo.tools.generate.completing import Completer
 
 ASKED = ["What is rain?", "What is DNA?", "Where do bees live, and why?"]
 LAST = {"max_new_tokens": 12, "do_sample": False, "return_full_text": False}
@@ -37,6 +39,7 @@ def by_transformers(quickstart_run):
     return texts, talks, before
 
 
+SHORT = ("--max_new_tokens", 6)
 GREEDY = ("--greedy", "--max_new_tokens", 12, "--quantization", "none")
 
 
@@ -108,6 +111,50 @@ def test_a_conversation_is_remembered_and_does_not_outgrow_the_context(quickstar
     assert second == speaks(talk, **LAST)[0]["generated_text"].strip()
 
 
+def test_a_template_of_ones_own_is_what_the_text_that_it_makes_is(quickstart, capsys, tmp_path):
+    """With arguments of its own; and a text that is completed as it is says that there are messages too."""
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ mark }}{{ messages[0].content }}")
+    rows = [{"prompt": ASKED[0]}, {"prompt": [{"role": "user", "content": ASKED[0]}]}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
+    how = ["--chat_template", template, "--chat_template_kwargs", '{"mark": "Q: "}', "--messages"]
+    model = "lit-dpo/quickstart"
+    by_template = generate(capsys, model, "--file", tmp_path / "prompts.jsonl", *how, "--greedy", *SHORT)
+    as_it_is = generate(capsys, model, "--prompt", f"Q: {ASKED[0]}", "--greedy", *SHORT)
+    assert by_template.partition("\n")[2] == as_it_is
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", model, "--prompt", "a", "--chat_template_kwargs", "[1]"])
+    assert stop.value.code == 2
+
+
+class Typed(io.StringIO):
+    """A terminal: what is typed comes line by line."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_is_spoken_to_and_ctrl_c_ends_a_completion_alone(quickstart_run, capsys, monkeypatch):
+    """The conversation goes on as if what was stopped had not been said; Ctrl-D ends it. Both sides are named."""
+    complete, count = Completer.complete, 0
+
+    def stopped_once(self, *args):
+        nonlocal count
+        count += 1
+        if count == 3:  # of the second turn, the first side
+            signal.raise_signal(signal.SIGINT)
+        return complete(self, *args)
+
+    monkeypatch.setattr(Completer, "complete", stopped_once)
+    monkeypatch.setattr("sys.stdin", Typed(f"{ASKED[0]}\n{ASKED[1]}\n/reset\n{ASKED[0]}\n"))
+    said = generate(capsys, quickstart_run, "--chat", "--compare", "--greedy", *SHORT, "--quantization", "none")
+    assert said.startswith("/reset begins a new conversation, /exit or Ctrl-D ends")
+    before, stopped, after = said.partition("(stopped; the conversation is as it was)")
+    assert stopped
+    policy, reference = (before.split(f"[{side}]\n")[1].split("\n")[0] for side in ("policy", "reference"))
+    assert f"[policy]\n{policy}\n[reference]\n{reference}\n" in after
+
+
 def test_what_steers_a_terminal_is_not_printed(tiny_model, capsys, tmp_path):
     """A random model says any byte, and a prompt may hold any; the file has all of them."""
     hostile = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]")
@@ -135,6 +182,8 @@ def test_what_steers_a_terminal_is_not_printed(tiny_model, capsys, tmp_path):
         (["--prompt", "a" * 600], "Expected prompt 1 to have fewer tokens than the model's context, 512"),
         (["--chat"], "Expected a tokenizer with a chat template"),
         (["--file", "no.jsonl"], "no.jsonl"),
+        (["--file", "a.txt", "--batch_size", "0"], "Expected `--batch_size` >= 1 but got 0"),
+        (["--prompt", "a", "--chat_template", "no.jinja"], "Expected a file in `--chat_template` but no.jinja"),
         (["--prompt", "a", "--device", "tpu9"], "Expected `--device` to be a device"),
         (["--prompt", "a", "--base", "b"], "`--base` has no effect on a whole model"),
     ],

@@ -50,6 +50,16 @@ def test_a_file_says_the_same(tmp_path):
     assert [value.argument for value in axes[1].values] == ["true", "false"]
 
 
+def test_a_value_of_a_file_is_called_by_its_label_its_class_or_itself():
+    losses = axis("loss", [{"class_path": "my_lab.Focal"}, {"label": "plain", "value": "dpo"}])
+    assert [one.label for one in losses.values] == ["Focal", "plain"]
+    assert losses.values[1].argument.endswith("losses/dpo.yaml")
+    rates = axis("lr", [{"label": "low", "value": 1e-5}, 3e-4, None])
+    assert [tuple(one) for one in rates.values] == [("low", "1e-05"), ("0.0003", "0.0003"), ("null", "null")]
+    with pytest.raises(AblationError, match="values of `lr` but got none"):
+        axis("lr", [])
+
+
 def test_names_are_folders_and_differ():
     names = [name_of({"data.train": path}, 1) for path in ("a/b.jsonl", "a-b.jsonl", "a:b.jsonl")]
     assert len(set(names)) == 3

@@ -13,7 +13,9 @@ import lightning.pytorch as pl
 
 from lit_dpo import BaseReference
 from lit_dpo.callbacks.export import run_directory
+from lit_dpo.logps.fields import Field
 from lit_dpo.policy.adapters import adapter_parameters
+from lit_dpo.references import Reference
 
 
 class Watched(pl.Callback):
@@ -59,3 +61,20 @@ class Counted(BaseReference):
         with Path(self.counts).open("a") as stream:
             stream.write(f"{len(batch.completion_lengths)}\n")
         return super().logps(model, batch)
+
+
+@dataclass(frozen=True)
+class Sums(BaseReference):
+    """Has no log-probs per token."""
+
+    @property
+    def provides(self) -> frozenset[Field]:
+        return frozenset({Field.REFERENCE})
+
+
+@dataclass(frozen=True)
+class Nameless(BaseReference):
+    """Does not say what it depends on."""
+
+    def cache_identity(self, policy: Any) -> dict[str, Any]:
+        return Reference.cache_identity(self, policy)

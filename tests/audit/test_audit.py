@@ -156,6 +156,21 @@ def test_other_data_or_no_dynamics_are_said(run, tmp_path):
         audit(tmp_path / "nothing", 0.1, {})
 
 
+def test_dynamics_that_say_nothing_or_speak_of_other_rows_are_said(run, tmp_path):
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    whole = pq.read_table(run / "dynamics.parquet")
+    place = whole.schema.get_field_index("index")
+    field = whole.schema.field(place)
+    later = pa.array([1000 + one.as_py() for one in whole["index"]]).cast(field.type)
+    for written, said in (
+        (whole.slice(0, 0), "hold no comparison with finite numbers"),
+        (whole.set_column(place, field, later), "rows that the data do not have"),
+    ):
+        pq.write_table(written, tmp_path / "dynamics.parquet")
+        with pytest.raises(LitDPOError, match=said):
+            audit(tmp_path, 0.1, {})
+
+
 @pytest.mark.parametrize("given", [["--top", "0"], ["--top", "1.5"], ["--examples", "-1"], ["--idle-weight", "-1"]])
 def test_what_cannot_be_asked_for_is_said(run, given, capsys):
     with pytest.raises(SystemExit) as ended:

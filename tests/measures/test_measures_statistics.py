@@ -55,6 +55,18 @@ def test_the_t_distribution_is_the_integral_of_its_density(degrees):
     assert t_cdf(-3.0, degrees) == pytest.approx(0.5 - inside, abs=1e-8)
 
 
+def test_quantiles_are_symmetric_and_of_shares_alone():
+    assert t_quantile(0.025, 3) == pytest.approx(-t_quantile(0.975, 3), rel=1e-12)
+    with pytest.raises(ValueError, match="in \\(0, 1\\) but got 1"):
+        t_quantile(1, 3)
+
+
+def test_measures_that_no_resample_has_have_no_interval():
+    ends = percentile_interval(np.full((9, 2), np.nan))
+    assert np.isnan(ends).all()
+    assert np.shape(ends) == (2, 2)
+
+
 def test_a_mean_over_seeds_has_a_t_interval():
     found = mean_over_seeds([0.70, 0.74, 0.75, math.nan])  # s = 0.026458, t(2) = 4.3027
     assert found == pytest.approx((0.73, 0.73 - 0.065724, 0.73 + 0.065724), abs=1e-6)

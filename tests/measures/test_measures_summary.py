@@ -162,6 +162,17 @@ def test_many_arms_are_compared_with_the_first_and_the_best():
     assert len({frozenset((one.arm, one.other)) for one in found}) == len(found) / len(COMPARED)
 
 
+def test_many_arms_are_said_to_be_compared_with_two(inputs):
+    """In the file of the summary, and a measure that an arm has not is a dash."""
+    one = made_result("dpo", 0.05, 0)
+    arms = [one._replace(name=str(place), axes={"r": str(place)}) for place in range(MOST_ARMS + 1)]
+    found = summarise(arms, {one.name: made_pairs("dpo", 0.05 + place / 50, 0) for place, one in enumerate(arms)})
+    without = found.arms[1]._replace(measures={"reward_accuracy": found.arms[1].measures["reward_accuracy"]})
+    said = report(found._replace(arms=[found.arms[0], without, *found.arms[2:]]))
+    assert f"These are more than {MOST_ARMS} arms: each is compared with the first and with the most accurate" in said
+    assert "| – |" in said
+
+
 def test_a_loss_without_numbers_stays_without(inputs):
     result = made_result("dpo", 0.05, 0)
     pairs = made_pairs("dpo", 0.05, 0)

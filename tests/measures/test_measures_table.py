@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -281,6 +282,11 @@ def test_comparisons_of_one_prompt_are_weighed_one_by_one(tiny_model, tmp_path, 
     assert frame["weight/lipo"].gt(0).all()
     assert frame["loss/soft"].isna().all()
     assert any("probability" in record.message for record in caplog.records)
+
+
+def test_data_of_another_kind_are_refused(without_reference):
+    with pytest.raises(DataError, match="Expected a PreferenceDataModule, whose held-out pairs are known"):
+        pair_table(without_reference[0], pl.LightningDataModule(), {})
 
 
 def test_data_without_held_out_pairs_are_refused(without_reference, files):

@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from browser import look
-from lit_dpo.tools.ablate.records import ArmSummary, Estimate, Layout, Result, RunSummary, Summary
+from lit_dpo.tools.ablate.records import ArmSummary, Comparison, Estimate, Layout, Result, RunSummary, Summary
 from lit_dpo.tools.measures.summary import summarise
-from lit_dpo.tools.reports.ablation import curves, frontier, page
+from lit_dpo.tools.reports.ablation import curves, frontier, page, vocabulary
+from lit_dpo.tools.reports.ablation.paired import probability
 from lit_dpo.tools.reports.ablation.vocabulary import COLUMNS, arms
-from lit_dpo.tools.reports.planes import Scale, named, scale
+from lit_dpo.tools.reports.planes import Scale, line, named, scale
 from measures.made_summary import made_inputs, made_summary
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> \u202e \x1b[31m"
@@ -163,6 +164,45 @@ def test_what_is_missing_is_a_dash_or_left_out_and_never_a_nan():
         assert section not in shown.said
     failed = Result("c", {}, 0, "failed", error="Expected `x` but got y.")
     assert "Expected `x` but got y." in read(page(_bare(failed=[failed]))).said
+
+
+def test_a_difference_without_a_number_is_said_to_be_none():
+    """And one whose interval is missing is drawn as a dot alone; arms that are not on the page are not compared."""
+    arm, other, third = (
+        ArmSummary(
+            name, {"beta": beta}, name, [0], {"reward_accuracy": Estimate(at, NAN, NAN), "kl": Estimate(1, NAN, NAN)}
+        )
+        for name, beta, at in (("a", "0.1", 0.9), ("b", "0.5", 0.8), ("c", "0.9", 0.7))
+    )
+    differences = [
+        Comparison("reward_accuracy", "a", "b", Estimate(NAN, NAN, NAN), NAN, NAN),
+        Comparison("reward_accuracy", "a", "c", Estimate(0.2, NAN, NAN), NAN, NAN),
+        Comparison("margin", "gone", "lost", Estimate(0.2, 0.1, 0.3), 0.01, 0.01),
+    ]
+    curve = Result("a", {"beta": "0.1"}, 0, "done")
+    completions = [{"prompt": "Why?", "policy": text, "reference": "So."} for text in ("First.", "Second.")]
+    runs = [RunSummary(curve._replace(completions=completions), {})]
+    shown = read(page(_bare(arm, other, third, runs=runs, comparisons=differences)))
+    said = " ".join(shown.said)
+    assert re.search(r"Not compared with .*: there is no number", said)
+    assert re.search(r"Cannot be told from .*: 20.0 points", said)
+    assert "no p" in said
+    assert "gone" not in said
+    assert not re.search(r"\b(nan|inf)\b", said)
+    assert ("First." in said, "Second." in said) == (True, False)  # of a prompt that was sampled twice
+    assert (probability(NAN), probability(1e-9)) == ("no p", "p < 0.001")
+
+
+def test_a_measure_that_is_defined_nowhere_is_a_number():
+    mine = vocabulary.column("of_mine")
+    assert (mine.title, mine.better) == ("of mine", 0)
+    assert mine.written(0.25, 1.0) == ["0.250", "1.000"]
+
+
+def test_a_short_logarithmic_axis_has_a_tick_and_one_point_is_a_dot():
+    assert Scale(2.1, 2.9, log=True).ticks() == [2.1, 2.9]
+    x = Scale(0.0, 2.0)
+    assert "small-dot" in str(line([(1.0, 1.0), (NAN, 1.0)], x, x, "mine"))
 
 
 def test_the_lines_that_compute_it_again_give_the_accuracies(summary, tmp_path):

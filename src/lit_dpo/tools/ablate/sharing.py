@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 
 from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.errors import PolicyError
-from lit_dpo.logps.fields import OF_REFERENCE, Field
+from lit_dpo.logps.fields import Field
 from lit_dpo.logps.microbatch import microbatches
 from lit_dpo.module import DPOModule
 from lit_dpo.references import CachedReference, NoReference, Reference, default_reference
@@ -56,8 +56,6 @@ def share(module: Any, config: Namespace, cache: Path) -> Shared:
     if Field.KL in module.loss.requires:
         return Shared([], None, why_not=f"{type(module.loss).__name__} reads the reference's whole distribution")
     per_token = Field.REFERENCE_PER_TOKEN in reference.provides
-    if not per_token and Field.REFERENCE_PER_TOKEN in module.loss.requires & OF_REFERENCE:
-        return Shared([], None, why_not=f"{type(reference).__name__} has no log-probs per token")
     try:
         key = _key(reference, module, config)
     except PolicyError as error:

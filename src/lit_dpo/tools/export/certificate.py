@@ -141,12 +141,6 @@ def preferring(policy: Scores, reference: Scores) -> Preferring:
     return Preferring(float((margins > 0).double().mean()), float(margins.double().mean()))
 
 
-def turned(one: Scores, other: Scores, reference: Scores) -> int:
-    """Count the comparisons that two policies prefer differently."""
-    signs = [policy.difference > reference.difference for policy in (one, other)]
-    return int((signs[0] != signs[1]).sum())
-
-
 def check(certificate: Certificate) -> None:
     """Refuse a merge that is not what was trained.
 
