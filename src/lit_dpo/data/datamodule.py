@@ -23,6 +23,7 @@ from lit_dpo.data.mixture import Mixture, names, weighted_sources
 from lit_dpo.data.position import first_position, position
 from lit_dpo.data.preparing import Preparation, load_tokenizer, make_encoder
 from lit_dpo.data.reports import Ask, warn
+from lit_dpo.data.sampler import PromptSampler
 from lit_dpo.data.sources import Source
 from lit_dpo.data.splits import Making, Splits, by_name
 from lit_dpo.data.stream import PromptStream
@@ -230,8 +231,7 @@ class PreferenceDataModule(LightningDataModule):
             self._train_loader = StreamLoader(self._stream, limits, batching.rank, **options)
         else:
             table = self._table("train")
-            mixture = self._mixture(table, batching.multiple) if shuffle and self._shares else None
-            sampler = batching.sampler(table, shuffle=shuffle, mixture=mixture)
+            sampler = self._sampler(table, self.batch_size, shuffle=shuffle)
             self._train_loader = PromptLoader(self._dataset(table, "training_step"), sampler=sampler, **options)
         if trainer := self.trainer:
             self._train_loader.start = self._first_position
@@ -408,6 +408,11 @@ class PreferenceDataModule(LightningDataModule):
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return Batching(batch_size, self.max_tokens, self.seed, rank, ranks)
 
+    def _sampler(self, table: PromptTable, batch_size: int | None, *, shuffle: bool) -> PromptSampler:
+        batching = self._batching(batch_size)
+        mixture = self._mixture(table, batching.multiple) if shuffle and self._shares else None
+        return batching.sampler(table, shuffle=shuffle, mixture=mixture)
+
     def _mixture(self, table: PromptTable, multiple: int) -> Mixture:
         """Return the order of the training data's sources, and say what an epoch is."""
         mixture = Mixture(self._splits.parts[table.rows], self._shares, multiple, names(self.sources["train"]))
@@ -451,6 +456,6 @@ class PreferenceDataModule(LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader[CompletionBatch]:
         table = self._table(split)
-        sampler = self._batching(self.eval_batch_size).sampler(table, shuffle=False)
+        sampler = self._sampler(table, self.eval_batch_size, shuffle=False)
         step = {"val": "validation_step", "test": "test_step"}.get(split.partition("/")[0])
         return DataLoader(self._dataset(table, step), sampler=sampler, **self._loader_options())
