@@ -37,11 +37,12 @@ def _pass(layer, x):
 @pytest.mark.parametrize("double", [True, False])
 def test_values_and_gradients_are_those_of_bitsandbytes(monkeypatch, shape, bias, double):
     monkeypatch.setattr(sliced, "SLICE", 2**18)  # several slices, the last one short
-    plain, ours = _layers(*shape, bias=bias, double=double)
-    x = torch.randn(2, 5, shape[0])
-    for found, expected in zip(_pass(ours, x), _pass(plain, x), strict=True):
-        assert found.shape == expected.shape
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    with torch.compiler.set_stance("force_eager"):  # else 7 x 9 numbers, no whole block, are waited for 20 s long
+        plain, ours = _layers(*shape, bias=bias, double=double)
+        x = torch.randn(2, 5, shape[0])
+        for found, expected in zip(_pass(ours, x), _pass(plain, x), strict=True):
+            assert found.shape == expected.shape
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,7 +8,7 @@ import re
 import sys
 import sysconfig
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,57 +54,65 @@ class _Walk:
         self.libraries = _libraries() - own
         self.seen: dict[int, Any] = {}  # kept, so that no other thing gets its id
 
-    def lines(self, thing: object) -> Iterator[str]:
+    def lines(self, thing: object) -> list[str]:
+        found: list[str] = []
+        self._add(thing, found.append)
+        return found
+
+    def _add(self, thing: object, add: Callable[[str], None]) -> None:
         if isinstance(thing, str | bytes | int | float | complex | None):
-            yield repr(thing)
+            add(repr(thing))
         elif isinstance(thing, re.Pattern):  # its repr is cut
-            yield f"{thing.pattern!r} {thing.flags}"
+            add(f"{thing.pattern!r} {thing.flags}")
         elif id(thing) not in self.seen:
             self.seen[id(thing)] = thing
-            yield from self._inside(thing)
+            self._inside(thing, add)
 
-    def _all(self, things: Iterable[Any]) -> Iterator[str]:
+    def _all(self, things: Iterable[Any], add: Callable[[str], None]) -> None:
         for thing in things:
-            yield from self.lines(thing)
+            self._add(thing, add)
 
-    def _inside(self, thing: object) -> Iterator[str]:
+    def _inside(self, thing: object, add: Callable[[str], None]) -> None:
         if isinstance(thing, types.CodeType):
-            yield f"{thing.co_code!r} {thing.co_names} {thing.co_varnames}"
-            yield from self._all(thing.co_consts)
+            add(f"{thing.co_code!r} {thing.co_names} {thing.co_varnames}")
+            self._all(thing.co_consts, add)
         elif isinstance(thing, set | frozenset):  # in an order of their own in each process
-            yield from sorted(self._all(thing))
+            found: list[str] = []
+            self._all(thing, found.append)
+            for line in sorted(found):
+                add(line)
         elif isinstance(thing, Mapping):
-            yield from self._all(one for item in thing.items() for one in item)
+            self._all((one for item in thing.items() for one in item), add)
         elif isinstance(thing, list | tuple):
-            yield from self._all(thing)
+            self._all(thing, add)
         elif not isinstance(thing, types.FunctionType | type) and (inner := _unwrapped(thing)):
-            yield type(thing).__qualname__
-            yield from self._all(inner)
+            add(type(thing).__qualname__)
+            self._all(inner, add)
         elif self._of_a_library(thing):
-            yield f"{thing.__module__} {getattr(thing, '__qualname__', type(thing).__qualname__)}"
+            add(f"{thing.__module__} {getattr(thing, '__qualname__', type(thing).__qualname__)}")
         elif isinstance(thing, types.FunctionType):
-            yield from self._function(thing)
+            self._function(thing, add)
         elif isinstance(thing, type):
-            yield thing.__qualname__
+            add(thing.__qualname__)
             for name, value in vars(thing).items():
                 if callable(value) or _unwrapped(value) or not name.startswith("__"):
-                    yield name
-                    yield from self.lines(value)
-            yield from self._all(thing.__bases__)
+                    add(name)
+                    self._add(value, add)
+            self._all(thing.__bases__, add)
         else:
-            yield from self._all((type(thing), getattr(thing, "__dict__", None)))
+            self._all((type(thing), getattr(thing, "__dict__", None)), add)
 
-    def _function(self, thing: types.FunctionType) -> Iterator[str]:
-        yield from self._all((thing.__code__, thing.__defaults__, thing.__kwdefaults__))
-        yield from self._all(cell.cell_contents for cell in thing.__closure__ or () if cell != _EMPTY)
-        names = sorted(_names(thing.__code__))
+    def _function(self, thing: types.FunctionType, add: Callable[[str], None]) -> None:
+        self._all((thing.__code__, thing.__defaults__, thing.__kwdefaults__), add)
+        self._all((cell.cell_contents for cell in thing.__closure__ or () if cell != _EMPTY), add)
+        names = _names(thing.__code__)
         for name in names:
             value = thing.__globals__.get(name)
             if not isinstance(value, types.ModuleType):
-                yield name
-                yield from self.lines(value)
+                add(name)
+                self._add(value, add)
             elif not self._is_library(value.__name__):  # `helpers.clean(…)`: both names are there
-                yield from self._all(getattr(value, inner, None) for inner in names)
+                self._all((getattr(value, inner, None) for inner in names), add)
 
     def _of_a_library(self, thing: object) -> bool:
         name = getattr(thing, "__module__", None)
@@ -114,9 +122,11 @@ class _Walk:
         return module.partition(".")[0] in self.libraries
 
 
-def _names(code: types.CodeType) -> set[str]:
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """List in order what a function's code and that within it name."""
     inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
-    return set(code.co_names).union(*map(_names, inner))
+    return tuple(sorted({*code.co_names}.union(*map(_names, inner))))
 
 
 def _unwrapped(thing: object) -> list[Any]:
