@@ -176,7 +176,7 @@ def test_a_step_holds_the_graph_of_one_row():
 def _train(model, pairs_file, root, microbatch_tokens, given, **options):
     sgd = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
     dpo, trace = module(model, microbatch_tokens=microbatch_tokens, optimizer=sgd, **copy.deepcopy(given)), Trace()
-    run = trainer(root, max_epochs=2, num_sanity_val_steps=0, callbacks=[trace], **options)
+    run = trainer(root, num_sanity_val_steps=0, callbacks=[trace], **options)
     run.fit(dpo, data(pairs_file, val=str(pairs_file), batch_size=5))
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}
     predictions = run.predict(dpo, data(pairs_file, predict=str(pairs_file), batch_size=5))
@@ -271,11 +271,19 @@ def test_why_a_batch_stays_whole():
 # --- two passes -----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _policy(dropout):
+    """One for all losses: no step is made."""
+    model = tiny.lora(tiny.model(), r=4, lora_dropout=dropout)
+    tiny.randomize(model)
+    choose_layout(model)
+    return model
+
+
 def _with_loss(loss, tmp_path, dropout=0.0):
     made = DPOModule(LoRAPolicy("nowhere", quantization="none"), loss=loss)
-    made.model = tiny.lora(tiny.model(), r=4, lora_dropout=dropout)
-    tiny.randomize(made.model)
-    choose_layout(made.model)
+    made.model = _policy(dropout)
+    made.model.zero_grad()
     made._trainer = trainer(tmp_path)
     made.train()
     return made
@@ -344,8 +352,8 @@ def test_a_loss_that_couples_pairs_needs_the_memory_of_one_microbatch(loss, tmp_
         return memory.peak
 
     alone = peak(2, WHOLE) / 2
-    assert peak(16, WHOLE) > 10 * alone
-    assert peak(16, 140) < 1.1 * alone + 2.5 * copies
+    assert peak(8, WHOLE) > 5 * alone
+    assert peak(8, 140) < 1.1 * alone + 2.5 * copies
 
 
 class Together(DPOModule):
@@ -386,7 +394,7 @@ def test_an_override_that_may_couple_pairs_sees_them_together(tiny_model, pairs_
         torch.manual_seed(0)
         dpo = kind(policy, optimizer=sgd, microbatch_tokens=microbatch_tokens)
         with tiny.records("lightning.pytorch.utilities.rank_zero") as found:
-            trainer(tmp_path, max_epochs=3).fit(dpo, data(pairs_file, batch_size=21))
+            trainer(tmp_path, max_epochs=2).fit(dpo, data(pairs_file, batch_size=21))  # all weigh the same at first
         adapters.append(torch.cat([p.flatten() for p in adapter(dpo).values()]))
     said = [record.getMessage() for record in found if "`microbatch_tokens`" in record.getMessage()]
     assert [kind.__name__ in line and "`couples_pairs = False`" in line for line in said] == [True] * whole
