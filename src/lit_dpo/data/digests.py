@@ -43,7 +43,7 @@ def code_digest(*things: Any, own: Sequence[type] = ()) -> str:
         own: classes whose package is read too, even if it is installed as a library is.
     """
     walk = _Walk({"lit_dpo", "__main__", *(one.__module__.partition(".")[0] for one in own)})
-    lines = [*map(version, _VERSIONS), *(line for thing in (*things, *own) for line in walk.lines(thing))]
+    lines = [*_versions(), *(line for thing in (*things, *own) for line in walk.lines(thing))]
     return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
 
 
@@ -135,6 +135,11 @@ def _unwrapped(thing: object) -> list[Any]:
     if isinstance(thing, functools.partial):
         found += [thing.args, thing.keywords]
     return [one for one in found if one is not None]
+
+
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    return tuple(map(version, _VERSIONS))
 
 
 @functools.cache
