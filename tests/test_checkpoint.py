@@ -195,6 +195,10 @@ def test_the_directory_beside_a_checkpoint_is_an_ordinary_peft_model(straight, t
         here, there = completion_logps(dpo.model, batch), completion_logps(loaded.eval(), batch)
     torch.testing.assert_close(there.total, here.total, atol=1e-4, rtol=0)
     assert AutoTokenizer.from_pretrained(directory)("a").input_ids
+    card = (directory / "README.md").read_text()
+    assert f"base_model: {tiny_model}\n" in card
+    assert "`lit-dpo export` writes a model card" in card
+    assert "More Information Needed" not in card
     answer = pipeline("text-generation", model=str(directory))("How many", max_new_tokens=3, do_sample=False)
     assert answer[0]["generated_text"].startswith("How many")
 
@@ -406,6 +410,7 @@ def test_every_optimizer_goes_on_to_the_bit(tiny_model, pairs_file, tmp_path, na
     kind = Mine if name == "Mine" else getattr(torch.optim, name, None) or getattr(bitsandbytes.optim, name)
     kind = functools.partial(kind, momentum=0.9) if name in ("LARS8bit", "SGD8bit") else kind
     extra = {"optimizer": kind, "lr": 1e-3, "extra": {"lr_scheduler": "constant"}, "max_steps": 4, "every": 2}
+    extra["policy"] = {"target_modules": ["q_proj", "v_proj"]}
     _, straight = _run(tiny_model, pairs_file, tmp_path / "a", **extra)
     _, resumed = _run(tiny_model, pairs_file, tmp_path / "b", ckpt_path=tmp_path / "a" / "step=2.ckpt", **extra)
     assert all(torch.equal(p, adapter(resumed)[name]) for name, p in adapter(straight).items())

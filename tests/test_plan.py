@@ -92,7 +92,7 @@ def test_a_loss_that_reads_whole_distributions_needs_more(tmp_path):
     ],
 )
 def test_layers_that_repeat_are_counted_and_not_run(tmp_path, name, changes, repeats):
-    targets = ["q_proj", "down_proj"] if name == "gemma2" else "all-linear"  # in each layer, in both of its parts
+    targets = "all-linear" if name == "gpt2" else ["q_proj", "down_proj"]  # in each layer, in both of its parts
     policy = LoRAPolicy(str(tiny.directory(tmp_path, name, **{**LONG, **changes})), r=4, target_modules=targets)
     whole = skeleton(policy, torch.float32)
     assert whole.repeats == repeats

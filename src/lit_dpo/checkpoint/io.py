@@ -150,6 +150,19 @@ def _is_adapter(directory: Path) -> bool:
     return (directory / "adapter_config.json").is_file()
 
 
+_CARD = """---
+library_name: peft
+---
+
+# An adapter, trained with lit_dpo
+
+`lit-dpo export` writes a model card: what it was trained on and how, and what was measured.
+
+### Framework versions
+
+"""
+
+
 def save_adapter(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -178,6 +191,9 @@ def save_adapter(
         # the embeddings are frozen; "auto" would ask the hub whether the vocabulary grew
         # a module's names begin with its attribute `model`, PEFT's do not
         weights = None if state is None else {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        fresh.mkdir(exist_ok=True)
+        # PEFT puts base, tags and version in; its own card is a form of 200 lines that nobody has filled in
+        (fresh / "README.md").write_text(_CARD, encoding="utf-8", newline="\n")
         # the default one alone: the other, if there is one, is a reference's
         model.save_pretrained(fresh, selected_adapters=["default"], save_embedding_layers=False, state_dict=weights)
         tokenizer.save_pretrained(fresh)
