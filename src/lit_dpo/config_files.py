@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from lit_dpo.aliases import repeats_endlessly
+
 
 def file_with(
     name: str, typed: Sequence[str], of: Callable[[Any], Iterator[str]] | None = None
@@ -31,9 +33,20 @@ def files_of(typed: Sequence[str]) -> Iterator[Path]:
         todo += [path.parent / one for one in values if (path.parent / one).is_file()]
 
 
+def files_without_end(typed: Sequence[str]) -> Iterator[Path]:
+    """List those of a command line whose aliases repeat one another, so that no walk through them ends."""
+    for path in files_of(typed):
+        try:
+            if repeats_endlessly(path.read_text(encoding="utf-8")):
+                yield path
+        except (OSError, ValueError):
+            pass  # whoever reads it for its values says what is wrong
+
+
 def _content(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return None if repeats_endlessly(text) else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError):
         return None
 

@@ -25,6 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.compat import on_another_class
+from lit_dpo.config_files import files_without_end
 from lit_dpo.errors import printable
 from lit_dpo.mistakes import arguments, explain
 from lit_dpo.policy import LoRAPolicy
@@ -66,6 +67,8 @@ class Parser(LightningArgumentParser):
             return self._parse_typed(args, namespace, env, defaults, **kwargs)
         token = _TYPED.set(list(sys.argv[1:] if args is None else args))
         try:
+            if endless := next(files_without_end(_TYPED.get()), None):
+                refuse(f"Expected a configuration file that can be read, but in {endless} aliases repeat without end.")
             return self._parse_typed(args, namespace, env, defaults, **kwargs)
         except UnicodeDecodeError as error:
             refuse(f"Expected a configuration file in UTF-8 but: {error}.")

@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lit_dpo.aliases import repeats_endlessly
 from lit_dpo.data.digests import content_digest
 from lit_dpo.data.sources.base import RowSource, cache_of, typed
 from lit_dpo.data.sources.files import TEXT, load_file, suffix_of
+from lit_dpo.data.sources.text import check_packed
 from lit_dpo.errors import DataError, first_line
 from lit_dpo.hub import ABSENT, GATED, explain, split_revision
 
@@ -58,10 +60,11 @@ def load_named(name: str, encoding: str | None) -> list[RowSource]:
         content = content_digest(files)
         if any((folder / marker).is_file() for marker in _SAVED):
             return [_saved(named, folder, content)]
+        _check_card(folder)
         options = {"cache_dir": str(cache_of(content))}
     try:
         named = _completed(named)
-        if folder.is_dir() and (found := _text_files(named)):
+        if folder.is_dir() and (found := _text_files(named, unpacked=True)):
             sources = [(file.name, load_file(file, encoding)) for file in found]
             return [
                 source._replace(name=f"{named}, {file}" if len(found) > 1 else str(named)) for file, source in sources
@@ -94,6 +97,7 @@ def stream_named(name: str) -> tuple[str, Callable[[], Iterable[Any]]]:
     try:
         if (folder := Path(named.path).expanduser()).is_dir():
             _check_inside(folder, [file for file in folder.rglob("*") if file.is_file()])
+            _check_card(folder)
         named = _completed(named)
         if folder.is_dir():
             _text_files(named)  # what it names is in it
@@ -108,17 +112,39 @@ def stream_named(name: str) -> tuple[str, Callable[[], Iterable[Any]]]:
     return str(named), partial(iter, found)
 
 
-def _text_files(named: _Named) -> list[Path]:
-    """List the files of a folder's split, if it has nothing but text files, and no options for reading them."""
+def _text_files(named: _Named, *, unpacked: bool = False) -> list[Path]:
+    """List the files of a folder's split, if it has nothing but text files, and no options for reading them.
+
+    Others are read by `datasets`, which unpacks whatever is packed: `unpacked`, onto the disk, and whole.
+    """
     from datasets import load_dataset_builder
 
     config = load_dataset_builder(named.path, named.configuration).config
-    _check_inside(
-        Path(named.path).expanduser(), [file for files in (config.data_files or {}).values() for file in files]
-    )
+    everything = [Path(file) for files in (config.data_files or {}).values() for file in files]
+    _check_inside(Path(named.path).expanduser(), everything)
     plain = type(config)(name=config.name, data_dir=config.data_dir, data_files=config.data_files)
     files = [Path(file) for file in (config.data_files or {}).get(named.split, ())]
-    return files if config == plain and all(suffix_of(file) in TEXT for file in files) else []
+    if config == plain and all(suffix_of(file) in TEXT for file in files):
+        return files
+    for file in everything:
+        check_packed(file, whole=unpacked)
+    return []
+
+
+def _check_card(folder: Path) -> None:
+    """See that what `datasets` walks through before it reads a row has an end.
+
+    Raises:
+        DataError: naming the file.
+    """
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    for file in (folder / "README.md", folder / ".huggingface.yaml"):
+        if file.is_file():
+            text = file.read_bytes().decode("utf-8", "replace")
+            block = REGEX_YAML_BLOCK.search(text) if file.suffix == ".md" else None
+            if repeats_endlessly(block.group(2) if block else text):
+                raise DataError(f"`{file}` cannot be read: its aliases (`*name`) repeat without end.")
 
 
 def _check_inside(folder: Path, files: Iterable[Any]) -> None:

@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import re
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ def _zstandard(path: Path) -> Any:
 # Each says if the file ends too early.
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".zst": _zstandard, ".bz2": bz2.open, ".xz": lzma.open}
 COMPRESSIONS = tuple(_OPENERS)
+_ARCHIVES = (".tgz", ".7z", ".rar", ".lz4")  # that do not say how long their contents are, but for `.tar.…`
 
 
 LONGEST_LINE = 1 << 27
@@ -56,10 +58,7 @@ class _Unpacked(io.RawIOBase):
         buffer[: len(content)] = content
         self.count += len(content)
         if self.count > self.most:
-            raise DataError(
-                f"`{self.path}` unpacks to more than {self.times} times its size, as no text does; unpack it yourself "
-                "if it is meant to."
-            )
+            raise DataError(_unpacks(self.path, self.times))
         return len(content)
 
     def close(self) -> None:
@@ -96,6 +95,39 @@ def _bytes(path: Path) -> io.BufferedReader:
     if (opener := _OPENERS.get(path.suffix.lower())) is None:
         return path.open("rb")
     return io.BufferedReader(_Unpacked(opener(path), path), 1 << 16)
+
+
+def check_packed(path: Path, *, whole: bool) -> None:
+    """See that a file which another library unpacks becomes no longer than a text does.
+
+    Args:
+        path: of any file; one that is not packed is fine.
+        whole: read a compressed text to its end for that; of an archive its list of contents is enough.
+
+    Raises:
+        DataError: for one that does, or that is damaged, and for archives that cannot be asked.
+    """
+    suffix = path.suffix.lower()
+    if suffix in _ARCHIVES or (".tar" in path.suffixes and suffix != ".tar"):
+        raise DataError(f"Expected files that are not in an archive but got `{path}`: unpack it.")
+    try:
+        if suffix == ".zip":
+            with zipfile.ZipFile(path) as packed:  # nobody reads more of an entry than the list says
+                length = sum(one.file_size for one in packed.infolist())
+            if length > max(_MUCH, _MOST_TIMES[False] * path.stat().st_size):
+                raise DataError(_unpacks(path, _MOST_TIMES[False]))
+        elif whole and suffix in _OPENERS:
+            with _bytes(path) as file:
+                while file.read(1 << 20):
+                    pass
+    except (EOFError, OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
+        raise DataError(f"`{path}` is damaged, or not what its name says: {error}.") from error
+
+
+def _unpacks(path: Path, times: int) -> str:
+    return (
+        f"`{path}` unpacks to more than {times} times its size, as no text does; unpack it yourself if it is meant to."
+    )
 
 
 def _encoding(path: Path, given: str | None) -> str:
