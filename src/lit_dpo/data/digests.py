@@ -8,7 +8,7 @@ import re
 import sys
 import sysconfig
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def code_digest(*things: Any, own: Sequence[type] = ()) -> str:
         own: classes whose package is read too, even if it is installed as a library is.
     """
     walk = _Walk({"lit_dpo", "__main__", *(one.__module__.partition(".")[0] for one in own)})
-    lines = [*map(version, _VERSIONS), *(line for thing in (*things, *own) for line in walk.lines(thing))]
+    lines = [*_versions(), *walk.lines((*things, *own))]
     return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
 
 
@@ -54,57 +54,62 @@ class _Walk:
         self.libraries = _libraries() - own
         self.seen: dict[int, Any] = {}  # kept, so that no other thing gets its id
 
-    def lines(self, thing: object) -> Iterator[str]:
+    def lines(self, things: Iterable[Any]) -> list[str]:
+        found: list[str] = []  # one that grows: a generator in a generator would hand each line up through all of them
+        self._all(things, found)
+        return found
+
+    def _all(self, things: Iterable[Any], found: list[str]) -> None:
+        for thing in things:
+            self._one(thing, found)
+
+    def _one(self, thing: object, found: list[str]) -> None:
         if isinstance(thing, str | bytes | int | float | complex | None):
-            yield repr(thing)
+            found.append(repr(thing))
         elif isinstance(thing, re.Pattern):  # its repr is cut
-            yield f"{thing.pattern!r} {thing.flags}"
+            found.append(f"{thing.pattern!r} {thing.flags}")
         elif id(thing) not in self.seen:
             self.seen[id(thing)] = thing
-            yield from self._inside(thing)
+            self._inside(thing, found)
 
-    def _all(self, things: Iterable[Any]) -> Iterator[str]:
-        for thing in things:
-            yield from self.lines(thing)
-
-    def _inside(self, thing: object) -> Iterator[str]:
+    def _inside(self, thing: object, found: list[str]) -> None:
         if isinstance(thing, types.CodeType):
-            yield f"{thing.co_code!r} {thing.co_names} {thing.co_varnames}"
-            yield from self._all(thing.co_consts)
+            found.append(f"{thing.co_code!r} {thing.co_names} {thing.co_varnames}")
+            self._all(thing.co_consts, found)
         elif isinstance(thing, set | frozenset):  # in an order of their own in each process
-            yield from sorted(self._all(thing))
+            found += sorted(self.lines(thing))
         elif isinstance(thing, Mapping):
-            yield from self._all(one for item in thing.items() for one in item)
+            self._all((one for item in thing.items() for one in item), found)
         elif isinstance(thing, list | tuple):
-            yield from self._all(thing)
+            self._all(thing, found)
         elif not isinstance(thing, types.FunctionType | type) and (inner := _unwrapped(thing)):
-            yield type(thing).__qualname__
-            yield from self._all(inner)
+            found.append(type(thing).__qualname__)
+            self._all(inner, found)
         elif self._of_a_library(thing):
-            yield f"{thing.__module__} {getattr(thing, '__qualname__', type(thing).__qualname__)}"
+            found.append(f"{thing.__module__} {getattr(thing, '__qualname__', type(thing).__qualname__)}")
         elif isinstance(thing, types.FunctionType):
-            yield from self._function(thing)
+            self._function(thing, found)
         elif isinstance(thing, type):
-            yield thing.__qualname__
+            found.append(thing.__qualname__)
             for name, value in vars(thing).items():
                 if callable(value) or _unwrapped(value) or not name.startswith("__"):
-                    yield name
-                    yield from self.lines(value)
-            yield from self._all(thing.__bases__)
+                    found.append(name)
+                    self._one(value, found)
+            self._all(thing.__bases__, found)
         else:
-            yield from self._all((type(thing), getattr(thing, "__dict__", None)))
+            self._all((type(thing), getattr(thing, "__dict__", None)), found)
 
-    def _function(self, thing: types.FunctionType) -> Iterator[str]:
-        yield from self._all((thing.__code__, thing.__defaults__, thing.__kwdefaults__))
-        yield from self._all(cell.cell_contents for cell in thing.__closure__ or () if cell != _EMPTY)
+    def _function(self, thing: types.FunctionType, found: list[str]) -> None:
+        self._all((thing.__code__, thing.__defaults__, thing.__kwdefaults__), found)
+        self._all((cell.cell_contents for cell in thing.__closure__ or () if cell != _EMPTY), found)
         names = sorted(_names(thing.__code__))
         for name in names:
             value = thing.__globals__.get(name)
             if not isinstance(value, types.ModuleType):
-                yield name
-                yield from self.lines(value)
+                found.append(name)
+                self._one(value, found)
             elif not self._is_library(value.__name__):  # `helpers.clean(…)`: both names are there
-                yield from self._all(getattr(value, inner, None) for inner in names)
+                self._all((getattr(value, inner, None) for inner in names), found)
 
     def _of_a_library(self, thing: object) -> bool:
         name = getattr(thing, "__module__", None)
@@ -125,6 +130,11 @@ def _unwrapped(thing: object) -> list[Any]:
     if isinstance(thing, functools.partial):
         found += [thing.args, thing.keywords]
     return [one for one in found if one is not None]
+
+
+@functools.cache
+def _versions() -> list[str]:
+    return [*map(version, _VERSIONS)]
 
 
 @functools.cache
