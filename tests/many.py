@@ -177,6 +177,7 @@ def go_on(
         max_epochs=2,
         accumulate_grad_batches=2,
         log_every_n_steps=2,
+        limit_val_batches=1,
         logger=CSVLogger(root, name="", version=0),
         callbacks=[TrainingDynamics(), *([] if ckpt else [Stop(root / "third.ckpt", kill=kill)])],
         num_sanity_val_steps=0,

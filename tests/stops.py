@@ -57,7 +57,7 @@ class Stop(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
         if self.way == "sigint":
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
+            time.sleep(0.1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         if self.way == "killed at the end" and self.seen >= self.batches:  # the row of the epoch is not written
@@ -102,13 +102,13 @@ def run(
     if way == "early_stopping":
         callbacks.insert(2, Patience())
     if way == "max_time":
-        callbacks.append(Timer({"seconds": 2}))
+        callbacks.append(Timer({"seconds": 1}))
     steps = -(-batches // accumulate)
     given: dict[str, Any] = {
         "max_epochs": 2,
         "max_steps": steps if way == "max_steps" else -1,
         "val_check_interval": 2,
-        "limit_val_batches": 2,
+        "limit_val_batches": 1,
         "accumulate_grad_batches": accumulate,
         "log_every_n_steps": every,
         "num_sanity_val_steps": 0,

@@ -55,7 +55,7 @@ def train(
         given["loss"] = losses.MixtureLoss([given["loss"]], weights=[compressed])
     given |= {"reference": CachedReference(directory=cache)} if cache else {}
     # rankings also in parts of a prompt
-    rows = {"microbatch_tokens": 30 if ranked else 200} if devices > 1 else {}
+    rows = {"microbatch_tokens": 45 if ranked else 200} if devices > 1 else {}
     dpo = module(model, optimizer=functools.partial(torch.optim.SGD, lr=1 / (compressed or 1)), **given, **rows)
     strategy = "ddp" if devices > 1 else "auto"
     steps = {"max_epochs": 2 if cache else 1, "accumulate_grad_batches": accumulate, "log_every_n_steps": 50}
@@ -70,7 +70,8 @@ def train(
     sizes = (
         {"max_tokens": max_tokens} if max_tokens else {"batch_size": size // devices, "eval_batch_size": 6 // devices}
     )
-    run.fit(dpo, data(pairs, val={"one": pairs, "two": pairs}, **{"batch_size": None, **sizes}, **how))
+    few = str(Path(pairs).with_name(f"few-{Path(pairs).name}"))
+    run.fit(dpo, data(pairs, val={"one": few, "two": few}, **{"batch_size": None, **sizes}, **how))
     assert run.world_size == devices
     metrics = {name: float(value) for name, value in run.callback_metrics.items()}
     noted = pq.read_table(root / "dynamics.parquet").to_pydict() if run.is_global_zero else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def _fit(tiny_model, pairs_file, root, *, ckpt_path=None, accumulate=1):
     keep = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     run = trainer(
         root,
-        callbacks=[trace, said, keep],
+        callbacks=[trace, said, *([] if ckpt_path else [keep])],
         enable_checkpointing=True,
         max_epochs=2,
         num_sanity_val_steps=0,
@@ -100,40 +101,52 @@ def _fit(tiny_model, pairs_file, root, *, ckpt_path=None, accumulate=1):
     return trace, said, dpo
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_model, pairs_file, tmp_path_factory):
+    """Runs that nothing stops, made once, and their folders: `whole(accumulate)`."""
+
+    @functools.cache
+    def made(accumulate):
+        root = tmp_path_factory.mktemp("whole")
+        return (*_fit(tiny_model, pairs_file, root, accumulate=accumulate), root)
+
+    return made
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_resuming_in_the_middle_is_exact(tiny_model, pairs_file, tmp_path, accumulate):
+def test_resuming_in_the_middle_is_exact(tiny_model, pairs_file, tmp_path, whole, accumulate):
     """Also right after an update, which a checkpoint of that step already holds."""
-    whole, said, dpo = _fit(tiny_model, pairs_file, tmp_path / "a", accumulate=accumulate)
-    for step in (1, 2, 5) if accumulate == 1 else (2,):
+    trace, said, dpo, root = whole(accumulate)
+    for step in (2, 5) if accumulate == 1 else (2,):
         torch.manual_seed(step)
-        checkpoint = tmp_path / "a" / f"step={step}.ckpt"
+        checkpoint = root / f"step={step}.ckpt"
         again, heard, other = _fit(
             tiny_model, pairs_file, tmp_path / f"b{step}", ckpt_path=checkpoint, accumulate=accumulate
         )
-        assert again.losses == whole.losses[-len(again.losses) :]
+        assert again.losses == trace.losses[-len(again.losses) :]
         assert len(again.losses) == 12 - step * accumulate
         for mine, theirs in zip(heard.seen, said.seen[-len(heard.seen) :], strict=True):
             assert torch.equal(mine, theirs)
         assert all(torch.equal(p, adapter(dpo)[name]) for name, p in adapter(other).items())
-    saved = torch.load(tmp_path / "a" / "step=2.ckpt", weights_only=True)["state_dict"]
+    saved = torch.load(root / "step=2.ckpt", weights_only=True)["state_dict"]
     assert len(saved) == 2 * len(adapter(dpo)), "both adapters"
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_it_moves_with_optimizer_steps_not_with_batches(tiny_model, pairs_file, tmp_path, accumulate):
+def test_it_moves_with_optimizer_steps_not_with_batches(whole, accumulate):
     """At every second step, be that the second batch or the fourth."""
-    _, said, _ = _fit(tiny_model, pairs_file, tmp_path, accumulate=accumulate)
+    _, said, _, _ = whole(accumulate)
     moved = [
         number + 2 for number, pair in enumerate(zip(said.seen, said.seen[1:], strict=False)) if not torch.equal(*pair)
     ]
     assert moved == list(range(2 * accumulate, 13, 2 * accumulate))
 
 
-def test_the_policy_is_exported_alone(tiny_model, pairs_file, tmp_path):
+def test_the_policy_is_exported_alone(whole):
     from safetensors.torch import load_file
 
-    _, _, dpo = _fit(tiny_model, pairs_file, tmp_path)
-    exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    _, _, dpo, root = whole(1)
+    exported = load_file(root / "adapter" / "adapter_model.safetensors")
     assert {name.replace(".default", "") for name in adapter(dpo)} == set(exported)
     assert all(torch.equal(exported[name.replace(".default", "")], p) for name, p in adapter(dpo).items())
 

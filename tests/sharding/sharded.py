@@ -17,6 +17,9 @@ from lit_dpo.policy.adapters import is_adapters
 from lit_dpo.references import CachedReference, EMAReference, ModelReference
 from training import adapter, data, module, trainer
 
+ADAPTERS = ("fill", "first", "second", "both")
+"""Of these the adapters are asked for alone; the other cases validate and test, too."""
+
 
 class Held(Callback):
     """Sees how many bytes of the decoder's weights are on this rank while it trains."""
@@ -57,13 +60,14 @@ def run(folder: Path, files: dict[str, Path], models: dict[str, Path], case: str
     elif case == "coupled":  # two passes; another model
         options |= {"loss": BetaDPOLoss(), "reference": ModelReference(str(models["tied"]), quantization="none")}
     elif case == "lists":  # in the last batch one rank has a prompt that runs in parts, the other has nothing
-        options |= {"loss": PlackettLuceLoss()}
-    elif case == "adapter":  # continued, next to a frozen copy of it
+        options |= {"loss": PlackettLuceLoss()}  # and an adapter is continued, next to a frozen copy of it
         options["policy"] = {"adapter_path": str(folder.parent / "first-none-1" / "adapter")}
     elif case == "first":  # an epoch, with a checkpoint at its end
         given |= {"enable_checkpointing": True}
     elif case in ("second", "both"):  # the next one, on other ranks than the first; and both at once
         given |= {"max_epochs": 2}
+    if alone := case in ADAPTERS:
+        given |= {"limit_val_batches": 0}
     if world > 1:
         nodes = 2 if shard == "node" else 1
         rank = int(os.environ["RANK"])
@@ -71,18 +75,19 @@ def run(folder: Path, files: dict[str, Path], models: dict[str, Path], case: str
         strategy = DDPStrategy(process_group_backend="gloo")
         given |= {"strategy": strategy, "devices": world // nodes, "num_nodes": nodes}
     options["policy"] |= {"shard": shard}
-    trained = module(model, microbatch_tokens=60, **options)
+    trained = module(model, microbatch_tokens=60 if case in ("nf4", "lists") else 120, **options)
     fitting = trainer(folder, num_sanity_val_steps=1, **given)
-    train = files[{"fill": "half", "lists": "lists"}.get(case, "rows")]
+    train = files[{"fill": "half", "nf4": "all", "lists": "lists"}.get(case, "rows")]
     held_out = {"val": str(files["held out"]), "test": str(files["held out"]), "eval_batch_size": 4 // world}
     size = {"batch_size": 4 // world, "format": Rankings()} if case == "lists" else {"batch_size": 8 // world}
     pairs = data(train, **size, **({"val": str(train), "test": str(train)} if case == "lists" else held_out))
     other = [*folder.parent.glob(f"first-*-{3 - world}/checkpoints/*.ckpt")] if case == "second" else [None]
     fitting.fit(trained, datamodule=pairs, ckpt_path=other[0])
     measured = {name: float(value) for name, value in fitting.callback_metrics.items()}
-    measured |= {
-        name: float(value) for name, value in fitting.test(trained, datamodule=pairs, verbose=False)[0].items()
-    }
+    if not alone:
+        measured |= {
+            name: float(value) for name, value in fitting.test(trained, datamodule=pairs, verbose=False)[0].items()
+        }
     texts = folder / "completions.jsonl"
     return {
         "adapter": {name: p.float().numpy() for name, p in adapter(trained).items()},

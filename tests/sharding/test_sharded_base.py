@@ -13,7 +13,7 @@ from sharded import runs
 
 import ranks
 
-CASES = ["nf4", "kl", "coupled", "lists", "adapter"]
+CASES = ["nf4", "kl", "coupled", "lists"]
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +30,18 @@ def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.fixture(scope="module")
 def files(pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """21 pairs of unequal lengths, some of which are longer than a micro-batch; 17 held-out ones; and half of them."""
+    """Pairs of unequal lengths, some of which are longer than a micro-batch: 21, 13, 10, and 5 that are held out."""
     lines = pairs_file.read_text().splitlines(keepends=True)
     folder = tmp_path_factory.mktemp("files")
-    found = {"rows": pairs_file, "held out": folder / "held-out.jsonl", "half": folder / "half.jsonl"}
+    found = {name: folder / f"{name}.jsonl" for name in ("all", "rows", "half", "held out", "lists")}
+    for name, count in (("all", 21), ("rows", 13), ("half", 10)):
+        found[name].write_text("".join(lines[:count]))
     other = [json.dumps({**json.loads(line), "prompt": f"And {number}?"}) + "\n" for number, line in enumerate(lines)]
-    found["held out"].write_text("".join(other[:17]))
-    found["half"].write_text("".join(lines[:10]))
+    found["held out"].write_text("".join(other[:5]))
     ranked = [
         {"prompt": f"Say {number}!", "completions": [letter * 25 for letter in "abcd"], "scores": [4, 3, 2, number / 9]}
         for number in range(5)
     ]
-    found["lists"] = folder / "lists.jsonl"
     found["lists"].write_text("".join(json.dumps(row) + "\n" for row in ranked))
     return found
 
