@@ -37,7 +37,10 @@ def arguments(tiny_model, pairs_file, tmp_path_factory) -> Callable[..., list[st
                 "max_epochs": 2,
                 "accelerator": "cpu",
                 "log_every_n_steps": 2,
-                "callbacks": [{"class_path": "watched.Watched", "init_args": watched}],
+                "callbacks": [
+                    {"class_path": "watched.Watched", "init_args": watched},
+                    {"class_path": "training.Unestimated"},
+                ],
             },
         }
         file = tmp_path_factory.mktemp("base") / "base.yaml"

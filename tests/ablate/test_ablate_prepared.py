@@ -26,9 +26,9 @@ from lit_dpo.tools.ablate.planning import _hours
 from lit_dpo.tools.ablate.preparing import Options, Prepared, _named, prepare
 from lit_dpo.tools.ablate.recording import Recorder, Rows, read_rows
 from lit_dpo.tools.ablate.records import Asked, Layout
-from lit_dpo.tools.ablate.running import _passes, carry_out, differences, run_all
+from lit_dpo.tools.ablate.running import _passes, carry_out, differences
 from lit_dpo.tools.ablate.sharing import _batches, share
-from lit_dpo.tools.ablate.single import Work, do, read_result
+from lit_dpo.tools.ablate.single import Work, do
 from lit_dpo.tools.ablate.sweeping import arguments_of, run
 
 
@@ -246,17 +246,6 @@ def test_what_a_run_refuses_or_raises_becomes_a_paragraph_and_costs_nothing_else
     assert len(LogpStore(store)) == 42  # two completions of each of the held-out pairs
 
 
-def test_runs_that_are_done_are_not_made_again(straight, caplog):
-    """No process starts for them."""
-    caplog.set_level(logging.INFO)
-    layout = Layout(straight.root)
-    file = straight.arguments(straight.root, straight.counts)[1]
-    asked = grid([typed("loss=dpo,ipo")], [1, 2], [f"--config={file}"], of_data=True)
-    before = [read_result(layout.run(one.name)) for one in asked]
-    assert run_all(asked, layout, jobs=1, options=Options(completions=2)) == before
-    assert "4 of 4 runs are done already." in caplog.text
-
-
 def test_a_pass_that_fails_leaves_no_mark_so_that_the_same_command_tries_it_again(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     asked = work([], tmp_path, is_pass=True)
@@ -282,7 +271,7 @@ def test_a_pass_that_fails_leaves_no_mark_so_that_the_same_command_tries_it_agai
     assert told == [asked, asked]  # the third time there is a mark
 
 
-def test_a_folder_of_something_else_is_not_written_into(straight, tmp_path):
+def test_a_folder_of_something_else_is_not_written_into(tmp_path):
     Layout(tmp_path).run("mine").mkdir(parents=True)
     prepared = Prepared([], {}, {}, Options())
     with pytest.raises(AblationError, match="holds other runs"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -17,8 +18,10 @@ from safetensors.torch import load_file
 from lit_dpo.cli import main as command
 from lit_dpo.errors import AblationError
 from lit_dpo.tools.ablate import main, run
+from lit_dpo.tools.ablate.axes import grid, typed
+from lit_dpo.tools.ablate.preparing import Options
 from lit_dpo.tools.ablate.records import Layout
-from lit_dpo.tools.ablate.running import differences
+from lit_dpo.tools.ablate.running import differences, run_all
 from lit_dpo.tools.ablate.single import read_result
 
 NAMES = [f"loss={loss},seed={seed}" for loss in ("dpo", "ipo") for seed in (1, 2)]
@@ -89,9 +92,7 @@ def _killed(arguments: list[str], root: Path) -> None:
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     second = Layout(root).run(NAMES[1])
-    for _ in range(20_000):
-        if (second / "last.ckpt").is_file():
-            break
+    while len(_seen(second)) < 7:
         assert process.is_alive()
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
@@ -100,14 +101,22 @@ def _killed(arguments: list[str], root: Path) -> None:
     assert read_result(second) is None
 
 
+def _seen(folder: Path) -> list[str]:
+    """The rows of each batch."""
+    path = folder / "order.txt"
+    return path.read_text().splitlines() if path.is_file() else []
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_killed_and_started_again_it_is_the_same_to_the_last_digit(straight, tmp_path):
     root, counts = tmp_path / "out", tmp_path / "counts.txt"
-    slowly = straight.arguments(root, counts, pause=0.1)
-    _killed(slowly, root)
+    (held := tmp_path / "held").touch()
+    given = straight.arguments(root, counts, held=str(held))
+    _killed(given, root)
+    held.unlink()
     first = Layout(root).run(NAMES[0]) / "result.json"
     before = first.stat().st_mtime_ns
-    main(slowly)
+    main(given)
     assert first.stat().st_mtime_ns == before  # it is kept
     for name in NAMES:
         folders = [Layout(one).run(name) for one in (root, straight.root)]
@@ -116,8 +125,8 @@ def test_killed_and_started_again_it_is_the_same_to_the_last_digit(straight, tmp
         assert equal(*(adapter(folder) for folder in folders))
         curves = [_without_cost(folder) for folder in folders]
         assert curves[0] == curves[1]
-    second = (Layout(root).run(NAMES[1]) / "order.txt").read_text().splitlines()
-    assert 6 < len(second) <= 6 + 12  # it went on from its first epoch, and did not begin again
+    second, whole = _seen(Layout(root).run(NAMES[1])), _seen(Layout(straight.root).run(NAMES[1]))
+    assert second == whole[:7] + whole[6:]  # it went on from its first epoch, and did not begin again
     assert sum(map(int, counts.read_text().split())) == 42
     for name in ("pairs.parquet", "pairs.csv", "comparisons.csv"):
         assert (root / name).read_bytes() == (straight.root / name).read_bytes()
@@ -135,7 +144,9 @@ def _without_cost(folder: Path) -> list[dict[str, float]]:
 def test_failures_and_deaths_cost_their_runs_alone(straight, tmp_path):
     """One run raises, the process of another is killed, twice; the third is done, and the status says it."""
     root = tmp_path / "out"
-    given = straight.arguments(root, tmp_path / "counts.txt", "--vary", "loss=dpo", fails=1, dies=2)
+    given = straight.arguments(
+        root, tmp_path / "counts.txt", "--vary", "loss=dpo", "--trainer.max_epochs", "1", fails=1, dies=2
+    )
     given[given.index("--seeds") + 1] = "1,3,2"
     with pytest.raises(SystemExit) as stopped:
         main(given)
@@ -148,6 +159,17 @@ def test_failures_and_deaths_cost_their_runs_alone(straight, tmp_path):
     assert raised.error == "ArithmeticError: planted"
     assert "SIGKILL" in killed.error
     assert "planted" in (root / "report.html").read_text()
+
+
+def test_runs_that_are_done_are_not_made_again(straight, caplog):
+    """No process starts for them."""
+    caplog.set_level(logging.INFO)
+    layout = Layout(straight.root)
+    file = straight.arguments(straight.root, straight.counts)[1]
+    asked = grid([typed("loss=dpo,ipo")], [1, 2], [f"--config={file}"], of_data=True)
+    before = [read_result(layout.run(one.name)) for one in asked]
+    assert run_all(asked, layout, jobs=1, options=Options(completions=2)) == before
+    assert "4 of 4 runs are done already." in caplog.text
 
 
 def test_another_command_into_the_folder_is_refused(straight):
@@ -165,7 +187,7 @@ def test_what_differs_is_named_as_it_is_typed():
 
 
 def test_a_sweeper_gets_numbers(straight, tmp_path):
-    given = straight.arguments(tmp_path, straight.counts)
+    given = straight.arguments(tmp_path, tmp_path / "counts.txt")
     config = {"config": given[1], "model.loss": "IPOLoss", "model": {"loss": {"beta": 0.5}}, "trainer.max_epochs": 1}
     found = run(config, tmp_path / "run")
     assert all(isinstance(value, float) for value in found.values())
