@@ -8,7 +8,7 @@ import re
 import sys
 import sysconfig
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,68 +43,73 @@ def code_digest(*things: Any, own: Sequence[type] = ()) -> str:
         own: classes whose package is read too, even if it is installed as a library is.
     """
     walk = _Walk({"lit_dpo", "__main__", *(one.__module__.partition(".")[0] for one in own)})
-    lines = [*map(version, _VERSIONS), *(line for thing in (*things, *own) for line in walk.lines(thing))]
-    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
+    for thing in (*things, *own):
+        walk.add(thing)
+    text = "\n".join([*_versions(), *walk.lines])
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
 
 
 class _Walk:
-    """Lines that are equal for equal code, in any process; what was seen gives none the second time."""
+    """Collects lines that are equal for equal code, in any process; what was seen gives none the second time."""
 
     def __init__(self, own: set[str]) -> None:
         self.libraries = _libraries() - own
         self.seen: dict[int, Any] = {}  # kept, so that no other thing gets its id
+        self.lines: list[str] = []
 
-    def lines(self, thing: object) -> Iterator[str]:
+    def add(self, thing: object) -> None:
         if isinstance(thing, str | bytes | int | float | complex | None):
-            yield repr(thing)
+            self.lines.append(repr(thing))
         elif isinstance(thing, re.Pattern):  # its repr is cut
-            yield f"{thing.pattern!r} {thing.flags}"
+            self.lines.append(f"{thing.pattern!r} {thing.flags}")
         elif id(thing) not in self.seen:
             self.seen[id(thing)] = thing
-            yield from self._inside(thing)
+            self._inside(thing)
 
-    def _all(self, things: Iterable[Any]) -> Iterator[str]:
+    def _all(self, things: Iterable[Any]) -> None:
         for thing in things:
-            yield from self.lines(thing)
+            self.add(thing)
 
-    def _inside(self, thing: object) -> Iterator[str]:
+    def _inside(self, thing: object) -> None:
         if isinstance(thing, types.CodeType):
-            yield f"{thing.co_code!r} {thing.co_names} {thing.co_varnames}"
-            yield from self._all(thing.co_consts)
+            self.lines.append(f"{thing.co_code!r} {thing.co_names} {thing.co_varnames}")
+            self._all(thing.co_consts)
         elif isinstance(thing, set | frozenset):  # in an order of their own in each process
-            yield from sorted(self._all(thing))
+            start = len(self.lines)
+            self._all(thing)
+            self.lines[start:] = sorted(self.lines[start:])
         elif isinstance(thing, Mapping):
-            yield from self._all(one for item in thing.items() for one in item)
+            self._all(one for item in thing.items() for one in item)
         elif isinstance(thing, list | tuple):
-            yield from self._all(thing)
+            self._all(thing)
         elif not isinstance(thing, types.FunctionType | type) and (inner := _unwrapped(thing)):
-            yield type(thing).__qualname__
-            yield from self._all(inner)
+            self.lines.append(type(thing).__qualname__)
+            self._all(inner)
         elif self._of_a_library(thing):
-            yield f"{thing.__module__} {getattr(thing, '__qualname__', type(thing).__qualname__)}"
+            self.lines.append(f"{thing.__module__} {getattr(thing, '__qualname__', type(thing).__qualname__)}")
         elif isinstance(thing, types.FunctionType):
-            yield from self._function(thing)
+            self._function(thing)
         elif isinstance(thing, type):
-            yield thing.__qualname__
+            self.lines.append(thing.__qualname__)
             for name, value in vars(thing).items():
                 if callable(value) or _unwrapped(value) or not name.startswith("__"):
-                    yield name
-                    yield from self.lines(value)
-            yield from self._all(thing.__bases__)
+                    self.lines.append(name)
+                    self.add(value)
+            self._all(thing.__bases__)
         else:
-            yield from self._all((type(thing), getattr(thing, "__dict__", None)))
+            self._all((type(thing), getattr(thing, "__dict__", None)))
 
-    def _function(self, thing: types.FunctionType) -> Iterator[str]:
-        yield from self._all((thing.__code__, thing.__defaults__, thing.__kwdefaults__))
-        yield from self._all(cell.cell_contents for cell in thing.__closure__ or () if cell != _EMPTY)
+    def _function(self, thing: types.FunctionType) -> None:
+        self._all((thing.__code__, thing.__defaults__, thing.__kwdefaults__))
+        self._all(cell.cell_contents for cell in thing.__closure__ or () if cell != _EMPTY)
         names = sorted(_names(thing.__code__))
         for name in names:
             value = thing.__globals__.get(name)
             if not isinstance(value, types.ModuleType):
-                yield name
-                yield from self.lines(value)
+                self.lines.append(name)
+                self.add(value)
             elif not self._is_library(value.__name__):  # `helpers.clean(…)`: both names are there
-                yield from self._all(getattr(value, inner, None) for inner in names)
+                self._all(getattr(value, inner, None) for inner in names)
 
     def _of_a_library(self, thing: object) -> bool:
         name = getattr(thing, "__module__", None)
@@ -125,6 +130,12 @@ def _unwrapped(thing: object) -> list[Any]:
     if isinstance(thing, functools.partial):
         found += [thing.args, thing.keywords]
     return [one for one in found if one is not None]
+
+
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    """Of the libraries, read once: what this process has loaded of them stays."""
+    return tuple(map(version, _VERSIONS))
 
 
 @functools.cache
