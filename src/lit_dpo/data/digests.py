@@ -9,12 +9,18 @@ import sys
 import sysconfig
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 _VERSIONS = ("datasets", "pyarrow", "tokenizers", "transformers")
 _EMPTY = types.CellType()
+
+
+@functools.cache
+def version(package: str) -> str:
+    """Of an installed package, read once: that takes a millisecond, and what is loaded of it stays."""
+    return metadata.version(package)
 
 
 def content_digest(files: Iterable[Path]) -> str:
@@ -45,7 +51,7 @@ def code_digest(*things: Any, own: Sequence[type] = ()) -> str:
     walk = _Walk({"lit_dpo", "__main__", *(one.__module__.partition(".")[0] for one in own)})
     for thing in (*things, *own):
         walk.add(thing)
-    text = "\n".join([*_versions(), *walk.lines])
+    text = "\n".join([*map(version, _VERSIONS), *walk.lines])
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
 
 
@@ -130,12 +136,6 @@ def _unwrapped(thing: object) -> list[Any]:
     if isinstance(thing, functools.partial):
         found += [thing.args, thing.keywords]
     return [one for one in found if one is not None]
-
-
-@functools.cache
-def _versions() -> tuple[str, ...]:
-    """Of the libraries, read once: what this process has loaded of them stays."""
-    return tuple(map(version, _VERSIONS))
 
 
 @functools.cache
