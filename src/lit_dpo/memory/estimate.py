@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lit_dpo.data.batch import CompletionBatch, EncodedPrompt, collate
+from lit_dpo.logps import head as heads
 from lit_dpo.logps import score
 from lit_dpo.logps.attention import has_pair_attention
 from lit_dpo.logps.head import reference_kl, selected_logps
@@ -307,10 +308,10 @@ def _head(base: PreTrainedModel, one: CompletionBatch, with_kl: bool) -> Callabl
     like, device = score.run(base, one).hidden.detach()[:1], one.input_ids.device
     trains = any(p.requires_grad for p in base.get_output_embeddings().parameters())
     narrow = nn.Linear(like.shape[1], 2, device=device, dtype=like.dtype).requires_grad_(trains)
-    few = _chunk_rows(_TINY_CHUNKS, device)
+    few = heads.chunk_rows(_TINY_CHUNKS, device)
     each, _ = _line(narrow, like, (4 * few, 8 * few), _TINY_CHUNKS, with_kl)
     in_chunk, constant = _line(model_head(base), like, _ROWS, vocabulary, with_kl)
-    rows = _chunk_rows(vocabulary, device)
+    rows = heads.chunk_rows(vocabulary, device)
     return lambda scored: round(constant + (in_chunk - each) * min(scored, rows) + each * scored)
 
 
@@ -330,17 +331,3 @@ def _head_bytes(head: nn.Module, hidden: Tensor, vocabulary: int, with_kl: bool)
             found = selected_logps(head, hidden, hidden.new_zeros(len(hidden), dtype=torch.long), vocabulary)
         torch.autograd.grad(found.sum(), hidden)
     return int(memory.peak)
-
-
-def _chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Rows that are projected at once, asked from a head that has two tokens."""
-    seen: list[int] = []
-
-    def head(states: Tensor) -> Tensor:
-        seen.append(states.shape[0])
-        return states.expand(-1, 2)
-
-    with torch.no_grad():
-        rows = 2**15
-        selected_logps(head, torch.zeros(rows, 1, device=device), torch.zeros(rows, device=device).long(), vocabulary)
-    return max(seen)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from lit_dpo.data.batch import CompletionBatch
+from lit_dpo.data.digests import version
 from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.records import SequenceLogps

@@ -7,10 +7,10 @@ import json
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
+from lit_dpo.data.digests import version
 from lit_dpo.data.formats.base import PreferenceFormat
 from lit_dpo.data.formats.turns import TEMPLATE
 from lit_dpo.errors import DataError, first_line
