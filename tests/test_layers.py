@@ -18,6 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up; the longest name that fits decides. Rooms of one layer may import each other in one direction.
 LAYERS = {
     "lit_dpo.errors": 0,
+    "lit_dpo.aliases": 0,
     "lit_dpo.environment": 0,
     "lit_dpo.commands": 0,
     "lit_dpo.config_files": 0,

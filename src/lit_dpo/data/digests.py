@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def code_digest(*things: Any, own: Sequence[type] = ()) -> str:
         own: classes whose package is read too, even if it is installed as a library is.
     """
     walk = _Walk({"lit_dpo", "__main__", *(one.__module__.partition(".")[0] for one in own)})
-    lines = [*_versions(), *(line for thing in (*things, *own) for line in walk.lines(thing))]
+    lines = [*map(version, _VERSIONS), *(line for thing in (*things, *own) for line in walk.lines(thing))]
     return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
 
 
@@ -138,8 +138,9 @@ def _unwrapped(thing: object) -> list[Any]:
 
 
 @functools.cache
-def _versions() -> tuple[str, ...]:
-    return tuple(map(version, _VERSIONS))
+def version(name: str) -> str:
+    """Return the version of an installed library; its metadata are read once in a process."""
+    return metadata.version(name)
 
 
 @functools.cache
