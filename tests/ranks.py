@@ -110,7 +110,7 @@ def _collect(ends: dict[Connection, int], until: float) -> dict[int, tuple[str, 
             except EOFError:
                 found[rank] = ("ended", "without a result")
         if any(kind == "raised" for kind, _ in found.values()):
-            until = min(until, time.monotonic() + 5)  # the others may wait for it for ever
+            until = min(until, time.monotonic() + 2)  # the others may wait for it for ever
     return found | dict.fromkeys(waiting.values(), ("was not done", "and its time was up"))
 
 

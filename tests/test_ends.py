@@ -134,7 +134,7 @@ class Slow(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         print("step", trainer.global_step, flush=True)
-        time.sleep(0.3)
+        time.sleep(0.2)
 
 
 def _command(tiny_model, pairs_file, *more):
@@ -147,6 +147,7 @@ def _command(tiny_model, pairs_file, *more):
         "--trainer.accelerator=cpu",
         "--trainer.max_epochs=2",
         "--trainer.enable_progress_bar=false",
+        "--trainer.callbacks+=training.Unestimated",
         *more,
     ]
 
@@ -172,7 +173,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_from_last(
     """Sent to its loader's worker too, as batch systems do; the adapter is that of a run that was not stopped."""
     monkeypatch.chdir(tmp_path)
     command = _command(tiny_model, pairs_file)
-    slow = ["--trainer.callbacks=test_ends.Slow", "--data.num_workers=1"]
+    slow = ["--trainer.callbacks+=test_ends.Slow", "--data.num_workers=1"]
     running = ranks.command([*command, *slow], log=tmp_path / "log.txt", cwd=tmp_path)
     running.wait_for("step 3\n")
     os.killpg(running.pid, number)

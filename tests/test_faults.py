@@ -38,7 +38,7 @@ class Pace(Callback):
             raise TrainingError("This rank has found something.")
 
 
-def _command(model: Path, pairs: Path, *more: str, fails: int = -1) -> list[str]:
+def _command(model: Path, pairs: Path, *more: str, fails: int = -1, seconds: float = 0.1) -> list[str]:
     return [
         "fit",
         f"--model.policy.model={model}",
@@ -50,6 +50,7 @@ def _command(model: Path, pairs: Path, *more: str, fails: int = -1) -> list[str]
         "--trainer.enable_progress_bar=false",
         "--trainer.callbacks+=training.Unestimated",
         *("--trainer.callbacks+=test_faults.Pace", f"--trainer.callbacks.fails={fails}"),
+        f"--trainer.callbacks.seconds={seconds}",
         *more,
     ]
 
@@ -155,9 +156,11 @@ def test_a_worker_that_is_killed_ends_the_run_and_nothing_is_lost(tiny_model, pa
     assert "--ckpt_path runs/version_0/last.ckpt" in sentence
     _nothing_half_written(tmp_path)
     if not streaming:  # in another order
-        again = _command(tiny_model, pairs_file, *more, "--ckpt_path=last")
+        again = _command(tiny_model, pairs_file, *more, "--ckpt_path=last", seconds=0)
         assert ranks.command(again, log=tmp_path / "log", cwd=tmp_path).wait() == 0
-        assert ranks.command(_command(tiny_model, pairs_file), log=tmp_path / "log", cwd=tmp_path).wait() == 0
+        assert (
+            ranks.command(_command(tiny_model, pairs_file, seconds=0), log=tmp_path / "log", cwd=tmp_path).wait() == 0
+        )
         found, straight = (_adapter(tmp_path / "runs" / f"version_{number}") for number in (1, 2))
         assert all(torch.equal(found[name], tensor) for name, tensor in straight.items())
 

@@ -42,7 +42,7 @@ def test_ranks_work_together(tmp_path: Path) -> None:
 
 def test_a_rank_that_waits_is_shown_in_seconds(tmp_path: Path) -> None:
     with pytest.raises(ranks.RankError, match=r"(?s)its time was up.*rank-0.*in lonely.*rank-1.*in lonely"):
-        ranks.run(lonely, 2, folder=tmp_path, seconds=3)
+        ranks.run(lonely, 2, folder=tmp_path, seconds=2)
 
 
 def test_what_one_rank_raises_is_raised(tmp_path: Path) -> None:

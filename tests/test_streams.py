@@ -13,9 +13,10 @@ import ranks
 import stops
 import two_streams
 
+ROWS = 34
 STREAM = {"streaming": True, "shuffle_buffer": 9, "max_length": 60}
 CASES = {
-    "stream": {**STREAM, "cache": "cache", "epochs": 2},
+    "stream": {**STREAM, "cache": "cache", "epochs": 2, "keep": True},
     "resumed": {**STREAM, "cache": "cache", "epochs": 2, "num_workers": 2},
     "tokens": {**STREAM, "batch_size": None, "max_tokens": 150},
     "one pair a batch": {**STREAM, "size": 2},
@@ -47,7 +48,7 @@ def on_two(once, tiny_model):
 
 def _on_two(folder, tiny_model):
     files = {
-        "stream": _rows(41),
+        "stream": _rows(ROWS),
         "a": _rows(25),
         "b": _rows(7),
         "bad": [*_rows(90), {"prompt": "x", "chosen": "", "rejected": "y"}],
@@ -91,7 +92,7 @@ def test_two_processes_train_like_one(on_two, tmp_path, name):
 def test_two_processes_see_every_row_of_a_stream_once(on_two, name):
     case, two = on_two[name]
     seen = Counter(chain(*_steps(two)))
-    assert seen == dict.fromkeys([n for n in range(41) if n % 5 != 1], case.get("epochs", 1))
+    assert seen == dict.fromkeys([n for n in range(ROWS) if n % 5 != 1], case.get("epochs", 1))
 
 
 @pytest.mark.parametrize("name", ["mixed stream", "mixture", "mixture of tokens"])

@@ -27,13 +27,14 @@ def train(
     epochs: int = 1,
     ckpt_path: str | None = None,
     size: int = 6,
+    keep: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """What came out of it: the rows of each step and rank, and the adapter, or the error."""
     given = {"reference": CachedReference(directory=cache)} if cache else {}
     dpo = module(model, optimizer=functools.partial(torch.optim.SGD, lr=0.1), **given)
     trace = Trace()
-    callbacks = [trace, ModelCheckpoint(root, filename="{step}", every_n_train_steps=STEP, save_top_k=-1)]
+    kept = [ModelCheckpoint(root, filename="{step}", every_n_train_steps=STEP, save_top_k=-1)] if keep else []
     if "max_tokens" not in options:
         options["batch_size"] = size // devices
     strategy = "ddp" if devices > 1 else "auto"
@@ -42,8 +43,8 @@ def train(
         devices=devices,
         strategy=strategy,
         max_epochs=epochs,
-        enable_checkpointing=True,
-        callbacks=callbacks if ckpt_path is None else callbacks[:1],
+        enable_checkpointing=keep,
+        callbacks=[trace, *kept],
     )
     found: dict[str, Any] = {"error": ""}
     try:

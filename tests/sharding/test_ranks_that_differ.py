@@ -49,7 +49,7 @@ class Broken(DPOModule):
 
 def fit(folder: Path, rows: Path, model: Path, kind: type[DPOModule], own: bool) -> dict[str, float]:
     """Train on two ranks whose process group gives up after some seconds."""
-    strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=6))
+    strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=3 if kind is Lonely else 6))
     fitting = trainer(folder, strategy=strategy, devices=2, num_sanity_val_steps=2, limit_train_batches=2)
     pairs = Uneven(train=str(rows), val=str(rows), batch_size=4, eval_batch_size=2) if own else data(rows)
     trained = module(model, policy={"shard": "node"}, kind=kind, microbatch_tokens=60)
