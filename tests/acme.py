@@ -64,6 +64,8 @@ def acme(root: Path) -> Iterator[hub.Hub]:
         found.commit("acme/converted", {**files, "model.safetensors": weights}, branch="refs/pr/3")
         found.commit("acme/pairs", {"train.jsonl": _rows(), "val.jsonl": _rows(3)}, kind="datasets", tag="v1")
         found.commit("acme/pairs", {"train.jsonl": _rows(right="of course")}, kind="datasets")
+        found.commit("acme/rows", {"train.jsonl": _rows(21)}, kind="datasets", tag="v1")
+        found.commit("acme/rows", {"train.jsonl": _rows(9)}, kind="datasets")
         many = {"README.md": CONFIGURATIONS, "en.jsonl": _rows(), "de.jsonl": _rows(right="ja")}
         found.commit("acme/many", many, kind="datasets")
         found.commit("acme/gated", {"train.jsonl": _rows()}, kind="datasets", access="gated")

@@ -278,6 +278,7 @@ from lit_dpo.data.sources import load_rows
 from lit_dpo.errors import LitDPOError
 
 noted, FIT = {}, "--trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.num_sanity_val_steps 0"
+FIT += " --trainer.callbacks+=training.Unestimated"
 
 def check(name, policy, reference=None):
     \"\"\"What `fit` does before it loads weights.\"\"\"

@@ -84,6 +84,21 @@ with torch.no_grad():
     noted["pipeline"] = float((piped(ids).logits - expected).abs().max())
     moved = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("acme/tiny"), exported)
     noted["on main"] = float((moved(ids).logits - expected).abs().max())
+
+def tables():
+    there = glob.glob(os.environ["HF_HOME"] + "/**/*", recursive=True)
+    return {file for file in there if file.endswith((".arrow", ".jsonl"))}
+
+before = tables()
+stream = "--data.train acme/rows@v1:train --data.streaming true --data.shuffle_buffer 5 --data.batch_size 4"
+plain = f"--model.policy.model {COPY} --model.policy.quantization none --model.lr_scheduler constant"
+fit = f"fit {plain} {stream} --trainer.max_epochs 2"
+mixture = '{"acme/rows@v1:train":1,"acme/rows:train":2}'
+command("streamed", fit)
+command("streamed, mixed", fit.replace("acme/rows@v1:train", mixture) + " --trainer.max_steps 2")
+command("streamed, nowhere", fit.replace("acme/rows@v1", "acme/nothing"))
+command("streamed, split", fit.replace("acme/rows@v1:train", "acme/rows@v1:tests"))
+noted["tables"] = len(before), sorted(tables() - before)
 """
 
 
@@ -196,6 +211,22 @@ def test_configurations_and_revisions_of_data_sets_can_be_named(online):
     assert online["acme/many:german:train"] == " ja"
     assert online["acme/many:english:train[:3]"] == " yes"
     assert online["acme/pairs:train"] == " of course"
+
+
+def test_a_hub_data_set_is_streamed(online):
+    """Over HTTP, and nothing of it is left on the disk."""
+    whole, mixed, nowhere, split = (online[f"streamed{how}"] for how in ("", ", mixed", ", nowhere", ", split"))
+    assert whole["code"] == 0, whole["text"][-3000:]
+    for epoch in range(2):
+        assert f"train: epoch {epoch}: 21 rows read, 21 kept" in whole["text"]
+    assert "12 steps in" in whole["text"]
+    assert mixed["code"] == 0, mixed["text"][-3000:]
+    assert "2 steps in" in mixed["text"]
+    assert "acme/nothing" in nowhere["error"]
+    assert "has no split `tests`; it has train" in split["error"]
+    before, more = online["tables"]
+    assert before > 0, "of data sets that were downloaded"
+    assert more == []
 
 
 OFFLINE = """

@@ -1,4 +1,4 @@
-"""Streams and mixtures as they are typed: from the hub, from files, with a schedule, a plan and a cache."""
+"""Streams and mixtures as they are typed: from files, with a schedule and a plan; `test_hub.py` streams from a hub."""
 
 from __future__ import annotations
 
@@ -11,45 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-import hub
 from lit_dpo.cli import main
 
 ROWS = [{"prompt": f"is {i} so?", "chosen": " yes", "rejected": " no" * (1 + i % 3)} for i in range(21)]
 
-SCRIPT = """
-train = "--data.train acme/pairs@v1:train --data.streaming true --data.shuffle_buffer 5 --data.batch_size 4"
-model = f"--model.policy.model {MODEL} --model.policy.quantization none --model.lr_scheduler constant"
-fit = f"fit {model} {train} --trainer.max_epochs 2"
-mixture = '{"acme/pairs@v1:train":1,"acme/pairs:train":2}'
-command("fit", fit)
-command("mixed", fit.replace("acme/pairs@v1:train", mixture) + " --trainer.max_steps 2")
-command("nowhere", fit.replace("acme/pairs@v1", "acme/nothing"))
-command("split", fit.replace("acme/pairs@v1:train", "acme/pairs@v1:tests"))
-there = glob.glob(os.environ["HF_HOME"] + "/**/*", recursive=True)
-noted["tables"] = [file for file in there if file.endswith((".arrow", ".jsonl"))]
-"""
-
 
 def _lines(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def test_a_hub_data_set_is_streamed(tiny_model, tmp_path):
-    """Over HTTP, and nothing of it is left on the disk."""
-    with hub.serve() as found:
-        found.commit("acme/pairs", {"train.jsonl": _lines(ROWS)}, kind="datasets", tag="v1")
-        found.commit("acme/pairs", {"train.jsonl": _lines(ROWS[:9])}, kind="datasets")
-        environment = hub.environment(tmp_path / "home", HF_ENDPOINT=found.url)
-        noted = hub.walk(f"MODEL = {str(tiny_model)!r}\n{SCRIPT}", tmp_path, environment)
-    assert noted["fit"]["code"] == 0, noted["fit"]["text"][-3000:]
-    for epoch in range(2):
-        assert f"train: epoch {epoch}: 21 rows read, 21 kept" in noted["fit"]["text"]
-    assert "12 steps in" in noted["fit"]["text"]
-    assert noted["mixed"]["code"] == 0, noted["mixed"]["text"][-3000:]
-    assert "2 steps in" in noted["mixed"]["text"]
-    assert "acme/nothing" in noted["nowhere"]["error"]
-    assert "has no split `tests`; it has train" in noted["split"]["error"]
-    assert noted["tables"] == []
 
 
 @pytest.fixture
