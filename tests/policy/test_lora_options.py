@@ -58,7 +58,7 @@ def _policy(folder, case, quantization, **changes):
     return LoRAPolicy(str(folder(name)), quantization=quantization, r=4, **{**options, **changes})
 
 
-def _fit(policy, pairs_file, root, *, ckpt_path=None, steps=3, keep=None, **kwargs):
+def _fit(policy, pairs_file, root, *, ckpt_path=None, steps=2, keep=None, **kwargs):
     torch.manual_seed(0)
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
     dpo = DPOModule(policy, optimizer=optimizer, lr_scheduler="constant", **kwargs)
@@ -105,10 +105,10 @@ def test_an_option_trains_beside_an_exact_base_and_is_saved_whole(case, quantiza
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=2e-4)
     # a run that stopped goes on to the bit, and a checkpoint loads
     resumed = _fit(policy, pairs_file, tmp_path / "b", ckpt_path=tmp_path / "a" / "step=1.ckpt")
-    for other in (resumed, DPOModule.load_from_checkpoint(tmp_path / "a" / "step=3.ckpt")):
+    for other in (resumed, DPOModule.load_from_checkpoint(tmp_path / "a" / "step=2.ckpt")):
         assert adapter(other).keys() == adapter(dpo).keys()
         assert all(torch.equal(p, adapter(dpo)[name]) for name, p in adapter(other).items())
-    saved = torch.load(tmp_path / "a" / "step=3.ckpt", weights_only=True)["state_dict"]
+    saved = torch.load(tmp_path / "a" / "step=2.ckpt", weights_only=True)["state_dict"]
     assert {name.removeprefix("model.") for name in saved} == adapter(dpo).keys()
 
 
@@ -118,7 +118,7 @@ def two_steps(folder, pairs_file, tmp_path_factory):
 
     def scored(name, **options):
         policy = LoRAPolicy(str(folder(name)), quantization="none", r=4, **options)
-        model = _fit(policy, pairs_file, tmp_path_factory.mktemp("two"), steps=2).model.eval()
+        model = _fit(policy, pairs_file, tmp_path_factory.mktemp("two")).model.eval()
         return _totals(completion_logps(model, BATCH))
 
     @functools.cache
@@ -143,18 +143,18 @@ MOVING = ["dora", "rank_pattern", "target_parameters", "trainable_token_indices"
 def test_a_reference_that_follows_is_the_policy_at_each_hard_update(case, folder, pairs_file, tmp_path):
     policy = _policy(folder, case, "none")
     reference = EMAReference(alpha=1.0, every=1)
-    model = _fit(policy, pairs_file, tmp_path, steps=2, reference=reference).model.eval()
+    model = _fit(policy, pairs_file, tmp_path, reference=reference).model.eval()
     assert torch.equal(_totals(reference.logps(model, BATCH)), _totals(completion_logps(model, BATCH)))
     assert not torch.allclose(_totals(reference.logps(model, BATCH)), _base(policy))
 
 
 @pytest.mark.parametrize("case", MOVING)
 def test_an_adapter_that_is_continued_is_a_reference_that_stays(case, folder, pairs_file, tmp_path):
-    first = _fit(_policy(folder, case, "none"), pairs_file, tmp_path / "a", steps=2).model.eval()
+    first = _fit(_policy(folder, case, "none"), pairs_file, tmp_path / "a").model.eval()
     start = _totals(completion_logps(first, BATCH))
     model, path = OPTIONS[case][0], str(tmp_path / "a" / "adapter")
     policy = LoRAPolicy(str(folder(model)), quantization="none", adapter_path=path)
-    dpo = _fit(policy, pairs_file, tmp_path / "b", steps=2)
+    dpo = _fit(policy, pairs_file, tmp_path / "b")
     assert dpo.reference == AdapterReference()
     torch.testing.assert_close(_totals(dpo.reference.logps(dpo.model, BATCH)), start, rtol=0, atol=1e-5)
     assert torch.equal(_totals(BaseReference().logps(dpo.model, BATCH)), _base(policy))
