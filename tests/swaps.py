@@ -23,6 +23,12 @@ from lit_dpo.parser import Parser
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LOSSES = [getattr(losses, name) for name in losses.__all__ if name != "PreferenceLoss"]
+# Those that the whole command parses too, which takes it half a second: losses that hold others, and two that do not.
+ON_THE_COMMAND = [
+    loss
+    for loss in LOSSES
+    if loss in (LOSSES[0], LOSSES[-1]) or any("PreferenceLoss" in str(one.type) for one in dataclasses.fields(loss))
+]
 
 
 # ---- classes of a user's own ----

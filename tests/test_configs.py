@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 import lit_dpo.losses as losses
+from lit_dpo import DPOModule
 from lit_dpo.cli import main
-from swaps import command_parser
+from swaps import LOSSES, ON_THE_COMMAND, command_parser, parser_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OPTIONS = {"losses": "model.loss", "references": "model.reference", "models": "model.policy", "data": "data",
@@ -18,8 +19,12 @@ OPTIONS = {"losses": "model.loss", "references": "model.reference", "models": "m
 
 
 def _config(capsys, *arguments):
+    return _printed(capsys, command_parser(), "fit", *arguments)
+
+
+def _printed(capsys, parser, *arguments):
     with pytest.raises(SystemExit) as stopped:
-        command_parser().parse_args(["fit", *arguments, "--print_config"])
+        parser.parse_args([*arguments, "--print_config"])
     assert stopped.value.code == 0
     return yaml.safe_load(capsys.readouterr().out)
 
@@ -55,10 +60,23 @@ def test_every_loss_has_a_fragment_and_every_fragment_a_loss():
     assert files == classes
 
 
-@pytest.mark.parametrize("name", [name for name in losses.__all__ if name != "PreferenceLoss"])
-def test_what_print_config_writes_of_a_loss_by_short_name_parses_again(capsys, tmp_path, name):
-    start = ["--model.policy.model=x", f"--model.loss={name}"]
-    found = _config(capsys, *start)
+@pytest.fixture(scope="module")
+def parser_of_losses():
+    return parser_of(DPOModule, "loss")
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda one: one.__name__)
+def test_what_print_config_writes_of_a_loss_by_short_name_parses_again(capsys, tmp_path, parser_of_losses, loss):
+    found = _printed(capsys, parser_of_losses, f"--of.loss={loss.__name__}")
+    (tmp_path / "written.yaml").write_text(yaml.safe_dump(found))
+    assert _printed(capsys, parser_of_losses, "--config", str(tmp_path / "written.yaml")) == found
+    assert found["of"]["loss"]["class_path"].endswith(f".{loss.__name__}")
+    assert "Unable" not in str(found)
+
+
+@pytest.mark.parametrize("loss", ON_THE_COMMAND, ids=lambda one: one.__name__)
+def test_so_it_does_on_the_whole_command(capsys, tmp_path, loss):
+    found = _config(capsys, "--model.policy.model=x", f"--model.loss={loss.__name__}")
     (tmp_path / "written.yaml").write_text(yaml.safe_dump(found))
     assert _config(capsys, "--config", str(tmp_path / "written.yaml"))["model"] == found["model"]
     assert "Unable" not in str(found)
