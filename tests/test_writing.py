@@ -75,7 +75,7 @@ def _disk(at: Path, *options: str):
 @contextmanager
 def _full(at: Path):
     with _disk(at, "-o", "size=256k"):
-        (at / "filler").write_bytes(b"x" * 200 * 1024)
+        (at / "filler").write_bytes(b"x" * 230 * 1024)
         yield at
 
 
