@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 import json
 import os
@@ -73,9 +74,9 @@ def _disk(at: Path, *options: str):
 
 
 @contextmanager
-def _full(at: Path):
+def _full(at: Path, room: int = 56):
     with _disk(at, "-o", "size=256k"):
-        (at / "filler").write_bytes(b"x" * 230 * 1024)
+        (at / "filler").write_bytes(b"x" * (256 - room) * 1024)
         yield at
 
 
@@ -90,7 +91,10 @@ WRITERS = {
     "checkpoint": lambda policy, folder: _save(policy, 1, folder / "a.ckpt"),
     "adapter": lambda policy, folder: save_adapter(policy[0].model, policy[1], folder / "a"),
 }
-DISKS = {"full": (_full, "The disk is full: make room"), "read-only": (_read_only, "read-only: name another place")}
+DISKS = {
+    "full": (functools.partial(_full, room=28), "The disk is full: make room"),
+    "read-only": (_read_only, "read-only: name another place"),
+}
 
 
 @pytest.mark.parametrize("disk", DISKS)
