@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 import tiny
 from lit_dpo import DPOLoss, DPOModule, IPOLoss, LoRAPolicy
-from lit_dpo.data.batch import collate, microbatch_borders
+from lit_dpo.data.batch import EncodedPrompt, collate, microbatch_borders
 from lit_dpo.errors import PolicyError
-from lit_dpo.logps.microbatch import GradientSum, join, why_whole
+from lit_dpo.logps.microbatch import GradientSum, join, microbatches, why_whole
 from lit_dpo.logps.score import choose_layout
 from lit_dpo.losses import AOTLoss, BCOLoss, LDDPOLoss, MixtureLoss, SFTLoss, TDPOLoss, WPOLoss
 from lit_dpo.memory import LiveBytes
@@ -37,6 +37,13 @@ def test_rows_are_whole_pairs_in_order_and_full():
         assert all(len(row) for row in rows)
         assert all(row.sum() <= limit or len(row) == 1 for row in rows)
         assert all(row.sum() + after[0] > limit for row, after in itertools.pairwise(rows))
+
+
+def test_only_a_prompt_by_itself_runs_in_parts():
+    """Two that fit together stay together, however little of one prompt may run at once."""
+    ranked = collate([EncodedPrompt([1, 2, 3], [[4, 5], [6], [7, 8, 9]]), EncodedPrompt([1, 2], [[3], [4, 5], [6]])])
+    assert [part.size for part in microbatches(ranked, WHOLE, 1)] == [ranked.size]
+    assert len(microbatches(ranked, 1, 6)) > 2
 
 
 def in_microbatches(parts, score, parameters, scale=1.0):

@@ -78,6 +78,21 @@ def test_no_module_is_imported_because_a_file_names_it(changed, stranger, part, 
     assert not stranger.exists()
 
 
+def test_an_imported_module_is_not_asked_for_what_it_would_import(changed, tmp_path, monkeypatch):
+    """A module's own `__getattr__` is code, and as a rule it imports; only ours is asked, whose names come so."""
+    (tmp_path / "lazy_code.py").write_text(
+        f"def __getattr__(name):\n    open({str(tmp_path / 'ran')!r}, 'a')\n    raise AttributeError(name)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "lazy_code", importlib.import_module("lazy_code"))
+    (tmp_path / "ran").unlink(missing_ok=True)  # the import system asks for a few names
+    with pytest.raises(ResumeError, match=r"names `lazy_code\.Own`"):
+        DPOModule.load_from_checkpoint(changed(loss={"class_path": "lazy_code.Own", "init_args": {}}))
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.delitem(vars(sys.modules["lit_dpo"]), "DPOLoss", raising=False)  # as if nobody had asked for it yet
+    assert _resolve("lit_dpo.DPOLoss")[0] is not None
+
+
 @pytest.mark.parametrize("path", ["subprocess.Popen", "os.system", "builtins.exec", "pathlib.Path", "torch.load"])
 @pytest.mark.parametrize("part", ["optimizer", "reference", "extra"])
 def test_nothing_is_called_because_a_file_names_it(changed, path, part, tmp_path):
