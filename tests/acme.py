@@ -24,6 +24,7 @@ configs:
   data_files: [{split: train, path: de.jsonl}, {split: test, path: de.jsonl}]
 ---
 """
+ENDLESS = b"configs: &again\n- config_name: default\n  data_files: *again\n"
 
 
 @contextmanager
@@ -69,6 +70,8 @@ def acme(root: Path) -> Iterator[hub.Hub]:
         many = {"README.md": CONFIGURATIONS, "en.jsonl": _rows(), "de.jsonl": _rows(right="ja")}
         found.commit("acme/many", many, kind="datasets")
         found.commit("acme/gated", {"train.jsonl": _rows()}, kind="datasets", access="gated")
+        for name, card in ("README.md", b"---\n%s---\n" % ENDLESS), (".huggingface.yaml", ENDLESS):
+            found.commit(f"acme/endless-{len(name)}", {"train.jsonl": _rows(), name: card}, kind="datasets")
         yield found
 
 

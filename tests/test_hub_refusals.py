@@ -62,7 +62,7 @@ for name in "gated", "nothing", "adapter@v7", "adapter":
 check("reference", LoRAPolicy("acme/tiny"), ModelReference("acme/nothing"))
 for source in (
     *("acme/gated:train", "acme/nothing:train", "acme/pairs@v7:train", "acme/pairs@v1", "acme/pairs:tain"),
-    *("acme/many:train", "acme/many:french:train", "acme/many:german"),
+    *("acme/many:train", "acme/many:french:train", "acme/many:german", "acme/endless-9:train", "acme/endless-17:train"),
 ):
     pairs(source)
 os.environ["HF_TOKEN"] = "hf_of_somebody"
@@ -138,6 +138,8 @@ ABSENT = "is not on the hub, or is private: check the name, or log in"
             "acme/many:german",
             "Expected a configuration, such as `acme/many:german:train`; `acme/many` has english, german",
         ),
+        ("acme/endless-9:train", "`acme/endless-9/README.md` cannot be read: its aliases (`*name`) repeat without end"),
+        ("acme/endless-17:train", "`acme/endless-17/.huggingface.yaml` cannot be read: its aliases (`*name`) repeat"),
     ],
 )
 def test_what_a_hub_refuses_is_one_sentence_with_what_to_do(refused, name, sentence):

@@ -136,7 +136,7 @@ def test_a_bad_row_stops_both_processes(on_two):
     """One of them has met it; both say so, and neither waits for the other."""
     case, two = on_two["bad"]
     assert len({*two["errors"]}) == 1
-    assert two["error"].startswith(f"{case['train']}, row 90 (from 0): ")
+    assert two["error"] == f"{case['train']}, row 90 (from 0): Expected a completion in `chosen` but got ''."
 
 
 @pytest.mark.parametrize(

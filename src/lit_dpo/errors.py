@@ -65,6 +65,16 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
+def sentence(text: str) -> str:
+    """Return text that ends as a sentence does.
+
+    Example:
+        >>> sentence("It has no prompt"), sentence("It has none.")
+        ('It has no prompt.', 'It has none.')
+    """
+    return text if text.endswith((".", "!", "?", "…")) else f"{text}."
+
+
 def printable(text: str) -> str:
     """Return text, which may be a stranger's, without what steers a terminal: a file's name and an error hold some."""
     return STEERING.sub("", text)

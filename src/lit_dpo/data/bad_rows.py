@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lit_dpo.data.sources.base import cache_root
-from lit_dpo.errors import DataError
+from lit_dpo.errors import DataError, sentence
 from lit_dpo.writing import written_whole
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _total(table: PromptTable) -> int:
 
 
 def _quoted(table: PromptTable, row: int, reason: str) -> str:
-    return f"{table.place(row)}: {_cut(reason)}" + ("" if reason.endswith((".", "!", "?")) else ".")
+    return f"{table.place(row)}: {sentence(_cut(reason))}"
 
 
 def _cut(text: str) -> str:

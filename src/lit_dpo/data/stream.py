@@ -26,7 +26,7 @@ from lit_dpo.data.sources.base import Row, examples_in
 from lit_dpo.data.storage import stored
 from lit_dpo.data.stream_order import Item, StreamOrder
 from lit_dpo.data.truncation import Dropped
-from lit_dpo.errors import DataError
+from lit_dpo.errors import DataError, sentence
 
 _FIRST = 64  # rows that a digest is of
 
@@ -131,7 +131,7 @@ class PromptStream:
             dropped, bad = cells["dropped"][place], cells["bad"][place]
             if bad and not self.drop_bad_rows:
                 number, at = self._number(item), self.sources[item.source].place(item.row)
-                found.append(StreamedRow(number, error=f"{at}: {dropped}."))
+                found.append(StreamedRow(number, error=f"{at}: {sentence(dropped)}"))
                 continue
             row = StreamedRow(
                 self._number(item),
@@ -227,7 +227,7 @@ class PromptStream:
         first = examples_in(self.sources[source].row(number), format)[0]
         found = first if isinstance(first, Unread) else read_row(format, first)
         if isinstance(found, Skipped | Unread):
-            raise LookupError(f"Expected a row that is used but {self.place(row)} is not: {found.reason}.")
+            raise LookupError(f"Expected a row that is used but {self.place(row)} is not: {sentence(found.reason)}")
         return found
 
     def prompts(self, limit: int) -> list[tuple[int, list[int], Preference | Ranking]]:

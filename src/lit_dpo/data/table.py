@@ -18,7 +18,7 @@ from lit_dpo.data.formats.base import Preference, PreferenceFormat, Ranking, Ski
 from lit_dpo.data.formats.turns import read_row
 from lit_dpo.data.sources import RowSource
 from lit_dpo.data.storage import EXAMPLE, ROW_NUMBERS, counts_of, examples_of, inner_of, ragged, stored, values_of
-from lit_dpo.errors import DataError
+from lit_dpo.errors import DataError, sentence
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -198,7 +198,7 @@ class PromptTable(NamedTuple):
         number, inside = self.find(row)
         found = read_row(self.formats[number], self.sources[number].rows[inside])
         if isinstance(found, Skipped):
-            raise LookupError(f"Expected a row that is used but {self.place(row)} is not: {found.reason}.")
+            raise LookupError(f"Expected a row that is used but {self.place(row)} is not: {sentence(found.reason)}")
         return found
 
     def prompts(self, limit: int) -> list[tuple[int, list[int], Preference | Ranking]]:

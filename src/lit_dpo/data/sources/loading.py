@@ -11,7 +11,7 @@ from lit_dpo.data.sources.columns import with_columns
 from lit_dpo.data.sources.files import files_of, load_file, suffix_of
 from lit_dpo.data.sources.held import are_names, held
 from lit_dpo.data.sources.named import load_named
-from lit_dpo.errors import DataError
+from lit_dpo.errors import DataError, sentence
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -88,7 +88,7 @@ def _check_readable(source: RowSource, keep_bad: bool) -> None:
     bad = source.rows.unread
     if not bad or (keep_bad and len(bad) < len(source.rows)):
         return
-    quoted = [f"{source.place(number)}: {reason}." for number, reason in bad[:_QUOTED]]
+    quoted = [f"{source.place(number)}: {sentence(reason)}" for number, reason in bad[:_QUOTED]]
     if len(bad) == 1:
         raise DataError(quoted[0])
     raise DataError("\n  ".join([f"{len(bad)} of {len(source.rows)} rows of {source.name} cannot be read:", *quoted]))

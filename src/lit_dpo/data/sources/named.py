@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,9 +60,9 @@ def load_named(name: str, encoding: str | None) -> list[RowSource]:
         content = content_digest(files)
         if any((folder / marker).is_file() for marker in _SAVED):
             return [_saved(named, folder, content)]
-        _check_card(folder)
         options = {"cache_dir": str(cache_of(content))}
     try:
+        _check_card(named)
         named = _completed(named)
         if folder.is_dir() and (found := _text_files(named, unpacked=True)):
             sources = [(file.name, load_file(file, encoding)) for file in found]
@@ -97,7 +97,7 @@ def stream_named(name: str) -> tuple[str, Callable[[], Iterable[Any]]]:
     try:
         if (folder := Path(named.path).expanduser()).is_dir():
             _check_inside(folder, [file for file in folder.rglob("*") if file.is_file()])
-            _check_card(folder)
+        _check_card(named)
         named = _completed(named)
         if folder.is_dir():
             _text_files(named)  # what it names is in it
@@ -131,7 +131,7 @@ def _text_files(named: _Named, *, unpacked: bool = False) -> list[Path]:
     return []
 
 
-def _check_card(folder: Path) -> None:
+def _check_card(named: _Named) -> None:
     """See that what `datasets` walks through before it reads a row has an end.
 
     Raises:
@@ -139,12 +139,29 @@ def _check_card(folder: Path) -> None:
     """
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-    for file in (folder / "README.md", folder / ".huggingface.yaml"):
+    for name, text in _cards(named):
+        block = REGEX_YAML_BLOCK.search(text) if name.endswith(".md") else None
+        if repeats_endlessly(block.group(2) if block else text):
+            raise DataError(f"`{named.path}/{name}` cannot be read: its aliases (`*name`) repeat without end.")
+
+
+def _cards(named: _Named) -> Iterator[tuple[str, str]]:
+    """Yield the descriptions that a folder has, or the commit of a data set of the hub, by name."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    folder = Path(named.path).expanduser()
+    for name in ("README.md", ".huggingface.yaml"):
+        file = folder / name
+        if not folder.is_dir():
+            try:
+                file = Path(hf_hub_download(named.path, name, repo_type="dataset", revision=named.revision))
+            except LocalEntryNotFoundError:  # no network: `datasets` reads what it has made of it before, or says so
+                return
+            except EntryNotFoundError:
+                continue
         if file.is_file():
-            text = file.read_bytes().decode("utf-8", "replace")
-            block = REGEX_YAML_BLOCK.search(text) if file.suffix == ".md" else None
-            if repeats_endlessly(block.group(2) if block else text):
-                raise DataError(f"`{file}` cannot be read: its aliases (`*name`) repeat without end.")
+            yield name, file.read_bytes().decode("utf-8", "replace")
 
 
 def _check_inside(folder: Path, files: Iterable[Any]) -> None:
