@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -177,7 +178,9 @@ class DPOModule(pl.LightningModule):
         device = self.trainer.strategy.root_device if trainer_of(self) is not None else torch.device("cpu")
         precision = str(self.trainer.precision) if trainer_of(self) is not None else ""
         half = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "16-mixed": torch.float16}
-        with torch.device("cpu"):  # Lightning makes its device the default here; a CPU's generator draws no GPU tensors
+        # Lightning makes its device the default here; a CPU's generator draws no GPU tensors
+        cpu = torch.device("cpu")
+        with nullcontext() if torch.get_default_device() == cpu else cpu:
             mesh = self._mesh()
             load = self.policy.load if mesh is None else partial(self.policy.load, mesh=mesh)
             self.model = load(device, half.get(precision))
