@@ -20,10 +20,12 @@ from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-from jsonargparse import Namespace
+import yaml
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_dpo.aliases import repeats_endlessly
 from lit_dpo.compat import on_another_class
 from lit_dpo.config_files import files_without_end
 from lit_dpo.errors import printable
@@ -38,6 +40,7 @@ _REQUIRED = re.compile(r'(?:the following arguments are required: |Key "(?=[\w.]
 _KEYS = re.compile(r'Parser key "([\w.]+)"')
 _FIRST = {"policy": "policy.model"}  # what is to be typed where a class is missing
 _TYPED: ContextVar[list[str]] = ContextVar("typed", default=[])  # noqa: B039 - never changed in place
+_ENDLESS = "Expected a configuration that can be read, but in {} aliases repeat without end."
 _NOISE = ("Given value", "Expected a <class 'NoneType'>", "Union subtypes", "Subtypes:", "Errors:")
 
 
@@ -68,7 +71,7 @@ class Parser(LightningArgumentParser):
         token = _TYPED.set(list(sys.argv[1:] if args is None else args))
         try:
             if endless := next(files_without_end(_TYPED.get()), None):
-                refuse(f"Expected a configuration file that can be read, but in {endless} aliases repeat without end.")
+                refuse(_ENDLESS.format(endless))
             return self._parse_typed(args, namespace, env, defaults, **kwargs)
         except UnicodeDecodeError as error:
             refuse(f"Expected a configuration file in UTF-8 but: {error}.")
@@ -124,6 +127,21 @@ def refuse(message: str) -> NoReturn:
     wanted = [line.strip().removeprefix("- ") for line in message.splitlines() if not any(n in line for n in _NOISE)]
     sys.stderr.write(printable("lit-dpo: error: " + "\n".join(line for line in wanted if line) + "\n"))
     raise SystemExit(2)
+
+
+_read_yaml = get_loader("yaml")
+
+
+def _read_bounded(text: str) -> Any:
+    """Read what a file of any name holds, or what was typed: one that repeats itself is walked through by nobody."""
+    if repeats_endlessly(text):
+        if _TYPED.get():
+            refuse(_ENDLESS.format("a file that is no `.yaml`, or in what was typed,"))
+        raise yaml.YAMLError("Aliases repeat without end.")
+    return _read_yaml(text)
+
+
+set_loader("yaml", _read_bounded, (yaml.YAMLError,))
 
 
 def _on_another_class(drop: Callable[[Namespace, str], Any]) -> AbstractContextManager[None]:

@@ -48,6 +48,28 @@ def test_a_configuration_that_repeats_itself_is_a_sentence(tmp_path, capsys, tex
     assert f"in {file} aliases repeat without end" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--config", "--trainer"])
+def test_so_is_one_by_another_name(tmp_path, capsys, option):
+    """A file of any name is read as YAML."""
+    file = tmp_path / "bomb.conf"
+    file.write_text(BOMB + {"--config": "trainer: {max_epochs: *a9}\n", "--trainer": "max_epochs: *a9\n"}[option])
+    with bounded(file.stat().st_size), pytest.raises(SystemExit) as stopped:
+        main(["fit", option, str(file)])
+    assert stopped.value.code == 2
+    assert "aliases repeat without end" in capsys.readouterr().err
+
+
+def test_axes_of_an_ablation_that_repeat_themselves_are_a_sentence(tmp_path, capsys):
+    file = tmp_path / "axes.yaml"
+    for text, said in ((BOMB + "beta: *a9\n", "its aliases"), ("beta: [\xe9]", "utf-8")):
+        file.write_text(text, encoding="latin-1")
+        with bounded(len(text)), pytest.raises(SystemExit) as stopped:
+            main(["ablate", "--axes", str(file)])
+        assert stopped.value.code == 1
+        assert f"Cannot read the axes in {file}: " in (err := capsys.readouterr().err)
+        assert said in err
+
+
 def test_so_is_one_that_another_one_names(tmp_path, capsys):
     (tmp_path / "bomb.yaml").write_text(BOMB)
     (tmp_path / "run.yaml").write_text("trainer: bomb.yaml\n")

@@ -15,6 +15,7 @@ import yaml
 
 import lit_dpo.losses
 import lit_dpo.references
+from lit_dpo.aliases import repeats_endlessly
 from lit_dpo.errors import AblationError
 from lit_dpo.tools.ablate.records import Asked
 from lit_dpo.tools.configs import folder
@@ -95,9 +96,12 @@ def from_file(path: Path) -> tuple[list[Axis], list[int] | None]:
         AblationError: for a file that is something else.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        content = None if (endless := repeats_endlessly(text)) else yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise AblationError(f"Cannot read the axes in {path}: {error}") from error
+    if endless:
+        raise AblationError(f"Cannot read the axes in {path}: its aliases (`*name`) repeat without end.")
     if not isinstance(content, Mapping) or not all(isinstance(one, list) for one in content.values()):
         raise AblationError(f"Expected {path} to map options to lists of values, such as `beta: [0.1, 0.5]`.")
     seeds = content.get("seeds")
