@@ -17,6 +17,7 @@ from lit_dpo.checkpoint import save_adapter
 from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.records import PairLogps, SequenceLogps
 from lit_dpo.memory import PROBES
+from lit_dpo.metrics.collections import preference_metrics
 from lit_dpo.references import store
 from training import Trace, adapter, data, trainer
 from training import light as module
@@ -73,6 +74,20 @@ def test_a_module_that_has_trained_goes_on_in_another_fit(tiny_model, pairs_file
 def test_a_loss_that_reads_the_reference_refuses_to_go_without(tiny_model):
     with pytest.raises(PolicyError, match=r"DPOLoss\(beta=0.1\) needs a reference but got NoReference"):
         module(tiny_model, reference=NoReference())
+
+
+def test_measures_that_an_override_keeps_are_each_stage_s_own(tiny_model):
+    kept = preference_metrics()
+
+    class Keeps(DPOModule):
+        def configure_metrics(self):
+            return kept
+
+    for dpo in (module(tiny_model, kind=Keeps), module(tiny_model)):
+        stages = (dpo.train_metrics, dpo.val_metrics, dpo.test_metrics)
+        own = [id(one) for measured in (kept, *stages) for one in measured.modules()]
+        assert len(own) == len({*own})
+        assert [measured.prefix for measured in (kept, *stages)] == [None, "train/", "val/", "test/"]
 
 
 def test_a_step_is_the_mean_over_its_pairs_however_they_are_batched(tiny_model, pairs_file, tmp_path):
