@@ -24,7 +24,8 @@ from lightning.pytorch.trainer import Trainer
 from lit_dpo import EMAReference
 from lit_dpo.callbacks import LearningRate
 from lit_dpo.losses import BCOLoss
-from training import Trace, data, module, trainer
+from training import Trace, data, trainer
+from training import light as module
 
 WAYS = ("should_stop", "early_stopping", "max_time", "max_steps", "sigterm", "sigint", "killed", "killed at the end")
 BATCHES = 6  # of an epoch: 21 pairs in batches of 4

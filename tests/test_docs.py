@@ -25,8 +25,9 @@ MODULES = sorted(
 def test_docstring_examples_run(name, request):
     if name == "lit_dpo.quickstart.model":
         request.getfixturevalue("quickstart")
-    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
-    assert result.failed == 0
+    module = importlib.import_module(name)
+    if ">>>" in Path(module.__file__).read_text():  # else there is none to look for
+        assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
 
 
 def _blocks(language: str) -> list[str]:

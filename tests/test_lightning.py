@@ -54,7 +54,8 @@ from lit_dpo.data.sampler import PromptSampler
 from lit_dpo.errors import DataError, ResumeError, TrainingError
 from lit_dpo.losses import BCOLoss
 from lit_dpo.requirements import check_strategy
-from training import adapter, data, module, trainer
+from training import TARGETS, adapter, data, trainer
+from training import light as module
 
 # What a hook of LightningModule does when nobody overrides it: overriding it with `pass` asks for something else.
 JOBS = {
@@ -96,7 +97,7 @@ def _module(
     model: Path, kind: type[DPOModule] = DPOModule, quantization: Literal["none", "nf4"] = "none", **kwargs: Any
 ) -> DPOModule:
     torch.manual_seed(0)
-    policy = LoRAPolicy(str(model), quantization=quantization, r=4, dropout=0.1)
+    policy = LoRAPolicy(str(model), quantization=quantization, r=4, target_modules=TARGETS, dropout=0.1)
     return kind(policy, **{"optimizer": functools.partial(torch.optim.AdamW, lr=1e-2), "warmup_ratio": 0.2, **kwargs})
 
 

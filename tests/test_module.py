@@ -17,8 +17,10 @@ from lit_dpo.checkpoint import save_adapter
 from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.records import PairLogps, SequenceLogps
 from lit_dpo.memory import PROBES
+from lit_dpo.metrics.collections import preference_metrics
 from lit_dpo.references import store
-from training import Trace, adapter, data, module, trainer
+from training import Trace, adapter, data, trainer
+from training import light as module
 
 
 @pytest.fixture(scope="session")
@@ -33,24 +35,26 @@ def trained_adapter(tiny_model, pairs_file, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("start", ["fresh", "continued"])
-@pytest.mark.parametrize("loss", [DPOLoss(), CDPOLoss(), IPOLoss(), IPOLoss(average="sum")], ids=str)
 def test_at_step_0_rewards_are_0_and_the_loss_is_its_value_at_margin_0(
-    tiny_model, pairs_file, trained_adapter, loss, start, quantization
+    tiny_model, pairs_file, trained_adapter, start, quantization
 ):
     policy = {"quantization": quantization}
     policy |= {"adapter_path": str(trained_adapter)} if start == "continued" else {"dropout": 0.3}
     if start == "continued":
         policy |= {"r": 16}
-    dpo = module(tiny_model, policy=policy, loss=loss)
+    dpo = module(tiny_model, policy=policy)
     dpo.configure_model()
     dpo.model.eval()
-    assert dpo.reference == (AdapterReference() if start == "continued" else BaseReference())
     pairs = dpo.pair_logps(_batch(dpo, pairs_file))
-    chosen, rejected = loss.rewards(pairs)
-    assert chosen.abs().max() < 1e-5
-    assert rejected.abs().max() < 1e-5
-    at_zero = {"DPOLoss": 0.6931472, "CDPOLoss": 0.6931472, "IPOLoss": 25.0}[type(loss).__name__]
-    torch.testing.assert_close(dpo.compute_loss(pairs), torch.full((8,), at_zero), rtol=1e-4, atol=1e-5)
+    log_2 = 0.6931472
+    for loss, at_zero in ((DPOLoss(), log_2), (CDPOLoss(), log_2), (IPOLoss(), 25), (IPOLoss(average="sum"), 25)):
+        of_loss = module(tiny_model, policy=policy, loss=loss)
+        assert of_loss.reference == dpo.reference == (AdapterReference() if start == "continued" else BaseReference())
+        chosen, rejected = loss.rewards(pairs)
+        assert chosen.abs().max() < 1e-5, loss
+        assert rejected.abs().max() < 1e-5, loss
+        expected = torch.full((8,), float(at_zero))
+        torch.testing.assert_close(of_loss.compute_loss(pairs), expected, rtol=1e-4, atol=1e-5, msg=str(loss))
 
 
 def test_a_policy_that_does_not_start_at_its_reference_is_stopped(tiny_model, pairs_file, trained_adapter, tmp_path):
@@ -70,6 +74,20 @@ def test_a_module_that_has_trained_goes_on_in_another_fit(tiny_model, pairs_file
 def test_a_loss_that_reads_the_reference_refuses_to_go_without(tiny_model):
     with pytest.raises(PolicyError, match=r"DPOLoss\(beta=0.1\) needs a reference but got NoReference"):
         module(tiny_model, reference=NoReference())
+
+
+def test_measures_that_an_override_keeps_are_each_stage_s_own(tiny_model):
+    kept = preference_metrics()
+
+    class Keeps(DPOModule):
+        def configure_metrics(self):
+            return kept
+
+    for dpo in (module(tiny_model, kind=Keeps), module(tiny_model)):
+        stages = (dpo.train_metrics, dpo.val_metrics, dpo.test_metrics)
+        own = [id(one) for measured in (kept, *stages) for one in measured.modules()]
+        assert len(own) == len({*own})
+        assert [measured.prefix for measured in (kept, *stages)] == [None, "train/", "val/", "test/"]
 
 
 def test_a_step_is_the_mean_over_its_pairs_however_they_are_batched(tiny_model, pairs_file, tmp_path):

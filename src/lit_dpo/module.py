@@ -152,9 +152,7 @@ class DPOModule(pl.LightningModule):
         self.model: Any = None
         self.register_buffer("loss_state", loss.initial_state())
         self.fresh = True  # until it has trained, or was loaded with a checkpoint's adapter
-        self.train_metrics = asked_together(self.configure_metrics().clone(prefix="train/"))
-        self.val_metrics = asked_together(self.configure_metrics().clone(prefix="val/"))
-        self.test_metrics = asked_together(self.configure_metrics().clone(prefix="test/"))
+        self.train_metrics, self.val_metrics, self.test_metrics = map(self._metrics_of, ("train/", "val/", "test/"))
         self.eval_sets = torch.nn.ModuleDict()  # metrics of each validation or test set, where there are several
         self.register_load_state_dict_post_hook(frozen_is_not_missing)  # type: ignore[no-untyped-call]
         self.window = Window()
@@ -167,6 +165,13 @@ class DPOModule(pl.LightningModule):
         self.standing: Standing | None = None  # after the last step
         self.configured = False  # until the policy has loaded
         self.checked = False  # until `prepare_data` has looked at this run
+
+    def _metrics_of(self, prefix: str) -> MetricCollection:
+        measured = self.configure_metrics()
+        if type(self).configure_metrics is not DPOModule.configure_metrics:  # it may return one that it keeps
+            measured = measured.clone()
+        measured.prefix = prefix
+        return asked_together(measured)
 
     # ---- what subclasses override ----
 

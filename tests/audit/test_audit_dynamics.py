@@ -19,7 +19,8 @@ from lit_dpo.callbacks.dynamics import Measured, gradient_sizes, measured, table
 from lit_dpo.data.formats import Rankings
 from lit_dpo.losses import PlackettLuceLoss, SFTLoss, SimPOLoss
 from lit_dpo.window import MeasuredBatch
-from training import Trace, adapter, data, module, trainer
+from training import Trace, adapter, data, trainer
+from training import light as module
 
 SAID = [" one", " two, two", " three!", " 4"]
 COUNTS = ("epoch", "step", "index", "chosen", "rejected")

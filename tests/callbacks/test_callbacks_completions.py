@@ -20,7 +20,8 @@ from lit_dpo.callbacks.texts import markdown_table
 from lit_dpo.errors import TrainingError
 from lit_dpo.losses import SimPOLoss
 from lit_dpo.references import NoReference
-from training import Trace, adapter, data, module, trainer
+from training import Trace, adapter, data, trainer
+from training import light as module
 
 
 def _rows(path):

@@ -25,7 +25,8 @@ from lit_dpo.callbacks.texts import log_table, markdown_table
 from lit_dpo.callbacks.together import _is_last
 from lit_dpo.cli import main
 from lit_dpo.logps import SequenceLogps
-from training import data, module, trainer
+from training import data, trainer
+from training import light as module
 
 
 @pytest.fixture(scope="module")

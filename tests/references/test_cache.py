@@ -19,7 +19,8 @@ from lit_dpo.errors import PolicyError
 from lit_dpo.logps import Field
 from lit_dpo.logps.score import choose_layout, completion_logps
 from lit_dpo.policy import LoRAPolicy
-from training import Trace, adapter, data, module, trainer
+from training import Trace, adapter, data, trainer
+from training import light as module
 
 ALL = 42  # completions of the file's 21 pairs
 PAIRS = tiny.pairs((7, 5, 9), (3, 1, 4), (1, 12, 2, 6))
@@ -140,11 +141,14 @@ def test_sums_alone_can_be_stored_and_losses_that_read_tokens_then_refuse(folder
 # ---- a second run ----
 
 
-def _fit(model, file, root, forwards, *, loss=None, reference=None, policy=None, lr=1e-2, epochs=2, **options):
+def _fit(
+    model, file, root, forwards, *, loss=None, reference=None, policy=None, lr=1e-2, epochs=2, validates=True, **options
+):
     trace, start = Trace(), len(forwards)
     dpo = module(model, lr=lr, policy=policy, reference=reference, **({} if loss is None else {"loss": loss}))
     run = trainer(root, callbacks=[trace], max_epochs=epochs)
-    run.fit(dpo, data(file, val=str(file), **options))
+    options |= {"val": str(file), "eval_batch_size": 21} if validates else {}
+    run.fit(dpo, data(file, **options))
     return trace.losses, adapter(dpo), len(forwards) - start
 
 
@@ -165,7 +169,7 @@ def test_the_first_epoch_fills_and_another_loss_beta_and_rate_then_run_no_refere
         {"policy": policy | {"r": 8, "dropout": 0.0}},
         {"batch_size": 7, "seed": 5},
     ):
-        given = {"policy": policy, "epochs": 1, **change}
+        given = {"policy": policy, "epochs": 1, "validates": False, **change}
         expected, _, _ = _fit(tiny_model, pairs_file, root, forwards, **given)
         losses, _, passes = _fit(tiny_model, pairs_file, root, forwards, reference=cached, **given)
         assert passes == 0, change
@@ -179,7 +183,7 @@ def test_what_changes_the_numbers_runs_all_of_them(tiny_model, pairs_file, tmp_p
     shutil.copytree(tiny_model, moved)
 
     def passes(model=tiny_model, policy=None, **options):
-        given = {"reference": cached, "policy": policy, "epochs": 1, **options}
+        given = {"reference": cached, "policy": policy, "epochs": 1, "batch_size": 21, "validates": False, **options}
         return _fit(model, pairs_file, tmp_path / "run", forwards, **given)[2]
 
     assert passes() == ALL
@@ -207,10 +211,9 @@ def test_a_changed_chat_template_runs_all_of_them(quickstart, tmp_path, forwards
     shutil.copytree(quickstart / "model", changed)
     for template in changed.glob("chat_template.jinja"):
         template.write_text(template.read_text().replace("'<|'", "' <|'"))
-    cached, model = CachedReference(directory=str(tmp_path / "cache")), quickstart / "model"
-    assert _fit(model, file, tmp_path / "run", forwards, reference=cached)[2] == 18
-    assert _fit(changed, file, tmp_path / "run", forwards, reference=cached)[2] == 18
-    assert _fit(model, file, tmp_path / "run", forwards, reference=cached)[2] == 0
+    given = {"reference": CachedReference(directory=str(tmp_path / "cache")), "epochs": 1, "validates": False}
+    for model, passes in ((quickstart / "model", 18), (changed, 18), (quickstart / "model", 0)):
+        assert _fit(model, file, tmp_path / "run", forwards, **given)[2] == passes
 
 
 def test_another_adapter_as_the_reference_runs_all_of_them(folder, tmp_path, forwards):
@@ -264,17 +267,17 @@ def test_autocast_is_not_float32(folder, tmp_path, forwards):
 
 def test_damage_is_noticed_and_mended_while_training(tiny_model, pairs_file, tmp_path, forwards):
     cached = CachedReference(directory=str(tmp_path / "cache"))
-    whole, _, _ = _fit(tiny_model, pairs_file, tmp_path / "run", forwards, reference=cached)
+    whole, _, _ = _fit(tiny_model, pairs_file, tmp_path / "run", forwards, reference=cached, epochs=1)
     (values,) = (tmp_path / "cache").glob("*/*.logps")
     content = bytearray(values.read_bytes())
     content[100] ^= 0x40
     values.write_bytes(content[:-4])
     with tiny.records("lit_dpo.references.store") as lines:
-        again, _, passes = _fit(tiny_model, pairs_file, tmp_path / "run", forwards, reference=cached)
+        again, _, passes = _fit(tiny_model, pairs_file, tmp_path / "run", forwards, reference=cached, epochs=1)
     assert passes == 2, "the pair with the changed byte, and the one that is cut"
     assert again == pytest.approx(whole, abs=1e-6)
     assert [line.getMessage() for line in lines] == [f"{values} is damaged; what it held is computed again."]
-    assert _fit(tiny_model, pairs_file, tmp_path / "run", forwards, reference=cached)[2] == 0
+    assert _fit(tiny_model, pairs_file, tmp_path / "run", forwards, reference=cached, epochs=1)[2] == 0
 
 
 def test_it_works_with_a_stream(tiny_model, tmp_path, forwards):

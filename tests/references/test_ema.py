@@ -17,7 +17,8 @@ from lit_dpo.errors import PolicyError, TrainingError
 from lit_dpo.logps.score import choose_layout, completion_logps
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.adapters import adapter_parameters
-from training import Trace, adapter, data, module, trainer
+from training import Trace, adapter, data, trainer
+from training import light as module
 
 BATCH = tiny.batch()
 

@@ -256,11 +256,12 @@ def test_half_an_adapter_is_refused(folder, adapter, tmp_path):
 def test_resuming_stops_if_the_reference_is_another_and_not_if_it_moved(tiny_model, pairs_file, tmp_path):
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    from training import data, module, trainer
+    from training import data, trainer
+    from training import light as module
 
     def fit(root, reference, **options):
         keep = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        run = trainer(root, callbacks=[keep], enable_checkpointing=True)
+        run = trainer(root, callbacks=[keep], enable_checkpointing=True, limit_train_batches=2)
         run.fit(module(tiny_model, reference=reference), data(pairs_file), **options)
 
     other = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -273,13 +274,13 @@ def test_resuming_stops_if_the_reference_is_another_and_not_if_it_moved(tiny_mod
         root, moved = tmp_path / f"run-{name}", tmp_path / f"moved-{name}"
         fit(root, make(tmp_path / name))
         shutil.copytree(tmp_path / name, moved)
-        fit(tmp_path / "again", make(moved), ckpt_path=root / "step=3.ckpt")
+        fit(tmp_path / "again", make(moved), ckpt_path=root / "step=1.ckpt")
         (weights,) = moved.glob("*.safetensors")
         content = bytearray(weights.read_bytes())
         content[-100] ^= 0x01
         weights.write_bytes(content)
         with pytest.raises(ResumeError, match=r"reference.content.(adapter|model): '"):
-            fit(tmp_path / "again", make(moved), ckpt_path=root / "step=3.ckpt")
+            fit(tmp_path / "again", make(moved), ckpt_path=root / "step=1.ckpt")
 
 
 # ---- configuration ----
