@@ -105,7 +105,7 @@ def test_a_precision_trains_as_float32_does_and_takes_the_kernel(fit, tiny_model
 @pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-4), ("bf16-mixed", 2e-2)])
 def test_a_batch_in_rows_is_the_same_step(fit, tiny_model, precision, tolerance):
     policy = {"dtype": "float32"} if precision == "32-true" else {}
-    given = {"lr": 1e-3, "max_steps": 2, "precision": precision, "policy": policy}
+    given = {"lr": 1e-3, "max_steps": 4, "precision": precision, "policy": policy}
     whole, _ = fit(tiny_model, "whole", **given)
     rows, _ = fit(tiny_model, "rows", microbatch_tokens=1, **given)
     assert rows == pytest.approx(whole, abs=tolerance)
