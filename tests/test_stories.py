@@ -45,9 +45,10 @@ def _conversations(rows: list[dict]) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("model", "convert", "lr"), [("stories260K", _continuations, 4e-3), ("storybyte-nano-kd", _conversations, 2e-3)]
+    ("model", "convert", "lr", "steps"),
+    [("stories260K", _continuations, 4e-3, 15), ("storybyte-nano-kd", _conversations, 2e-3, 8)],
 )
-def test_stories_come_to_hold_dialogue(shared, tmp_path, model, convert, lr):
+def test_stories_come_to_hold_dialogue(shared, tmp_path, model, convert, lr, steps):
     source = shared / "data" / "finetuning-lab-tinystories" / "preference_pairs.jsonl"
     rows = convert([json.loads(line) for line in source.read_text().splitlines()])
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -68,7 +69,7 @@ def test_stories_come_to_hold_dialogue(shared, tmp_path, model, convert, lr):
     else:
         prompt = tokenizer("Once upon a time, there was a")["input_ids"]
     before = _dialogue(dpo, prompt)
-    trainer(tmp_path, max_epochs=1).fit(dpo, data)
+    trainer(tmp_path, max_steps=steps).fit(dpo, data)
     after = _dialogue(dpo, prompt)
     assert before < 0.9
     assert after >= 0.95

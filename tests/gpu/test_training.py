@@ -21,6 +21,14 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
+def few(pairs_file, tmp_path):
+    """Eight pairs: an epoch of two steps."""
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(pairs_file.read_text().splitlines(keepends=True)[:8]))
+    return path
+
+
+@pytest.fixture
 def fit(gpu, pairs_file, tmp_path):
     """A run on the device; the losses of its steps, and its module."""
 
@@ -104,18 +112,22 @@ def test_a_batch_in_rows_is_the_same_step(fit, tiny_model, precision, tolerance)
 
 
 @pytest.mark.parametrize("policy", [{"quantization": "nf4", "dropout": 0.1}, {"gradient_checkpointing": True}])
-def test_resuming_is_exact_to_the_bit(fit, tiny_model, tmp_path, monkeypatch, policy):
+def test_resuming_is_exact_to_the_bit(fit, tiny_model, few, tmp_path, monkeypatch, policy):
     """With deterministic kernels, which a GPU must be asked for."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     keep = ModelCheckpoint(tmp_path / "kept", filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    given = {"policy": policy, "max_epochs": 2, "deterministic": True, "lr_scheduler": "linear"}
+    given = {"policy": policy, "max_epochs": 3, "deterministic": True, "lr_scheduler": "linear"}
     try:
-        whole, trained = fit(tiny_model, "a", callbacks=[keep], enable_checkpointing=True, **given)
+        whole, trained = fit(
+            tiny_model, "a", trained_on=data(few), callbacks=[keep], enable_checkpointing=True, **given
+        )
         torch.manual_seed(123)
-        losses, resumed = fit(tiny_model, "b", ckpt_path=tmp_path / "kept" / "step=4.ckpt", **given)
+        start = tmp_path / "kept" / "step=3.ckpt"
+        losses, resumed = fit(tiny_model, "b", trained_on=data(few), ckpt_path=start, **given)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert losses == whole[4:]
+    assert losses == whole[3:]
+    assert len(losses) == 3
     found, expected = adapter(resumed), adapter(trained)
     assert all(torch.equal(found[name], one) for name, one in expected.items())
 
@@ -138,10 +150,11 @@ def test_a_reference_that_moves_is_the_average(fit, tiny_model):
         torch.testing.assert_close(mine, expected)
 
 
-def test_a_stored_reference_is_the_same_in_every_epoch(fit, tiny_model, tmp_path):
+def test_a_stored_reference_is_the_same_in_every_epoch(fit, tiny_model, few, tmp_path):
     given = {"lr": 1e-3, "max_epochs": 2, "policy": {"quantization": "nf4", "dtype": "float32"}}
-    expected, _ = fit(tiny_model, "a", **given)
-    found, _ = fit(tiny_model, "b", reference=CachedReference(directory=str(tmp_path / "cache")), **given)
+    expected, _ = fit(tiny_model, "a", trained_on=data(few), **given)
+    stored = CachedReference(directory=str(tmp_path / "cache"))
+    found, _ = fit(tiny_model, "b", trained_on=data(few), reference=stored, **given)
     assert found == pytest.approx(expected, abs=1e-4)
 
 
@@ -190,6 +203,7 @@ def test_the_command_trains_validates_tests_and_predicts(gpu, tiny_model, pairs_
     monkeypatch.chdir(tmp_path)
     where = ["--trainer.accelerator", "gpu" if gpu.type == "cuda" else "cpu", "--trainer.devices=1"]
     where += ["--trainer.enable_progress_bar=false", f"--model.policy.model={tiny_model}"]
+    where += ["--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1", "--trainer.num_sanity_val_steps=0"]
     rows = [f"--data.{name}={pairs_file}" for name in ("val", "test", "predict")]
     given = [*where, "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.01", "--data.batch_size=4", *rows]
     main(["fit", *given, f"--data.train={pairs_file}", "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1"])

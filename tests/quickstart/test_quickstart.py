@@ -52,7 +52,8 @@ def _trained(root):
         patch.chdir(root)
         command = ["fit", "--config", str(CONFIG), "--trainer.enable_progress_bar=false"]
         main(command)
-        main([*command, "--data.format.chosen=rejected", "--data.format.rejected=chosen"])
+        swapped = ["--data.format.chosen=rejected", "--data.format.rejected=chosen"]
+        main([*command, *swapped, "--trainer.max_epochs=2", "--trainer.callbacks+=training.Unestimated"])
 
 
 def test_a_4_bit_policy_learns_to_answer_and_still_speaks(runs):
