@@ -161,7 +161,7 @@ def test_autocast_and_bfloat16_compute_what_they_would_in_one_row():
 
 def test_a_step_holds_the_graph_of_one_row():
     """Eight pairs need what the longest needs, besides gradients that add up."""
-    dpo = _module(max_position_embeddings=512, num_hidden_layers=8, r=64)
+    dpo = _module(max_position_embeddings=512, num_hidden_layers=4, r=64)
     trained = [p for p in dpo.model.parameters() if p.requires_grad]
     copies = sum(p.numel() * p.element_size() for p in trained)
 
@@ -343,7 +343,7 @@ def test_the_second_pass_draws_the_masks_of_the_first(tmp_path):
 @pytest.mark.parametrize("loss", [AOTLoss(), BCOLoss()], ids=str)
 def test_a_loss_that_couples_pairs_needs_the_memory_of_one_microbatch(loss, tmp_path):
     dpo = DPOModule(LoRAPolicy("nowhere", quantization="none"), loss=loss)
-    dpo.model = _module(max_position_embeddings=512, num_hidden_layers=8, r=64).model
+    dpo.model = _module(max_position_embeddings=512, num_hidden_layers=4, r=64).model
     dpo._trainer = trainer(tmp_path)
     trained = [p for p in dpo.model.parameters() if p.requires_grad]
     copies = sum(p.numel() * p.element_size() for p in trained)
