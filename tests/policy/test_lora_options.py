@@ -22,20 +22,21 @@ from lit_dpo.references import BaseReference
 from training import adapter, data, trainer
 
 BATCH = tiny.batch()
+FEW = {"target_modules": ["q_proj", "v_proj"]}
 OPTIONS = {
-    "rslora": ("llama", {"use_rslora": True}),
-    "dora": ("llama", {"use_dora": True}),
-    "gaussian": ("llama", {"init_lora_weights": "gaussian"}),
-    "rank_pattern": ("llama", {"rank_pattern": {"q_proj": 5}}),
-    "alpha_pattern": ("llama", {"alpha_pattern": {"layers.1.self_attn.q_proj": 99}}),
+    "rslora": ("llama", {"use_rslora": True, **FEW}),
+    "dora": ("llama", {"use_dora": True, **FEW}),
+    "gaussian": ("llama", {"init_lora_weights": "gaussian", **FEW}),
+    "rank_pattern": ("llama", {"rank_pattern": {"q_proj": 5}, **FEW}),
+    "alpha_pattern": ("llama", {"alpha_pattern": {"layers.1.self_attn.q_proj": 99}, **FEW}),
     "exclude_modules": ("llama", {"exclude_modules": ["q_proj"]}),
     "exclude_modules as a pattern": ("llama", {"exclude_modules": r".*\.(q|k)_proj"}),
-    "layers_to_transform": ("llama", {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1]}),
+    "layers_to_transform": ("llama", {"layers_to_transform": [1], **FEW}),
     "layers_pattern": ("llama", {"target_modules": ["v_proj"], "layers_to_transform": 0, "layers_pattern": "layers"}),
     "target_parameters": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}),
     "target_parameters alone": ("mixtral", {"target_modules": [], "target_parameters": ["experts.down_proj"]}),
-    "trainable_token_indices": ("llama", {"trainable_token_indices": [50, 60, 72]}),
-    "trainable_token_indices, tied": ("llama-tied", {"trainable_token_indices": [50, 60, 72]}),
+    "trainable_token_indices": ("llama", {"trainable_token_indices": [50, 60, 72], **FEW}),
+    "trainable_token_indices, tied": ("llama-tied", {"trainable_token_indices": [50, 60, 72], **FEW}),
 }
 CASES = [
     *((name, "nf4") for name in OPTIONS if "parameters" not in name),
@@ -224,8 +225,7 @@ def test_a_step_is_estimated_and_planned_with_it(case, folder):
     lengths = Lengths.of([(20, (9, 12)), (8, (15, 7))])
 
     def loaded(options):
-        few = {"target_modules": ["q_proj", "v_proj"], **options}
-        policy = LoRAPolicy(str(folder(OPTIONS[case][0])), quantization="none", r=4, **few)
+        policy = LoRAPolicy(str(folder(OPTIONS[case][0])), quantization="none", r=4, **{**FEW, **options})
         return policy, policy.load()
 
     policy, model = loaded(OPTIONS[case][1])
