@@ -26,6 +26,8 @@ from lit_dpo.policy.checks import keep_trainable
 from lit_dpo.versions import CHECKPOINT
 from training import Trace, adapter, data, module, trainer
 
+FEW = ["q_proj", "v_proj"]
+
 
 def _fit(model, pairs_file, root, *, ckpt_path=None, stop=None, accumulate=1, **kwargs):
     """Two epochs of 21 pairs in batches of 4, keeping a checkpoint at every step."""
@@ -39,6 +41,7 @@ def _fit(model, pairs_file, root, *, ckpt_path=None, stop=None, accumulate=1, **
         max_epochs=2,
         max_steps=-1 if stop is None else stop,
         num_sanity_val_steps=0,
+        limit_val_batches=2,
     )
     dpo = module(model, lr_scheduler="linear", **kwargs)
     run.fit(dpo, data(pairs_file, val=str(pairs_file)), ckpt_path=ckpt_path)
@@ -63,14 +66,16 @@ def test_resuming_at_any_step_equals_not_having_stopped(straight, tiny_model, pa
     assert all(torch.equal(found[name], expected) for name, expected in weights.items())
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def accumulated(request, tiny_model, pairs_file, tmp_path_factory):
+@pytest.fixture(scope="module")
+def accumulated(tiny_model, pairs_file, tmp_path_factory):
     root, policy = tmp_path_factory.mktemp("accumulated"), {"dropout": 0.1}  # its masks continue as well
-    return root, request.param, policy, *_fit(tiny_model, pairs_file, root, accumulate=request.param, policy=policy)
+    return root, 2, policy, *_fit(tiny_model, pairs_file, root, accumulate=2, policy=policy)
 
 
 @pytest.mark.parametrize("step", [1, 3, 5])
-def test_resuming_gives_the_same_losses_and_weights(accumulated, tiny_model, pairs_file, tmp_path, step):
+def test_resuming_an_accumulation_gives_the_same_losses_and_weights(
+    accumulated, tiny_model, pairs_file, tmp_path, step
+):
     root, accumulate, policy, whole, weights, _ = accumulated
     torch.manual_seed(123)
     resumed, found, _ = _fit(
@@ -271,22 +276,28 @@ class Charged(DPOModule):
 
 
 def _run(model, pairs_file, root, *, kind=DPOModule, ckpt_path=None, source=None, policy=None, lr=1e-2,
-         optimizer=torch.optim.AdamW, changes=None, extra=None, every=1, **kwargs):  # fmt: skip
+         optimizer=torch.optim.AdamW, changes=None, extra=None, **kwargs):  # fmt: skip
     """An epoch of six steps, a checkpoint at every one, with a schedule."""
-    callbacks = [ModelCheckpoint(root, filename="{step}", every_n_train_steps=every, save_top_k=-1)]
+    callbacks = [ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)]
     callbacks += [] if changes is None else [ExactResume(changes=changes)]
     run = trainer(root, callbacks=callbacks, enable_checkpointing=True, **kwargs)
     torch.manual_seed(0)
-    given = {"quantization": "none", "r": 4, **(policy or {})}
+    given = {"quantization": "none", "r": 4, "target_modules": FEW, **(policy or {})}
     dpo = kind(LoRAPolicy(str(model), **given), optimizer=functools.partial(optimizer, lr=lr), **(extra or {}))
     run.fit(dpo, source or data(pairs_file), ckpt_path=ckpt_path)
     return run, dpo
 
 
 @pytest.fixture(scope="module")
-def begun(tiny_model, pairs_file, tmp_path_factory):
+def small(tmp_path_factory):
+    """One layer: these laws are about what is compared and kept, not about a model."""
+    return tiny.directory(tmp_path_factory.mktemp("small") / "model", num_hidden_layers=1, max_position_embeddings=512)
+
+
+@pytest.fixture(scope="module")
+def begun(small, pairs_file, tmp_path_factory):
     root = tmp_path_factory.mktemp("begun")
-    _run(tiny_model, pairs_file, root, extra={"warmup_ratio": 0.5})
+    _run(small, pairs_file, root, extra={"warmup_ratio": 0.5})
     return root / "step=3.ckpt"
 
 
@@ -314,11 +325,11 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_changes_the_course_of_training_is_compared(begun, tiny_model, pairs_file, tmp_path, change):
+def test_what_changes_the_course_of_training_is_compared(begun, small, pairs_file, tmp_path, change):
     given, message = CHANGES[change]
     given = {"extra": {"warmup_ratio": 0.5}, **given}
     with pytest.raises(ResumeError, match=message) as refused:
-        _run(tiny_model, pairs_file, tmp_path, ckpt_path=begun, **given)
+        _run(small, pairs_file, tmp_path, ckpt_path=begun, **given)
     assert "--trainer.callbacks.changes=accept" in str(refused.value)
 
 
@@ -329,7 +340,7 @@ DATA = {
 
 
 @pytest.mark.parametrize("change", [*DATA, "reversed rows", "truncation", "another seed"])
-def test_other_data_are_refused(begun, tiny_model, pairs_file, tmp_path, change):
+def test_other_data_are_refused(begun, small, pairs_file, tmp_path, change):
     other, options = tmp_path / "other.jsonl", {}
     other.write_text(_lines(pairs_file, DATA.get(change, dict)))
     if change == "reversed rows":
@@ -339,22 +350,22 @@ def test_other_data_are_refused(begun, tiny_model, pairs_file, tmp_path, change)
     if change == "another seed":
         options = {"seed": 1}
     with pytest.raises(ResumeError, match=r"training\.data: |seed 0 -> 1"):
-        _run(tiny_model, pairs_file, tmp_path, ckpt_path=begun, source=data(other, **options),
+        _run(small, pairs_file, tmp_path, ckpt_path=begun, source=data(other, **options),
              extra={"warmup_ratio": 0.5})  # fmt: skip
 
 
-def test_the_same_data_elsewhere_are_the_same(begun, tiny_model, pairs_file, tmp_path):
+def test_the_same_data_elsewhere_are_the_same(begun, small, pairs_file, tmp_path):
     copied = tmp_path / "copy.jsonl"
     shutil.copyfile(pairs_file, copied)
-    run, _ = _run(tiny_model, pairs_file, tmp_path, ckpt_path=begun, source=data(copied), extra={"warmup_ratio": 0.5})
+    run, _ = _run(small, pairs_file, tmp_path, ckpt_path=begun, source=data(copied), extra={"warmup_ratio": 0.5})
     assert run.global_step == 6
 
 
 @pytest.mark.parametrize("change", sorted(CHANGES.keys() - {"precision", "accumulation", "fewer batches"}))
-def test_accepted_changes_hold_and_are_said(begun, tiny_model, pairs_file, tmp_path, change):
+def test_accepted_changes_hold_and_are_said(begun, small, pairs_file, tmp_path, change):
     given, _ = CHANGES[change]
     with tiny.records("lightning.pytorch.utilities.rank_zero") as said:
-        run, dpo = _run(tiny_model, pairs_file, tmp_path, ckpt_path=begun, changes="accept",
+        run, dpo = _run(small, pairs_file, tmp_path, ckpt_path=begun, changes="accept",
                         **{"extra": {"warmup_ratio": 0.5}, **given})  # fmt: skip
     assert any("going on under other settings: " in record.getMessage() for record in said)
     assert run.global_step == {"more epochs": 12, "more steps": 9}.get(change, 6)
@@ -365,9 +376,9 @@ def test_accepted_changes_hold_and_are_said(begun, tiny_model, pairs_file, tmp_p
     assert dpo.loss == given.get("extra", {}).get("loss", DPOLoss())
 
 
-def test_another_base_is_never_accepted(begun, tiny_model, pairs_file, tmp_path):
+def test_another_base_is_never_accepted(begun, small, pairs_file, tmp_path):
     with pytest.raises(ResumeError, match=r"base\.quantization"):
-        _run(tiny_model, pairs_file, tmp_path, ckpt_path=begun, changes="accept", policy={"quantization": "nf4"})
+        _run(small, pairs_file, tmp_path, ckpt_path=begun, changes="accept", policy={"quantization": "nf4"})
     with pytest.raises(ResumeError, match=r"Expected `changes` to be refuse or accept but got 'perhaps'"):
         ExactResume(changes="perhaps")
 
@@ -404,15 +415,14 @@ class Mine(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, *EIGHT_BITS, "Mine"])
-def test_every_optimizer_goes_on_to_the_bit(tiny_model, pairs_file, tmp_path, name):
+def test_every_optimizer_goes_on_to_the_bit(small, pairs_file, tmp_path, name):
     import bitsandbytes.optim
 
     kind = Mine if name == "Mine" else getattr(torch.optim, name, None) or getattr(bitsandbytes.optim, name)
     kind = functools.partial(kind, momentum=0.9) if name in ("LARS8bit", "SGD8bit") else kind
-    extra = {"optimizer": kind, "lr": 1e-3, "extra": {"lr_scheduler": "constant"}, "max_steps": 4, "every": 2}
-    extra["policy"] = {"target_modules": ["q_proj", "v_proj"]}
-    _, straight = _run(tiny_model, pairs_file, tmp_path / "a", **extra)
-    _, resumed = _run(tiny_model, pairs_file, tmp_path / "b", ckpt_path=tmp_path / "a" / "step=2.ckpt", **extra)
+    extra = {"optimizer": kind, "lr": 1e-3, "extra": {"lr_scheduler": "constant"}, "max_steps": 2}
+    _, straight = _run(small, pairs_file, tmp_path / "a", **extra)
+    _, resumed = _run(small, pairs_file, tmp_path / "b", ckpt_path=tmp_path / "a" / "step=1.ckpt", **extra)
     assert all(torch.equal(p, adapter(resumed)[name]) for name, p in adapter(straight).items())
 
 
@@ -423,18 +433,18 @@ def test_weights_alone_cannot_be_continued(tiny_model, pairs_file, tmp_path):
         trainer(tmp_path).fit(module(tiny_model), data(pairs_file), ckpt_path=tmp_path / "weights.ckpt")
 
 
-def test_other_batches_may_follow_the_last_of_an_epoch(tiny_model, pairs_file, tmp_path):
+def test_other_batches_may_follow_the_last_of_an_epoch(small, pairs_file, tmp_path):
     """Even if the checkpoint was written before the epoch had ended."""
     constant = {"extra": {"lr_scheduler": "constant"}}
-    _run(tiny_model, pairs_file, tmp_path / "a", **constant)
+    _run(small, pairs_file, tmp_path / "a", **constant)
     for step, message in ((5, "batch_size 4 -> 7"), (6, None)):
         given = {"ckpt_path": tmp_path / "a" / f"step={step}.ckpt", "max_epochs": 2, **constant}
         given["source"] = data(pairs_file, batch_size=7)
         if message:
             with pytest.raises(ResumeError, match=message):
-                _run(tiny_model, pairs_file, tmp_path / "b", **given)
+                _run(small, pairs_file, tmp_path / "b", **given)
         else:
-            run, _ = _run(tiny_model, pairs_file, tmp_path / "b", **given)
+            run, _ = _run(small, pairs_file, tmp_path / "b", **given)
             assert run.global_step == 6 + 3
 
 

@@ -58,8 +58,7 @@ def _plain_step(model, pairs: list[EncodedPrompt], optimizer: torch.optim.Optimi
     return float(loss.detach())
 
 
-@pytest.mark.parametrize("microbatch_tokens", [None, 100])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("checkpointing", "microbatch_tokens"), [(False, None), (True, 100)])
 def test_20_steps_compute_the_losses_and_adapters_of_the_plain_path(
     tiny_model, pairs_file, tmp_path, checkpointing, microbatch_tokens
 ):

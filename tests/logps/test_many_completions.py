@@ -68,35 +68,47 @@ def _step(dpo, batch, parts=None):
 # ---- the arithmetic ----
 
 
+@pytest.fixture(scope="module")
+def doubles():
+    """One for all losses: no step is made. What is computed in float32 is in float64 here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        model = tiny.lora(tiny.model("gpt2"), fan_in_fan_out=True).double()
+        choose_layout(model)
+    return model
+
+
 @pytest.mark.parametrize("kind", PAIRWISE, ids=lambda kind: kind.__name__)
-def test_every_loss_is_that_of_the_pairs_to_the_precision_of_float64(kind, tmp_path, monkeypatch):
+def test_every_loss_is_that_of_the_pairs_to_the_precision_of_float64(kind, doubles, tmp_path, monkeypatch):
     """Also the losses that couple pairs, remember, or read whole distributions: they cannot know."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # what is computed in float32 is so in float64
-    model = tiny.lora(tiny.model("gpt2"), fan_in_fan_out=True).double()
-    choose_layout(model)
     columns = _columns(BATCH.size)
     batch, pairs = collate(PROMPTS, columns=columns), collate(tiny.written_out(PROMPTS), columns=columns)
     for settings in [{}, *SETTINGS.get(kind, [])]:
-        listed, apart = (_step(_module(tmp_path, kind(**settings), model), given) for given in (batch, pairs))
+        listed, apart = (_step(_module(tmp_path, kind(**settings), doubles), given) for given in (batch, pairs))
         assert listed[0].dtype == torch.float64
         torch.testing.assert_close(listed[0], apart[0], rtol=1e-12, atol=1e-12)
         tiny.assert_same_gradients(apart[1], listed[1], 1e-12)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.fixture(scope="module", params=["nf4", "none"])
+def stories(shared, request):
+    """One for all losses."""
+    model = LoRAPolicy(str(shared / "models" / "stories260K"), quantization=request.param, r=8).load()
+    choose_layout(model)
+    return model
+
+
 @pytest.mark.parametrize(
     ("loss", "tolerance"),
     [(DPOLoss(), 2e-5), (IPOLoss(average="sum"), 5e-5), (SimPOLoss(), 2e-5), (DiscoPOPLoss(), 2e-4), (AOTLoss(), 2e-5)],
     ids=lambda one: type(one).__name__,
 )
-def test_a_real_model_in_float32_and_in_4_bits(shared, quantization, loss, tolerance, tmp_path):
-    policy = LoRAPolicy(str(shared / "models" / "stories260K"), quantization=quantization, r=8)
-    model = policy.load()
-    choose_layout(model)
-    vocabulary = model.get_base_model().config.vocab_size
+def test_a_real_model_in_float32_and_in_4_bits(stories, loss, tolerance, tmp_path):
+    vocabulary = stories.get_base_model().config.vocab_size
     prompts = tiny.pairs(*[(20 + n, 9, 14 + n, 6, 11) for n in range(3)], vocabulary=vocabulary)
     listed, apart = (
-        _step(_module(tmp_path, loss, model), collate(given)) for given in (prompts, tiny.written_out(prompts))
+        _step(_module(tmp_path, loss, stories), collate(given)) for given in (prompts, tiny.written_out(prompts))
     )
     torch.testing.assert_close(listed[0], apart[0], rtol=tolerance, atol=tolerance)
     tiny.assert_same_gradients(apart[1], listed[1], tolerance)
@@ -300,7 +312,7 @@ def test_a_forward_that_gives_something_else_is_refused(model, tmp_path):
 def test_a_step_of_a_long_list_needs_the_memory_of_two_completions(tmp_path):
     from lit_dpo.memory import LiveBytes
 
-    base = tiny.model(max_position_embeddings=512, num_hidden_layers=8)
+    base = tiny.model(max_position_embeddings=512, num_hidden_layers=4)
     dpo = _module(tmp_path, DPOLoss(), tiny.lora(base, r=4))
     choose_layout(dpo.model)
     batch = tiny.batch((40, *[60] * 12))

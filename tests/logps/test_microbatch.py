@@ -24,6 +24,7 @@ from losses.test_contract import LOSSES, SETTINGS
 from training import Trace, adapter, data, module, trainer
 
 WHOLE = 10**9
+FEW = ["q_proj", "v_proj"]
 LENGTHS = ((9, 7, 5), (4, 3, 8), (20, 12, 10), (3, 1, 2), (6, 2, 9))
 
 
@@ -161,7 +162,7 @@ def test_autocast_and_bfloat16_compute_what_they_would_in_one_row():
 
 def test_a_step_holds_the_graph_of_one_row():
     """Eight pairs need what the longest needs, besides gradients that add up."""
-    dpo = _module(max_position_embeddings=512, num_hidden_layers=8, r=64)
+    dpo = _module(max_position_embeddings=512, num_hidden_layers=4, r=64)
     trained = [p for p in dpo.model.parameters() if p.requires_grad]
     copies = sum(p.numel() * p.element_size() for p in trained)
 
@@ -190,16 +191,26 @@ def _train(model, pairs_file, root, microbatch_tokens, given, **options):
     return trace.losses, adapter(dpo), metrics, torch.cat([one["margin"] for one in predictions])
 
 
-@pytest.mark.parametrize("layout", ["auto", "sdpa"])
+CLIPPED = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}, {"loss": AOTLoss()}, {"loss": BCOLoss()}],
-    ids=["plain", "accumulated and clipped", "coupled", "remembering"],
+    ("options", "layout"),
+    [
+        *(({}, layout) for layout in ("auto", "sdpa")),
+        *(({"loss": AOTLoss()}, layout) for layout in ("auto", "sdpa")),
+        (CLIPPED, "auto"),
+        ({"loss": BCOLoss()}, "auto"),
+    ],
+    ids=["plain-auto", "plain-sdpa", "coupled-auto", "coupled-sdpa", "accumulated and clipped", "remembering"],
 )
 def test_training_validation_and_predictions_are_those_of_one_row(tiny_model, pairs_file, tmp_path, options, layout):
     """Small micro-batches with activation checkpoints, and whole batches: losses, adapters, metrics, margins."""
     options = dict(options)
-    given = {"policy": {"attention": layout}, **({"loss": options.pop("loss")} if "loss" in options else {})}
+    given = {
+        "policy": {"attention": layout, "target_modules": FEW},
+        **({"loss": options.pop("loss")} if "loss" in options else {}),
+    }
     whole = _train(tiny_model, pairs_file, tmp_path, WHOLE, given, **options)
     given["policy"]["gradient_checkpointing"] = True
     rows = _train(tiny_model, pairs_file, tmp_path, 100, given, **options)
@@ -251,7 +262,7 @@ def test_a_loss_that_couples_pairs_sees_them_together_and_models_see_them_apart(
             compared.append(len(pairs.margin))
             return super().compute_loss(pairs)
 
-    policy = LoRAPolicy(str(tiny_model), quantization="none")
+    policy = LoRAPolicy(str(tiny_model), quantization="none", target_modules=FEW)
     for loss, sizes in ((AOTLoss(), [5, 5, 5, 5, 1]), (DPOLoss(), [1] * 21)):
         seen.clear()
         compared.clear()
@@ -343,7 +354,7 @@ def test_the_second_pass_draws_the_masks_of_the_first(tmp_path):
 @pytest.mark.parametrize("loss", [AOTLoss(), BCOLoss()], ids=str)
 def test_a_loss_that_couples_pairs_needs_the_memory_of_one_microbatch(loss, tmp_path):
     dpo = DPOModule(LoRAPolicy("nowhere", quantization="none"), loss=loss)
-    dpo.model = _module(max_position_embeddings=512, num_hidden_layers=8, r=64).model
+    dpo.model = _module(max_position_embeddings=512, num_hidden_layers=4, r=64).model
     dpo._trainer = trainer(tmp_path)
     trained = [p for p in dpo.model.parameters() if p.requires_grad]
     copies = sum(p.numel() * p.element_size() for p in trained)
@@ -395,7 +406,8 @@ def test_evaluation_keeps_pairs_together_for_such_an_override(tiny_model, pairs_
 @pytest.mark.parametrize(("kind", "whole"), [(Together, False), (Apart, False), (Logging, True), (DPOModule, False)])
 def test_an_override_that_may_couple_pairs_sees_them_together(tiny_model, pairs_file, tmp_path, kind, whole):
     """What the package cannot know it does not cut, unless the class says that it may."""
-    policy, sgd = LoRAPolicy(str(tiny_model), quantization="none"), functools.partial(torch.optim.SGD, lr=1.0)
+    policy = LoRAPolicy(str(tiny_model), quantization="none", target_modules=FEW)
+    sgd = functools.partial(torch.optim.SGD, lr=1.0)
     adapters = []
     for microbatch_tokens in (WHOLE, 1):
         torch.manual_seed(0)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -183,6 +182,7 @@ class Search:
         self.wanted = module.microbatch_tokens or MICROBATCH_TOKENS["cuda" if device.on_gpu else "cpu"]
         self.whole, self.of_one_prompt = module.why_whole is not None, module.prompt_limit
         self.reference = _reference(module, device)
+        self._skeletons: dict[tuple[str, int | None], Skeleton] = {}
         self.skeleton, self.parts, self.estimate = self._measure(module.policy)
 
     def context(self) -> AbstractContextManager[Any]:
@@ -238,9 +238,11 @@ class Search:
 
         return StepEstimate(made.model, kept, with_kl=Field.KL in self.module.loss.requires, context=context)
 
-    @cache  # noqa: B019 - it lives as long as the search
     def _skeleton(self, policy: BaseModel, layers: int | None = None) -> Skeleton:
-        return skeleton(policy, self.device.dtype, on_gpu=self.device.on_gpu, layers=layers)
+        key = repr(policy), layers  # lists among its fields have no hash
+        if key not in self._skeletons:
+            self._skeletons[key] = skeleton(policy, self.device.dtype, on_gpu=self.device.on_gpu, layers=layers)
+        return self._skeletons[key]
 
     def arithmetic(self, lengths: Lengths) -> Arithmetic:
         """Of one pass over all pairs."""
