@@ -152,6 +152,10 @@ def set_up_logs() -> None:
 
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # it is imported when there are data
         disable_progress_bar()  # the hub's too
+        if "datasets" in sys.modules:  # and does not look any more
+            from datasets import disable_progress_bars
+
+            disable_progress_bars()
 
 
 def _columns() -> int:

@@ -224,11 +224,13 @@ def _check_whole(base: PreTrainedModel) -> None:
         return
     from torch.distributed.tensor import DTensor
 
-    if sharded := next((name for name, p in base.named_parameters() if isinstance(p, DTensor)), None):
+    sharded = next((name for name, p in base.named_parameters() if isinstance(p, DTensor)), None)
+    # older releases of transformers keep the parts as plain tensors, and say only how many there are
+    if sharded or (getattr(base, "tp_size", None) or 1) > 1:
         raise PolicyError(
-            f"Expected a model with whole weights but its {sharded!r} is spread over devices: was it loaded with "
-            "`tp_plan`? Devices of a tensor group would be given different batches, and adapters on row-wise layers "
-            'fail. Load it without; `LoRAPolicy(…, shard="node")` spreads a base that does not fit.'
+            f"Expected a model with whole weights but its {sharded or 'layers'!r} is spread over devices: was it "
+            "loaded with `tp_plan`? Devices of a tensor group would be given different batches, and adapters on "
+            'row-wise layers fail. Load it without; `LoRAPolicy(…, shard="node")` spreads a base that does not fit.'
         )
 
 

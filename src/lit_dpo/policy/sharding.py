@@ -10,7 +10,7 @@ A gather is a conversation of all ranks: each must run the same passes of the ba
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lit_dpo import compat
@@ -102,10 +102,25 @@ def shard_module(module: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) 
     said = [{name: getattr(part.weight, name) for name in _OF_PACKED} for part in packed]
     for part in packed:
         part.quant_state = part.weight.quant_state  # a gathered weight has none: bitsandbytes looks at the layer then
-    # the outermost too lets go after its pass: else it stays gathered where no backward pass follows
-    fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    with _without_gradients():
+        # the outermost too lets go after its pass: else it stays gathered where no backward pass follows
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     for part, values in zip(packed, said, strict=True):
         vars(part.weight).update(values)
+
+
+def _without_gradients() -> AbstractContextManager[Any]:
+    """Ask for no gradients of whole numbers, as NF4 and INT8 are: torch before 2.13 does, and then takes it back."""
+    from torch import Tensor
+    from torch.overrides import TorchFunctionMode
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is Tensor.requires_grad_ and not args[0].is_floating_point():
+                return args[0]
+            return func(*args, **(kwargs or {}))
+
+    return Mode()
 
 
 def shards(model: nn.Module) -> Iterator[Any]:
