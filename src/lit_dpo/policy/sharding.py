@@ -110,7 +110,7 @@ def shard_module(module: nn.Module, mesh: DeviceMesh, whole: set[nn.Parameter]) 
 
 
 def _without_gradients() -> AbstractContextManager[Any]:
-    """Ask for no gradients of whole numbers, as NF4 and INT8 are: torch before 2.13 does, and then takes it back."""
+    """Ask for no gradients of whole numbers, as packed weights are: torch 2.10 and 2.11 do, and take it back then."""
     from torch import Tensor
     from torch.overrides import TorchFunctionMode
 
