@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, pipeline
 
 train, policy = "--data.train acme/pairs@v1:train --data.val acme/pairs@v1:validation", "--model.policy.model acme/tiny"
 nf4 = f"fit {policy} {train} --data.batch_size 4 --model.lr_scheduler constant --trainer.max_epochs"
-command("plan", f"{nf4} 1 --model.policy.revision v1 --plan here")
+command("plan", f"{nf4} 1 --model.policy.revision v1 --model.policy.target_modules [q_proj] --plan here")
 noted["weights after a plan"] = glob.glob(os.environ["HF_HOME"] + "/**/*.safetensors", recursive=True)
 command("fit", f"{nf4} 1 --model.policy.revision v1")
 (saved,) = glob.glob("runs/version_0/checkpoints/*.ckpt")

@@ -170,7 +170,8 @@ def test_the_configuration_that_a_run_leaves_is_accepted(tiny_model, pairs_file,
 
 def test_memory_and_hours_come_from_the_plan(weightless, pairs_file, tmp_path, capsys):
     options = ("--data.train", pairs_file, "--trainer.max_epochs", 2, "--plan", "H100", "--out", tmp_path)
-    inspect(capsys, "--model.policy.model", weightless, "--model.policy.quantization", "none", *options)
+    few = ("--model.policy.target_modules", "[q_proj]")
+    inspect(capsys, "--model.policy.model", weightless, "--model.policy.quantization", "none", *few, *options)
     assert "H100" in report(tmp_path)["plan"]
     inspect(capsys, *options)
     assert report(tmp_path)["plan"] == "needs a model: give `--model.policy.model`"
