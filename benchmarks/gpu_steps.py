@@ -24,8 +24,8 @@ from gpu_compare import store
 from gpu_run import Run
 from lit_dpo import DPOModule, LoRAPolicy
 from lit_dpo.data.batch import CompletionBatch, EncodedPrompt, collate
+from lit_dpo.logps.choice import choose_layout
 from lit_dpo.logps.microbatch import MICROBATCH_TOKENS
-from lit_dpo.logps.score import choose_layout
 from lit_dpo.memory import estimate_step
 from material import made_pairs, place_model
 

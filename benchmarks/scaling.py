@@ -80,7 +80,7 @@ class Bench:
             module = DPOModule(LoRAPolicy(folder, quantization=self.quantization, target_modules=targets))
             module.model = module.policy.load(self.device)
             module.to(self.device)  # which the length of a row depends on
-        from lit_dpo.logps.score import choose_layout
+        from lit_dpo.logps.choice import choose_layout
 
         choose_layout(module.model)
         adapters = [p for p in module.model.parameters() if p.requires_grad]

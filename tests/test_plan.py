@@ -16,7 +16,7 @@ import tiny
 from lit_dpo import CachedReference, EMAReference, LoRAPolicy, ModelReference
 from lit_dpo.cli import main
 from lit_dpo.errors import TrainingError
-from lit_dpo.logps.score import choose_layout
+from lit_dpo.logps.choice import choose_layout
 from lit_dpo.losses import SFTLoss
 from lit_dpo.memory import Lengths, StepEstimate, estimate_step, optimizer_bytes, step_features, stored_bytes
 from lit_dpo.plan import plan

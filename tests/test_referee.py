@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from lit_dpo.data.batch import EncodedPrompt, collate
 from lit_dpo.logps import CompletionLogps, PairLogps, SequenceLogps
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.choice import choose_layout
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.losses import (
     AOTLoss,
     AOTUnpairedLoss,

@@ -35,13 +35,14 @@ from lit_dpo.checkpoint import (
 )
 from lit_dpo.data.batch import CompletionBatch
 from lit_dpo.errors import PolicyError, TrainingError
+from lit_dpo.logps.choice import choose_layout
 from lit_dpo.logps.fields import Field
 from lit_dpo.logps.microbatch import (
     MICROBATCH_TOKENS,
     why_whole,
 )
 from lit_dpo.logps.records import CompletionLogps, PairLogps, SequenceLogps
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.losses import DPOLoss, PreferenceLoss
 from lit_dpo.metrics.collections import asked_together, of_set, preference_metrics
 from lit_dpo.passes import BatchPasses, may_couple, overrides, trainer_of

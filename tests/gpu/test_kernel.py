@@ -8,8 +8,9 @@ import torch
 import tiny
 from lit_dpo import LoRAPolicy
 from lit_dpo.data.batch import collate
+from lit_dpo.logps.choice import choose_layout
 from lit_dpo.logps.probe import without_outliers
-from lit_dpo.logps.score import base_model, choose_layout, completion_logps
+from lit_dpo.logps.score import base_model, completion_logps
 
 pytestmark = pytest.mark.gpu
 # Beyond the kernel's blocks of 128, answers of one token, pairs that are nothing but short.

@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 import tiny
 from lit_dpo import BaseReference, CachedReference, EMAReference, LoRAPolicy, ModelReference
 from lit_dpo.cli import main
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.choice import choose_layout
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.memory import Lengths, LiveBytes, estimate_step, stored_bytes
 from lit_dpo.policy.adapters import adapter_parameters
 from training import Trace, adapter, data, module, trainer

@@ -173,7 +173,8 @@ def test_plain_attention_without_the_pair_attention_does_nothing():
 
 def test_a_dropout_in_training_mode_is_refused_and_not_ignored():
     """The base's dropouts are off by the policy; one that is not must not pass in silence, at start-up or later."""
-    from lit_dpo.logps.score import choose_layout, completion_logps
+    from lit_dpo.logps.choice import choose_layout
+    from lit_dpo.logps.score import completion_logps
 
     model = tiny.model(attention_dropout=0.3)
     with pytest.raises(PolicyError, match=r"LlamaForCausalLM: in training mode.*'dropout'.*config\.json"):

@@ -12,9 +12,10 @@ import tiny
 from lit_dpo.data.batch import EncodedPrompt, collate
 from lit_dpo.errors import PolicyError, UnsupportedAttentionError
 from lit_dpo.logps.attention import PAIR_ATTENTION, has_pair_attention, plain_attention
+from lit_dpo.logps.choice import choose_layout
 from lit_dpo.logps.last_layer import last_layer_on
 from lit_dpo.logps.layouts import padded_rows, segments
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.score import completion_logps
 
 PAIRS = tiny.pairs((7, 5, 9), (3, 1, 4, 6), (1, 12, 2))
 
@@ -44,7 +45,7 @@ def test_flat_row_equals_one_sequence_at_a_time(name):
 def test_architectures_that_mix_tokens_otherwise_fall_back_to_exact_padded_rows_in_one_log_line(name):
     model = tiny.model(name)
     reference = copy.deepcopy(model)
-    with tiny.records("lit_dpo.logps.score") as lines:
+    with tiny.records("lit_dpo.logps.choice") as lines:
         assert choose_layout(model) == "padded"
     assert len(lines) == 1
     assert type(model).__name__ in lines[0].getMessage()
@@ -178,7 +179,7 @@ def test_a_transformers_attention_gives_padded_rows_that_are_exact(attention):
     model = tiny.model("mistral-window")
     model.set_attn_implementation(attention)
     reference = copy.deepcopy(model)
-    with tiny.records("lit_dpo.logps.score") as lines:
+    with tiny.records("lit_dpo.logps.choice") as lines:
         assert choose_layout(model, attention) == "padded"
     assert not lines  # it was asked for: nothing to explain
     assert model.config._attn_implementation == attention
@@ -332,7 +333,7 @@ def test_bfloat16_rows_agree_within_the_tolerance_of_the_dtype(name):
 def test_a_leak_that_hides_below_the_tolerance_of_bfloat16_is_still_seen():
     """The convolution moves log-probs by less than 0.1 nats here, which 16 bits may lose anyway."""
     model = tiny.model("lfm2-conv").to(torch.bfloat16)
-    with tiny.records("lit_dpo.logps.score") as lines:
+    with tiny.records("lit_dpo.logps.choice") as lines:
         assert choose_layout(model) == "padded"
     assert "moves another's log-probs" in lines[0].getMessage()
 

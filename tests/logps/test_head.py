@@ -113,7 +113,8 @@ def test_no_tensor_has_tokens_times_vocabulary_elements_forward_or_backward(froz
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_no_tensor_has_tokens_times_vocabulary_elements_in_a_whole_step(name):
     """2 × 8 layers wide states stay below 16 rows × 5,000 tokens of vocabulary; dense would be 180 × 5,000."""
-    from lit_dpo.logps.score import choose_layout, completion_logps
+    from lit_dpo.logps.choice import choose_layout
+    from lit_dpo.logps.score import completion_logps
 
     vocabulary = 5000
     model = tiny.model(name, vocab_size=vocabulary, max_position_embeddings=256)
@@ -132,7 +133,8 @@ def test_no_tensor_has_tokens_times_vocabulary_elements_in_a_whole_step_of_dpo(t
     """Policy and reference, losses and gradients; 180 scored tokens in chunks of 16."""
     from lit_dpo import DPOLoss
     from lit_dpo.logps import CompletionLogps
-    from lit_dpo.logps.score import choose_layout, completion_logps
+    from lit_dpo.logps.choice import choose_layout
+    from lit_dpo.logps.score import completion_logps
     from lit_dpo.references.adapter import BaseReference
 
     vocabulary = 5000

@@ -22,11 +22,12 @@ from lit_dpo import (
 )
 from lit_dpo.data.batch import EncodedPrompt, collate, places
 from lit_dpo.errors import TrainingError
-from lit_dpo.logps import attention, score
+from lit_dpo.logps import attention, choice
+from lit_dpo.logps.choice import choose_layout
 from lit_dpo.logps.microbatch import GradientSum, microbatches
 from lit_dpo.logps.probe import probe_batch
 from lit_dpo.logps.records import CompletionLogps, SequenceLogps
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.losses import AOTLoss, DiscoPOPLoss, SFTLoss, SimPOLoss
 from lit_dpo.metrics import KLEstimate
 from losses.test_contract import LOSSES, SETTINGS
@@ -194,10 +195,10 @@ def test_a_leak_between_any_two_completions_is_seen_before_training(source, targ
     AttentionInterface.register(attention.PAIR_ATTENTION, leaking)
     try:
         batch = probe_batch(model)
-        assert 1e-4 < score._leak(model, batch, score._tokens(model, batch)) < 0.1
+        assert 1e-4 < choice._leak(model, batch, choice._tokens(model, batch)) < 0.1
     finally:
         AttentionInterface.register(attention.PAIR_ATTENTION, attention.pair_attention_forward)
-    assert score._leak(model, batch, score._tokens(model, batch)) < 1e-5
+    assert choice._leak(model, batch, choice._tokens(model, batch)) < 1e-5
 
 
 # ---- metrics ----

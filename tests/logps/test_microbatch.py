@@ -16,8 +16,8 @@ import tiny
 from lit_dpo import DPOLoss, DPOModule, IPOLoss, LoRAPolicy
 from lit_dpo.data.batch import EncodedPrompt, collate, microbatch_borders
 from lit_dpo.errors import PolicyError
+from lit_dpo.logps.choice import choose_layout
 from lit_dpo.logps.microbatch import GradientSum, join, microbatches, why_whole
-from lit_dpo.logps.score import choose_layout
 from lit_dpo.losses import AOTLoss, BCOLoss, LDDPOLoss, MixtureLoss, SFTLoss, TDPOLoss, WPOLoss
 from lit_dpo.memory import LiveBytes
 from losses.test_contract import LOSSES, SETTINGS

@@ -15,9 +15,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 import tiny
 from lit_dpo.data.batch import collate
 from lit_dpo.errors import PolicyError
+from lit_dpo.logps.choice import choose_layout
 from lit_dpo.logps.layouts import segments
 from lit_dpo.logps.probe import probe_batch
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.policy.kernels import Kernels, kernels_of
 from lit_dpo.policy.limits import limits
 from lit_dpo.policy.settings import rope_limit
@@ -26,7 +27,7 @@ LONG = {"max_position_embeddings": 512}
 
 
 def _said(model, *attention):
-    with tiny.records("lit_dpo.logps.score") as lines:
+    with tiny.records("lit_dpo.logps.choice") as lines:
         layout = choose_layout(model, *attention)
     return layout, [line.getMessage() for line in lines]
 

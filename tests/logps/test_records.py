@@ -61,7 +61,8 @@ def test_records_pickle():
 
 
 def test_scored_totals_are_the_sums_of_their_tokens_and_lengths():
-    from lit_dpo.logps.score import choose_layout, completion_logps
+    from lit_dpo.logps.choice import choose_layout
+    from lit_dpo.logps.score import completion_logps
 
     model = tiny.model().requires_grad_(False)
     choose_layout(model)

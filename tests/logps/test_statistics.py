@@ -10,8 +10,9 @@ import torch
 import tiny
 from lit_dpo.data.batch import collate
 from lit_dpo.logps import head as heads
+from lit_dpo.logps.choice import choose_layout
 from lit_dpo.logps.head import reference_kl
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.references import BaseReference
 
 PAIRS = tiny.pairs((7, 5, 9), (3, 1, 4, 6), (1, 12, 2))

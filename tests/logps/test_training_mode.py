@@ -14,7 +14,8 @@ from torch import nn
 import tiny
 from lit_dpo.data.batch import collate
 from lit_dpo.errors import PolicyError
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.choice import choose_layout
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.checks import turn_off_dropout, turn_off_dropout_layers
 from lit_dpo.policy.settings import settings

@@ -13,7 +13,8 @@ import kernel
 import tiny
 from lit_dpo.data.batch import collate
 from lit_dpo.logps import attention
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.choice import choose_layout
+from lit_dpo.logps.score import completion_logps
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # float32, so that one token shows in any digit
 # Answers of one token, the longest in the middle, rejected longer and shorter than chosen, prompts beyond any window.

@@ -11,7 +11,8 @@ import tiny
 from lit_dpo import DPOLoss, DPOModule, LoRAPolicy, NoReference
 from lit_dpo.callbacks import memory as callback
 from lit_dpo.logps import Field
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.choice import choose_layout
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.losses import AOTLoss, SFTLoss, TDPOLoss
 from lit_dpo.memory import Lengths, LiveBytes, StepMemory, estimate_step, optimizer_bytes, stored_bytes
 from lit_dpo.references.base import keep_attached

@@ -31,6 +31,7 @@ _NEAR = {
     "logps/last_layer": ["logps/test_head", "logps/test_microbatch"],
     "logps/layouts": ["logps/test_flat_row", "logps/test_many_completions"],
     "logps/model_head": ["logps/test_head"],
+    "logps/choice": ["logps/test_flat_row", "logps/test_training_mode", "logps/test_probe"],
     "logps/score": ["logps/test_flat_row", "logps/test_training_mode", "logps/test_probe"],
     "logps/attention": ["logps/test_varlen"],
     "logps/coupling": ["test_many"],

@@ -16,7 +16,8 @@ import tiny
 from lit_dpo import AdapterReference, BaseReference, CachedReference, DPOModule, LoRAPolicy, ModelReference
 from lit_dpo.errors import PolicyError, ResumeError
 from lit_dpo.logps.attention import plain_attention
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.choice import choose_layout
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.policy import HeldPolicy
 from lit_dpo.policy.checks import keep_trainable
 from lit_dpo.policy.held import _digest

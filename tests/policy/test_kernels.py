@@ -15,7 +15,8 @@ from interpreted import interpreter  # noqa: F401 - a fixture
 from lit_dpo import LoRAPolicy
 from lit_dpo.checkpoint.identity import describe
 from lit_dpo.errors import PolicyError
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.choice import choose_layout
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.policy import kernels
 from lit_dpo.policy.kernels import kernels_of, use_kernels, without_kernels
 from lit_dpo.references import BaseReference, CachedReference
@@ -56,7 +57,7 @@ def _scored(model, batch=BATCH):
 
 
 def _said(model):
-    with tiny.records("lit_dpo.logps.score") as lines:
+    with tiny.records("lit_dpo.logps.choice") as lines:
         choose_layout(model)
     return [line.getMessage() for line in lines if "Liger" in line.getMessage()]
 
@@ -219,7 +220,7 @@ def test_a_whole_run_has_the_same_steps_and_a_cache_of_its_own(tiny_model, pairs
     for choice in ("none", "auto"):
         reference = CachedReference(BaseReference(), directory=str(folder))
         dpo = module(tiny_model, policy={"kernels": choice, "r": 2}, reference=reference)
-        with tiny.records("lit_dpo.logps.score") as lines:
+        with tiny.records("lit_dpo.logps.choice") as lines:
             trainer(tmp_path, max_steps=2).fit(dpo, data(pairs_file, batch_size=2))
         assert [line.getMessage().partition(": ")[2] for line in lines] == [f"Liger's kernels in {KNOWN['llama']}."] * (
             choice == "auto"

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from lit_dpo.errors import PolicyError
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.choice import choose_layout
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.checks import keep_trainable
 from lit_dpo.references import BaseReference

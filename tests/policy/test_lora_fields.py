@@ -18,7 +18,8 @@ import tiny
 from lit_dpo import AdapterReference, BaseReference, hub
 from lit_dpo.data.batch import collate
 from lit_dpo.errors import PolicyError
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.choice import choose_layout
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.adapter_checks import check_embeddings
 from lit_dpo.policy.checks import _say_tied

@@ -14,7 +14,8 @@ import tiny
 from lit_dpo import AdapterReference, DPOModule, EMAReference, LoRAPolicy, ModelReference
 from lit_dpo.errors import PolicyError
 from lit_dpo.logps.attention import plain_attention
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.choice import choose_layout
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.memory import Lengths, StepEstimate, estimate_step, optimizer_bytes, stored_bytes
 from lit_dpo.plan.skeleton import skeleton
 from lit_dpo.policy.checks import keep_trainable

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import tiny
 from lit_dpo.errors import PolicyError
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.choice import choose_layout
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.checks import keep_trainable
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from lit_dpo import LoRAPolicy
 from lit_dpo.logps.attention import plain_attention
-from lit_dpo.logps.score import choose_layout
+from lit_dpo.logps.choice import choose_layout
 from lit_dpo.policy import shared
 from lit_dpo.policy.kernels import Kernels, kernels_of
 

@@ -17,7 +17,8 @@ from lit_dpo import AdapterReference, BaseReference, CachedReference, EMAReferen
 from lit_dpo.data.batch import EncodedPrompt, collate
 from lit_dpo.errors import PolicyError
 from lit_dpo.logps import Field
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.choice import choose_layout
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.policy import LoRAPolicy
 from training import Trace, adapter, data, trainer
 from training import light as module

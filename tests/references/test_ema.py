@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 import tiny
 from lit_dpo import EMAReference
 from lit_dpo.errors import PolicyError, TrainingError
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.choice import choose_layout
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.policy.adapters import adapter_parameters
 from training import Trace, adapter, data, trainer

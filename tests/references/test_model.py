@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 import tiny
 from lit_dpo import ModelReference
 from lit_dpo.errors import PolicyError
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.choice import choose_layout
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.policy import BaseModel, LoRAPolicy
 from training import adapter, data, module, trainer
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 import tiny
 from lit_dpo.errors import PolicyError, ResumeError
 from lit_dpo.logps import CompletionLogps
-from lit_dpo.logps.score import choose_layout, completion_logps
+from lit_dpo.logps.choice import choose_layout
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.losses import DPOLoss
 from lit_dpo.policy import LoRAPolicy
 from lit_dpo.references import AdapterReference, BaseReference, ModelReference, NoReference, Reference

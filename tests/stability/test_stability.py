@@ -24,7 +24,7 @@ from lit_dpo.callbacks.environment import starts
 from lit_dpo.checkpoint import KEY, RECORD, read_checkpoint
 from lit_dpo.data.batch import EncodedPrompt, collate
 from lit_dpo.errors import LitDPOError, VersionError
-from lit_dpo.logps.score import choose_layout
+from lit_dpo.logps.choice import choose_layout
 from lit_dpo.references.store import LogpStore
 from lit_dpo.seals import key_of
 from lit_dpo.tools.ablate.preparing import Options, Prepared

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lit_dpo.errors import PolicyError
-from lit_dpo.logps.score import choose_layout
+from lit_dpo.logps.choice import choose_layout
 from lit_dpo.policy.base_model import BaseModel
 from lit_dpo.policy.limits import Limits, policy_limits
 from lit_dpo.policy.lora_options import check_can_shard
