@@ -74,8 +74,7 @@ class _Walk:
 
     def _inside(self, thing: object, add: Callable[[str], None]) -> None:
         if isinstance(thing, types.CodeType):
-            add(f"{thing.co_code!r} {thing.co_names} {thing.co_varnames}")
-            self._all(thing.co_consts, add)
+            add(_code(thing))
         elif isinstance(thing, set | frozenset):  # in an order of their own in each process
             found: list[str] = []
             self._all(thing, found.append)
@@ -120,6 +119,15 @@ class _Walk:
 
     def _is_library(self, module: str) -> bool:
         return module.partition(".")[0] in self.libraries
+
+
+@functools.lru_cache(maxsize=4096)
+def _code(code: types.CodeType) -> str:
+    """Say what a function's code and that within it do; it cannot change, so that it is said once in a process."""
+    lines = [f"{code.co_code!r} {code.co_names} {code.co_varnames}"]
+    for constant in code.co_consts:  # each by itself: whether two equal ones are one object differs between processes
+        lines += [_code(constant)] if isinstance(constant, types.CodeType) else _Walk(set()).lines(constant)
+    return "\n".join(lines)
 
 
 @functools.lru_cache(maxsize=4096)
