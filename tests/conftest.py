@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False  # else long files of few tests come last
     return LoadFileScheduling(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_warning_recorded(warning_message: warnings.WarningMessage) -> None:
+    """Send a worker's warning on as text: else the process that reports imports Lightning and PEFT for its class."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        warning_message.message, warning_message.category = str(warning_message.message), UserWarning
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

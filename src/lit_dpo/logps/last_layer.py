@@ -30,7 +30,7 @@ def last_layer_on(backbone: nn.Module, needed: Tensor) -> Iterator[None]:
         needed: `(M,)` positions in the row, each once.
     """
     layers = getattr(backbone, "layers", None)
-    if not layers or _is_checkpointing(backbone):  # which runs it again, after this context
+    if not layers or _is_checkpointing(backbone, layers[-1]):  # which runs it again, after this context
         yield
         return
     hooks = [hook for name in _ROW_BY_ROW for hook in _hooks(_part(layers[-1], name), needed)]
@@ -73,6 +73,6 @@ def _hooks(part: nn.Module, needed: Tensor) -> list[Any]:
     return [part.register_forward_pre_hook(cut), part.register_forward_hook(restore)]
 
 
-def _is_checkpointing(backbone: nn.Module) -> bool:
-    # the flag is on the layers or on the decoder, as the architecture has it
-    return any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
+def _is_checkpointing(backbone: nn.Module, last: nn.Module) -> bool:
+    # the flag is on the decoder or on its layers, as the architecture has it; all of its modules would be a long walk
+    return any(getattr(module, "gradient_checkpointing", False) for module in (backbone, *last.modules()))
