@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from functools import cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -36,12 +37,24 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
     from transformers import PreTrainedModel
 
     found = model.get_decoder()
-    if found is not model and "input_ids" in inspect.signature(found.forward).parameters:
+    if found is not model and "input_ids" in arguments(found):
         return found
     inside = [child for child in model.children() if isinstance(child, PreTrainedModel)]
     if len(inside) != 1:
         raise PolicyError(f"{type(model).__name__} does not tell its backbone from its head, so it cannot be scored.")
     return inside[0]
+
+
+def arguments(module: nn.Module) -> frozenset[str]:
+    """Name what a module's `forward` takes; it is asked in every pass."""
+    # of its class; one that somebody has put onto the module itself may be another the next time
+    function = getattr(module.forward, "__func__", None)
+    return frozenset(inspect.signature(module.forward).parameters) if function is None else _names(function)
+
+
+@lru_cache(maxsize=64)
+def _names(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 class _Head(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +15,7 @@ from lit_dpo.logps.attention import PairLayout, has_pair_attention
 from lit_dpo.logps.head import collision_logps, reference_kl, selected_logps
 from lit_dpo.logps.last_layer import last_layer_on
 from lit_dpo.logps.layouts import Rows, Segment, flat_rows, padded_rows, segments
-from lit_dpo.logps.model_head import backbone, model_head
+from lit_dpo.logps.model_head import arguments, backbone, model_head
 from lit_dpo.logps.records import SequenceLogps
 from lit_dpo.policy.settings import rope_limit
 
@@ -134,7 +133,7 @@ def base_model(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
 def _hidden_states(model: PeftModel | PreTrainedModel, rows: Rows) -> Tensor:
     """`(N, H)`: those that predict a completion token."""
     decoder = backbone(model)
-    accepted = inspect.signature(decoder.forward).parameters
+    accepted = arguments(decoder)
     inputs = {
         name: given
         for name, given in rows.inputs.items()
