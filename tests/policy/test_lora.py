@@ -216,6 +216,17 @@ def test_a_directory_without_a_configuration_is_refused_with_what_it_holds(tmp_p
     _expect(r"config\.json.*notes\.txt", str(tmp_path))
 
 
+def test_a_configuration_is_everybody_s_own_and_that_of_its_file(tmp_path, no_weights):
+    """Though it is read once as long as the file stays as it is."""
+    policy = LoRAPolicy(str(tiny.directory(tmp_path / "base")))
+    before = policy.config()
+    before.rope_parameters["rope_theta"] = before.vocab_size = 7
+    assert 7 not in (policy.config().rope_parameters["rope_theta"], policy.config().vocab_size)
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": 99}))
+    assert policy.config().max_position_embeddings == 99
+
+
 def test_a_broken_configuration_is_refused(tmp_path, no_weights):
     (tmp_path / "config.json").write_text("{")
     _expect("configuration", str(tmp_path))

@@ -75,6 +75,7 @@ def _base(policy):
 
 
 @functools.cache
+@functools.cache
 def _base_of(model, quantization):
     base = LoRAPolicy(model, quantization=quantization).load_base(torch.device("cpu"), torch.float32).eval()
     choose_layout(base)

@@ -5,11 +5,13 @@ Policies and references have one. The only file that knows how transformers and 
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
 from abc import ABC
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from lit_dpo import hub
@@ -23,6 +25,8 @@ from lit_dpo.policy.sharding import as_if_whole, shard
 from lit_dpo.policy.shared import base_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from peft import PeftModel
     from torch.distributed.device_mesh import DeviceMesh
@@ -32,6 +36,15 @@ log = logging.getLogger(__name__)
 
 QUICKSTART = "lit-dpo/quickstart"
 """The built-in model id: made on first use, see `lit_dpo.quickstart`."""
+
+
+@lru_cache(maxsize=8)
+def _read_config(folder: Path, values: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """Read a configuration once, as long as the file holds these `values`: a run asks for it six times."""
+    from transformers import AutoConfig
+
+    found: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return found
 
 
 @dataclass(frozen=True)
@@ -311,8 +324,6 @@ class BaseModel(ABC):
         Raises:
             PolicyError: if there is none.
         """
-        from transformers import AutoConfig
-
         place = self.place
         if not (place.folder / "config.json").is_file():
             advice = ""
@@ -321,9 +332,11 @@ class BaseModel(ABC):
                 advice = f" That is an adapter: give it to `{name}.adapter_path`, and its base to `{name}.model`."
             there = hub.listing(place)
             raise PolicyError(f"Expected a model in {place} but it has no config.json; it holds {there}.{advice}")
-        files.check_size(files.json_object(place.folder / "config.json"), place.folder)
+        values = files.json_object(place.folder / "config.json")
+        files.check_size(values, place.folder)
         try:
-            return AutoConfig.from_pretrained(place.folder, trust_remote_code=self.trust_remote_code)
+            # whoever gets it may change it: models do
+            return copy.deepcopy(_read_config(place.folder, json.dumps(values), self.trust_remote_code))
         except Exception as error:  # a stranger's file meets any line of a library
             if "trust_remote_code" in str(error):
                 raise PolicyError(
