@@ -24,6 +24,7 @@ from training import adapter, data, trainer
 
 BATCH = tiny.batch()
 FEW = {"target_modules": ["q_proj", "v_proj"]}
+PARAMETERS = ("target_parameters", "target_parameters alone")
 OPTIONS = {
     "rslora": ("llama", {"use_rslora": True, **FEW}),
     "dora": ("llama", {"use_dora": True, **FEW}),
@@ -39,9 +40,12 @@ OPTIONS = {
     "trainable_token_indices": ("llama", {"trainable_token_indices": [50, 60, 72], **FEW}),
     "trainable_token_indices, tied": ("llama-tied", {"trainable_token_indices": [50, 60, 72], **FEW}),
 }
+# What scales and starts adapters goes together, and of two spellings one is enough where layers are left out.
+SCALES = ("rslora", "gaussian", "rank_pattern", "alpha_pattern")
+TOGETHER = {"scales": ("llama", {name: value for case in SCALES for name, value in OPTIONS[case][1].items()})}
 CASES = [
-    *((name, "nf4") for name in OPTIONS if "parameters" not in name),
-    *((name, "none") for name in OPTIONS if "parameters" in name or "tied" in name),
+    *((name, "nf4") for name in [*TOGETHER, *OPTIONS] if name not in (*SCALES, "exclude_modules", *PARAMETERS)),
+    *((name, "none") for name in OPTIONS if name in PARAMETERS or "tied" in name),
 ]
 
 
@@ -56,7 +60,7 @@ def _totals(logps):
 
 
 def _policy(folder, case, quantization, **changes):
-    name, options = OPTIONS[case]
+    name, options = (OPTIONS | TOGETHER)[case]
     return LoRAPolicy(str(folder(name)), quantization=quantization, r=4, **{**options, **changes})
 
 
@@ -221,7 +225,7 @@ def test_an_option_of_a_fresh_adapter_is_refused_beside_a_trained_one(folder, pa
         LoRAPolicy(str(folder("llama")), **given, use_dora=True).check()
 
 
-@pytest.mark.parametrize("case", ["dora", "rank_pattern", "trainable_token_indices", "trainable_token_indices, tied"])
+@pytest.mark.parametrize("case", ["dora", "rank_pattern", "trainable_token_indices, tied"])
 def test_a_step_is_estimated_and_planned_with_it(case, folder):
     """By the same model without weights: what trains, and what a changed table costs, is counted."""
     lengths = Lengths.of([(20, (9, 12)), (8, (15, 7))])
