@@ -272,7 +272,10 @@ PADDED = [key for key in SETTINGS if key.startswith(("sigmoid|beta=0.1", "ipo|",
 
 
 @pytest.mark.parametrize(
-    ("policy", "key"), [("flat", key) for key in SETTINGS] + [("padded", key) for key in PADDED], indirect=["policy"]
+    ("policy", "key"),
+    [("flat", key) for key in SETTINGS] + [("padded", key) for key in PADDED],
+    indirect=["policy"],
+    scope="module",  # pytest 8.3 takes it for a function's otherwise
 )
 def test_gradient_norms_are_trls(key, scored, policy, trl):
     """Of the mean loss in all of the policy's parameters: full fine-tuning."""
