@@ -5,13 +5,11 @@ Policies and references have one. The only file that knows how transformers and 
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
 from abc import ABC
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from lit_dpo import hub
@@ -25,8 +23,6 @@ from lit_dpo.policy.sharding import as_if_whole, shard
 from lit_dpo.policy.shared import base_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from peft import PeftModel
     from torch.distributed.device_mesh import DeviceMesh
@@ -36,15 +32,6 @@ log = logging.getLogger(__name__)
 
 QUICKSTART = "lit-dpo/quickstart"
 """The built-in model id: made on first use, see `lit_dpo.quickstart`."""
-
-
-@lru_cache(maxsize=8)
-def _read_config(folder: Path, values: str, trust_remote_code: bool) -> PreTrainedConfig:
-    """Read a configuration once, as long as the file holds these `values`: a run asks for it six times."""
-    from transformers import AutoConfig
-
-    found: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return found
 
 
 @dataclass(frozen=True)
@@ -335,8 +322,7 @@ class BaseModel(ABC):
         values = files.json_object(place.folder / "config.json")
         files.check_size(values, place.folder)
         try:
-            # whoever gets it may change it: models do
-            return copy.deepcopy(_read_config(place.folder, json.dumps(values), self.trust_remote_code))
+            return files.model_config(place.folder, values, self.trust_remote_code)
         except Exception as error:  # a stranger's file meets any line of a library
             if "trust_remote_code" in str(error):
                 raise PolicyError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +63,20 @@ def json_object(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
         raise PolicyError(f"Expected a JSON object in {path} but it holds a {type(found).__name__}.")
+    return found
+
+
+def model_config(folder: Path, values: Mapping[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
+    """Read a model's configuration, once as long as its file holds these `values`: a run asks for it six times."""
+    # whoever gets it may change it: models do
+    return copy.deepcopy(_model_config(folder, json.dumps(values), trust_remote_code))
+
+
+@lru_cache(maxsize=8)
+def _model_config(folder: Path, values: str, trust_remote_code: bool) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    found: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return found
 
 
