@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -77,8 +75,6 @@ def run(folder: Path, files: dict[str, Path], models: dict[str, Path], case: str
         strategy = DDPStrategy(process_group_backend="gloo")
         given |= {"strategy": strategy, "devices": world // nodes, "num_nodes": nodes}
     options["policy"] |= {"shard": shard}
-    # an `eps` as large as the smallest gradients, whose rounding Adam's division would blow up
-    options["optimizer"] = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0, eps=1e-5)
     trained = module(model, microbatch_tokens=60 if case in ("nf4", "lists") else 120, **options)
     fitting = trainer(folder, num_sanity_val_steps=1, **given)
     train = files[{"fill": "half", "nf4": "all", "lists": "lists"}.get(case, "rows")]
