@@ -61,7 +61,7 @@ def train(
     given: argparse.Namespace, folder: Path, reference: Any = None, loss: Any = None, epochs: int | None = None
 ) -> tuple[Epochs, int]:
     """One run; the times and losses of its epochs, and how many pairs the reference scored."""
-    passes, plain = [0], references.pair_logps
+    passes, plain = [0], references.completion_logps
 
     def counting(model: Any, batch: Any, **options: Any) -> Any:
         passes[0] += batch.size
@@ -91,11 +91,11 @@ def train(
         enable_model_summary=False,
         default_root_dir=str(folder),
     )
-    references.pair_logps = counting
+    references.completion_logps = counting
     try:
         trainer.fit(module, data)
     finally:
-        references.pair_logps = plain
+        references.completion_logps = plain
     return seen, passes[0]
 
 

@@ -108,7 +108,8 @@ def same_start(model: Any) -> None:
     random = torch.Generator().manual_seed(0)
     for name, parameter in sorted(model.named_parameters()):
         if "lora_A" in name:
-            values = torch.rand(parameter.shape, generator=random) * 2 - 1
+            # Lightning makes its device the default while a model is configured
+            values = torch.rand(parameter.shape, generator=random, device="cpu") * 2 - 1
             parameter.data.copy_((values / parameter.shape[1] ** 0.5).bfloat16())
 
 

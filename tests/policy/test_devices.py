@@ -222,5 +222,7 @@ def test_a_batch_on_its_way_to_a_device_is_pinned(gpu, tiny_model, pairs_file):
     module.trainer = pl.Trainer(accelerator="gpu", devices=1, logger=False)
     module.setup("fit")
     batch = next(iter(module._eval_loader("train")))
-    assert all(field is None or field.is_pinned() for field in batch)
+    tensors = [field for field in batch if torch.is_tensor(field)] + list(batch.columns.values())
+    assert len(tensors) >= 9
+    assert all(tensor.is_pinned() for tensor in tensors)
     assert move_data_to_device(batch, gpu).input_ids.is_cuda
