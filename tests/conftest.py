@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import shutil
 import sys
 import warnings
@@ -31,6 +32,26 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(2000, 10, 50)
     gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """What a fixture draws does not depend on what ran before it: a run of some tests has the numbers of all."""
+    _draw_anew()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Nor does what a test draws depend on which of its fixtures are there already."""
+    _draw_anew()
+
+
+def _draw_anew() -> None:
+    random.seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
