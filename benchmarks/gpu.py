@@ -1,6 +1,7 @@
 """Everything that a GPU must show, in one command: a table, and every figure in a file.
 
-    python benchmarks/gpu.py --out results            # eight minutes on one GPU; nothing is downloaded
+    python benchmarks/gpu.py --out results            # what fits in eight minutes of one GPU; nothing is downloaded
+    python benchmarks/gpu.py --minutes 20             # all of it
     python benchmarks/gpu.py --rehearse               # the same functions on a CPU, with tiny shapes
     python benchmarks/gpu.py --only d-8b --minutes 5  # one phase
 
@@ -41,15 +42,15 @@ QUICKSTART = "from lit_dpo.quickstart import quickstart_directory; quickstart_di
 PHASES = [
     Phase("a-card", of("gpu_machine", "card"), 30, 10),
     Phase("b-tests", of("gpu_machine", "laws"), 130, 60),
-    Phase("c-quickstart", of("gpu_machine", "quickstart"), 80, 45, QUICKSTART),
-    Phase("d-bf16-chat", of("gpu_compare", "bf16_chat"), 80, 40),
-    Phase("g-memory", of("gpu_steps", "memory"), 45, 20),
-    Phase("e-step", of("gpu_profile", "kernels"), 45, 15),
-    Phase("d-epochs", of("gpu_compare", "epochs"), 70, 15),
-    Phase("d-nf4-long", of("gpu_compare", "nf4_long"), 80, 25),
-    Phase("f-sweeps", of("gpu_steps", "sweeps"), 90, 20),
-    Phase("d-nf4-chat", of("gpu_compare", "nf4_chat"), 70, 25),
-    Phase("d-bf16-long", of("gpu_compare", "bf16_long"), 70, 25),
+    Phase("c-quickstart", of("gpu_machine", "quickstart"), 60, 45, QUICKSTART),
+    Phase("d-bf16-chat", of("gpu_compare", "bf16_chat"), 110, 40),
+    Phase("g-memory", of("gpu_steps", "memory"), 80, 20),
+    Phase("e-step", of("gpu_profile", "kernels"), 65, 15),
+    Phase("d-epochs", of("gpu_compare", "epochs"), 110, 15),
+    Phase("d-nf4-long", of("gpu_compare", "nf4_long"), 100, 25),
+    Phase("f-sweeps", of("gpu_steps", "sweeps"), 130, 20),
+    Phase("d-nf4-chat", of("gpu_compare", "nf4_chat"), 100, 25),
+    Phase("d-bf16-long", of("gpu_compare", "bf16_long"), 100, 25),
     Phase("d-8b", of("gpu_compare", "eight_billion"), 150, 25),
 ]
 

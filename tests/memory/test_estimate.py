@@ -15,6 +15,7 @@ from lit_dpo.logps.choice import choose_layout
 from lit_dpo.logps.score import completion_logps
 from lit_dpo.losses import AOTLoss, SFTLoss, TDPOLoss
 from lit_dpo.memory import Lengths, LiveBytes, StepMemory, estimate_step, optimizer_bytes, stored_bytes
+from lit_dpo.memory import estimate as estimates
 from lit_dpo.references.base import keep_attached
 from training import data, module, trainer
 
@@ -67,6 +68,51 @@ def test_the_estimate_holds_for_many_completions(name, lengths):
     choose_layout(model)
     estimate = estimate_step(model, [_lengths(*lengths)], optimizer=functools.partial(torch.optim.SGD, lr=1.0))
     assert estimate.total == pytest.approx(_measured(model, tiny.batch(*lengths)), rel=0.05)
+
+
+class _UnpackedAtOnce(torch.autograd.Function):
+    """A 4-bit layer's backward on a GPU: scales and then the weight by them, whole; next to it the gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scales):
+        ctx.weight, ctx.scales = weight, scales
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        scales = gradient.new_empty(ctx.scales)
+        room = gradient.new_empty(2**20)
+        del scales
+        found = gradient @ ctx.weight
+        del room
+        return found, None, None
+
+
+def _unpacked(layer, x):
+    return _UnpackedAtOnce.apply(x, layer.weight, 32 * layer.in_features)
+
+
+def test_a_gpu_s_probes_are_long_enough_for_what_is_unpacked_at_once(monkeypatch):
+    """Where scales take what 32 tokens' gradients do, probes of 12 to 36 tokens see both peaks and fit a curve.
+
+    So did an H200: of a step with checkpoints that needed 1.01 GiB the estimate was 1.99.
+    """
+    model = tiny.lora(tiny.model("llama", max_position_embeddings=512)).train()
+    choose_layout(model)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.get_base_model().model.layers:
+        part = layer.mlp.down_proj.base_layer
+        part.forward = functools.partial(_unpacked, part)
+    batch = _lengths(*[(300, 150, 60)] * 3)
+
+    def off():
+        estimate = estimate_step(model, [batch], optimizer=functools.partial(torch.optim.SGD, lr=1.0))
+        return estimate.total / _measured(model, tiny.batch(*[(300, 150, 60)] * 3)) - 1
+
+    assert off() > 0.2
+    plain = estimates._longer
+    monkeypatch.setattr(estimates, "_longer", lambda base, _: plain(base, torch.device("cuda")))
+    assert abs(off()) < 0.1
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "q_proj"]], ids=["frozen head", "head with an adapter"])

@@ -270,9 +270,7 @@ def _backbone(
     base: PreTrainedModel, device: torch.device, context: Context
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Bytes per feature: alive after the forward, and on top of that in the backward."""
-    # Padded rows may hold attention matrices, which outgrow other tensors of the backward only at some length.
-    room = getattr(base.config, "max_position_embeddings", 128) // 32
-    longer = 1 if has_pair_attention(base) else max(1, min(4, room))
+    longer = _longer(base, device)
     shapes = [(longer * prompt, tuple(longer * length for length in lengths)) for prompt, lengths in PROBES]
     features = [step_features(Lengths.of([shape]), has_pair_attention(base)) for shape in shapes]
     # each in a context of its own: autocast keeps the copies of weights that the first pass makes until its end
@@ -284,6 +282,18 @@ def _backbone(
     found = np.array(probes, dtype=float)
     coefficients = np.linalg.lstsq(np.array(features), found, rcond=None)[0]
     return coefficients[:, 0], coefficients[:, 1]
+
+
+def _longer(base: PreTrainedModel, device: torch.device) -> int:
+    """Times that the probes are longer than `PROBES`, within what the model can read."""
+    room = getattr(base.config, "max_position_embeddings", 128) // 32
+    if device.type == "cuda":
+        # There a layer's 4 bits are unpacked at once, by way of its scales, of which there is one for 64 numbers. Over
+        # few tokens these are more than what the layer computes, and over many less: probes of few would not see what
+        # is alive at the peak of many. To a GPU a hundred tokens are as quick as ten.
+        return max(1, min(8, room))
+    # Padded rows may hold attention matrices, which outgrow other tensors of the backward only at some length.
+    return 1 if has_pair_attention(base) else max(1, min(4, room))
 
 
 def _batch(prompt: int, lengths: Sequence[int], device: torch.device) -> CompletionBatch:
