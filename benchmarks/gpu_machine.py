@@ -120,7 +120,7 @@ def quickstart(run: Run) -> str:
             raise RuntimeError("lit-dpo fit left no adapter")
     names = ("val/reward_accuracy", "val/loss", "train/loss")
     found = {name: float(re.findall(rf"{name} ([\d.e-]+)", said)[-1].rstrip(".")) for name in names}
-    steps = re.search(r"(\d+) steps in (\S+):", said)
+    steps = re.search(r"(\d+) steps in ([\d:]+)", said)
     good = re.search(r"good completions: ([\d.]+) before, ([\d.]+)", said)
     run.note(**found, steps=steps and steps[1], time=steps and steps[2], good_completions=good and good.groups())
     accuracy = found["val/reward_accuracy"]
