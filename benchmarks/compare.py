@@ -83,7 +83,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     results = {side: reports[given.warmup :] for side, reports in results.items()}
     tolerance = given.tolerance or (1e-3 if spec.dtype == "float32" else 5e-2)
     found = {"about": about, "dropped": dropped, "extras": {side: extras(side, spec.device) for side in results}}
-    found |= {"differs": None, "losses differ by": {}, "steps": steps_of(results), "memory": memory}
+    found |= dict[str, Any](differs=None, steps=steps_of(results), memory=memory) | {"losses differ by": {}}
     if given.sides[0] in dropped:
         return found | {"differs": f"{given.sides[0]} failed: {dropped[given.sides[0]]}"}
     found |= check(results, tolerance)
@@ -158,7 +158,8 @@ def batches(spec: Spec, steps: int) -> list[list[list[list[int]]]]:
     data.setup("fit")
     table = data.train_dataloader().dataset.table
     bucket = 50 if spec.order == "bucketed" else 0
-    sampler, found, epoch = PromptSampler(table.lengths, spec.batch_size, bucket=bucket), [], 0
+    sampler, epoch = PromptSampler(table.lengths, spec.batch_size, bucket=bucket), 0
+    found: list[list[list[list[int]]]] = []
     while len(found) < steps:
         sampler.set_epoch(epoch)
         found += [flat_pairs(table.batch(rows)) for rows in sampler]
@@ -174,7 +175,8 @@ def run(
     They load at the same time, and measure when all have loaded. One that fails goes to `dropped`, with its error.
     """
     context, steps = multiprocessing.get_context("spawn"), given.warmup + given.steps
-    pipes, processes, results, memory = {}, [], {side: [] for side in sides}, {}
+    pipes, processes, memory = {}, [], dict[str, Any]()
+    results: dict[str, list[Any]] = {side: [] for side in sides}
     for side in sides:
         pipes[side], theirs = context.Pipe()
         processes.append(context.Process(target=start, args=(side, spec, steps + 1, theirs), daemon=True))
@@ -185,7 +187,7 @@ def run(
         try:
             if go:
                 pipes[side].send(True)
-            said = pipes[side].recv()
+            said: dict[str, Any] = pipes[side].recv()
         except (EOFError, OSError):
             said = {"error": "its process ended"}
         if "error" not in said:

@@ -22,6 +22,7 @@ from typing import Any
 from lit_dpo.data.datamodule import PreferenceDataModule
 from lit_dpo.data.doctor import brief, examine
 from lit_dpo.data.doctor.texts import written
+from lit_dpo.data.formats import Preference
 from lit_dpo.quickstart import quickstart_tokenizer
 
 
@@ -57,7 +58,7 @@ def rows(file: Path, count: int) -> Iterator[dict[str, str]]:
     data = PreferenceDataModule(str(file), tokenizer=quickstart_tokenizer(), max_length=None)
     data.setup("fit")
     table, draw = data.tables["train"], random.Random(0)
-    texts = [table.preference(row) for row in table.rows.tolist()]
+    texts = [one for row in table.rows.tolist() if isinstance(one := table.preference(row), Preference)]
     prompts = [written(one.prompt) for one in texts]
     answers = [written(side) for one in texts for side in (one.chosen, one.rejected)]
     sentences = [part for text in answers for part in re.findall(r"[^.!?]+[.!?]+\s*", text)]

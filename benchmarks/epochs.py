@@ -20,13 +20,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import torch
 
-import lit_dpo.references.base as references
 from lit_dpo import CachedReference, DPOModule, IPOLoss, LoRAPolicy, PreferenceDataModule
+from lit_dpo.logps.score import completion_logps
 from lit_dpo.losses import DPOLoss
+from lit_dpo.references import base
 from material import SHAPES, made_conversations, place_model, read_pairs, train_tokenizer
 
 
@@ -61,11 +63,11 @@ def train(
     given: argparse.Namespace, folder: Path, reference: Any = None, loss: Any = None, epochs: int | None = None
 ) -> tuple[Epochs, int]:
     """One run; the times and losses of its epochs, and how many pairs the reference scored."""
-    passes, plain = [0], references.completion_logps
+    passes = [0]
 
     def counting(model: Any, batch: Any, **options: Any) -> Any:
         passes[0] += batch.size
-        return plain(model, batch, **options)
+        return completion_logps(model, batch, **options)
 
     torch.manual_seed(0)
     policy = LoRAPolicy(str(folder / "model"), quantization=given.quantization, target_modules=["q_proj", "v_proj"])
@@ -91,11 +93,8 @@ def train(
         enable_model_summary=False,
         default_root_dir=str(folder),
     )
-    references.completion_logps = counting
-    try:
+    with mock.patch.object(base, "completion_logps", counting):
         trainer.fit(module, data)
-    finally:
-        references.completion_logps = plain
     return seen, passes[0]
 
 

@@ -75,7 +75,7 @@ def compared(
     # TRL not installed drops its side; TRL that fails is a failure
     if broken := [side for side, why in found["dropped"].items() if not why.endswith("not installed")]:
         raise RuntimeError(f"{', '.join(broken)} failed")
-    return run.found["line"]
+    return str(run.found["line"])
 
 
 def epochs(run: Run) -> str:

@@ -122,7 +122,7 @@ class Steps(pl.Callback):
     def _counts(self, event: Any) -> bool:
         """Kernels and copies on the device; on a CPU the operations that call no other."""
         if self.device == "cuda":
-            return event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+            return event.device_type.name == "CUDA" and not event.is_user_annotation
         return not event.cpu_children and not event.is_user_annotation
 
     def _longest(self, events: list[Any], busy: float) -> list[dict[str, Any]]:

@@ -44,8 +44,8 @@ class Spec:
     r: int = 16
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     device: str = "cpu"
-    dtype: str = "float32"
-    quantization: str = "none"
+    dtype: Any = "float32"
+    quantization: Any = "none"
     vocabulary: int = 8192
     checkpointing: bool = False
     best: bool = False
@@ -71,12 +71,12 @@ def _pair(row: dict[str, Any]) -> dict[str, Any]:
         return {"prompt": prompt} | {
             side: [_message("assistant", row[side]["value"])] for side in ("chosen", "rejected")
         }
-    prompt, chosen, rejected = row.get("prompt", row.get("request")), row["chosen"], row["rejected"]
-    if prompt is None:  # transcripts that share their beginning
-        prompt, header, chosen = chosen.rpartition("\n\nAssistant:")
-        prompt, rejected = prompt + header, rejected.rpartition(header)[2]
+    asked, chosen, rejected = row.get("prompt", row.get("request")), row["chosen"], row["rejected"]
+    if asked is None:  # transcripts that share their beginning
+        asked, header, chosen = chosen.rpartition("\n\nAssistant:")
+        asked, rejected = asked + header, rejected.rpartition(header)[2]
     return {
-        "prompt": [_message("user", prompt)],
+        "prompt": [_message("user", asked)],
         "chosen": [_message("assistant", chosen)],
         "rejected": [_message("assistant", rejected)],
     }
@@ -94,7 +94,7 @@ def made_pairs(count: int, prompt: int, completion: int, vocabulary: int, seed: 
 
     def part(length: int) -> list[int]:
         spread = max(1, round(length * random.uniform(0.75, 1.25)))
-        return random.integers(3, vocabulary, spread).tolist()
+        return list(map(int, random.integers(3, vocabulary, spread)))
 
     return [[part(prompt), part(completion), part(completion)] for _ in range(count)]
 
@@ -213,8 +213,8 @@ def step_arithmetic(shape: str, vocabulary: int, pairs: list[list[list[int]]]) -
     lengths = [tuple(map(len, pair)) for pair in pairs]
     tokens = sum(p + c + r for p, c, r in lengths)
     scored = sum(c + r for _, c, r in lengths)
-    seen = sum((p + c) * (p + c + 1) / 2 + r * p + r * (r + 1) / 2 for p, c, r in lengths)
-    return 6.0 * weights * tokens + 6.0 * hidden * vocabulary * scored + (4 + 4 + 8) * hidden * layers * seen
+    seen: float = sum((p + c) * (p + c + 1) / 2 + r * p + r * (r + 1) / 2 for p, c, r in lengths)
+    return float(6 * weights * tokens + 6 * hidden * vocabulary * scored + (4 + 4 + 8) * hidden * layers * seen)
 
 
 def matrix_peak(device: str, dtype: str) -> float:

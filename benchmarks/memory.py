@@ -95,7 +95,7 @@ def random_batch(pairs: int, longest: int, vocabulary: int) -> CompletionBatch:
     random = np.random.default_rng(0)
 
     def tokens(low: int, high: int) -> list[int]:
-        return random.integers(0, vocabulary, random.integers(low, high)).tolist()
+        return list(map(int, random.integers(0, vocabulary, random.integers(low, high))))
 
     half = longest // 2
     return collate(

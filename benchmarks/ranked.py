@@ -91,7 +91,7 @@ def prepared(given: argparse.Namespace, share: float, count: int, folder: Path) 
 
     def part(mean: float) -> list[int]:
         length = max(1, round(mean * random.uniform(0.75, 1.25)))
-        return random.integers(3, given.vocabulary, length).tolist()
+        return list(map(int, random.integers(3, given.vocabulary, length)))
 
     prompt, completion = share * given.tokens, (1 - share) * given.tokens / 2
     lists = [

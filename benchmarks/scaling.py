@@ -61,13 +61,13 @@ def parameters(shape: str) -> float:
     """In the layers of a shape, millions; without embeddings."""
     sizes = SHAPES[shape]
     hidden, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
-    return layers * hidden * (3 * hidden + 3 * sizes["intermediate_size"]) / 1e6
+    return float(layers * hidden * (3 * hidden + 3 * sizes["intermediate_size"]) / 1e6)
 
 
 class Bench:
     """Steps at a point; models are made once per shape and vocabulary."""
 
-    def __init__(self, device: str, quantization: str) -> None:
+    def __init__(self, device: str, quantization: Any) -> None:
         self.device, self.quantization = device, quantization
         self.clock = time.process_time if device == "cpu" else time.perf_counter
         self.module = functools.lru_cache(maxsize=None if device == "cpu" else 1)(self._module)

@@ -25,7 +25,7 @@ from typing import Any
 from material import save_model, train_tokenizer
 
 SIDES = {"one process": (1, "none"), "2 ranks, `policy.shard: all`": (2, "all")}
-QUANTIZATIONS = ("none", "nf4")
+QUANTIZATIONS: tuple[Any, ...] = ("none", "nf4")
 
 
 def main() -> None:

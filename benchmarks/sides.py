@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 from material import Spec
 
@@ -184,7 +184,7 @@ def listed(spec: Spec, as_lists: bool) -> Any:
             else:
                 given += [EncodedPrompt(prompt, [completions[one], completions[other]]) for one, other in compared]
         made.append(collate(given))
-    return DataLoader(made, batch_size=None, shuffle=False)
+    return DataLoader(cast(Any, made), batch_size=None, shuffle=False)
 
 
 def ready(kind: Any, spec: Spec) -> Any:

@@ -165,7 +165,7 @@ def gpus(device: str) -> dict[str, Any]:
         "gpus": [{"name": one.name, "memory_gib": round(one.total_memory / 2**30, 1)} for one in found],
         "driver": driver.read_text(encoding="utf-8").splitlines()[0] if driver.is_file() else None,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "cudnn": torch.backends.cudnn.version(),
     }
 
 

@@ -103,9 +103,7 @@ def _session(given: Mapping[str, Any], compared: Sequence[str]) -> tuple[Any, An
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[import-untyped]
     from torch.utils.tensorboard.summary import hparams
 
-    experiment, start, end = hparams(  # type: ignore[no-untyped-call]
-        dict(given), dict.fromkeys(compared, 0.0)
-    )
+    experiment, start, end = hparams(dict(given), dict.fromkeys(compared, 0.0))
     held = experiment.value[0].metadata.plugin_data
     described = HParamsPluginData.FromString(held.content)
     for info in described.experiment.hparam_infos:

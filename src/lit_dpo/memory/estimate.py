@@ -285,7 +285,7 @@ def _backbone(
 
 
 def _longer(base: PreTrainedModel, device: torch.device) -> int:
-    """Times that the probes are longer than `PROBES`, within what the model can read."""
+    """Say how many times longer than `PROBES` the probes are, within what the model can read."""
     room = getattr(base.config, "max_position_embeddings", 128) // 32
     if device.type == "cuda":
         # There a layer's 4 bits are unpacked at once, by way of its scales, of which there is one for 64 numbers. Over

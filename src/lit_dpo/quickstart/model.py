@@ -228,7 +228,7 @@ def _warm_up(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         hidden = model.model(input_ids=inputs[:, :-1], use_cache=False).last_hidden_state
         targets = labels[:, 1:]
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[targets != -100]), targets[targets != -100])
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
