@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -119,6 +120,26 @@ def test_a_pair_stays_where_its_successor_does_not_fit(policy, tmp_path):
             _save(policy, 2, folder / "a.ckpt")
         assert sorted(found.name for found in folder.iterdir()) == ["a", "a.ckpt", "filler"]
         assert _numbers(folder / "a") == {1.0}
+
+
+def test_an_error_of_a_full_disk_keeps_nothing_of_what_did_not_fit(policy, tmp_path):
+    """Python 3.12.0 and 3.12.1 crash when they collect an error with a view of a `BytesIO` in one of its frames."""
+    with _disk(tmp_path / "disk", "-o", "size=4m") as folder:
+        _save(policy, 1, folder / "a.ckpt")
+        room = os.statvfs(folder)
+        used = (room.f_blocks - room.f_bfree) * room.f_bsize
+        # the adapter fits, the file that comes after it does not
+        (folder / "filler").write_bytes(b"x" * (room.f_bavail * room.f_bsize - used * 3 // 4))
+        with pytest.raises(TrainingError, match="disk is full") as error:
+            _save(policy, 2, folder / "b.ckpt")
+        cause = error.value.__cause__
+        assert isinstance(cause, OSError)
+        frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
+        assert any(frame.f_code.co_name == "_write" for frame in frames)
+        views = [one for frame in frames for one in frame.f_locals.values() if isinstance(one, memoryview)]
+        for view in views:
+            with pytest.raises(ValueError, match="released"):
+                len(view)
 
 
 @pytest.mark.parametrize("disk", DISKS)

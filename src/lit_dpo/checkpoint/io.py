@@ -83,7 +83,10 @@ class AdapterCheckpointIO(CheckpointIO):
         # small, and on which a kill would leave the whole file for good
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        path.write_bytes(content.getbuffer())
+        # the view is let go of before an error travels: Python 3.12.0 and 3.12.1 crash (cpython issue 111049) when they
+        # collect one that an error has kept, and `Path.write_bytes` keeps one
+        with content.getbuffer() as view, path.open("wb") as file:
+            file.write(view)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
         """Load; nothing but tensors and builtins is ever in it."""
