@@ -111,8 +111,11 @@ def test_a_gpu_s_probes_are_long_enough_for_what_is_unpacked_at_once(monkeypatch
 
     assert off() > 0.2
     plain = estimates._longer
-    monkeypatch.setattr(estimates, "_longer", lambda base, _: plain(base, torch.device("cuda")))
+    gpu = functools.partial(plain, device=torch.device("cuda"))
+    monkeypatch.setattr(estimates, "_longer", lambda base, _, most: gpu(base, most=most))
     assert abs(off()) < 0.1
+    # and no probe is longer than the step
+    assert [gpu(model.get_base_model(), most=tokens) for tokens in (20, 100, 10_000, None)] == [1, 2, 8, 8]
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["lm_head", "q_proj"]], ids=["frozen head", "head with an adapter"])

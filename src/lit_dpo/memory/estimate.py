@@ -151,6 +151,7 @@ class StepEstimate:
         optimizer_bytes: that the optimizer keeps for each byte of what trains, by `optimizer_bytes`.
         with_kl: the loss reads the divergence of whole distributions.
         context: what a training step runs in, such as autocast.
+        most: tokens of the largest micro-batch to come, if that is known: no probe needs more.
 
     Attributes:
         alive: bytes per feature (`step_features`) that are alive after the forward of the backbone.
@@ -166,11 +167,12 @@ class StepEstimate:
         *,
         with_kl: bool = False,
         context: Context = nullcontext,
+        most: int | None = None,
     ) -> None:
         base = score.base_model(model)
         device = base.get_input_embeddings().weight.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            self.alive, self.backward = _backbone(base, device, context)
+            self.alive, self.backward = _backbone(base, device, context, most)
             one = _batch(1, (1, 1), device)
             with context():
                 self._head = _head(base, one, with_kl)
@@ -239,7 +241,8 @@ def estimate_step(
     """
     device = score.base_model(model).get_input_embeddings().weight.device
     kept = optimizer_bytes(optimizer, device)
-    return StepEstimate(model, kept, with_kl=with_kl, context=context).of(microbatches, several)
+    most = max(lengths.tokens for lengths in microbatches)
+    return StepEstimate(model, kept, with_kl=with_kl, context=context, most=most).of(microbatches, several)
 
 
 def optimizer_bytes(optimizer: Callable[..., Any], device: torch.device) -> float:
@@ -267,10 +270,10 @@ def step_features(lengths: Lengths, flat: bool) -> NDArray[np.float64]:
 
 
 def _backbone(
-    base: PreTrainedModel, device: torch.device, context: Context
+    base: PreTrainedModel, device: torch.device, context: Context, most: int | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Bytes per feature: alive after the forward, and on top of that in the backward."""
-    longer = _longer(base, device)
+    longer = _longer(base, device, most)
     shapes = [(longer * prompt, tuple(longer * length for length in lengths)) for prompt, lengths in PROBES]
     features = [step_features(Lengths.of([shape]), has_pair_attention(base)) for shape in shapes]
     # each in a context of its own: autocast keeps the copies of weights that the first pass makes until its end
@@ -284,14 +287,15 @@ def _backbone(
     return coefficients[:, 0], coefficients[:, 1]
 
 
-def _longer(base: PreTrainedModel, device: torch.device) -> int:
-    """Say how many times longer than `PROBES` the probes are, within what the model can read."""
+def _longer(base: PreTrainedModel, device: torch.device, most: int | None) -> int:
+    """Say how many times longer than `PROBES` the probes are, within what the model can read and a step will run."""
     room = getattr(base.config, "max_position_embeddings", 128) // 32
     if device.type == "cuda":
         # There a layer's 4 bits are unpacked at once, by way of its scales, of which there is one for 64 numbers. Over
         # few tokens these are more than what the layer computes, and over many less: probes of few would not see what
         # is alive at the peak of many. To a GPU a hundred tokens are as quick as ten.
-        return max(1, min(8, room))
+        longest = max(prompt + sum(lengths) for prompt, lengths in PROBES)
+        return max(1, min(8, room, 8 if most is None else most // longest))
     # Padded rows may hold attention matrices, which outgrow other tensors of the backward only at some length.
     return 1 if has_pair_attention(base) else max(1, min(4, room))
 
